@@ -1,0 +1,39 @@
+"""Every error that asyncdiff raises on purpose. All derive from :class:`AsyncDiffError`."""
+
+from __future__ import annotations
+
+
+class AsyncDiffError(Exception):
+    """Base class of all errors raised by asyncdiff."""
+
+
+class PlanError(AsyncDiffError, ValueError):
+    """A plan cannot be built from these numbers, or a plan read from text is not consistent."""
+
+
+class PartitionError(AsyncDiffError, ValueError):
+    """The denoiser cannot be split as asked."""
+
+
+class CaptureError(AsyncDiffError, RuntimeError):
+    """The denoiser cannot be exported; the exporter's reason is part of the message."""
+
+
+class DeviceError(AsyncDiffError, ValueError):
+    """The list of devices does not fit the plan or the machine."""
+
+
+class InputError(AsyncDiffError, ValueError):
+    """A denoiser was called with inputs that it was not prepared for."""
+
+
+class SchedulerError(AsyncDiffError, ValueError):
+    """The sampler calls the denoiser in a way that asynchronous denoising cannot serve."""
+
+
+class RankError(AsyncDiffError, RuntimeError):
+    """A rank failed in the middle of a generation. ``rank`` says which; ``__cause__`` says why."""
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
