@@ -24,7 +24,7 @@ from enum import Enum
 from os import PathLike
 from typing import Any
 
-from .errors import PlanError
+from .errors import AsyncDiffError, PlanError
 from .plan import Action, Kind, Plan
 
 Pair = tuple[int, int]
@@ -284,7 +284,7 @@ def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) ->
     """Write a PNG: above, the warm-up's last step and ``first_ticks`` ticks; below, all of it.
 
     A rank's row shows its component (colour), what leaves it (thin bar) and updates (black).
-    Raises PlanError where matplotlib is missing (it is in the extra ``demo``), OSError where the
+    Raises AsyncDiffError where matplotlib is missing (it is in the extra ``demo``), OSError where the
     file cannot be written.
     """
     try:
@@ -292,7 +292,9 @@ def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) ->
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlanError("a timeline needs matplotlib: pip install 'asyncdiff[demo]'") from error
+        raise AsyncDiffError(
+            "a timeline needs matplotlib: pip install 'asyncdiff[demo]'"
+        ) from error
     plan = timeline.plan
     begin = plan.ticks[max(0, plan.warmup - 1)].index
     last = plan.ticks[min(len(plan.ticks), plan.warmup + first_ticks) - 1].index
