@@ -1,0 +1,177 @@
+"""The call of a denoiser, taken apart: named tensors with a role, and constants.
+
+A denoiser's arguments become flat, named leaves in the order of its signature, so that the rest of
+the package never needs to know what a particular model's ``forward`` looks like.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError, InputError
+
+#: Argument names of the latents, most specific first; else the first tensor argument.
+LATENTS = ("sample", "hidden_states", "latents", "x")
+#: Argument names of the timestep; else the second tensor argument.
+TIMESTEP = ("timestep", "timesteps", "t", "time")
+#: Arguments that change with the latents in every step: a ControlNet's or an adapter's output.
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+    "block_controlnet_hidden_states",
+)
+
+
+class Role(str, Enum):
+    """What an input is to the sampler."""
+
+    LATENTS = "latents"  #: changes every step, with the latents
+    TIMESTEP = "timestep"  #: the step's time, known ahead of the step
+    CONDITIONING = "conditioning"  #: the same in every step of a generation
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument: its dotted name, role, shape and dtype."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What must be equal for two calls to be served by the same prepared denoiser."""
+
+    inputs: tuple[Input, ...]
+    constants: tuple[tuple[str, Any], ...]
+    tree: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser: ``tensors`` in the order of ``signature.inputs``."""
+
+    signature: Signature
+    tensors: tuple[torch.Tensor, ...]
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    def kwargs(self) -> dict[str, Any]:
+        """The call's arguments, by keyword."""
+        return pytree.tree_unflatten(list(self.leaves), self.spec)
+
+    def indices(self, role: Role) -> tuple[int, ...]:
+        """Positions in ``tensors`` of the inputs with this role."""
+        return tuple(i for i, x in enumerate(self.signature.inputs) if x.role is role)
+
+
+def parse(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    latents: str | None = None,
+    timestep: str | None = None,
+) -> Call:
+    """Take the call ``module(*args, **kwargs)`` apart.
+
+    ``latents`` and ``timestep`` name those arguments where the names in :data:`LATENTS` and
+    :data:`TIMESTEP` do not. Raises InputError where the arguments do not fit the signature or have
+    no tensor for the latents, CaptureError for a ``forward`` with ``*args``.
+    """
+    arguments = _bind(module, args, kwargs)
+    time_name = timestep or next((n for n in TIMESTEP if n in arguments), None)
+    value = arguments.get(time_name) if time_name else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # A Python number would be frozen into the exported graph.
+        arguments[time_name] = torch.tensor(value)
+    pairs, spec = pytree.tree_flatten_with_path(arguments)
+    names = [".".join(_key(k) for k in path) for path, _ in pairs]
+    leaves = [leaf for _, leaf in pairs]
+    tensors = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
+    latent_name = _choose("latents", latents, LATENTS, tensors, 0)
+    time_name = _choose("timestep", timestep, TIMESTEP, tensors, 1)
+    inputs, constants = [], []
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            constants.append((name, _hashable(name, leaf)))
+            continue
+        root = name.split(".")[0]
+        role = Role.CONDITIONING
+        if name == latent_name or root in RESIDUALS:
+            role = Role.LATENTS
+        elif name == time_name:
+            role = Role.TIMESTEP
+        inputs.append(Input(name, role, tuple(leaf.shape), leaf.dtype))
+    signature = Signature(tuple(inputs), tuple(constants), str(spec))
+    values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return Call(signature, values, tuple(leaves), spec)
+
+
+def _bind(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as e:
+        raise InputError(f"{type(module).__name__} cannot be called like this: {e}") from e
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(
+                f"{type(module).__name__}.forward takes *{name}: wrap it in a module whose "
+                "forward names its arguments"
+            )
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(value)
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _choose(
+    what: str, wanted: str | None, known: Sequence[str], names: Sequence[str], position: int
+) -> str | None:
+    if wanted is not None:
+        if wanted not in names:
+            raise InputError(f"{what}={wanted!r} is not a tensor argument; there are {names}")
+        return wanted
+    for name in known:
+        if name in names:
+            return name
+    if len(names) > position:
+        return names[position]
+    if what == "latents":
+        raise InputError("the denoiser was called without any tensor: pass its latents")
+    return None
+
+
+def _hashable(name: str, leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError as e:
+        raise InputError(
+            f"argument {name} is a {type(leaf).__name__}, which cannot be captured: "
+            "pass tensors, numbers, strings, or dicts, lists and tuples of them"
+        ) from e
+    return leaf

@@ -1,0 +1,61 @@
+"""What is printed where: results to stdout, everything about the way there to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def stdout() -> Console:
+    """For results. Made anew: tests and callers may have replaced the stream."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def stderr() -> Console:
+    """For progress and remarks."""
+    return Console(stderr=True, highlight=False)
+
+
+def remark(text: str) -> None:
+    """One line on stderr, never mixed into results."""
+    stderr().print(text, style="dim", markup=False)
+
+
+def emit_json(data: Any) -> None:
+    """One JSON document on stdout. Infinite and undefined numbers become null, as JSON has none."""
+    sys.stdout.write(json.dumps(_finite(data), indent=1) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {str(k): _finite(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(v) for v in data]
+    if data is None or isinstance(data, (str, int)):
+        return data
+    return str(data)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on stderr that disappears when done; nothing at all where stderr is no terminal."""
+    console = stderr()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield bar

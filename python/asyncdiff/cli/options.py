@@ -1,0 +1,56 @@
+"""The options that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DeviceError
+
+Components = Annotated[
+    int, typer.Option("--components", "-N", help="Parts that the denoiser is split into.")
+]
+Stride = Annotated[int, typer.Option("--stride", "-S", help="Sampler steps served by one tick.")]
+Warmup = Annotated[int, typer.Option("--warmup", "-w", help="First steps, run exactly.")]
+Steps = Annotated[int, typer.Option("--steps", "-T", help="Sampler steps of a generation.")]
+TimeShift = Annotated[
+    bool, typer.Option("--time-shift", help="Pass the timestep one index earlier in every tick.")
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        help="One device a rank (components + stride - 1 of them), separated by commas, for "
+        "example cuda:0,cuda:1; may repeat. Left out: all visible GPUs, else the CPU.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the starting noise.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")]
+
+
+def read_devices(text: str | None, components: int, stride: int) -> list[str] | None:
+    """``cuda:0,cuda:1`` as a list; one device alone is taken for every rank. None stays None.
+
+    Raises DeviceError for an empty entry.
+    """
+    if text is None:
+        return None
+    devices = [d.strip() for d in text.split(",")]
+    if not all(devices):
+        raise DeviceError(f"--devices {text!r} has an empty entry: write cuda:0,cuda:1")
+    ranks = components + stride - 1
+    return devices * ranks if len(devices) == 1 else devices
+
+
+def writable(path: Path) -> Path:
+    """Make the folder that ``path`` goes to, before long work. Raises typer.BadParameter."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: name a PNG file")
+    return path

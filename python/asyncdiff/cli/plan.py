@@ -1,0 +1,151 @@
+"""``asyncdiff plan``: what would run where and when, and how long it would take."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import PlanError
+from . import console
+from . import options as opt
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A diffusers folder or hub id whose denoiser to split.")
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Split the shipped model.")] = False,
+    components: opt.Components = 2,
+    stride: opt.Stride = 1,
+    warmup: opt.Warmup = 1,
+    steps: opt.Steps = 50,
+    time_shift: opt.TimeShift = False,
+    device: Annotated[
+        str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
+    ] = "cpu",
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
+    component_ms: Annotated[
+        str | None,
+        typer.Option(help="Milliseconds of each component, as 6.8,7.1 (one number: all alike)."),
+    ] = None,
+    boundary: Annotated[
+        list[str] | None,
+        typer.Option(help="MiB from component i to j, as 0-1=58; with a tail that cannot overlap, "
+                     "0-1=58/2. May be repeated."),
+    ] = None,  # fmt: skip
+    link_gb_per_s: Annotated[
+        float, typer.Option(help="GB/s one way between two devices (left out: no time).")
+    ] = math.inf,
+    link_latency_us: Annotated[float, typer.Option(help="Microseconds a message.")] = 0.0,
+    update_ms: Annotated[float, typer.Option(help="The sampler's update, ms a step.")] = 0.0,
+    png: Annotated[Path | None, typer.Option(help="Draw the timeline to this file.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print every action of the plan.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Print a plan; with a model its partition; with times the predicted latency."""
+    from .. import plan as plans
+    from .. import plan_text
+    from ..timeline import Timing, draw, predict, summary
+
+    built = plans.build(components, stride, warmup, steps, time_shift=time_shift)
+    if model is not None and demo:
+        raise typer.BadParameter("give a model or --demo, not both")
+    if png is not None:
+        opt.writable(png)
+    links = {
+        "link_gb_per_s": link_gb_per_s, "link_latency_us": link_latency_us, "update_ms": update_ms
+    }  # fmt: skip
+    partition, told, timing = None, "", None
+    if model is not None or demo:
+        report = _partition(model, components, device, height, width)
+        partition, told = report.to_dict(), str(report)
+        timing = Timing.from_report(partition, **links)
+    if component_ms is not None:  # the user's own times go before measured ones
+        sizes, tails = read_boundaries(boundary or [])
+        if timing is not None and not boundary:
+            sizes, tails = dict(timing.boundary_bytes), dict(timing.tail_bytes)
+        timing = Timing(read_times(component_ms, components), sizes, tails, **links)
+    elif boundary:
+        raise typer.BadParameter("--boundary needs --component-ms")
+    timeline = None if timing is None else predict(built, timing)
+    if png is not None:
+        if timeline is None:
+            raise typer.BadParameter("--png needs times: give --component-ms, a model or --demo")
+        draw(timeline, png)
+    if as_json:
+        console.emit_json(
+            {
+                "components": components, "stride": stride, "warmup": warmup, "steps": steps,
+                "ranks": built.ranks, "ticks": len(built.ticks),
+                "plan": plan_text.to_text(built).splitlines(),
+                "partition": partition,
+                "prediction": None if timeline is None else timeline.to_dict(),
+                "timeline": None if png is None else str(png.resolve()),
+            }
+        )  # fmt: skip
+        return
+    out = console.stdout()
+    if told:
+        out.print(told + "\n", markup=False)
+    out.print(plan_text.grid(built), markup=False)
+    out.print(
+        f"\n{built.ranks} ranks, {len(built.ticks)} ticks for {steps} steps; a cell is the timestep "
+        "index, * delivers a noise prediction, x marks exact steps",
+        markup=False,
+    )
+    if text:
+        out.print("\n" + plan_text.to_text(built), markup=False)
+    if timeline is not None:
+        note = " (links taken to be free: give --link-gb-per-s)" if math.isinf(link_gb_per_s) else ""
+        out.print(f"\npredicted{note}:\n{summary(timeline)}", markup=False)
+    if png is not None:
+        out.print(f"timeline: {png.resolve()}", markup=False)
+
+
+def _partition(
+    model: str | None, components: int, device: str, height: int | None, width: int | None
+) -> Any:
+    from ..diffusers import plan_partition
+
+    if model is None:
+        import torch
+
+        from .. import demo_model
+
+        pipe = demo_model.load("cpu", torch.float32)
+    else:
+        from .generate import load
+
+        pipe = load(model, "float32" if device == "cpu" else "float16")
+    console.remark(f"capturing and measuring the denoiser on {device}")
+    partition = plan_partition(pipe, components, device=device, height=height, width=width)
+    return partition.report()
+
+
+def read_times(text: str, components: int) -> tuple[float, ...]:
+    """``6.8,7.1`` as milliseconds; one number stands for every component. Raises PlanError."""
+    try:
+        times = tuple(float(t) for t in text.split(","))
+    except ValueError as error:
+        raise PlanError(f"--component-ms {text!r}: write numbers as 6.8,7.1") from error
+    return times * components if len(times) == 1 else times
+
+
+def read_boundaries(texts: list[str]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+    """``0-1=58/2`` (MiB, of which the tail) as bytes by pair, and tail bytes. Raises PlanError."""
+    sizes: dict[tuple[int, int], int] = {}
+    tails: dict[tuple[int, int], int] = {}
+    for text in texts:
+        try:
+            pair, _, amount = text.partition("=")
+            source, target = map(int, pair.split("-"))
+            size, _, tail = amount.partition("/")
+            sizes[(source, target)] = int(float(size) * 2**20)
+            tails[(source, target)] = int(float(tail or 0) * 2**20)
+        except (ValueError, OverflowError) as error:
+            raise PlanError(f"--boundary {text!r}: write 0-1=58, or 0-1=58/2 (MiB)") from error
+    return sizes, tails

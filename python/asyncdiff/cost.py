@@ -1,0 +1,146 @@
+"""What every node of a captured denoiser costs: measured on a device, or estimated without one."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from .capture import Captured, tensors_of
+from .program import on_device, resolve
+
+#: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
+_BLOCK = 128
+#: Timed passes over each block, after one that warms up.
+_PASSES = 3
+#: A GPU's rates for estimates, about half of an H200's peaks. Only ratios matter for a cut.
+_FLOPS_PER_MS = {torch.float32: 2.5e10, torch.float16: 4e11, torch.bfloat16: 4e11}
+_BYTES_PER_MS = 2.5e9
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds and multiply-accumulates by node. ``source`` says where the times are from."""
+
+    ms: dict[fx.Node, float]
+    macs: dict[fx.Node, int]
+    source: str
+
+
+def estimate(captured: Captured) -> Costs:
+    """Costs from FLOPs and bytes moved: the same on every machine, for any device (also meta)."""
+    macs = count_macs(captured)
+    ms = {}
+    for node in captured.nodes:
+        if node in captured.views:
+            ms[node] = 0.0
+            continue
+        touched = [t for source in node.all_input_nodes for t in tensors_of(source)]
+        touched += tensors_of(node)
+        moved = sum(t.numel() * t.element_size() for t in touched)
+        dtype = next((t.dtype for t in tensors_of(node)), torch.float32)
+        rate = _FLOPS_PER_MS.get(dtype, _FLOPS_PER_MS[torch.float32])
+        ms[node] = max(2 * macs[node] / rate, moved / _BYTES_PER_MS)
+    return Costs(ms, macs, "estimated")
+
+
+def count_macs(captured: Captured) -> dict[fx.Node, int]:
+    """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
+    macs = dict.fromkeys(captured.nodes, 0)
+    heavy = ("conv", "linear", "mm", "matmul", "attention", "einsum")
+    for node in captured.nodes:
+        if not any(word in str(node.target) for word in heavy):
+            continue
+        values = {n: _meta(n.meta.get("val")) for n in node.all_input_nodes}
+        args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
+        with FlopCounterMode(display=False) as counter:
+            node.target(*args, **kwargs)
+        macs[node] = counter.get_total_flops() // 2
+    return macs
+
+
+@torch.no_grad()
+def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.device) -> Costs:
+    """Run the denoiser node by node on ``device`` and time each (medians).
+
+    ``tensors`` are the call's inputs. Weights are brought to the device block by block, so that a
+    denoiser larger than the device's memory can be measured too.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.inputs:
+            values[node] = tensors[captured.inputs[node.name]].to(device)
+    last_use = {s: i for i, n in enumerate(captured.nodes) for s in n.all_input_nodes}
+    ms: dict[fx.Node, float] = {}
+    timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    with on_device(device):
+        for start in range(0, len(captured.nodes), _BLOCK):
+            block = captured.nodes[start : start + _BLOCK]
+            weights = _bring(captured, block, device)
+            passes = list(timer(block, values, weights, device))[1:]
+            for i, node in enumerate(block):
+                ms[node] = 0.0 if node in captured.views else statistics.median(p[i] for p in passes)
+            end = start + len(block)
+            for node in [n for n in values if last_use.get(n, -1) < end]:
+                del values[node]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Costs(ms, count_macs(captured), f"measured on {name}")
+
+
+def _bring(
+    captured: Captured, block: Sequence[fx.Node], device: torch.device
+) -> dict[fx.Node, torch.Tensor]:
+    out = {}
+    for node in block:
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" and source.name in captured.weights:
+                out[source] = captured.weights[source.name].detach().to(device)
+            elif source.op == "get_attr":
+                out[source] = captured.root.get_submodule(str(source.target))
+    return out
+
+
+def _run(node: fx.Node, values: dict[fx.Node, Any], weights: dict[fx.Node, Any], device: Any) -> None:
+    def value(source: fx.Node) -> Any:
+        return weights[source] if source in weights else values[source]
+
+    args, kwargs = resolve(node, value, device)
+    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _time_on_cpu(block: Any, values: Any, weights: Any, device: Any) -> Iterator[list[float]]:
+    for _ in range(_PASSES + 1):
+        times = []
+        for node in block:
+            before = time.perf_counter()
+            _run(node, values, weights, device)
+            times.append((time.perf_counter() - before) * 1e3)
+        yield times
+
+
+def _time_on_gpu(block: Any, values: Any, weights: Any, device: Any) -> Iterator[list[float]]:
+    for _ in range(_PASSES + 1):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(block) + 1)]
+        torch.cuda.synchronize(device)
+        # The gate holds the queue back while it fills, so that enqueueing is not what is timed.
+        torch.cuda._sleep(20_000_000)
+        events[0].record()
+        for node, event in zip(block, events[1:], strict=True):
+            _run(node, values, weights, device)
+            event.record()
+        torch.cuda.synchronize(device)
+        yield [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_meta(v) for v in value)
+    return value

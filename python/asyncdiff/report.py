@@ -1,0 +1,61 @@
+"""What a partition looks like: a table to read, a dict for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """One component: graph nodes, milliseconds, multiply-accumulates, parameters, extent."""
+
+    nodes: int
+    ms: float
+    macs: int
+    parameters: int
+    first_module: str
+    last_module: str
+
+
+@dataclass(frozen=True)
+class BoundaryReport:
+    """One bundle: ``tail_bytes`` are computed last, so that no compute is left to hide them."""
+
+    source: int
+    target: int
+    bytes: int
+    tensors: int
+    tail_bytes: int
+
+
+@dataclass(frozen=True)
+class PartitionReport:
+    """All components and boundaries. ``source`` says where the milliseconds come from; ``cuts``,
+    given as ``split``, make the same partition again (None for a split by module paths)."""
+
+    components: list[ComponentReport]
+    boundaries: list[BoundaryReport]
+    source: str
+    cuts: tuple[str, ...] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        slowest = max(c.ms for c in self.components)
+        rows = [f"times {self.source}; slowest component {slowest:.3f} ms"]
+        head = f"{'component':>9} {'nodes':>6} {'ms':>9} {'GMACs':>9} {'M params':>9}  from … to"
+        rows.append(head)
+        for i, c in enumerate(self.components):
+            rows.append(
+                f"{i:>9} {c.nodes:>6} {c.ms:>9.3f} {c.macs / 1e9:>9.2f} "
+                f"{c.parameters / 1e6:>9.2f}  {c.first_module} … {c.last_module}"
+            )
+        for b in self.boundaries:
+            rows.append(
+                f"{b.source} -> {b.target}: {b.tensors} tensors, {b.bytes / 2**20:.2f} MiB "
+                f"({b.tail_bytes / 2**20:.2f} MiB at the end)"
+            )
+        return "\n".join(rows)
