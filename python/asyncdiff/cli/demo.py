@@ -38,7 +38,9 @@ def demo(
     if sampler not in SAMPLERS:
         raise typer.BadParameter(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler}")
     opt.writable(out)
-    result = _run(components, stride, warmup, steps, devices, seed, prompt, sampler, time_shift, out)
+    result = _run(
+        components, stride, warmup, steps, devices, seed, prompt, sampler, time_shift, out
+    )
     if as_json:
         console.emit_json(result)
     else:
@@ -63,7 +65,9 @@ def _run(
     from .devices import default_devices, say_if_shared
     from .running import noise, picture, quiet
 
-    ranks = opt.read_devices(devices, components, stride) or default_devices(components + stride - 1)
+    ranks = opt.read_devices(devices, components, stride) or default_devices(
+        components + stride - 1
+    )
     say_if_shared(ranks)
     prompts = prompts or spread(list(demo_model.known_prompts()), PICTURES)
     pipe = demo_model.load(ranks[0], torch.float32, scheduler=sampler)
@@ -129,7 +133,9 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     rows = result["results"]
-    table = Table("prompt", *(f"{n}, ms" for n in ("sequential", "asynchronous")), "PSNR, dB", "SSIM")
+    table = Table(
+        "prompt", *(f"{n}, ms" for n in ("sequential", "asynchronous")), "PSNR, dB", "SSIM"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     keys = ("sequential_ms", "asynchronous_ms", "psnr_db", "ssim")

@@ -44,16 +44,23 @@ def generate(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     opt.writable(out)
-    from .. import compare, parallelize
+    from .. import compare
     from .devices import default_devices, say_if_shared
     from .running import noise, picture, quiet
 
-    ranks = opt.read_devices(devices, components, stride) or default_devices(components + stride - 1)
+    ranks = opt.read_devices(devices, components, stride) or default_devices(
+        components + stride - 1
+    )
     say_if_shared(ranks)
     pipe = load(model, dtype or ("float32" if ranks[0] == "cpu" else "float16"))
     place(pipe, ranks[0])
     quiet(pipe)
-    asked = {"height": height, "width": width, "guidance_scale": guidance, "negative_prompt": negative}
+    asked = {
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance,
+        "negative_prompt": negative,
+    }
     call: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps}
     call |= {k: v for k, v in asked.items() if v is not None}
 
@@ -67,6 +74,8 @@ def generate(
     if with_compare:
         draw("preparing one device")  # the first generation on a device also prepares it
         plain, result["sequential_ms"] = draw("one device")
+    from .. import parallelize
+
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
         time_shift=time_shift,

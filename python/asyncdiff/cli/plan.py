@@ -34,9 +34,11 @@ def plan(
     ] = None,
     boundary: Annotated[
         list[str] | None,
-        typer.Option(help="MiB from component i to j, as 0-1=58; with a tail that cannot overlap, "
-                     "0-1=58/2. May be repeated."),
-    ] = None,  # fmt: skip
+        typer.Option(
+            help="MiB from component i to j, as 0-1=58; with a tail that cannot overlap, "
+            "0-1=58/2. May be repeated."
+        ),
+    ] = None,
     link_gb_per_s: Annotated[
         float, typer.Option(help="GB/s one way between two devices (left out: no time).")
     ] = math.inf,
@@ -100,7 +102,9 @@ def plan(
     if text:
         out.print("\n" + plan_text.to_text(built), markup=False)
     if timeline is not None:
-        note = " (links taken to be free: give --link-gb-per-s)" if math.isinf(link_gb_per_s) else ""
+        note = (
+            " (links taken to be free: give --link-gb-per-s)" if math.isinf(link_gb_per_s) else ""
+        )
         out.print(f"\npredicted{note}:\n{summary(timeline)}", markup=False)
     if png is not None:
         out.print(f"timeline: {png.resolve()}", markup=False)
@@ -135,7 +139,9 @@ def read_times(text: str, components: int) -> tuple[float, ...]:
     return times * components if len(times) == 1 else times
 
 
-def read_boundaries(texts: list[str]) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
+def read_boundaries(
+    texts: list[str],
+) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], int]]:
     """``0-1=58/2`` (MiB, of which the tail) as bytes by pair, and tail bytes. Raises PlanError."""
     sizes: dict[tuple[int, int], int] = {}
     tails: dict[tuple[int, int], int] = {}
