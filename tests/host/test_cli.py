@@ -149,10 +149,10 @@ def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "asyncdiff.demo_model", model)
     monkeypatch.setattr(asyncdiff, "demo_model", model, raising=False)
     monkeypatch.setattr(asyncdiff, "parallelize", parallelize, raising=False)
-    from asyncdiff.cli import devices, generate
-
-    monkeypatch.setattr(generate, "load", lambda name, dtype: pipe)
-    monkeypatch.setattr(devices, "default_devices", lambda ranks: ["cpu"] * ranks)
+    devices = types.ModuleType("asyncdiff.devices")
+    devices.resolve = lambda given, ranks: given or ["cpu"] * ranks
+    monkeypatch.setitem(sys.modules, "asyncdiff.devices", devices)
+    monkeypatch.setattr("asyncdiff.cli.generate.load", lambda name, dtype: pipe)
     seen["pipe"] = pipe
     return seen
 
@@ -225,6 +225,7 @@ def test_plan_of_a_model(run, fake, monkeypatch):
 def test_a_model_that_is_not_there(run, monkeypatch):
     pytest.importorskip("diffusers")
     pytest.importorskip("torch")
+    pytest.importorskip("asyncdiff_core")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = run("generate", "/no/such/model", "-p", "x", "--devices", "cpu")
     assert (code, out) == (2, "") and "cannot load '/no/such/model'" in err

@@ -62,13 +62,10 @@ def _run(
     import torch
 
     from .. import compare, demo_model, parallelize
-    from .devices import default_devices, say_if_shared
+    from .devices import pick
     from .running import noise, picture, quiet
 
-    ranks = opt.read_devices(devices, components, stride) or default_devices(
-        components + stride - 1
-    )
-    say_if_shared(ranks)
+    ranks = pick(devices, components, stride)
     prompts = prompts or spread(list(demo_model.known_prompts()), PICTURES)
     pipe = demo_model.load(ranks[0], torch.float32, scheduler=sampler)
     quiet(pipe)

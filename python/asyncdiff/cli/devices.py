@@ -1,25 +1,25 @@
-"""Which devices a command takes when the user names none."""
+"""Which devices a command takes, checked before a model is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .console import remark
+from .options import read_devices
 
 
-def default_devices(ranks: int) -> list[str]:
-    """GPUs in turn, one a rank where there are enough; else the CPU for every rank."""
-    import torch
+def pick(text: str | None, components: int, stride: int) -> list[str]:
+    """One device a rank, from ``--devices`` or by default (all GPUs in turn, else the CPU).
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{r % gpus}" for r in range(ranks)] if gpus else ["cpu"] * ranks
+    Says so where ranks share a device: that is correct and not faster, and nobody should be left
+    to wonder. Raises DeviceError for devices that do not fit the ranks or this machine.
+    """
+    from ..devices import resolve
 
-
-def say_if_shared(devices: Sequence[str]) -> None:
-    """Ranks that share a device are correct and not faster: nobody should be left to wonder."""
+    ranks = components + stride - 1
+    devices = [str(d) for d in resolve(read_devices(text, ranks), ranks)]
     if len(set(devices)) < len(devices):
         shared = "the CPU" if set(devices) == {"cpu"} else ", ".join(sorted(set(devices)))
         remark(
-            f"{len(devices)} ranks share {shared}: the pictures are those of {len(devices)} "
-            "devices, the times are not"
+            f"{ranks} ranks share {shared}: the pictures are those of {ranks} devices, "
+            "the times are not"
         )
+    return devices

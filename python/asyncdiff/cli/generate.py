@@ -45,13 +45,10 @@ def generate(
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     opt.writable(out)
     from .. import compare
-    from .devices import default_devices, say_if_shared
+    from .devices import pick
     from .running import noise, picture, quiet
 
-    ranks = opt.read_devices(devices, components, stride) or default_devices(
-        components + stride - 1
-    )
-    say_if_shared(ranks)
+    ranks = pick(devices, components, stride)
     pipe = load(model, dtype or ("float32" if ranks[0] == "cpu" else "float16"))
     place(pipe, ranks[0])
     quiet(pipe)

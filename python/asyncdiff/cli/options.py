@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Out = Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")]
 
 
-def read_devices(text: str | None, components: int, stride: int) -> list[str] | None:
+def read_devices(text: str | None, ranks: int) -> list[str] | None:
     """``cuda:0,cuda:1`` as a list; one device alone is taken for every rank. None stays None.
 
     Raises DeviceError for an empty entry.
@@ -41,7 +41,6 @@ def read_devices(text: str | None, components: int, stride: int) -> list[str] | 
     devices = [d.strip() for d in text.split(",")]
     if not all(devices):
         raise DeviceError(f"--devices {text!r} has an empty entry: write cuda:0,cuda:1")
-    ranks = components + stride - 1
     return devices * ranks if len(devices) == 1 else devices
 
 

@@ -1,0 +1,129 @@
+# make demo   set up .venv, build, draw with the shipped model, say where the picture is
+# make test   the same environment; all tests (those for GPUs skip themselves without one)
+# make lint   ruff, mypy, clang-format
+# make cuda   compile all CUDA code with nvcc, where there is one
+# make clean  remove what was built (and .venv)
+#
+# What was done leaves a stamp in .venv/stamps, so that nothing is installed twice. A changed
+# source in csrc builds again; Python sources are used where they lie.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= diffusers,demo,test
+LINTERS ?= ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
+BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
+TESTS := $(wildcard tests/host tests/gpu)
+
+.PHONY: demo test lint cuda clean env
+demo: $(STAMPS)/package
+	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
+
+test: $(STAMPS)/package
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+env: $(STAMPS)/package
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
+		-print0 | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
+
+# A wheel of its own, not the installed package: what users get from pip, with CUDA in it, must
+# also be importable on a machine without a driver.
+cuda: $(STAMPS)/build
+	@if ! command -v nvcc >/dev/null; then
+		echo "make cuda: no nvcc on the PATH, so no CUDA code was compiled."
+		echo "Install the CUDA toolkit 12 or 13 and put its bin folder on the PATH."
+		exit 0
+	fi
+	rm -rf build/cuda
+	ASYNCDIFF_CUDA=on $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
+	$(PIP) install -q --no-deps --no-compile --target build/cuda/site build/cuda/*.whl
+	cd build/cuda && PYTHONPATH=site ../../$(BIN)/python -c "$$CHECK_CUDA"
+
+define CHECK_CUDA
+import asyncdiff_core as core
+assert "build/cuda/site" in core.__file__, core.__file__
+assert core.cuda_built(), "built without CUDA"
+print("CUDA code compiled:", core.build_info())
+endef
+export CHECK_CUDA
+
+clean:
+	rm -rf $(VENV) build dist _skbuild out *.egg-info python/*.egg-info
+	find . -name '*.so' -not -path './.git/*' -delete
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# --- the environment, one stamp a layer
+
+.ONESHELL:
+
+$(STAMPS)/venv:
+	@if ! command -v $(PYTHON) >/dev/null; then
+		echo "Python is missing: install it (Debian, Ubuntu: apt install python3 python3-venv)"; exit 1
+	fi
+	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+		echo "$$($(PYTHON) --version) is too old: asyncdiff needs 3.10 or newer (make PYTHON=...)"; exit 1
+	fi
+	if ! $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then
+		echo "Python's venv is missing: apt install python3-venv"; exit 1
+	fi
+	if ! command -v "$${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
+		echo "A C++ compiler is missing: apt install g++"; exit 1
+	fi
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# Without a GPU, torch's CPU build: it is a tenth of the size. Where pip's own indexes have no such
+# build (PyPI's brings CUDA along), torch's CPU index is asked too.
+$(STAMPS)/torch: $(STAMPS)/venv
+	@index=()
+	version='$(TORCH)'; version="$${version##*=}"
+	if ! nvidia-smi -L >/dev/null 2>&1 &&
+		! $(PIP) index versions torch 2>/dev/null | grep -qF "$$version+cpu"; then
+		index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+	fi
+	echo "installing $(TORCH) $${index[*]}"
+	$(PIP) install -q "$${index[@]}" '$(TORCH)'
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/torch pyproject.toml
+	@$(BIN)/python -c "$$REQUIRES" >$(STAMPS)/requires.txt
+	$(PIP) install -q -r $(STAMPS)/requires.txt
+	touch $@
+
+define REQUIRES
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["build-system"]["requires"], sep="\n")
+endef
+export REQUIRES
+
+# Without build isolation, so that CMake's own folder stays valid and builds only what changed.
+$(STAMPS)/package: $(STAMPS)/build $(BUILD) $(NATIVE)
+	@echo "building and installing asyncdiff[$(EXTRAS)]"
+	$(PIP) install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+$(STAMPS)/lint: $(STAMPS)/package
+	@$(PIP) install -q $(LINTERS)
+	touch $@
