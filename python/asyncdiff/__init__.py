@@ -1,1 +1,48 @@
 """Asynchronous denoising of diffusion models over several GPUs (AsyncDiff, NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import (
+    AsyncDiffError,
+    CaptureError,
+    DeviceError,
+    InputError,
+    PartitionError,
+    PlanError,
+    RankError,
+    SchedulerError,
+)
+
+if TYPE_CHECKING:
+    from .denoiser import AsyncDenoiser
+    from .diffusers import parallelize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncDenoiser",
+    "AsyncDiffError",
+    "CaptureError",
+    "DeviceError",
+    "InputError",
+    "PartitionError",
+    "PlanError",
+    "RankError",
+    "SchedulerError",
+    "errors",
+    "parallelize",
+]
+
+_LAZY = {"AsyncDenoiser": "denoiser", "parallelize": "diffusers"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import: plans and the command line's help do without it.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,120 @@
+"""The published denoisers at their published sizes, from their published configurations.
+
+Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """A denoiser's diffusers class and configuration, and the picture that it is used for.
+
+    ``guidance`` is whether a batch of two conditions is denoised; ``scale`` pixels a latent.
+    """
+
+    key: str
+    title: str
+    cls: str
+    config: dict[str, Any]
+    height: int
+    width: int
+    frames: int | None = None
+
+    def build(self, device: str, dtype: Any) -> Any:
+        """The denoiser with random weights, in eval mode (on "meta": without memory)."""
+        import diffusers
+        import torch
+
+        with torch.device(device):
+            torch.manual_seed(0)
+            module = getattr(diffusers, self.cls)(**self.config)
+        return module.to(device, dtype).eval().requires_grad_(False)
+
+    def inputs(self, module: Any) -> dict[str, Any]:
+        """Keyword arguments of one call at the published size."""
+        from asyncdiff.example_inputs import example_inputs
+
+        return example_inputs(module, height=self.height, width=self.width, frames=self.frames)
+
+
+_SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_SD21: dict[str, Any] = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+_SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+_SVD: dict[str, Any] = {
+    "sample_size": 96,
+    "in_channels": 8,
+    "out_channels": 4,
+    "num_attention_heads": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "num_frames": 25,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 768,
+}
+_ANIMATEDIFF: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "num_attention_heads": 8,
+    "motion_num_attention_heads": 8,
+    "motion_max_seq_length": 32,
+    "use_motion_mid_block": False,
+}
+_SD3: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+_FLUX: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+
+MODELS = {
+    m.key: m
+    for m in (
+        Published("sd15", "SD 1.5, 512²", "UNet2DConditionModel", _SD15, 512, 512),
+        Published("sd21", "SD 2.1, 768²", "UNet2DConditionModel", _SD21, 768, 768),
+        Published("sdxl", "SDXL, 1024²", "UNet2DConditionModel", _SDXL, 1024, 1024),
+        Published(
+            "svd", "SVD-XT, 25 frames 576×1024", "UNetSpatioTemporalConditionModel", _SVD, 576, 1024, 25
+        ),
+        Published("animatediff", "AnimateDiff, 16 frames 512²", "UNetMotionModel", _ANIMATEDIFF, 512, 512, 16),
+        Published("sd3", "SD3 medium, 1024²", "SD3Transformer2DModel", _SD3, 1024, 1024),
+        Published("flux", "FLUX.1-dev, 1024²", "FluxTransformer2DModel", _FLUX, 1024, 1024),
+    )
+}

@@ -1,0 +1,59 @@
+"""Mailbox memory as tensors: the layout of a bundle and views of its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import asyncdiff_core as core
+import numpy as np
+import torch
+
+
+def dense(value: torch.Tensor) -> torch.Tensor:
+    """``value`` itself if its memory has no gaps or overlaps, else a dense copy."""
+    like = torch.empty_like(value)  # preserve_format: dense, and the same order of dimensions
+    return value if same_strides(value, like.stride()) else like.copy_(value)
+
+
+def same_strides(value: torch.Tensor, strides: Sequence[int]) -> bool:
+    """Whether ``value`` lies in memory as ``strides`` say. Strides of dimensions of size 1, and
+    of empty tensors, mean nothing."""
+    if value.numel() == 0:
+        return True
+    pairs = zip(value.shape, value.stride(), strides, strict=True)
+    return all(size == 1 or mine == theirs for size, mine, theirs in pairs)
+
+
+def as_laid_out(value: torch.Tensor, spec: core.TensorSpec) -> torch.Tensor:
+    """``value`` with the strides of ``spec``: itself, or a copy."""
+    if same_strides(value, spec.strides):
+        return value
+    out = torch.empty_strided(spec.shape, spec.strides, dtype=value.dtype, device=value.device)
+    return out.copy_(value)
+
+
+def layout_of(values: Sequence[torch.Tensor]) -> core.Layout:
+    """The layout of a bundle of tensors like ``values``, with their dense strides."""
+    specs = []
+    for value in values:
+        strides = torch.empty_like(value).stride()
+        name = str(value.dtype).removeprefix("torch.")
+        specs.append(core.TensorSpec(name, tuple(value.shape), tuple(strides)))
+    return core.Layout(specs)
+
+
+def views(
+    channel: core.Channel, layout: core.Layout, receiver: int, slot: int, device: torch.device
+) -> list[torch.Tensor]:
+    """The tensors of a bundle in a receiver's slot, without copying."""
+    buffer = channel.slot(receiver, slot)
+    if device.type == "cuda":
+        memory = torch.as_tensor(buffer, device=device)
+    else:
+        memory = torch.from_numpy(np.asarray(buffer))
+    out = []
+    for spec, offset in zip(layout.specs, layout.offsets, strict=True):
+        dtype = getattr(torch, spec.dtype)
+        part = memory[offset : offset + spec.nbytes].view(dtype)
+        out.append(part.as_strided(spec.shape, spec.strides))
+    return out

@@ -1,0 +1,269 @@
+"""One component made ready on its device: its program, its inputs, its CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncdiff_core as core
+import torch
+from torch import fx
+
+from .bundle import as_laid_out, dense
+from .partition import Partition
+
+log = logging.getLogger("asyncdiff")
+
+#: Slots of the bundles that a run reads, by sending component, and of the one that it writes.
+Slots = tuple[tuple[tuple[int, int], ...], int | None]
+
+
+@dataclass
+class Sender:
+    """A component's end of one channel: where the values for one other component go."""
+
+    target: int
+    channel: core.Channel
+    layout: core.Layout
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: list[Any]
+    computed: Any  # events: the last computation is done; the boundary is delivered
+    delivered: Any
+
+
+@dataclass
+class Worker:
+    """A rank's component on its device.
+
+    Not thread-safe; one thread at a time issues its work. ``stream`` computes; ``comm`` pushes the
+    boundary, beside the computation (both None on the CPU).
+    """
+
+    rank: int
+    index: int
+    device: torch.device
+    program: fx.GraphModule
+    inputs: list[int]
+    static: dict[int, torch.Tensor]
+    stream: torch.cuda.Stream | None = None
+    comm: torch.cuda.Stream | None = None
+    senders: list[Sender] = field(default_factory=list)
+    #: (source, slot) -> the bundle's tensors in this rank's mailbox
+    mailbox: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    #: CUDA graphs are used until one cannot be captured.
+    graphs: bool = True
+    _pushes: int = 0
+    _spent: float = 0.0
+    _captured: dict[Slots, _Captured] = field(default_factory=dict)
+    _last: _Captured | None = None
+    _pool: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        partition: Partition,
+        rank: int,
+        index: int,
+        device: torch.device,
+        program: fx.GraphModule,
+        tensors: Sequence[torch.Tensor],
+    ) -> Worker:
+        """A worker whose static inputs have the shapes and dtypes of ``tensors``."""
+        captured = partition.captured
+        inputs = [captured.inputs[n.name] for n in partition.components[index].inputs]
+        with _current(device, None):
+            static = {i: torch.empty_like(tensors[i], device=device) for i in inputs}
+            for i in inputs:
+                static[i].copy_(tensors[i])
+        worker = cls(rank, index, device, program, inputs, static)
+        if device.type == "cuda":
+            worker.stream = torch.cuda.Stream(device)
+            worker.comm = torch.cuda.Stream(device)
+            worker._pool = torch.cuda.graph_pool_handle()
+        else:
+            worker.graphs = False
+        return worker
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the worker's device and compute stream the current ones."""
+        with _current(self.device, self.stream):
+            yield
+
+    def set_input(self, index: int, value: torch.Tensor) -> None:
+        """Copy a denoiser input to this rank, in stream order."""
+        if index in self.static:
+            self.static[index].copy_(value, non_blocking=True)
+
+    def warm_up(
+        self, reads: dict[int, list[torch.Tensor]]
+    ) -> tuple[dict[int, list[torch.Tensor]], list[Any]]:
+        """Run once, without channels, on bundles given by source.
+
+        Returns the bundles by target, with dense values, and the outputs.
+        """
+        sent: dict[int, list[torch.Tensor]] = {}
+
+        def hook(target: int, index: int, value: torch.Tensor) -> None:
+            sent.setdefault(target, []).append(dense(value))
+
+        with torch.no_grad(), self.current():
+            self.program.emit.hook = hook
+            outputs = self.program(*self._arguments(reads))
+        self.synchronize()
+        return sent, outputs
+
+    def prepare(self, slots: Slots) -> None:
+        """Capture the graph for these slots, if it is still missing."""
+        if not self.graphs or slots in self._captured:
+            return
+        try:
+            with torch.no_grad(), self.current():
+                self._captured[slots] = self._capture(slots)
+        except Exception as e:  # whatever the model does that a capture forbids
+            self.graphs = False
+            self._captured.clear()
+            log.warning(
+                "rank %d runs without CUDA graphs, which is slower: %s", self.rank, _reason(e)
+            )
+
+    def run(self, slots: Slots) -> list[Any]:
+        """Issue one run. The outputs are valid until the next run, in order of the stream."""
+        with torch.no_grad(), self.current():
+            if self.graphs:
+                self.prepare(slots)
+            if self.graphs:
+                self._last = self._captured[slots]
+                self._last.graph.replay()
+                return self._last.outputs
+            return self._execute(slots)
+
+    def exposed_ms(self) -> float | None:
+        """How long a run's pushes outlast its computation; None where not measured.
+
+        On CUDA of the last run that was a graph; on the CPU the mean over all runs, which push
+        in the thread that computes. Call when idle.
+        """
+        if self.device.type != "cuda":
+            return self._spent / max(self._pushes, 1) * 1e3
+        if self._last is None or self._last.computed is None:
+            return None
+        return self._last.computed.elapsed_time(self._last.delivered)
+
+    def synchronize(self) -> None:
+        """Wait until all issued work of this rank is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def close(self) -> None:
+        """Drop graphs and mailbox views, so that their memory can be freed. Call when idle."""
+        self._captured.clear()
+        self._last = None
+        self.mailbox.clear()
+        self.senders.clear()
+
+    def _arguments(self, reads: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
+        values = [self.static[i] for i in self.inputs]
+        return values + [v for bundle in reads.values() for v in bundle]
+
+    def _execute(self, slots: Slots) -> list[Any]:
+        read, write = slots
+        reads = {source: self.mailbox[source, slot] for source, slot in read}
+        push = None if write is None or not self.senders else _Push(self, write)
+        self.program.emit.hook = push
+        outputs = self.program(*self._arguments(reads))
+        if push is not None:
+            push.finish()
+        return outputs
+
+    def _capture(self, slots: Slots) -> _Captured:
+        graph = torch.cuda.CUDAGraph()
+        assert self.stream is not None
+        # "thread_local": other threads and devices may work on meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
+            outputs = self._execute(slots)
+        push = self.program.emit.hook
+        events = (push.computed, push.delivered) if isinstance(push, _Push) else (None, None)
+        self.program.emit.hook = None
+        return _Captured(graph, outputs, *events)
+
+
+class _Push:
+    """Pushes boundary values on their own stream, each as soon as it exists."""
+
+    def __init__(self, worker: Worker, slot: int) -> None:
+        self.worker = worker
+        self.slot = slot
+        self.senders = {s.target: s for s in worker.senders}
+        # The pushes read these values beside the computation, which must not reuse their memory.
+        self.held: list[torch.Tensor] = []
+        self.computed = self.delivered = None
+        self.stream = worker.comm
+        started = time.perf_counter()
+        if self.stream is not None:
+            self.stream.wait_stream(worker.stream)
+        for sender in worker.senders:
+            sender.channel.begin(slot, self.stream)
+        self.spent = time.perf_counter() - started
+
+    def __call__(self, target: int, index: int, value: torch.Tensor) -> None:
+        sender = self.senders[target]
+        value = as_laid_out(value, sender.layout.specs[index])
+        self.held.append(value)
+        started = time.perf_counter()
+        if self.stream is not None:
+            self.stream.wait_stream(self.worker.stream)
+        sender.channel.push(index, value, self.slot, self.stream)
+        self.spent += time.perf_counter() - started
+
+    def finish(self) -> None:
+        started = time.perf_counter()
+        self.computed = _mark(self.worker.stream)
+        for sender in self.worker.senders:
+            sender.channel.commit(self.slot, self.stream)
+        if self.stream is not None:
+            self.worker.stream.wait_stream(self.stream)
+        self.delivered = _mark(self.worker.stream)
+        self.held.clear()
+        self.spent += time.perf_counter() - started
+        self.worker._spent += self.spent
+        self.worker._pushes += 1
+
+
+def _mark(stream: torch.cuda.Stream | None) -> Any:
+    """A timing event that is recorded again by every replay of the graph in capture."""
+    if stream is None:
+        return None
+    try:
+        event = torch.cuda.Event(enable_timing=True, external=True)
+    except TypeError:  # torch before 2.7 has no such events: exposed time is then not reported
+        return None
+    event.record(stream)
+    return event
+
+
+@contextlib.contextmanager
+def _current(device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        if stream is None:
+            yield
+        else:
+            with torch.cuda.stream(stream):
+                yield
+
+
+def _reason(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

@@ -1,0 +1,288 @@
+"""A denoiser spread over several ranks: the front of the engine, without diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import devices as device_list
+from .assign import check_split
+from .calls import Call, Role, Signature, parse
+from .capture import capture
+from .cost import link_speed, measure
+from .engine import Engine, check_inputs
+from .errors import InputError, PartitionError
+from .generation import Generation, GenerationReport
+from .partition import Partition, Split, partition
+from .plan import Plan, build, check_numbers
+from .weights import Weights
+
+log = logging.getLogger("asyncdiff")
+
+#: Prepared engines kept, by signature of the inputs. Each holds mailboxes and graphs.
+_KEPT = 4
+
+
+class AsyncDenoiser:
+    """``module`` split into components that run on several devices at once.
+
+    Args:
+        module: a denoiser in eval mode; any module that torch.export can export.
+        example_args, example_kwargs: a call of it. With one, everything is prepared now; without,
+            at the first call.
+        devices: one entry a rank (N + S − 1), which may repeat; None for all GPUs, else the CPU.
+        components, stride, warmup, time_shift: N, S, w and the time shift of the schedule.
+        split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
+            bytes, the same on every machine), one list of module paths for each component, or the
+            ``partition.cuts`` of an earlier run.
+        latents, timestep: names of those arguments, where they are not the usual ones.
+        deadline: seconds after which a rank that waits for another gives up.
+
+    Calls happen inside a generation::
+
+        with denoiser.generation(timesteps):
+            for t in timesteps:
+                noise = denoiser(latents, t, encoder_hidden_states=text)
+                latents = ...
+
+    Generations of several threads run one after another. Weights are taken as they are when a
+    shape is first seen; restore, change and spread again to change them.
+
+    Raises PlanError, PartitionError, DeviceError, CaptureError and InputError, each saying what
+    to change.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example_args: Sequence[Any] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        devices: device_list.Devices = None,
+        components: int = 2,
+        stride: int = 1,
+        warmup: int = 1,
+        split: Split = "auto",
+        time_shift: bool = False,
+        latents: str | None = None,
+        timestep: str | None = None,
+        deadline: float = 10.0,
+    ) -> None:
+        check_numbers(components, stride, warmup)
+        check_split_argument(module, split, components)
+        self.devices = device_list.resolve(devices, components + stride - 1)
+        self.module = module
+        self.components = components
+        self.stride = stride
+        self.warmup = warmup
+        self.split = split
+        self.time_shift = time_shift
+        self._names = {"latents": latents, "timestep": timestep}
+        self._deadline = deadline
+        self._weights = Weights(module)
+        self._engines: OrderedDict[Signature, Engine] = OrderedDict()
+        self._engine: Engine | None = None
+        self._lock = threading.RLock()
+        self._generation: Generation | None = None
+        self._report: GenerationReport | None = None
+        self._bytes_per_ms: float | None = None
+        if any(d != self._weights.home for d in self.devices):
+            self._weights.offload()
+        if example_args or example_kwargs:
+            self.prepare(*example_args, **dict(example_kwargs or {}))
+
+    # ---- preparation -------------------------------------------------------------------------
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which a sampler's tensors belong."""
+        cuda = self.devices[0].type == "cuda"
+        return self._weights.home if cuda == (self._weights.home.type == "cuda") else self.devices[0]
+
+    @property
+    def partition(self) -> Partition:
+        """How the denoiser is split for the inputs seen last."""
+        if self._engine is None:
+            raise InputError("nothing was captured yet: run the denoiser once, or call prepare()")
+        return self._engine.partition
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of a generation with this many steps."""
+        order = self._engine.partition if self._engine else None
+        return build(
+            self.components,
+            self.stride,
+            self.warmup,
+            steps,
+            time_shift=self.time_shift,
+            exchanges=order.exchanges if order else None,
+            exact_order=order.exact_order if order else None,
+        )
+
+    def prepare(self, *args: Any, steps: int | None = None, **kwargs: Any) -> None:
+        """Capture, split and place the denoiser for calls like this one.
+
+        ``steps``: also record the CUDA graphs of a generation with so many steps.
+        """
+        with self._lock:
+            call = self._parse(args, kwargs)
+            self._check(call)
+            engine = self._prepared(call)
+            if steps is not None:
+                engine.prepare(self.plan(steps))
+
+    def _parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        return parse(self.module, args, kwargs, **self._names)
+
+    def _check(self, call: Call) -> None:
+        names = [x.name for x in call.signature.inputs]
+        check_inputs(call.tensors, names, self.devices[0].type == "cuda")
+
+    def _prepared(self, call: Call) -> Engine:
+        engine = self._engines.get(call.signature)
+        if engine is None:
+            engine = self._build(call)
+            while len(self._engines) >= _KEPT:
+                self._engines.popitem(last=False)[1].close()
+            self._engines[call.signature] = engine
+        self._engines.move_to_end(call.signature)
+        self._engine = engine
+        return engine
+
+    def _build(self, call: Call) -> Engine:
+        captured = capture(self.module, call)
+        costs = None
+        if self._bytes_per_ms is None:
+            self._bytes_per_ms = link_speed(self.devices)
+        if self.split == "auto" and self.components > 1:
+            costs = measure(captured, call.tensors, self.devices[0])
+        parts = partition(
+            captured,
+            self.components,
+            self.split,
+            costs=costs,
+            bytes_per_ms=self._bytes_per_ms,
+        )
+        return Engine(parts, self.devices, self._weights, call.tensors, deadline=self._deadline)
+
+    # ---- generations -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def generation(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Generation]:
+        """A generation whose k-th call has ``timesteps[k]`` as the denoiser's timestep argument.
+
+        Raises PlanError where warmup exceeds the number of steps.
+        """
+        with self._lock:
+            self.start(timesteps)
+            assert self._generation is not None
+            try:
+                yield self._generation
+            finally:
+                self.stop()
+
+    def start(self, timesteps: Sequence[Any] | torch.Tensor) -> None:
+        """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`."""
+        check_numbers(self.components, self.stride, self.warmup, len(timesteps))
+        with self._lock:
+            self.stop()
+            self._generation = Generation(torch.as_tensor(timesteps))
+
+    def stop(self) -> None:
+        """Give up the current generation, if one is unfinished."""
+        with self._lock:
+            if self._generation is not None:
+                self._generation.abandon()
+                self._generation = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a generation has steps left."""
+        return self._generation is not None and not self._generation.done
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of the current generation: what ``module(*args, **kwargs)`` returns."""
+        return self.call(self._parse(args, kwargs))
+
+    @property
+    def step(self) -> int:
+        """Index of the next step of the current generation; 0 without one."""
+        return 0 if self._generation is None else self._generation.next_step
+
+    def call(self, call: Call) -> Any:
+        """:meth:`__call__` for a call that was taken apart by :func:`asyncdiff.calls.parse`."""
+        with self._lock:
+            self._check(call)
+            generation = self._generation
+            if generation is None or generation.done:
+                raise InputError(
+                    "no generation has steps left: call the denoiser inside "
+                    "`with denoiser.generation(timesteps):`, once for each timestep"
+                )
+            if generation.engine is None:
+                started = time.perf_counter()
+                engine = self._prepared(call)
+                plan = self.plan(generation.steps)
+                engine.prepare(plan)
+                generation.begin(engine, plan, time.perf_counter() - started)
+            try:
+                result = generation.step(call)
+            except BaseException:
+                self._generation = None
+                raise
+            if generation.done:
+                self._report = generation.report()
+            return result
+
+    def report(self) -> GenerationReport:
+        """What the last finished generation did. Raises InputError if there was none."""
+        if self._report is None:
+            raise InputError("no generation has finished yet: there is nothing to report")
+        return self._report
+
+    def close(self) -> None:
+        """Free the ranks' memory and put the module back on its device."""
+        with self._lock:
+            self.stop()
+            for engine in self._engines.values():
+                engine.close()
+            self._engines.clear()
+            self._engine = None
+            self._weights.restore()
+
+
+def check_split_argument(module: nn.Module, split: Split, components: int) -> None:
+    """Raise PartitionError for a ``split`` that cannot fit the module and the number of parts."""
+    if isinstance(split, str):
+        if split not in ("auto", "estimate"):
+            raise PartitionError(
+                f"split={split!r}: write 'auto', 'estimate', lists of module paths, or cuts"
+            )
+        return
+    entries = list(split)
+    by_cuts = bool(entries) and all(isinstance(s, str) for s in entries)
+    parts = len(entries) + 1 if by_cuts else len(entries)
+    if by_cuts and components == parts - 1:
+        # As many strings as components: a flat list where lists of paths were meant?
+        raise PartitionError(
+            "split is a list with one list of module paths for each component (or "
+            f"{components - 1} cuts), not {len(entries)} strings"
+        )
+    if parts != components:
+        raise PartitionError(f"split has {parts} parts, but components={components}")
+    if not by_cuts:
+        check_split(module, [s if isinstance(s, str) else list(s) for s in entries])
+
+
+def time_value(call: Call) -> torch.Tensor | None:
+    """The timestep argument of a call, if the denoiser has one."""
+    indices = call.indices(Role.TIMESTEP)
+    return call.tensors[indices[0]] if indices else None

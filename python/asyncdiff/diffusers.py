@@ -1,0 +1,245 @@
+"""One call for diffusers pipelines: ``handle = asyncdiff.parallelize(pipe)``.
+
+The pipeline and its denoiser stay the objects that they are; each gets a subclass of its own
+class. The denoiser's forward goes to the engine; the pipeline's call is serialised.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calls import parse
+from .capture import capture
+from .cost import measure as measure_costs
+from .denoiser import AsyncDenoiser, check_split_argument, time_value
+from .devices import Devices
+from .errors import InputError
+from .example_inputs import example_inputs
+from .generation import GenerationReport
+from .partition import Partition, Split, partition
+from .plan import Plan, check_numbers
+from .timesteps import Times, check_scheduler
+
+
+class Handle:
+    """A parallelised pipeline. Keep it to look at what happens, and to undo it."""
+
+    def __init__(self, pipe: Any, module: nn.Module, denoiser: AsyncDenoiser) -> None:
+        self.pipe = pipe
+        self.denoiser = denoiser
+        self._module = module
+        self._times: Times | None = None
+        self._lock = threading.RLock()
+        self._originals = (type(pipe), type(module))
+        module.__class__ = _denoiser_class(type(module))
+        module.__dict__["_asyncdiff"] = self
+        pipe.__class__ = _pipeline_class(type(pipe))
+        pipe.__dict__["_asyncdiff"] = self
+
+    @property
+    def partition(self) -> Partition:
+        """How the denoiser is split for the inputs seen last; InputError before the first run."""
+        return self.denoiser.partition
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of a generation with this many steps."""
+        return self.denoiser.plan(steps)
+
+    def report(self) -> GenerationReport:
+        """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
+        return self.denoiser.report()
+
+    def restore(self) -> None:
+        """Make the pipeline what it was, weights back on their device. Safe to call twice."""
+        with self._lock:
+            if self._module.__dict__.get("_asyncdiff") is not self:
+                return
+            self.pipe.__class__, self._module.__class__ = self._originals
+            del self._module.__dict__["_asyncdiff"], self.pipe.__dict__["_asyncdiff"]
+            self.denoiser.close()
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._lock:
+            call = parse(self.denoiser.module, args, kwargs)
+            time = time_value(call)
+            if time is None:
+                raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
+            scheduler = self.pipe.scheduler
+            new = self._times is None or not self.denoiser.active
+            if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
+                self._times = Times(scheduler, time)
+                self.denoiser.start(self._times.values)
+            assert self._times is not None
+            try:
+                self._times.check(self.denoiser.step, time)
+                result = self.denoiser.call(call)
+                if not self.denoiser.active:
+                    self._times.finish()
+            except BaseException:
+                self.denoiser.stop()
+                raise
+            return result
+
+    def _run(self, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._lock:
+            # Whatever an earlier call left unfinished has nothing to do with this one.
+            self.denoiser.stop()
+            try:
+                return run(self.pipe, *args, **kwargs)
+            finally:
+                self.denoiser.stop()
+
+
+def parallelize(
+    pipe: Any,
+    devices: Devices = None,
+    components: int = 2,
+    stride: int = 1,
+    warmup: int = 1,
+    split: Split = "auto",
+    time_shift: bool = False,
+    *,
+    deadline: float = 10.0,
+) -> Handle:
+    """Run the denoiser of a diffusers pipeline on several devices at once.
+
+    The pipeline is used as before; a new generation is noticed by itself. Preparation (export,
+    measuring, CUDA graphs) happens at the first call with inputs of a new shape.
+
+    Args:
+        pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
+        devices: one entry a rank, components + stride − 1 of them, which may repeat
+            (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``). None takes all GPUs, else the CPU.
+        components: N, the parts that the denoiser is split into.
+        stride: S, the sampler steps that one parallel batch serves.
+        warmup: w ≥ 1, the first steps, run exactly; w = steps gives the pipeline's own result.
+        split: "auto", "estimate", lists of module paths, or cuts; see
+            :class:`asyncdiff.AsyncDenoiser`.
+        time_shift: pass the timestep one index earlier in asynchronous steps.
+        deadline: seconds after which a rank that waits for another gives up.
+
+    Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
+    pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
+    """
+    module = find_denoiser(pipe)
+    if "_asyncdiff" in module.__dict__:
+        raise InputError("this pipeline is parallelised already: call handle.restore() first")
+    if hasattr(module, "_orig_mod"):
+        raise InputError("the denoiser is wrapped by torch.compile: parallelise it before that")
+    if "_hf_hook" in module.__dict__:
+        raise InputError(
+            "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks() and move the "
+            "pipeline to a device first"
+        )
+    scheduler = getattr(pipe, "scheduler", None)
+    if getattr(scheduler, "order", 1) != 1:
+        check_scheduler(scheduler)
+    denoiser = AsyncDenoiser(
+        _twin(module),
+        devices=devices,
+        components=components,
+        stride=stride,
+        warmup=warmup,
+        split=split,
+        time_shift=time_shift,
+        deadline=deadline,
+    )
+    return Handle(pipe, module, denoiser)
+
+
+def find_denoiser(pipe: Any) -> nn.Module:
+    """``pipe.unet`` or ``pipe.transformer``; raises InputError if there is none."""
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise InputError(
+        f"{type(pipe).__name__} has neither .unet nor .transformer: use asyncdiff.AsyncDenoiser on "
+        "its denoiser"
+    )
+
+
+def plan_partition(
+    pipe: Any,
+    components: int,
+    split: Split = "auto",
+    *,
+    device: str | torch.device | None = None,
+    measure: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Partition:
+    """How a pipeline's denoiser would be split, without running the pipeline.
+
+    Inputs are made up from the denoiser's configuration (batch 2, for guidance) for pictures of
+    ``height`` × ``width`` pixels (default: the denoiser's own size). ``measure``: time the nodes
+    on ``device`` (default: there where the denoiser is, unless that is the meta device).
+    """
+    check_numbers(components, 1, 1)
+    module = find_denoiser(pipe)
+    check_split_argument(module, split, components)
+    args = example_inputs(
+        module, height=height, width=width, scale=getattr(pipe, "vae_scale_factor", 1)
+    )
+    call = parse(module, (), args)
+    captured = capture(module, call)
+    home = call.tensors[0].device
+    where = torch.device(device) if device is not None else home
+    costs = None
+    if measure if measure is not None else where.type != "meta" and home.type != "meta":
+        costs = measure_costs(captured, call.tensors, where)
+    return partition(captured, components, split, costs=costs)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The same denoiser as an object of its own class, sharing every weight: what is exported."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
+def _named_like(cls: type, base: type) -> type:
+    # Pipelines are saved, and components compared, by the names of their classes.
+    cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
+    return cls
+
+
+@functools.cache
+def _denoiser_class(base: type) -> type:
+    class Parallel(base):  # type: ignore[misc, valid-type]
+        @functools.wraps(base.forward)  # type: ignore[attr-defined]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__["_asyncdiff"]._forward(args, kwargs)
+
+        @property
+        def device(self) -> torch.device:
+            return self.__dict__["_asyncdiff"].denoiser.home
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            _, dtype, _, _ = torch._C._nn._parse_to(
+                *args, **{k: v for k, v in kwargs.items() if k != "silence_dtype_warnings"}
+            )
+            if dtype is not None and dtype != next(self.parameters()).dtype:
+                raise InputError(
+                    f"the denoiser's weights are spread over its ranks: call handle.restore() "
+                    f"before changing it to {dtype}"
+                )
+            return self  # its components lie on their own devices
+
+    return _named_like(Parallel, base)
+
+
+@functools.cache
+def _pipeline_class(base: type) -> type:
+    class Parallel(base):  # type: ignore[misc, valid-type]
+        @functools.wraps(base.__call__)  # type: ignore[operator]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)  # type: ignore[operator]
+
+    return _named_like(Parallel, base)

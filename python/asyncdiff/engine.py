@@ -1,0 +1,345 @@
+"""Runs plans over the components of one partition: workers, channels, ticks.
+
+An engine belongs to one partition, one list of devices and one signature of inputs. It knows
+nothing of samplers: it is given latents and times for a step, and returns noise predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import asyncdiff_core as core
+import torch
+
+from .bundle import layout_of, views
+from .calls import Role
+from .component import Sender, Slots, Worker
+from .errors import InputError
+from .executor import Crew, Inline, Threads
+from .partition import Partition
+from .plan import Action, Kind, Plan, Tick
+from .weights import Weights
+
+log = logging.getLogger("asyncdiff")
+
+#: The value of the denoiser's timestep argument for a time index of the plan.
+TimeOf = Callable[[int], torch.Tensor | None]
+
+
+class Engine:
+    """Workers and channels for one partition on given devices.
+
+    ``devices`` has one entry a rank: N + S − 1. ``tensors`` are the inputs of a call, in the order
+    of the signature; their values are used for a first run, which fixes how values lie in memory.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        devices: Sequence[torch.device],
+        weights: Weights,
+        tensors: Sequence[torch.Tensor],
+        *,
+        slots: int = 2,
+        deadline: float = 10.0,
+    ) -> None:
+        self.partition = partition
+        self.devices = list(devices)
+        self.slots = slots
+        self.cuda = self.devices[0].type == "cuda"
+        inputs = partition.captured.signature.inputs
+        self._latents = [i for i, x in enumerate(inputs) if x.role is Role.LATENTS]
+        self._times = [i for i, x in enumerate(inputs) if x.role is Role.TIMESTEP]
+        self._conditioning = [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING]
+        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
+        count = len(partition.components)
+
+        def weight(name: str, device: torch.device) -> torch.Tensor:
+            return weights.get(partition.captured, name, device)
+
+        self.workers: list[Worker] = []
+        for rank, device in enumerate(self.devices):
+            index = min(rank, count - 1)
+            # A program holds its emit hook, so every rank has its own; weights are shared.
+            program = partition.program(index, device, weight)
+            self.workers.append(Worker.create(partition, rank, index, device, program, tensors))
+        if self.cuda:
+            self.fabric: core.Fabric = core.CudaFabric(
+                [d.index for d in self.devices], deadline=deadline
+            )
+        else:
+            self.fabric = core.HostFabric(len(self.devices), deadline=deadline)
+        self._connect(self._first_run())
+        self._crew = Crew(
+            Inline() if self.cuda else Threads(len(self.devices)), self.fabric.abort
+        )
+        self._got: dict[tuple[int, int], int] = {}
+        self._freed: dict[tuple[int, int], int] = {}
+        self._clean = True
+
+    # ---- preparation -------------------------------------------------------------------------
+
+    def _first_run(self) -> dict[tuple[int, int], list[torch.Tensor]]:
+        """Run an exact step, one component after another; returns all bundles by (from, to)."""
+        boundaries = self.partition.boundaries
+        bundles: dict[tuple[int, int], list[torch.Tensor]] = {}
+        count = len(self.partition.components)
+        copies = range(count, len(self.workers))
+        for rank in [*self.partition.exact_order, *copies]:
+            worker = self.workers[rank]
+            reads = {}
+            for boundary in self.partition.components[worker.index].reads:
+                values = bundles.get((boundary.source, boundary.target))
+                if values is None:  # the first run in a circle lacks what comes later
+                    values = [torch.zeros_like(v.meta["val"], device="cpu") for v in boundary.values]
+                reads[boundary.source] = [v.to(worker.device) for v in values]
+            sent, _ = worker.warm_up(reads)
+            if rank < count:
+                bundles.update({(worker.index, target): v for target, v in sent.items()})
+        assert set(bundles) == set(boundaries)
+        return bundles
+
+    def _connect(self, bundles: dict[tuple[int, int], list[torch.Tensor]]) -> None:
+        count = len(self.partition.components)
+        self.bundle_bytes: dict[tuple[int, int], int] = {}
+        for (i, j), values in bundles.items():
+            layout = layout_of(values)
+            self.bundle_bytes[i, j] = sum(spec.nbytes for spec in layout.specs)
+            receivers = [r for r, w in enumerate(self.workers) if w.index == j]
+            channel = self.fabric.channel(
+                i, receivers, layout, slots=self.slots, name=f"component {i} to {j}"
+            )
+            self.workers[i].senders.append(Sender(j, channel, layout))
+            for r in receivers:
+                for slot in range(self.slots):
+                    self.workers[r].mailbox[i, slot] = views(
+                        channel, layout, r, slot, self.workers[r].device
+                    )
+        self._channels = {
+            (w.index, s.target): s.channel for w in self.workers[:count] for s in w.senders
+        }
+
+    def prepare(self, plan: Plan) -> None:
+        """Capture every CUDA graph that ``plan`` will replay."""
+        if not self.cuda:
+            return
+        for tick in plan.ticks:
+            for action in tick.runs:
+                self.workers[action.rank].prepare(self._slots(action))
+
+    def _slots(self, action: Action) -> Slots:
+        reads = tuple((source, max(ordinal, 0) % self.slots) for source, ordinal in action.reads)
+        return reads, None if action.put is None else action.put % self.slots
+
+    # ---- a generation ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a generation: empty channels, nothing in flight."""
+        if not self._clean:
+            self.abandon()
+        self.fabric.reset()
+        self._got.clear()
+        self._freed.clear()
+        self._seen.clear()
+        self._clean = False
+
+    def tick(
+        self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
+    ) -> dict[int, list[Any]]:
+        """Issue one tick at the latents in ``tensors``; the noise predictions by step.
+
+        On CUDA the results are ready in order of the current stream of the latents' device.
+        """
+        try:
+            return self._tick(tick, tensors, time_of)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _tick(
+        self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
+    ) -> dict[int, list[Any]]:
+        self._crew.check()
+        self.fabric.check()
+        fresh = self._changed_conditioning(tensors)
+        if not self.cuda:
+            # The ranks' threads may still read these after the caller went on to change them.
+            tensors = [t.clone() if i in self._latents else t for i, t in enumerate(tensors)]
+        ready = self._record(tensors)
+        done: dict[int, Future[Any]] = {}
+        started: set[int] = set()
+        for action in tick.actions:
+            if action.kind is Kind.RUN:
+                first = action.rank not in started
+                started.add(action.rank)
+                work = self._run_work(action, tensors, time_of, fresh, ready if first else None)
+            else:
+                work = self._channel_work(action)
+            future = self._crew.submit(action.rank, work)
+            if action.step is not None:
+                done[action.step] = future
+        if fresh:  # ranks that did not run in this tick need the new conditioning too
+            for rank in set(range(len(self.workers))) - started:
+                self._crew.submit(rank, self._input_work(rank, tensors, fresh, ready))
+        results = {}
+        for step, future in done.items():
+            if future.exception() is not None:
+                self._crew.check(wait=True)
+            results[step] = future.result()
+        self._crew.check()
+        return results
+
+    def finish(self) -> None:
+        """Wait for the generation's last work and raise what went wrong."""
+        try:
+            self._crew.check(wait=True)
+            self.synchronize()
+            self.fabric.check()
+        except BaseException:
+            self.abandon()
+            raise
+        self._clean = True
+
+    def abandon(self) -> None:
+        """Stop a generation in the middle: wait until all ranks are idle, empty the channels."""
+        if not self._clean:
+            self.fabric.abort(0, "the generation was abandoned")
+        self._crew.settle()
+        with contextlib.suppress(Exception):  # an error of the device shows again in its next use
+            self.synchronize()
+        self.fabric.reset()
+        self._clean = True
+
+    def synchronize(self) -> None:
+        """Wait until all ranks are idle."""
+        for worker in self.workers:
+            worker.synchronize()
+
+    def exposed_ms(self) -> float | None:
+        """By how long pushes outlast computation in a tick, worst rank; None if not measured."""
+        values = [w.exposed_ms() for w in self.workers if w.senders]
+        known = [v for v in values if v is not None]
+        return max(known) if known else (0.0 if not values else None)
+
+    def close(self) -> None:
+        """Free threads, mailboxes and graphs."""
+        self._crew.close()
+        self.synchronize()
+        for worker in self.workers:
+            worker.close()
+        self._channels.clear()
+        self.fabric.close()
+
+    # ---- pieces of work ----------------------------------------------------------------------
+
+    def _run_work(
+        self,
+        action: Action,
+        tensors: Sequence[torch.Tensor],
+        time_of: TimeOf,
+        fresh: Sequence[int],
+        ready: Any,
+    ) -> Callable[[], Any]:
+        worker = self.workers[action.rank]
+        slots = self._slots(action)
+        assert action.time is not None
+        time = time_of(action.time)
+        home = tensors[self._latents[0]].device
+
+        def work() -> Any:
+            with worker.current():
+                if ready is not None:
+                    worker.stream.wait_event(ready) if worker.stream else None
+                for i in (*self._latents, *fresh):
+                    worker.set_input(i, tensors[i])
+                if time is not None:
+                    for i in self._times:
+                        worker.set_input(i, time)
+            outputs = worker.run(slots)
+            return None if action.step is None else self._deliver(worker, outputs, home)
+
+        return work
+
+    def _input_work(
+        self, rank: int, tensors: Sequence[torch.Tensor], fresh: Sequence[int], ready: Any
+    ) -> Callable[[], None]:
+        worker = self.workers[rank]
+
+        def work() -> None:
+            with worker.current():
+                if ready is not None and worker.stream is not None:
+                    worker.stream.wait_event(ready)
+                for i in fresh:
+                    worker.set_input(i, tensors[i])
+
+        return work
+
+    def _channel_work(self, action: Action) -> Callable[[], None]:
+        worker = self.workers[action.rank]
+        channel = self._channels[action.component, worker.index]
+        counts = self._got if action.kind is Kind.GET else self._freed
+        key = (action.rank, action.component)
+        slot = counts.get(key, 0) % self.slots
+        counts[key] = counts.get(key, 0) + 1
+        operation = channel.get if action.kind is Kind.GET else channel.release
+
+        return lambda: operation(action.rank, slot, worker.stream)
+
+    def _deliver(self, worker: Worker, outputs: list[Any], home: torch.device) -> list[Any]:
+        """The outputs as new tensors on ``home``, ready in order of its current stream."""
+        if worker.stream is None:
+            return outputs
+        with torch.cuda.device(home):
+            main = torch.cuda.current_stream(home)
+            out = [torch.empty_like(o, device=home) if _tensor(o) else o for o in outputs]
+        with worker.current():
+            # The memory of ``out`` may still be in use by earlier work of the main stream.
+            worker.stream.wait_stream(main)
+            for new, old in zip(out, outputs, strict=True):
+                if _tensor(old):
+                    new.copy_(old, non_blocking=True)
+        main.wait_stream(worker.stream)
+        return out
+
+    def _record(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """An event after which the inputs are there."""
+        if not self.cuda:
+            return None
+        home = tensors[self._latents[0]].device
+        with torch.cuda.device(home):
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(home))
+        return event
+
+    def _changed_conditioning(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Conditioning that is not what the ranks hold. A tensor is known by itself and its
+        version, so that a generation copies its embeddings once."""
+        changed = []
+        for i in self._conditioning:
+            tensor, seen = tensors[i], self._seen.get(i)
+            # A tensor made in inference mode has no version: it is copied every time.
+            version = -1 if tensor.is_inference() else tensor._version
+            if seen is None or version < 0 or seen[0] is not tensor or seen[1] != version:
+                changed.append(i)
+                self._seen[i] = (tensor, version)
+        return changed
+
+
+def _tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def check_inputs(tensors: Sequence[torch.Tensor], names: Sequence[str], cuda: bool) -> None:
+    """Raise InputError for tensors on a kind of device that the ranks cannot read."""
+    for name, tensor in zip(names, tensors, strict=True):
+        wrong = tensor.device.type != ("cuda" if cuda else "cpu")
+        if wrong and not (cuda and tensor.device.type == "cpu" and tensor.dim() == 0):
+            where = "a GPU" if cuda else "the CPU"
+            raise InputError(
+                f"{name} is on {tensor.device}, but the ranks run on {where}: move the pipeline "
+                f"there first (pipe.to({'cuda' if cuda else 'cpu'!r})), or choose other devices"
+            )

@@ -1,0 +1,163 @@
+"""One generation: its place in the plan, noise predictions held for later steps, its report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .calls import Call, Role, Signature
+from .engine import Engine
+from .errors import InputError, SchedulerError
+from .plan import Plan, Tick
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What a generation did.
+
+    Milliseconds are wall time from the first step's call to the end of the last step's
+    computation, without preparation. ``exchange_bytes`` is all that ranks sent to others,
+    ``exposed_ms`` the part of the exchange that computation did not hide (None if not measured).
+    """
+
+    components: int
+    stride: int
+    warmup: int
+    devices: list[str]
+    steps: int
+    ticks: int
+    total_ms: float
+    prepare_s: float
+    exchange_bytes: int
+    exchange_bytes_per_tick: int
+    exposed_ms: float | None
+    exposed_ms_per_tick: float | None
+    cuda_graphs: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        exposed = "not measured" if self.exposed_ms is None else f"{self.exposed_ms:.2f} ms"
+        return (
+            f"{self.steps} steps in {self.ticks} ticks on {len(self.devices)} ranks "
+            f"({', '.join(self.devices)}): {self.total_ms:.1f} ms, "
+            f"{self.total_ms / self.steps:.2f} ms a step; "
+            f"exchanged {self.exchange_bytes / 2**20:.1f} MiB "
+            f"({self.exchange_bytes_per_tick / 2**20:.2f} MiB a tick), exposed {exposed}; "
+            f"prepared in {self.prepare_s:.1f} s"
+        )
+
+
+class Generation:
+    """Serves the steps of one generation, in order, from the ticks of a plan."""
+
+    def __init__(self, timesteps: torch.Tensor) -> None:
+        self.timesteps = timesteps
+        self.steps = len(timesteps)
+        self.engine: Engine | None = None
+        self.next_step = 0
+        self._held: dict[int, list[Any]] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was served."""
+        return self.next_step >= self.steps
+
+    def begin(self, engine: Engine, plan: Plan, prepare_s: float) -> None:
+        """Take the engine for this generation."""
+        self.engine = engine
+        self.plan = plan
+        self._ticks: dict[int, Tick] = {step: t for t in plan.ticks for step in t.serves}
+        self._prepare_s = prepare_s
+        engine.begin()
+        self._started = time.perf_counter()
+
+    def step(self, call: Call) -> Any:
+        """The denoiser's result for the next step."""
+        assert self.engine is not None
+        captured = self.engine.partition.captured
+        if call.signature != captured.signature:
+            self.abandon()
+            raise InputError(
+                f"the inputs changed in step {self.next_step} of a generation: "
+                f"{_difference(captured.signature, call.signature)}. Shapes, dtypes and options "
+                "may change between generations only"
+            )
+        step = self.next_step
+        if step not in self._held:
+            self._held = self.engine.tick(
+                self._ticks[step], call.tensors, lambda index: self._time(index, call)
+            )
+        leaves = self._held.pop(step)
+        self.next_step += 1
+        if self.done:
+            self.engine.finish()
+            self._total_ms = (time.perf_counter() - self._started) * 1e3
+        return captured.unflatten(leaves)
+
+    def abandon(self) -> None:
+        """Give up what is left."""
+        if self.engine is not None and not self.done:
+            self.engine.abandon()
+        self.next_step = self.steps
+
+    def _time(self, index: int, call: Call) -> torch.Tensor | None:
+        where = call.indices(Role.TIMESTEP)
+        if not where:
+            return None
+        now = call.tensors[where[0]]
+        if index == self.next_step:
+            return now
+        if index >= len(self.timesteps):
+            raise SchedulerError(f"time {index} lies past the last of {self.steps} timesteps")
+        return self.timesteps[index].to(now.dtype).expand(now.shape)
+
+    def report(self) -> GenerationReport:
+        """What this generation did; call it once it is done."""
+        assert self.engine is not None
+        engine, plan = self.engine, self.plan
+        sent = [self._sent(tick) for tick in plan.ticks]
+        steady = [b for tick, b in zip(plan.ticks, sent, strict=True) if not tick.exact]
+        exposed = engine.exposed_ms()
+        return GenerationReport(
+            components=plan.components,
+            stride=plan.stride,
+            warmup=plan.warmup,
+            devices=[str(d) for d in engine.devices],
+            steps=plan.steps,
+            ticks=len(plan.ticks),
+            total_ms=self._total_ms,
+            prepare_s=self._prepare_s,
+            exchange_bytes=sum(sent),
+            exchange_bytes_per_tick=max(steady, default=0),
+            exposed_ms=None if exposed is None else exposed * len(plan.ticks),
+            exposed_ms_per_tick=exposed,
+            cuda_graphs=all(w.graphs for w in engine.workers),
+        )
+
+    def _sent(self, tick: Tick) -> int:
+        assert self.engine is not None
+        total = 0
+        for run in tick.runs:
+            if run.put is not None:
+                for (source, target), nbytes in self.engine.bundle_bytes.items():
+                    if source == run.component:
+                        total += nbytes * len(self.plan.ranks_of(target))
+        return total
+
+
+def _difference(old: Signature, new: Signature) -> str:
+    before = {x.name: (x.shape, x.dtype) for x in old.inputs}
+    for x in new.inputs:
+        if before.get(x.name) != (x.shape, x.dtype):
+            was = before.get(x.name)
+            then = f"{was[0]} {was[1]}" if was else "not a tensor"
+            return f"{x.name} was {then}, is {x.shape} {x.dtype}"
+    options = dict(old.constants)
+    changed = [n for n, v in new.constants if n not in options or options[n] != v]
+    return f"option {changed[0]} changed" if changed else "other arguments are given"

@@ -1,0 +1,45 @@
+"""Weights by device: each tensor at most once on a device, for as long as a component uses it."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import nn
+
+from .capture import Captured
+
+
+class Weights:
+    """Brings a denoiser's weights to the devices of its components."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        #: Where the module lay before its weights were spread.
+        self.home = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._copies: weakref.WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = (
+            weakref.WeakValueDictionary()
+        )
+        self._offloaded = False
+
+    def offload(self) -> None:
+        """Move the module's own copy to host memory, so that a device holds its component only."""
+        if self.home.type == "cuda" and not self._offloaded:
+            nn.Module.to(self.module, "cpu")
+            self._offloaded = True
+
+    def restore(self) -> None:
+        """Put the module back where it was."""
+        if self._offloaded:
+            nn.Module.to(self.module, self.home)
+            self._offloaded = False
+
+    def get(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
+        """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
+        weight = captured.weights[name]
+        key = (id(weight), device)
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = weight.detach().to(device)
+            self._copies[key] = copy
+        return copy
