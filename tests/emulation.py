@@ -1,0 +1,132 @@
+"""The published algorithm, written as plainly as it can be: one device, no plan, no channels.
+
+An independent oracle: it evaluates the captured graph node by node, and knows of a partition only
+which component owns which node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from asyncdiff.assign import Owners
+from asyncdiff.calls import Call, Role
+from asyncdiff.capture import Captured
+from asyncdiff.program import resolve
+from torch import fx
+
+Values = dict[fx.Node, Any]
+Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def evaluate(
+    captured: Captured,
+    owners: Owners,
+    component: int | None,
+    call: Call,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    stale: Values,
+) -> tuple[torch.Tensor, Values]:
+    """The first output and all values as ``component`` sees them: values that others own come
+    from ``stale``. ``component=None`` computes everything."""
+    inputs = captured.signature.inputs
+    values: Values = {}
+
+    def value(node: fx.Node) -> Any:
+        if node in values:
+            return values[node]
+        owner = owners.get(node)
+        if component is not None and owner is not None and owner != component:
+            return stale[node]
+        if node.op == "placeholder":
+            if node.name in captured.weights:
+                return captured.weights[node.name]
+            index = captured.inputs[node.name]
+            role = inputs[index].role
+            if role is Role.LATENTS:
+                return latents
+            return time if role is Role.TIMESTEP else call.tensors[index]
+        args, kwargs = resolve(node, value, torch.device("cpu"))
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[node]
+
+    return value(captured.outputs[0]), values
+
+
+def generate(
+    captured: Captured,
+    owners: Owners,
+    components: int,
+    stride: int,
+    warmup: int,
+    times: list[torch.Tensor],
+    call: Call,
+    latents: torch.Tensor,
+    step: Step,
+    time_shift: bool = False,
+) -> torch.Tensor:
+    """The final latents; ``step(latents, noise, k)`` is the sampler."""
+    stale: Values = {}
+    steps, shift = len(times), 1 if time_shift else 0
+    for k in range(warmup):
+        noise, stale = evaluate(captured, owners, None, call, latents, times[k], {})
+        latents = step(latents, noise, k)
+    k = warmup
+    while k < steps:
+        lead = k + stride - 1 if k + stride - 1 <= steps - 1 else k
+        fresh: Values = {}
+        noises = {}
+        for c in range(components):
+            out, values = _component(
+                captured, owners, c, components, call, latents, times[lead - shift], stale
+            )
+            fresh |= {n: v for n, v in values.items() if owners.get(n) == c}
+            if c == components - 1:
+                noises[k + stride - 1] = out
+        for o in range(stride - 1):
+            if k + o < steps:
+                noises[k + o], _ = evaluate(
+                    captured, owners, components - 1, call, latents, times[k + o - shift], stale
+                )
+        for j in range(k, min(k + stride, steps)):
+            latents = step(latents, noises[j], j)
+        stale = fresh
+        k += stride
+    return latents
+
+
+def _component(
+    captured: Captured,
+    owners: Owners,
+    component: int,
+    components: int,
+    call: Call,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    stale: Values,
+) -> tuple[torch.Tensor | None, Values]:
+    """What a component computes: for the last one the output, for others all that they own."""
+    if component == components - 1:
+        out, values = evaluate(captured, owners, component, call, latents, time, stale)
+    else:
+        out, values = None, {}
+    for node in captured.nodes:
+        if owners.get(node) == component and node not in values:
+            single = _Single(captured, node)
+            _, more = evaluate(single, owners, component, call, latents, time, stale)  # type: ignore[arg-type]
+            values |= more
+    return out, values
+
+
+class _Single:
+    """A captured denoiser of which one node is the output."""
+
+    def __init__(self, captured: Captured, node: fx.Node) -> None:
+        self.signature, self.weights, self.inputs = (
+            captured.signature,
+            captured.weights,
+            captured.inputs,
+        )
+        self.outputs = [node]
