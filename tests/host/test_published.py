@@ -9,7 +9,7 @@ from asyncdiff.capture import capture
 from asyncdiff.cost import estimate
 from asyncdiff.partition import partition
 
-from benchmarks.denoise.models import MODELS
+from denoise.models import MODELS
 
 #: Billions of parameters, as published.
 SIZES = {

@@ -1,0 +1,45 @@
+"""The exchange engine: fabrics, channels, slots. Knows nothing of diffusion.
+
+    from asyncdiff_core import HostFabric, Layout, TensorSpec
+
+    fabric = HostFabric(2)
+    channel = fabric.channel(0, [1], Layout([TensorSpec("float32", (4, 8))]))
+    channel.put([array], slot=0)        # rank 0's thread
+    channel.get(1, slot=0)              # rank 1's thread; then read channel.slot(1, 0)
+    channel.release(1, slot=0)
+
+CudaFabric does the same between GPUs, on streams and inside CUDA graphs.
+"""
+
+from ._core import Buffer, Layout, TensorSpec, build_info, cuda_built, cuda_devices
+from .channel import Channel
+from .errors import (
+    Aborted,
+    CoreError,
+    CudaError,
+    DeviceError,
+    ExchangeTimeout,
+    InvalidArgument,
+    SlotOrderError,
+)
+from .fabric import CudaFabric, Fabric, HostFabric
+
+__all__ = [
+    "Aborted",
+    "Buffer",
+    "Channel",
+    "CoreError",
+    "CudaError",
+    "CudaFabric",
+    "DeviceError",
+    "ExchangeTimeout",
+    "Fabric",
+    "HostFabric",
+    "InvalidArgument",
+    "Layout",
+    "SlotOrderError",
+    "TensorSpec",
+    "build_info",
+    "cuda_built",
+    "cuda_devices",
+]

@@ -1,0 +1,74 @@
+"""What an array of another library is: pointer, element type, shape, strides, device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from .errors import InvalidArgument
+
+
+class Array(NamedTuple):
+    """``strides`` in elements; ``device`` a CUDA device index, None on the host, or -1 for a GPU
+    that the array's interface does not name."""
+
+    pointer: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: int | None
+
+
+def describe(array: Any) -> Array:
+    """Look at a torch, CuPy or NumPy array without copying it; raises InvalidArgument."""
+    # Torch first, and by its own names: its array interface knows no bfloat16.
+    if hasattr(array, "data_ptr") and hasattr(array, "element_size"):
+        return _torch(array)
+    for name, device in (("__cuda_array_interface__", -1), ("__array_interface__", None)):
+        interface = getattr(array, name, None)
+        if interface is not None:
+            return _interface(interface, device)
+    raise InvalidArgument(
+        f"{type(array).__name__} is no array: give a torch tensor or an object with "
+        "__cuda_array_interface__ or __array_interface__ (CuPy, NumPy)"
+    )
+
+
+def _torch(tensor: Any) -> Array:
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda"):
+        raise InvalidArgument(f"a tensor on {tensor.device} cannot be exchanged")
+    return Array(
+        tensor.data_ptr(),
+        str(tensor.dtype).removeprefix("torch."),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.device.index if kind == "cuda" else None,
+    )
+
+
+def _interface(interface: dict[str, Any], device: int | None) -> Array:
+    dtype, itemsize = _typestr(interface["typestr"])
+    shape = tuple(interface["shape"])
+    given = interface.get("strides")
+    if given is None:
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.append(step)
+            step *= max(size, 1)
+        strides.reverse()
+    else:
+        if any(s % itemsize for s in given):
+            raise InvalidArgument(f"strides {tuple(given)} are no multiples of the element size")
+        strides = [s // itemsize for s in given]
+    return Array(interface["data"][0], dtype, shape, tuple(strides), device)
+
+
+@cache
+def _typestr(text: str) -> tuple[str, int]:
+    kinds = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex"}
+    order, kind, size = text[0], text[1], text[2:]
+    if order == ">" or kind not in kinds or not size.isdigit():
+        raise InvalidArgument(f"element type {text!r} cannot be exchanged")
+    bits = "" if kind == "b" else str(int(size) * 8)
+    return kinds[kind] + bits, int(size)

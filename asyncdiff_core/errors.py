@@ -1,0 +1,66 @@
+"""Every error that asyncdiff_core raises on purpose. All derive from :class:`CoreError`."""
+
+from __future__ import annotations
+
+
+class CoreError(Exception):
+    """Base class of all errors of asyncdiff_core."""
+
+
+class InvalidArgument(CoreError, ValueError):
+    """An argument that cannot be meant: a shape, a rank, a slot outside its range."""
+
+
+class DeviceError(CoreError, RuntimeError):
+    """A device that does not exist, or cannot do what is needed."""
+
+
+class CudaError(CoreError, RuntimeError):
+    """A call of the CUDA runtime failed."""
+
+
+class Aborted(CoreError, RuntimeError):
+    """A rank aborted the fabric. ``rank`` says which (-1: unknown)."""
+
+    def __init__(self, message: str, rank: int = -1) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class IncidentError(CoreError, RuntimeError):
+    """An operation of a rank on a channel went wrong.
+
+    ``rank`` did ``operation`` ("begin", "commit", "get", "release", "push") on ``slot`` of
+    ``channel``; ``expected`` and ``seen`` are what it counted.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int,
+        channel: str,
+        slot: int,
+        expected: int,
+        seen: int,
+        operation: str,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.channel = channel
+        self.slot = slot
+        self.expected = expected
+        self.seen = seen
+        self.operation = operation
+
+
+class ExchangeTimeout(IncidentError):
+    """A wait passed its deadline: ``expected`` and ``seen`` are epochs, ``peer`` was waited for."""
+
+    def __init__(self, message: str, *, peer: int, **incident: object) -> None:
+        super().__init__(message, **incident)  # type: ignore[arg-type]
+        self.peer = peer
+
+
+class SlotOrderError(IncidentError):
+    """A slot was named out of turn: ``expected`` is the right slot, ``seen`` the bundles so far."""

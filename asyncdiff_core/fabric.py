@@ -1,0 +1,106 @@
+"""Ranks, how they reach each other's memory, and how a failure of one stops the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import _core
+from ._core import Layout
+from .channel import Channel
+from .errors import DeviceError
+
+
+class Fabric:
+    """Base class of :class:`HostFabric` and :class:`CudaFabric`."""
+
+    def __init__(self, native: _core.Fabric, devices: Sequence[int] | None) -> None:
+        self._native = native
+        self._devices = None if devices is None else tuple(devices)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return self._native.ranks
+
+    @property
+    def kind(self) -> str:
+        """ "host" or "cuda"."""
+        return self._native.kind
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that a wait may last."""
+        return self._native.deadline
+
+    def links(self) -> dict[tuple[int, int], str]:
+        """How the first rank of a pair writes memory of the second.
+
+        "memory" (the same memory), "peer" (device to device) or "staged" (pinned host memory).
+        """
+        return self._native.links()
+
+    def link_reasons(self) -> dict[tuple[int, int], str]:
+        """Why a link is staged."""
+        return self._native.link_reasons()
+
+    def channel(
+        self,
+        sender: int,
+        receivers: Sequence[int],
+        layout: Layout,
+        *,
+        slots: int = 2,
+        name: str = "",
+    ) -> Channel:
+        """A new channel, with mailbox memory of ``slots`` bundles for each receiver.
+
+        Raises InvalidArgument for ranks that do not exist, CudaError if memory is short.
+        """
+        native = self._native.channel(sender, list(receivers), layout, slots, name)
+        return Channel(native, self._devices)
+
+    def abort(self, rank: int, reason: str) -> None:
+        """End all waits, now and later, until :meth:`reset`; the others get Aborted."""
+        self._native.abort(rank, reason)
+
+    def check(self) -> None:
+        """Raise the first failure since the last reset, if there was one. Does not synchronize."""
+        self._native.check()
+
+    def reset(self) -> None:
+        """Empty all channels and forget failures. Nothing may be in flight."""
+        self._native.reset()
+
+    def close(self) -> None:
+        """End the fabric. Nothing may be in flight; mailbox memory lives while somebody holds it."""
+        self._native.close()
+
+
+class HostFabric(Fabric):
+    """The threads of one process. ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10)."""
+
+    def __init__(self, ranks: int, *, deadline: float | None = None) -> None:
+        super().__init__(_core.HostFabric(ranks, deadline), None)
+
+
+class CudaFabric(Fabric):
+    """GPUs of one process: ``devices[r]`` is the CUDA device index of rank r, and may repeat.
+
+    ``transport`` is "auto" (peer access where a write and a read-back prove it, else pinned host
+    memory), "peer" (raises DeviceError where that does not work) or "staged"; None takes
+    ASYNCDIFF_TRANSPORT, else "auto". Raises DeviceError for devices that do not exist.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[int],
+        *,
+        deadline: float | None = None,
+        transport: str | None = None,
+    ) -> None:
+        if not _core.cuda_built():
+            raise DeviceError(
+                "asyncdiff_core was built without CUDA: install nvcc and reinstall with "
+                "ASYNCDIFF_CUDA=on"
+            )
+        super().__init__(_core.CudaFabric(list(devices), deadline, transport), devices)

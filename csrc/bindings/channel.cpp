@@ -1,0 +1,38 @@
+// Streams and data come as integers; the Python class Channel checks tensors and gives pointers.
+#include "asyncdiff/channel.hpp"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bindings.hpp"
+
+namespace py = pybind11;
+
+namespace asyncdiff::bindings {
+
+void register_channel(py::module_& m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;  // host channels block
+  py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
+      .def_property_readonly("name", &Channel::name)
+      .def_property_readonly("sender", &Channel::sender)
+      .def_property_readonly("receivers",
+                             [](const Channel& c) { return py::tuple(py::cast(c.receivers())); })
+      .def_property_readonly("layout", &Channel::layout, py::return_value_policy::copy)
+      .def_property_readonly("slots", &Channel::slots)
+      .def("slot", &Channel::slot, py::arg("receiver"), py::arg("slot"))
+      .def("begin", &Channel::begin, py::arg("slot"), py::arg("stream"), Unlocked())
+      .def(
+          "push",
+          [](Channel& c, std::size_t index, std::uintptr_t data, int slot, Stream stream) {
+            c.push(index, reinterpret_cast<const void*>(data), slot, stream);
+          },
+          py::arg("index"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
+      .def("commit", &Channel::commit, py::arg("slot"), py::arg("stream"), Unlocked())
+      .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
+           Unlocked())
+      .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
+           Unlocked());
+}
+
+}  // namespace asyncdiff::bindings

@@ -1,0 +1,62 @@
+#include "asyncdiff/fabric.hpp"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "asyncdiff/env.hpp"
+#include "asyncdiff/host_fabric.hpp"
+#include "bindings.hpp"
+#ifdef ASYNCDIFF_WITH_CUDA
+#include "asyncdiff/cuda_fabric.hpp"
+#endif
+
+namespace py = pybind11;
+
+namespace asyncdiff::bindings {
+
+namespace {
+
+double deadline_or_default(const std::optional<double>& seconds) {
+  return seconds ? *seconds : env::deadline();
+}
+
+}  // namespace
+
+void register_fabric(py::module_& m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<Fabric, std::shared_ptr<Fabric>>(m, "Fabric")
+      .def_property_readonly("ranks", &Fabric::ranks)
+      .def_property_readonly("kind", &Fabric::kind)
+      .def_property_readonly("deadline", &Fabric::deadline)
+      .def("links", &Fabric::links)
+      .def("link_reasons", &Fabric::link_reasons)
+      .def("channel", &Fabric::channel, py::arg("sender"), py::arg("receivers"), py::arg("layout"),
+           py::arg("slots"), py::arg("name"), Unlocked())
+      .def("abort", &Fabric::abort, py::arg("rank"), py::arg("reason"), Unlocked())
+      .def("check", &Fabric::check, Unlocked())
+      .def("reset", &Fabric::reset, Unlocked())
+      .def("close", &Fabric::close, Unlocked());
+
+  py::class_<HostFabric, Fabric, std::shared_ptr<HostFabric>>(m, "HostFabric")
+      .def(py::init([](int ranks, std::optional<double> deadline) {
+             return std::make_shared<HostFabric>(ranks, deadline_or_default(deadline));
+           }),
+           py::arg("ranks"), py::arg("deadline"));
+
+#ifdef ASYNCDIFF_WITH_CUDA
+  py::class_<CudaFabric, Fabric, std::shared_ptr<CudaFabric>>(m, "CudaFabric")
+      .def(py::init([](std::vector<int> devices, std::optional<double> deadline,
+                       std::optional<std::string> transport) {
+             const Transport how = transport_from(transport ? *transport : env::transport());
+             const double seconds = deadline_or_default(deadline);
+             const py::gil_scoped_release unlocked;
+             return std::make_shared<CudaFabric>(std::move(devices), seconds, how);
+           }),
+           py::arg("devices"), py::arg("deadline"), py::arg("transport"))
+      .def_property_readonly("devices",
+                             [](const CudaFabric& f) { return py::tuple(py::cast(f.devices())); });
+#endif
+}
+
+}  // namespace asyncdiff::bindings

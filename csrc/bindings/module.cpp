@@ -1,0 +1,12 @@
+#include "bindings.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Bindings of the asyncdiff library. Use the package asyncdiff_core.";
+  using namespace asyncdiff::bindings;
+  register_errors(m);
+  register_layout(m);
+  register_memory(m);
+  register_channel(m);
+  register_fabric(m);
+  register_build(m);
+}

@@ -1,0 +1,43 @@
+// A channel between GPUs: copies by copy engines, signals by kernels of one thread.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_shared.hpp"
+
+namespace asyncdiff {
+
+// A receiver that its sender cannot write directly is staged: push copies to pinned host memory,
+// and get copies on to the mailbox after its wait. Flags and credits then lie in host memory too.
+class CudaChannel final : public Channel {
+ public:
+  CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string name, int sender,
+              std::vector<int> receivers, Layout layout, int slots);
+
+  Buffer slot(int receiver, int slot) override;
+  void begin(int slot, Stream stream) override;
+  void push(std::size_t index, const void* data, int slot, Stream stream) override;
+  void commit(int slot, Stream stream) override;
+  void get(int receiver, int slot, Stream stream) override;
+  void release(int receiver, int slot, Stream stream) override;
+
+ private:
+  struct Receiver {
+    bool direct;
+    int device;
+    Buffer mailbox;  // all slots
+    ReceiverDevice handle;
+  };
+
+  std::size_t start_of(int slot) const { return layout().nbytes * static_cast<std::size_t>(slot); }
+  int sender_device() const;
+
+  std::shared_ptr<CudaFabric::Shared> shared_;
+  SenderDevice handle_{};
+  std::vector<Receiver> receivers_;
+  Buffer staging_;  // all slots; empty where no receiver is staged
+};
+
+}  // namespace asyncdiff

@@ -1,0 +1,65 @@
+// A one-way channel: one sender, one or more receivers, a ring of slots, a fixed bundle layout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "asyncdiff/layout.hpp"
+#include "asyncdiff/memory.hpp"
+
+namespace asyncdiff {
+
+// A stream of the fabric's kind as an integer (cudaStream_t; ignored on the host). 0 is the default
+// stream.
+using Stream = std::uintptr_t;
+
+// The n-th bundle (n = 0, 1, ...) uses slot n % slots. Callers name the slot, so that a captured
+// graph always touches the same memory; the channel checks it against its own count, which on CUDA
+// lives in device memory and is advanced by the kernels, so that replays count.
+//
+// Sender:    begin(slot)  push(tensor) ...  commit(slot)
+// Receiver:  get(slot)  ...reads the slot...  release(slot)
+//
+// begin waits until every receiver has released what the slot held before. commit makes the
+// bundle visible; data is ordered before it. On the host these calls block and throw; on CUDA they
+// only enqueue, and what goes wrong on the device shows in Fabric::check().
+class Channel {
+ public:
+  Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots);
+  virtual ~Channel() = default;
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  const std::string& name() const { return name_; }
+  int sender() const { return sender_; }
+  const std::vector<int>& receivers() const { return receivers_; }
+  const Layout& layout() const { return layout_; }
+  int slots() const { return slots_; }
+
+  // The memory of a slot in a receiver's mailbox.
+  virtual Buffer slot(int receiver, int slot) = 0;
+
+  virtual void begin(int slot, Stream stream) = 0;
+  // Copies one tensor, laid out like specs[index], to all receivers.
+  virtual void push(std::size_t index, const void* data, int slot, Stream stream) = 0;
+  virtual void commit(int slot, Stream stream) = 0;
+  virtual void get(int receiver, int slot, Stream stream) = 0;
+  virtual void release(int receiver, int slot, Stream stream) = 0;
+
+ protected:
+  void check_slot(int slot) const;
+  void check_index(std::size_t index) const;
+  // The receiver's place in receivers(); throws InvalidArgument if it has none.
+  std::size_t place_of(int receiver) const;
+
+ private:
+  std::string name_;
+  int sender_;
+  std::vector<int> receivers_;
+  Layout layout_;
+  int slots_;
+};
+
+}  // namespace asyncdiff

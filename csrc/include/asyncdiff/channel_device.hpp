@@ -1,0 +1,68 @@
+// A channel's ends as seen from device code: where to wait and where to signal.
+//
+// Epochs count bundles from one, only grow between two resets, and live in device memory: kernels
+// advance them, so graph replays and eager calls count alike. Every word has one writer.
+#pragma once
+
+#include <cstdint>
+
+namespace asyncdiff {
+
+constexpr int kMaxReceivers = 32;
+
+enum class FailureKind : std::uint64_t { kNone = 0, kTimeout = 1, kSlotOrder = 2 };
+enum class Operation : std::uint64_t { kBegin = 0, kCommit = 1, kGet = 2, kRelease = 3 };
+
+// What a kernel leaves for the host when it gives up. In pinned host memory, one for each end of
+// a channel; `kind` is written last.
+struct alignas(128) FailureRecord {
+  std::uint64_t kind;  // FailureKind
+  std::uint64_t operation;
+  std::uint64_t slot;
+  std::uint64_t expected;
+  std::uint64_t seen;
+  std::int64_t peer;
+  std::uint64_t time;  // %globaltimer, ns
+};
+
+// What bounds every wait.
+struct Guard {
+  std::uint64_t* abort;  // one word of the fabric in pinned host memory; not zero ends all waits
+  FailureRecord* record;
+  std::uint64_t deadline_ns;
+};
+
+// Local to the sender, in its device memory.
+struct alignas(128) SenderCounters {
+  std::uint64_t begun;
+  std::uint64_t committed;
+};
+
+// Local to a receiver, in its device memory.
+struct alignas(128) ReceiverCounters {
+  std::uint64_t got;
+  std::uint64_t released;
+};
+
+struct SenderDevice {
+  SenderCounters* counters;
+  Guard guard;
+  int slots;
+  int receivers;
+  int ranks[kMaxReceivers];
+  // Written by receivers, in memory near the sender.
+  const std::uint64_t* credits[kMaxReceivers];
+  // Written by the sender, in memory near each receiver.
+  std::uint64_t* arrived[kMaxReceivers];
+};
+
+struct ReceiverDevice {
+  ReceiverCounters* counters;
+  Guard guard;
+  int slots;
+  int sender_rank;
+  const std::uint64_t* arrived;
+  std::uint64_t* credit;
+};
+
+}  // namespace asyncdiff

@@ -1,0 +1,62 @@
+// Every error that the library throws. Bindings map each to one Python class of the same name.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace asyncdiff {
+
+class Error : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// An argument that cannot be meant: a shape, a rank, a slot outside its range.
+class InvalidArgument : public Error {
+  using Error::Error;
+};
+
+// A device that does not exist or cannot do what is needed.
+class DeviceError : public Error {
+  using Error::Error;
+};
+
+// A call of the CUDA runtime failed.
+class CudaError : public Error {
+  using Error::Error;
+};
+
+// Somebody aborted the fabric; whoever waits on it gets this.
+class Aborted : public Error {
+ public:
+  Aborted(int rank, const std::string& reason);
+  int rank;  // who aborted
+};
+
+// One operation on one endpoint of a channel: who, where, and what it counted.
+struct Incident {
+  int rank;             // whose operation it was
+  int peer;             // whom it concerned; -1 where it concerned nobody else
+  std::string channel;  // the channel's name
+  int slot;             // the slot that the operation named
+  std::uint64_t
+      expected;  // the epoch that was waited for (ExchangeTimeout) or the slot (SlotOrderError)
+  std::uint64_t seen;     // what was there instead
+  std::string operation;  // begin, commit, get or release
+};
+
+// A wait passed its deadline.
+class ExchangeTimeout : public Error {
+ public:
+  ExchangeTimeout(const Incident& incident, double deadline_seconds);
+  Incident incident;
+};
+
+// A slot was named out of turn: the n-th bundle of a channel uses slot n % slots.
+class SlotOrderError : public Error {
+ public:
+  explicit SlotOrderError(const Incident& incident);
+  Incident incident;
+};
+
+}  // namespace asyncdiff

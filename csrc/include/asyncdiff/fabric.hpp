@@ -1,0 +1,54 @@
+// Ranks, how they reach each other's memory, and how a failure of one stops the others.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "asyncdiff/channel.hpp"
+
+namespace asyncdiff {
+
+class Fabric {
+ public:
+  Fabric(int ranks, double deadline_seconds);
+  virtual ~Fabric() = default;
+  Fabric(const Fabric&) = delete;
+  Fabric& operator=(const Fabric&) = delete;
+
+  int ranks() const { return ranks_; }
+  // No wait lasts longer, in seconds.
+  double deadline() const { return deadline_; }
+  virtual std::string kind() const = 0;
+
+  // How memory of the second rank is written by the first, for every pair: "memory" (the same),
+  // "peer" (device to device) or "staged" (through pinned host memory).
+  virtual std::map<std::pair<int, int>, std::string> links() const = 0;
+  // Why a link is not better than it is, where there is a reason.
+  virtual std::map<std::pair<int, int>, std::string> link_reasons() const { return {}; }
+
+  virtual std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
+                                           const Layout& layout, int slots,
+                                           const std::string& name) = 0;
+
+  // Ends all waits, now and later, until reset().
+  virtual void abort(int rank, const std::string& reason) = 0;
+  // Throws the first failure since the last reset(), if there was one. Does not synchronize.
+  virtual void check() = 0;
+  // Empties all channels and forgets failures. Nothing may be in flight.
+  virtual void reset() = 0;
+  // Ends the fabric: nothing can be exchanged any more. Nothing may be in flight. Mailbox memory
+  // lives on while somebody holds it.
+  virtual void close() = 0;
+
+ protected:
+  void check_endpoints(int sender, const std::vector<int>& receivers, int slots) const;
+
+ private:
+  int ranks_;
+  double deadline_;
+};
+
+}  // namespace asyncdiff

@@ -1,0 +1,45 @@
+#include "asyncdiff/channel.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "asyncdiff/errors.hpp"
+
+namespace asyncdiff {
+
+Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots)
+    : name_(std::move(name)),
+      sender_(sender),
+      receivers_(std::move(receivers)),
+      layout_(std::move(layout)),
+      slots_(slots) {
+  if (name_.empty()) {
+    name_ = std::to_string(sender_) + " to";
+    for (int receiver : receivers_) name_ += " " + std::to_string(receiver);
+  }
+}
+
+void Channel::check_slot(int slot) const {
+  if (slot < 0 || slot >= slots_) {
+    throw InvalidArgument("slot " + std::to_string(slot) + ": channel '" + name_ + "' has " +
+                          std::to_string(slots_) + " slots, from 0");
+  }
+}
+
+void Channel::check_index(std::size_t index) const {
+  if (index >= layout_.specs.size()) {
+    throw InvalidArgument("tensor " + std::to_string(index) + ": the bundle of channel '" + name_ +
+                          "' has " + std::to_string(layout_.specs.size()) + " tensors, from 0");
+  }
+}
+
+std::size_t Channel::place_of(int receiver) const {
+  const auto found = std::find(receivers_.begin(), receivers_.end(), receiver);
+  if (found == receivers_.end()) {
+    throw InvalidArgument("rank " + std::to_string(receiver) + " does not receive from channel '" +
+                          name_ + "'");
+  }
+  return static_cast<std::size_t>(found - receivers_.begin());
+}
+
+}  // namespace asyncdiff

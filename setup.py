@@ -1,0 +1,11 @@
+"""Packages for setuptools; CMakeLists.txt builds the extension (scikit-build-core's plugin)."""
+
+from setuptools import find_packages, setup
+
+# Without an entry for "": editable installs put the extension relative to that one, and it belongs
+# into asyncdiff_core/ beside this file.
+setup(
+    packages=[*find_packages("python"), "asyncdiff_core"],
+    package_dir={"asyncdiff": "python/asyncdiff", "asyncdiff_core": "asyncdiff_core"},
+    cmake_source_dir=".",
+)
