@@ -25,7 +25,7 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.slots = slots();
   for (int rank : receivers()) {
     Receiver receiver{};
-    receiver.direct = shared_->direct(sender(), rank);
+    receiver.direct = shared_->link(sender(), rank).direct;
     receiver.device = shared_->devices[static_cast<std::size_t>(rank)];
     receiver.mailbox = allocate_device(receiver.device, bytes);
     const int flag_place = receiver.direct ? receiver.device : Buffer::kHost;

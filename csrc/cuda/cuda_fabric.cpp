@@ -73,7 +73,10 @@ CudaFabric::CudaFabric(std::vector<int> devices, double deadline_seconds, Transp
   }
   shared_->devices = std::move(devices);
   shared_->deadline = deadline();
-  shared_->links = find_links(shared_->devices, transport);
+  shared_->transport = transport;
+  if (transport != Transport::kStaged) {
+    shared_->links = find_links(shared_->devices, transport == Transport::kPeer);
+  }
   shared_->abort_word = static_cast<std::uint64_t*>(shared_->lines.take(Buffer::kHost));
 }
 
@@ -87,7 +90,8 @@ std::map<std::pair<int, int>, std::string> CudaFabric::links() const {
     for (int b = 0; b < ranks(); ++b) {
       const bool same =
           devices()[static_cast<std::size_t>(a)] == devices()[static_cast<std::size_t>(b)];
-      out[{a, b}] = same ? "memory" : shared_->direct(a, b) ? "peer" : "staged";
+      const bool direct = a == b || shared_->link(a, b).direct;
+      out[{a, b}] = !direct ? "staged" : same ? "memory" : "peer";
     }
   }
   return out;
@@ -97,11 +101,9 @@ std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
   std::map<std::pair<int, int>, std::string> out;
   for (int a = 0; a < ranks(); ++a) {
     for (int b = 0; b < ranks(); ++b) {
-      if (shared_->direct(a, b)) continue;
-      out[{a, b}] =
-          shared_->links
-              .at({devices()[static_cast<std::size_t>(a)], devices()[static_cast<std::size_t>(b)]})
-              .reason;
+      if (a == b) continue;
+      const Link link = shared_->link(a, b);
+      if (!link.direct) out[{a, b}] = link.reason;
     }
   }
   return out;

@@ -20,6 +20,7 @@ namespace asyncdiff {
 struct CudaFabric::Shared {
   std::vector<int> devices;  // by rank
   double deadline = 0;
+  Transport transport = Transport::kAuto;
   std::map<std::pair<int, int>, Link> links;  // by device
 
   std::mutex mutex;  // guards all below
@@ -36,11 +37,13 @@ struct CudaFabric::Shared {
   };
   std::vector<End> ends;
 
-  // Whether rank a writes rank b's memory directly.
-  bool direct(int a, int b) const {
+  // How rank a writes rank b's memory. Staging, where asked for, takes in ranks that share a
+  // device, so that it can be tried on one.
+  Link link(int a, int b) const {
+    if (transport == Transport::kStaged) return {false, "staging was asked for"};
     const int from = devices[static_cast<std::size_t>(a)];
     const int to = devices[static_cast<std::size_t>(b)];
-    return from == to || links.at({from, to}).peer;
+    return from == to ? Link{true, ""} : links.at({from, to});
   }
   // With the mutex held: a guard for one end.
   Guard new_end(int rank, const std::string& channel);

@@ -67,24 +67,17 @@ std::string try_peer(int from, int to) {
 
 }  // namespace
 
-std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices,
-                                               Transport transport) {
+std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices, bool demanded) {
   std::map<std::pair<int, int>, Link> out;
   const std::set<int> all(devices.begin(), devices.end());
   for (int a : all) {
     for (int b : all) {
       if (a >= b) continue;
-      std::string reason;
-      if (transport == Transport::kStaged) {
-        reason = "staging was asked for";
-      } else {
-        // Access has to be enabled both ways before either is used.
-        reason = try_peer(a, b);
-        if (reason.empty()) reason = try_peer(b, a);
-        if (!reason.empty() && transport == Transport::kPeer) {
-          throw DeviceError("peer access was asked for, but " + reason +
-                            "; transport 'auto' stages through host memory instead");
-        }
+      std::string reason = try_peer(a, b);
+      if (reason.empty()) reason = try_peer(b, a);
+      if (!reason.empty() && demanded) {
+        throw DeviceError("peer access was asked for, but " + reason +
+                          "; transport 'auto' stages through host memory instead");
       }
       out[{a, b}] = out[{b, a}] = Link{reason.empty(), reason};
     }

@@ -6,19 +6,17 @@
 #include <utility>
 #include <vector>
 
-#include "asyncdiff/cuda_fabric.hpp"
-
 namespace asyncdiff {
 
 struct Link {
-  bool peer = false;   // else staged
-  std::string reason;  // why not better
+  bool direct = false;  // else staged
+  std::string reason;   // why not better
 };
 
 // The link of every ordered pair of different devices. Peer access is enabled and believed only
 // after a write and a read-back, by a kernel and by a copy engine, in each direction; a pair of
 // which one direction fails is staged both ways.
-std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices,
-                                               Transport transport);
+// Throws DeviceError if that happens although peer access is demanded.
+std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices, bool demanded);
 
 }  // namespace asyncdiff

@@ -18,7 +18,7 @@ import torch
 from .bundle import layout_of, views
 from .calls import Role
 from .component import Sender, Slots, Worker
-from .errors import InputError
+from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
 from .plan import Action, Kind, Plan, Tick
@@ -164,7 +164,7 @@ class Engine:
         self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
     ) -> dict[int, list[Any]]:
         self._crew.check()
-        self.fabric.check()
+        self._check_exchange()
         fresh = self._changed_conditioning(tensors)
         if not self.cuda:
             # The ranks' threads may still read these after the caller went on to change them.
@@ -198,11 +198,21 @@ class Engine:
         try:
             self._crew.check(wait=True)
             self.synchronize()
-            self.fabric.check()
+            self._check_exchange()
         except BaseException:
             self.abandon()
             raise
         self._clean = True
+
+    def _check_exchange(self) -> None:
+        """Raise RankError for what went wrong on the channels, on CUDA behind the host's back."""
+        try:
+            self.fabric.check()
+        except core.CoreError as e:
+            rank = getattr(e, "rank", -1)
+            raise RankError(
+                rank, f"{e}. The generation was stopped; the next one starts afresh"
+            ) from e
 
     def abandon(self) -> None:
         """Stop a generation in the middle: wait until all ranks are idle, empty the channels."""

@@ -1,0 +1,38 @@
+"""GPU tests: skipped, with the reason, where there is nothing to run them on."""
+
+from __future__ import annotations
+
+import asyncdiff_core as core
+import pytest
+import torch
+
+
+def _missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if not core.cuda_built():
+        return "asyncdiff_core was built without CUDA"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _missing()
+    for item in items:
+        if "gpu" not in item.path.parts:
+            continue
+        item.add_marker("gpu")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+#: Where ranks may lie: all on one GPU, or spread over two.
+PLACES = ("one GPU", "two GPUs")
+
+
+def devices_for(place: str, ranks: int) -> list[int]:
+    """CUDA device indices, one a rank; skips where there are too few GPUs."""
+    if place == "one GPU":
+        return [0] * ranks
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return [r % 2 for r in range(ranks)]

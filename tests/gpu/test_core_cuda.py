@@ -1,0 +1,281 @@
+"""Channels between GPUs, and between ranks on one: eager, captured, failing."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import asyncdiff_core as core
+import pytest
+import torch
+from conftest import PLACES, devices_for
+
+WAYS = [(place, transport) for place in PLACES for transport in ("auto", "staged")]
+
+
+class World:
+    """A fabric, one channel from rank 0, a stream for each rank."""
+
+    def __init__(
+        self,
+        place: str,
+        transport: str,
+        tensors: list[torch.Tensor],
+        receivers: int = 1,
+        slots: int = 2,
+        deadline: float = 10.0,
+    ) -> None:
+        self.devices = devices_for(place, receivers + 1)
+        self.fabric = core.CudaFabric(self.devices, deadline=deadline, transport=transport)
+        self.slots = slots
+        self.receivers = list(range(1, receivers + 1))
+        specs = [
+            core.TensorSpec(str(t.dtype).removeprefix("torch."), t.shape, t.stride())
+            for t in tensors
+        ]
+        self.layout = core.Layout(specs)
+        self.channel = self.fabric.channel(
+            0, self.receivers, self.layout, slots=slots, name="bundle"
+        )
+        self.streams = [torch.cuda.Stream(d) for d in self.devices]
+        self.tensors = [t.to(f"cuda:{self.devices[0]}") for t in tensors]
+        torch.cuda.synchronize(self.devices[0])
+
+    def views(self, receiver: int, slot: int) -> list[torch.Tensor]:
+        device = f"cuda:{self.devices[receiver]}"
+        raw = torch.as_tensor(self.channel.slot(receiver, slot), device=device)
+        return [
+            raw[o : o + s.nbytes].view(getattr(torch, s.dtype)).as_strided(s.shape, s.strides)
+            for s, o in zip(self.layout.specs, self.layout.offsets, strict=True)
+        ]
+
+    def put(self, slot: int) -> None:
+        self.channel.put(self.tensors, slot, self.streams[0])
+
+    def receive(self, receiver: int, slot: int, into: list[torch.Tensor]) -> None:
+        """Get, copy out on the receiver's stream, release."""
+        stream = self.streams[receiver]
+        self.channel.get(receiver, slot, stream)
+        with torch.cuda.device(self.devices[receiver]), torch.cuda.stream(stream):
+            for new, view in zip(into, self.views(receiver, slot), strict=True):
+                new.copy_(view)
+        self.channel.release(receiver, slot, stream)
+
+    def room(self, receiver: int) -> list[torch.Tensor]:
+        return [torch.zeros_like(v) for v in self.views(receiver, 0)]
+
+    def synchronize(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
+
+def mixed_bundle() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(2, 64, 9, 7).to(torch.float16),
+        torch.randn(2, 8, 16, 16).to(torch.bfloat16).to(memory_format=torch.channels_last),
+        torch.randn(()),
+        torch.empty(0, 3),
+        torch.arange(33).to(torch.int8),
+        torch.randn(1 << 20),
+    ]
+
+
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+@pytest.mark.parametrize("receivers", [1, 3])
+def test_any_tensors_arrive_whole(place: str, transport: str, receivers: int) -> None:
+    world = World(place, transport, mixed_bundle(), receivers)
+    rooms = {r: world.room(r) for r in world.receivers}
+    for n in range(5):
+        for tensor in world.tensors:
+            tensor.copy_(tensor + 1)
+        torch.cuda.synchronize(world.devices[0])
+        world.put(n % 2)
+        for r in world.receivers:
+            world.receive(r, n % 2, rooms[r])
+        world.synchronize()
+        world.fabric.check()
+        for room in rooms.values():
+            for sent, got in zip(world.tensors, room, strict=True):
+                assert torch.equal(sent.cpu(), got.cpu())
+    kinds = set(world.fabric.links()[0, r] for r in world.receivers)
+    assert kinds <= ({"staged"} if transport == "staged" else {"memory", "peer"})
+
+
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_replayed_graphs_and_eager_calls_count_alike(
+    place: str, transport: str, slots: int
+) -> None:
+    """A seeded mixture over thousands of bundles; each carries its own number."""
+    source = torch.zeros(1000, dtype=torch.int64)
+    world = World(place, transport, [source], slots=slots)
+    (source,) = world.tensors
+    sender, receiver = world.streams
+    wrong = torch.zeros((), dtype=torch.int64, device=f"cuda:{world.devices[1]}")
+    count = torch.zeros_like(wrong)
+
+    def send(slot: int) -> None:
+        with torch.cuda.device(world.devices[0]), torch.cuda.stream(sender):
+            source.add_(1)
+            world.put(slot)
+
+    def receive(slot: int) -> None:
+        with torch.cuda.device(world.devices[1]), torch.cuda.stream(receiver):
+            world.channel.get(1, slot, receiver)
+            count.add_(1)
+            wrong.add_((world.views(1, slot)[0] != count).sum())
+            world.channel.release(1, slot, receiver)
+
+    graphs: dict[tuple[Any, int], torch.cuda.CUDAGraph] = {}
+    # Each kernel has to run once before it is captured.
+    for slot in range(slots):
+        send(slot)
+        receive(slot)
+    world.synchronize()
+    for work, rank in ((send, 0), (receive, 1)):
+        for slot in range(slots):
+            graph = torch.cuda.CUDAGraph()
+            with (
+                torch.cuda.device(world.devices[rank]),
+                torch.cuda.graph(graph, stream=world.streams[rank]),
+            ):
+                work(slot)
+            graphs[work, slot] = graph
+    torch.manual_seed(slots)
+    total = 3000
+    for n, (a, b) in enumerate((torch.rand(total, 2) < 0.7).tolist()):
+        slot = n % slots
+        for work, rank, replay in ((send, 0, a), (receive, 1, b)):
+            if replay:
+                with (
+                    torch.cuda.device(world.devices[rank]),
+                    torch.cuda.stream(world.streams[rank]),
+                ):
+                    graphs[work, slot].replay()
+            else:
+                work(slot)
+    world.synchronize()
+    world.fabric.check()
+    assert count.item() == total + slots
+    assert wrong.item() == 0
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_current_device_stays(place: str) -> None:
+    world = World(place, "auto", [torch.zeros(8)])
+    torch.cuda.set_device(0)
+    world.put(0)
+    world.receive(1, 0, world.room(1))
+    assert torch.cuda.current_device() == 0
+    assert torch.zeros(1, device="cuda").device.index == 0
+
+
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+def test_a_missing_bundle_is_a_timeout_with_names(place: str, transport: str) -> None:
+    world = World(place, transport, [torch.zeros(8)], deadline=0.3)
+    begun = time.monotonic()
+    world.channel.get(1, 0, world.streams[1])
+    world.synchronize()
+    assert 0.25 < time.monotonic() - begun < 5
+    with pytest.raises(core.ExchangeTimeout, match="rank 1, channel 'bundle', get of slot 0") as e:
+        world.fabric.check()
+    error = e.value
+    assert (error.rank, error.peer, error.slot, error.operation) == (1, 0, 0, "get")
+    assert (error.expected, error.seen) == (1, 0)
+    # Everything after it returns at once, and a reset makes it all good again.
+    begun = time.monotonic()
+    for n in range(1, 20):
+        world.channel.get(1, n % 2, world.streams[1])
+    world.synchronize()
+    assert time.monotonic() - begun < 0.25
+    world.fabric.reset()
+    world.fabric.check()
+    room = world.room(1)
+    world.put(0)
+    world.receive(1, 0, room)
+    world.synchronize()
+    world.fabric.check()
+
+
+def test_a_slow_receiver_is_a_timeout_of_the_sender() -> None:
+    world = World("one GPU", "auto", [torch.zeros(8)], deadline=0.3)
+    for n in range(3):
+        world.put(n % 2)
+    world.synchronize()
+    with pytest.raises(core.ExchangeTimeout, match="begin of slot 0") as caught:
+        world.fabric.check()
+    assert (caught.value.rank, caught.value.peer) == (0, 1)
+    assert (caught.value.expected, caught.value.seen) == (1, 0)
+
+
+def test_an_abort_ends_waits() -> None:
+    world = World("one GPU", "auto", [torch.zeros(8)], deadline=60)
+    world.channel.get(1, 0, world.streams[1])
+    threading.Timer(0.2, world.fabric.abort, (0, "enough")).start()
+    begun = time.monotonic()
+    world.synchronize()
+    assert time.monotonic() - begun < 10
+    with pytest.raises(core.Aborted, match="rank 0 aborted the exchange: enough"):
+        world.fabric.check()
+
+
+@pytest.mark.parametrize("case", ["begin", "commit", "get", "release"])
+def test_slots_out_of_turn(case: str) -> None:
+    world = World("one GPU", "auto", [torch.zeros(8)], deadline=5)
+    stream = world.streams[0]
+    if case == "begin":
+        world.channel.begin(1, stream)
+    elif case == "commit":
+        world.channel.commit(0, stream)
+    elif case == "get":
+        world.channel.get(1, 1, stream)
+    else:
+        world.channel.release(1, 0, stream)
+    world.synchronize()
+    with pytest.raises(core.SlotOrderError, match="n-th bundle uses slot") as caught:
+        world.fabric.check()
+    assert caught.value.operation == case
+
+
+def test_mistakes_on_the_host_are_refused() -> None:
+    world = World("one GPU", "auto", [torch.zeros(8)])
+    with pytest.raises(core.InvalidArgument, match="lies on the CPU"):
+        world.channel.put([torch.zeros(8)], 0, world.streams[0])
+    with pytest.raises(core.InvalidArgument, match="float64"):
+        world.channel.put([torch.zeros(8, device="cuda").double()], 0, world.streams[0])
+    count = torch.cuda.device_count()
+    with pytest.raises(core.DeviceError, match=f"CUDA device {count} does not exist"):
+        core.CudaFabric([0, count])
+    with pytest.raises(core.InvalidArgument, match="choose auto, peer or staged"):
+        core.CudaFabric([0], transport="carrier pigeon")
+    huge = core.Layout([core.TensorSpec("uint8", (1 << 42,))])
+    with pytest.raises(core.CudaError, match="allocating"):
+        world.fabric.channel(0, [1], huge)
+    assert world.fabric.channel(0, [1], world.layout).slots == 2
+
+
+def test_mailboxes_outlive_their_fabric() -> None:
+    world = World("one GPU", "auto", [torch.ones(8)])
+    world.put(0)
+    world.synchronize()
+    (view,) = world.views(1, 0)
+    world.fabric.close()
+    world.fabric.close()
+    with pytest.raises(core.CoreError, match="closed"):
+        world.put(1)
+    del world
+    assert view.sum().item() == 8
+
+
+def test_cupy_arrays_and_streams() -> None:
+    cupy = pytest.importorskip("cupy")
+    fabric = core.CudaFabric([0, 0])
+    channel = fabric.channel(0, [1], core.Layout([core.TensorSpec("float32", (4,))]))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        channel.put([cupy.arange(4, dtype=cupy.float32)], 0, stream)
+        channel.get(1, 0, stream)
+        got = cupy.asarray(channel.slot(1, 0))[:16].view(cupy.float32).get()
+    assert got.tolist() == [0, 1, 2, 3]

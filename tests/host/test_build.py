@@ -1,0 +1,65 @@
+"""What the build promises: no driver needed to import, and ASYNCDIFF_CUDA obeyed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import asyncdiff_core as core
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def configure(folder: Path, setting: str) -> subprocess.CompletedProcess[str]:
+    """CMake on a PATH without nvcc."""
+    cmake = shutil.which("cmake")
+    assert cmake is not None
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH", "CUDA_HOME")}
+    env |= {"ASYNCDIFF_CUDA": setting, "PATH": "/usr/bin:/bin"}
+    if Path("/usr/bin/nvcc").exists():
+        pytest.skip("nvcc lies in /usr/bin and cannot be hidden")
+    pybind = subprocess.check_output(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
+    ).strip()
+    options = [f"-Dpybind11_DIR={pybind}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [cmake, "-S", str(ROOT), "-B", str(folder), *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def sources() -> None:
+    pytest.importorskip("pybind11", reason="the build's own packages are not installed")
+    if not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None:
+        pytest.skip("no sources or no CMake here")
+
+
+def test_cuda_on_fails_loudly_without_nvcc(tmp_path: Path) -> None:
+    done = configure(tmp_path, "on")
+    assert done.returncode != 0
+    assert "nvcc was not found" in done.stderr
+
+
+def test_cuda_auto_builds_for_the_host_without_nvcc(tmp_path: Path) -> None:
+    done = configure(tmp_path, "auto")
+    assert done.returncode == 0, done.stderr
+    assert "building for the host only" in done.stdout
+
+
+def test_cuda_setting_is_checked(tmp_path: Path) -> None:
+    done = configure(tmp_path, "perhaps")
+    assert done.returncode != 0
+    assert "choose auto, on or off" in done.stderr
+
+
+def test_the_extension_needs_no_driver() -> None:
+    info = core.build_info()
+    assert {"version", "compiler"} <= set(info)
+    assert core.cuda_built() == ("cuda" in info)
+    extension = core._core.__file__
+    needed = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
+    assert "libcuda" not in needed
+    assert "libtorch" not in needed

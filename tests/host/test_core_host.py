@@ -1,0 +1,223 @@
+"""Channels between threads: what arrives, who waits, and that nothing hangs."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import asyncdiff_core as core
+import numpy as np
+import pytest
+import torch
+
+LAYOUT = core.Layout([core.TensorSpec("float32", (3, 5)), core.TensorSpec("int64", (7,))])
+
+
+def read(channel: core.Channel, receiver: int, slot: int) -> list[np.ndarray]:
+    """The tensors of a slot, as flat views."""
+    raw = np.asarray(channel.slot(receiver, slot))
+    parts = zip(channel.layout.specs, channel.layout.offsets, strict=True)
+    return [raw[o : o + s.nbytes].view(s.dtype) for s, o in parts]
+
+
+def bundle(n: int) -> list[np.ndarray]:
+    return [np.full((3, 5), n, np.float32), np.arange(n, n + 7)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("receivers", [[1], [2, 1, 3]])
+def test_stress(slots: int, receivers: list[int]) -> None:
+    """Random delays on both sides; every bundle arrives once, whole and in order."""
+    fabric = core.HostFabric(4)
+    channel = fabric.channel(0, receivers, LAYOUT, slots=slots)
+    count = 300
+
+    def send() -> None:
+        rng = random.Random(0)
+        for n in range(count):
+            channel.put(bundle(n), n % slots)
+            if rng.random() < 0.1:
+                time.sleep(rng.random() * 1e-3)
+
+    def receive(rank: int) -> None:
+        rng = random.Random(rank)
+        for n in range(count):
+            channel.get(rank, n % slots)
+            first, second = read(channel, rank, n % slots)
+            if rng.random() < 0.1:
+                time.sleep(rng.random() * 1e-3)
+            assert (first == n).all()
+            assert (second == np.arange(n, n + 7)).all()
+            channel.release(rank, n % slots)
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(send), *(pool.submit(receive, r) for r in receivers)]:
+            future.result()
+    fabric.check()
+
+
+def test_torch_tensors_of_any_dense_layout() -> None:
+    tensor = torch.randn(2, 4, 6, 8).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    layout = core.Layout([core.TensorSpec("bfloat16", tensor.shape, tensor.stride())])
+    channel = core.HostFabric(2).channel(0, [1], layout)
+    channel.put([tensor], 0)
+    channel.get(1, 0)
+    raw = torch.from_numpy(np.asarray(channel.slot(1, 0)))
+    got = raw[: layout.specs[0].nbytes].view(torch.bfloat16)
+    assert torch.equal(got.as_strided(tensor.shape, tensor.stride()), tensor)
+
+
+def test_a_sender_waits_for_a_free_slot() -> None:
+    channel = core.HostFabric(2).channel(0, [1], LAYOUT, slots=2)
+    channel.put(bundle(0), 0)
+    channel.put(bundle(1), 1)
+    begun = threading.Event()
+
+    def third() -> None:
+        channel.begin(0)
+        begun.set()
+
+    thread = threading.Thread(target=third)
+    thread.start()
+    assert not begun.wait(0.05)
+    channel.get(1, 0)
+    assert (read(channel, 1, 0)[0] == 0).all()
+    channel.release(1, 0)
+    thread.join(5)
+    assert begun.is_set()
+
+
+def test_timeouts_say_who_waited_for_whom() -> None:
+    fabric = core.HostFabric(3, deadline=0.05)
+    channel = fabric.channel(2, [0], LAYOUT, name="up")
+    with pytest.raises(core.ExchangeTimeout, match="rank 0, channel 'up', get of slot 0") as caught:
+        channel.get(0, 0)
+    error = caught.value
+    assert (error.rank, error.peer, error.channel, error.slot) == (0, 2, "up", 0)
+    assert (error.expected, error.seen, error.operation) == (1, 0, "get")
+    # It ends the exchange for all, until a reset.
+    with pytest.raises(core.ExchangeTimeout):
+        fabric.check()
+    with pytest.raises(core.ExchangeTimeout):
+        channel.begin(0)
+    fabric.reset()
+    fabric.check()
+    channel.put(bundle(0), 0)
+    channel.put(bundle(1), 1)
+    with pytest.raises(core.ExchangeTimeout) as caught:
+        channel.begin(0)
+    assert (caught.value.operation, caught.value.peer) == ("begin", 0)
+
+
+def test_an_abort_ends_waits_at_once() -> None:
+    fabric = core.HostFabric(2, deadline=60)
+    channel = fabric.channel(0, [1], LAYOUT)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(channel.get, 1, 0)
+        time.sleep(0.05)
+        fabric.abort(0, "out of ideas")
+        with pytest.raises(core.Aborted, match="rank 0 aborted the exchange: out of ideas") as e:
+            waiting.result(timeout=5)
+    assert e.value.rank == 0
+    with pytest.raises(core.Aborted):
+        fabric.check()
+
+
+@pytest.mark.parametrize("case", ["begin", "begin twice", "commit", "push", "get", "release"])
+def test_slots_out_of_turn(case: str) -> None:
+    fabric = core.HostFabric(2)
+    channel = fabric.channel(0, [1], LAYOUT)
+    with pytest.raises(core.SlotOrderError, match="n-th bundle uses slot") as caught:
+        if case == "begin":
+            channel.begin(1)
+        elif case == "begin twice":
+            channel.begin(0)
+            channel.begin(1)
+        elif case == "commit":
+            channel.commit(0)
+        elif case == "push":
+            channel.push(0, bundle(0)[0], 0)
+        elif case == "get":
+            channel.get(1, 1)
+        else:
+            channel.release(1, 0)
+    assert caught.value.operation == case.split()[0]
+    with pytest.raises(core.SlotOrderError):
+        fabric.check()
+
+
+def test_wrong_tensors_are_refused_before_anything_is_sent() -> None:
+    channel = core.HostFabric(2).channel(0, [1], LAYOUT)
+    good = bundle(0)
+    for bad, message in [
+        ([good[0]], "1 tensors for channel"),
+        ([good[0].astype(np.float64), good[1]], "float64"),
+        ([good[0].T, good[1]], r"\(5, 3\)"),
+        ([np.zeros((5, 3), np.float32).T, good[1]], "strides"),
+        ([torch.zeros(3, 5, device="meta"), good[1]], "meta"),
+        (["text", good[1]], "str is no array"),
+        ([np.zeros((3, 5), ">f4"), good[1]], "cannot be exchanged"),
+    ]:
+        with pytest.raises(core.InvalidArgument, match=message):
+            channel.put(bad, 0)
+    channel.put(good, 0)  # nothing was begun
+
+
+def test_wrong_ranks_slots_and_streams() -> None:
+    fabric = core.HostFabric(2)
+    for sender, receivers, slots, message in [
+        (2, [1], 2, "ranks 0 to 1"),
+        (0, [], 2, "at least one receiver"),
+        (0, [0], 2, "cannot receive from itself"),
+        (0, [1, 1], 2, "named twice"),
+        (0, [1], 0, "1 to 1024 slots"),
+    ]:
+        with pytest.raises(core.InvalidArgument, match=message):
+            fabric.channel(sender, receivers, LAYOUT, slots=slots)
+    channel = fabric.channel(0, [1], LAYOUT)
+    with pytest.raises(core.InvalidArgument, match="does not receive"):
+        channel.get(0, 0)
+    with pytest.raises(core.InvalidArgument, match="has 2 slots"):
+        channel.begin(2)
+    with pytest.raises(core.InvalidArgument, match="no CUDA stream"):
+        channel.begin(0, stream="fast")
+    with pytest.raises(core.InvalidArgument, match="has 2 tensors"):
+        channel.push_pointer(5, 0, 0)
+    for ranks, deadline in [(0, 1.0), (1, 0.0), (1, float("nan"))]:
+        with pytest.raises(core.InvalidArgument):
+            core.HostFabric(ranks, deadline=deadline)
+
+
+def test_memory_outlives_a_closed_fabric() -> None:
+    fabric = core.HostFabric(2)
+    channel = fabric.channel(0, [1], LAYOUT)
+    channel.put(bundle(5), 0)
+    view = read(channel, 1, 0)[0]
+    fabric.close()
+    fabric.close()
+    with pytest.raises(core.CoreError, match="closed"):
+        channel.get(1, 0)
+    del fabric, channel
+    assert (view == 5).all()
+
+
+def test_links_and_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = core.HostFabric(2)
+    assert fabric.kind == "host"
+    assert fabric.ranks == 2
+    assert fabric.deadline == 10
+    assert fabric.links() == {(a, b): "memory" for a in range(2) for b in range(2)}
+    assert fabric.link_reasons() == {}
+    monkeypatch.setenv("ASYNCDIFF_DEADLINE", "2.5")
+    assert core.HostFabric(1).deadline == 2.5
+    monkeypatch.setenv("ASYNCDIFF_DEADLINE", "soon")
+    with pytest.raises(core.InvalidArgument, match="ASYNCDIFF_DEADLINE='soon'"):
+        core.HostFabric(1)
+
+
+@pytest.mark.skipif(core.cuda_devices() > 0, reason="there is a GPU")
+def test_without_a_gpu_the_cuda_fabric_says_so() -> None:
+    with pytest.raises(core.DeviceError, match="built without CUDA|no GPU"):
+        core.CudaFabric([0, 0])
