@@ -1,32 +1,35 @@
 #include "asyncdiff/errors.hpp"
 
-#include <sstream>
+#include <cstdio>
 
 namespace asyncdiff {
 
 namespace {
 
+// Plain strings, no streams: a process may hold two C++ standard libraries (that of Python's
+// distribution, the system's), and streams of one crash with the locale of the other.
 std::string where(const Incident& i) {
-  std::ostringstream out;
-  out << "rank " << i.rank << ", channel '" << i.channel << "', " << i.operation << " of slot "
-      << i.slot;
-  return out.str();
+  return "rank " + std::to_string(i.rank) + ", channel '" + i.channel + "', " + i.operation +
+         " of slot " + std::to_string(i.slot);
+}
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g s", seconds);
+  return text;
 }
 
 std::string timeout_text(const Incident& i, double seconds) {
-  std::ostringstream out;
-  out << where(i) << ": waited " << seconds << " s for rank " << i.peer << " (expected epoch "
-      << i.expected << ", seen " << i.seen << "). Rank " << i.peer
-      << " failed, or is slower than the deadline allows: raise the deadline if it is";
-  return out.str();
+  const std::string peer = "rank " + std::to_string(i.peer);
+  return where(i) + ": waited " + seconds_text(seconds) + " for " + peer + " (expected epoch " +
+         std::to_string(i.expected) + ", seen " + std::to_string(i.seen) + "). The peer, " + peer +
+         ", failed, or is slower than the deadline allows: raise the deadline if it is";
 }
 
 std::string slot_order_text(const Incident& i) {
-  std::ostringstream out;
-  out << where(i) << ": slot " << i.expected << " is next (" << i.seen
-      << " bundles so far). The n-th bundle uses slot n % slots, and a slot is committed after it "
+  return where(i) + ": slot " + std::to_string(i.expected) + " is next (" + std::to_string(i.seen) +
+         " bundles so far). The n-th bundle uses slot n % slots, and a slot is committed after it "
          "was begun and released after it was got";
-  return out.str();
 }
 
 }  // namespace

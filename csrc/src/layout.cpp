@@ -4,7 +4,6 @@
 #include <limits>
 #include <map>
 #include <numeric>
-#include <sstream>
 #include <utility>
 
 #include "asyncdiff/errors.hpp"
@@ -14,11 +13,12 @@ namespace asyncdiff {
 namespace {
 
 std::string tuple_text(const std::vector<std::int64_t>& values) {
-  std::ostringstream out;
-  out << "(";
-  for (std::size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
-  out << ")";
-  return out.str();
+  std::string out = "(";
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) out += ", ";
+    out += std::to_string(values[i]);
+  }
+  return out + ")";
 }
 
 std::vector<std::int64_t> row_major(const std::vector<std::int64_t>& shape) {

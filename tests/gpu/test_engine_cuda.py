@@ -31,7 +31,7 @@ def names(place: str, ranks: int) -> list[str]:
 
 
 def toy_on_gpu(**options: Any) -> AsyncDenoiser:
-    return AsyncDenoiser(toy().to("cuda:0"), split=SPLIT, **options)
+    return AsyncDenoiser(toy().to("cuda:0", torch.float32), split=SPLIT, **options)
 
 
 def on_gpu(call: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_graphs_and_eager_give_the_same_bits(place: str) -> None:
 
 
 def test_shapes_dtypes_and_step_counts_change() -> None:
-    denoiser = AsyncDenoiser(toy().to("cuda:0"), devices=["cuda:0"] * 2, split=SPLIT)
+    denoiser = AsyncDenoiser(toy().to("cuda:0", torch.float32), devices=["cuda:0"] * 2, split=SPLIT)
     cases = [
         (on_gpu(toy_call(batch=b, size=s)), TIMES[:n])
         for b, s, n in [(2, 8, 8), (1, 8, 3), (2, 16, 8), (2, 8, 5), (4, 8, 2), (1, 16, 8)]
