@@ -1,0 +1,57 @@
+"""The denoising loop that every way of running a denoiser is timed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: One evaluation of the denoiser: its arguments, then the noise prediction.
+Denoise = Callable[[dict[str, Any]], torch.Tensor]
+
+
+class Loop:
+    """A generation with guidance: DDIM steps from fixed noise, the conditioning fixed.
+
+    ``inputs`` are keyword arguments of one call of the denoiser; a batch of two is a pair
+    [unconditional, conditional].
+    """
+
+    def __init__(self, inputs: dict[str, Any], steps: int, guidance_scale: float = 5.0) -> None:
+        from diffusers import DDIMScheduler
+
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
+        self.scheduler.set_timesteps(steps)
+        self.name = "sample" if "sample" in inputs else "hidden_states"
+        self.noise: torch.Tensor = inputs[self.name]
+        self.guided = self.noise.shape[0] == 2
+        self.inputs = inputs
+        self.guidance_scale = guidance_scale
+        #: on the denoiser's device, so that no step waits for a transfer
+        self.timesteps = self.scheduler.timesteps.to(self.noise.device)
+        time = inputs["timestep"]
+        self._times = [t.to(time.dtype).expand(time.shape) for t in self.timesteps]
+
+    @torch.no_grad()
+    def __call__(self, denoise: Denoise) -> torch.Tensor:
+        """The final latents."""
+        latents = self.noise[:1].clone()
+        # A denoiser that takes more channels than it gives gets an image beside the latents.
+        beside: torch.Tensor | None = None
+        for k, time in enumerate(self._times):
+            sample = latents if beside is None else torch.cat([latents, beside], dim=-3)
+            if self.guided:
+                sample = torch.cat([sample, sample])
+            predicted = denoise({**self.inputs, self.name: sample, "timestep": time})
+            if k == 0 and predicted.shape[-3] != latents.shape[-3]:
+                beside = latents.narrow(-3, predicted.shape[-3], latents.shape[-3] - predicted.shape[-3])
+                latents = latents.narrow(-3, 0, predicted.shape[-3])
+            if self.guided:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = unconditional + self.guidance_scale * (conditional - unconditional)
+            t = int(self.scheduler.timesteps[k])
+            latents = self.scheduler.step(predicted, t, latents, return_dict=False)[0]
+        return latents

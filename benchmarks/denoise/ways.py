@@ -1,0 +1,96 @@
+"""Ways of running a denoiser: eager, in one CUDA graph, asynchronously over several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from denoise.loop import Loop
+
+
+class Eager:
+    """(a) The module as it is, on one GPU."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def run(self, loop: Loop) -> torch.Tensor:
+        return loop(lambda kwargs: self.module(**kwargs)[0])
+
+
+class Graphed:
+    """(b) The whole denoiser in one CUDA graph: what a careful user has on one GPU."""
+
+    def __init__(self, module: nn.Module, inputs: dict[str, Any]) -> None:
+        leaves, self._spec = pytree.tree_flatten(inputs)
+        self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        kwargs = pytree.tree_unflatten(self._static, self._spec)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(2):
+                module(**kwargs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._out = module(**kwargs)[0]
+
+    def _denoise(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        for static, new in zip(self._static, pytree.tree_leaves(kwargs), strict=True):
+            # The conditioning is the same object in every step: only new tensors are copied.
+            if isinstance(new, torch.Tensor) and (new.dim() < 2 or new.shape == self._moving):
+                static.copy_(new)
+        self._graph.replay()
+        return self._out
+
+    def run(self, loop: Loop) -> torch.Tensor:
+        self._moving = loop.inputs[loop.name].shape
+        return loop(self._denoise)
+
+
+class Asynchronous:
+    """(c) asyncdiff. ``devices`` has one entry a rank."""
+
+    def __init__(self, module: nn.Module, inputs: dict[str, Any], **settings: Any) -> None:
+        import asyncdiff
+
+        self.denoiser = asyncdiff.AsyncDenoiser(module, (), inputs, **settings)
+
+    def run(self, loop: Loop) -> torch.Tensor:
+        with self.denoiser.generation(loop.timesteps):
+            return loop(lambda kwargs: self.denoiser(**kwargs)[0])
+
+
+def component_times(denoiser: Any, replays: int = 20) -> list[float]:
+    """Milliseconds of each rank's component alone in a CUDA graph, without any exchange."""
+    out = []
+    for worker in denoiser._engine.workers:
+        reads = {}
+        for (source, slot), values in worker.mailbox.items():
+            if slot == 0:
+                reads[source] = values
+        ordered = {b.source: reads[b.source] for b in worker_reads(denoiser, worker)}
+        with torch.no_grad(), worker.current():
+            worker.program.emit.hook = None
+            graph = torch.cuda.CUDAGraph()
+            arguments = worker._arguments(ordered)
+            with torch.cuda.graph(graph, stream=worker.stream):
+                worker.program(*arguments)
+            times = []
+            for _ in range(replays):
+                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begun.record(worker.stream)
+                graph.replay()
+                ended.record(worker.stream)
+                worker.stream.synchronize()
+                times.append(begun.elapsed_time(ended))
+        out.append(sorted(times)[len(times) // 2])
+    return out
+
+
+def worker_reads(denoiser: Any, worker: Any) -> Any:
+    """The bundles that a worker reads, in its program's order."""
+    return denoiser.partition.components[worker.index].reads

@@ -1,0 +1,58 @@
+"""What every benchmark writes beside its figures: hardware, versions, command, time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software that the figures belong to."""
+    import asyncdiff_core
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    out: dict[str, Any] = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "gpus": gpus,
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "core": asyncdiff_core.build_info(),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+    }
+    if gpus:
+        out["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        out["topology"] = _output("nvidia-smi", "topo", "-m")
+    try:
+        import diffusers
+
+        out["diffusers"] = diffusers.__version__
+    except ImportError:
+        pass
+    return out
+
+
+def write(path: Path, figures: Any) -> None:
+    """One JSON document: ``environment`` and ``figures``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": environment(), "figures": figures}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
