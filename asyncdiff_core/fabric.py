@@ -72,7 +72,7 @@ class Fabric:
         self._native.reset()
 
     def close(self) -> None:
-        """End the fabric. Nothing may be in flight; mailbox memory lives while somebody holds it."""
+        """End the fabric. Nothing may be in flight; mailbox memory lives while it is held."""
         self._native.close()
 
 

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def environment() -> dict[str, Any]:
     """The machine and the software that the figures belong to."""
-    import asyncdiff_core
     import torch
+
+    import asyncdiff_core
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     out: dict[str, Any] = {

@@ -41,7 +41,11 @@ def pipeline(spec: dict[str, Any], device: str = "cpu", dtype: torch.dtype = tor
     unet = denoiser(spec["denoiser"])
     parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
     if spec["pipeline"] == "StableDiffusionXLPipeline":
-        parts |= {"text_encoder_2": None, "tokenizer_2": None, "force_zeros_for_empty_prompt": False}
+        parts |= {
+            "text_encoder_2": None,
+            "tokenizer_2": None,
+            "force_zeros_for_empty_prompt": False,
+        }
         parts |= {"add_watermarker": False}
     else:
         parts |= {"safety_checker": None, "feature_extractor": None}

@@ -47,7 +47,9 @@ class Loop:
                 sample = torch.cat([sample, sample])
             predicted = denoise({**self.inputs, self.name: sample, "timestep": time})
             if k == 0 and predicted.shape[-3] != latents.shape[-3]:
-                beside = latents.narrow(-3, predicted.shape[-3], latents.shape[-3] - predicted.shape[-3])
+                beside = latents.narrow(
+                    -3, predicted.shape[-3], latents.shape[-3] - predicted.shape[-3]
+                )
                 latents = latents.narrow(-3, 0, predicted.shape[-3])
             if self.guided:
                 unconditional, conditional = predicted.chunk(2)

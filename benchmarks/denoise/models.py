@@ -111,9 +111,23 @@ MODELS = {
         Published("sd21", "SD 2.1, 768²", "UNet2DConditionModel", _SD21, 768, 768),
         Published("sdxl", "SDXL, 1024²", "UNet2DConditionModel", _SDXL, 1024, 1024),
         Published(
-            "svd", "SVD-XT, 25 frames 576×1024", "UNetSpatioTemporalConditionModel", _SVD, 576, 1024, 25
+            "svd",
+            "SVD-XT, 25 frames 576×1024",
+            "UNetSpatioTemporalConditionModel",
+            _SVD,
+            576,
+            1024,
+            25,
         ),
-        Published("animatediff", "AnimateDiff, 16 frames 512²", "UNetMotionModel", _ANIMATEDIFF, 512, 512, 16),
+        Published(
+            "animatediff",
+            "AnimateDiff, 16 frames 512²",
+            "UNetMotionModel",
+            _ANIMATEDIFF,
+            512,
+            512,
+            16,
+        ),
         Published("sd3", "SD3 medium, 1024²", "SD3Transformer2DModel", _SD3, 1024, 1024),
         Published("flux", "FLUX.1-dev, 1024²", "FluxTransformer2DModel", _FLUX, 1024, 1024),
     )

@@ -1,15 +1,15 @@
 """Time whole denoising loops of published denoisers, three ways side by side.
 
-    python benchmarks/denoise/run.py                                  # SD 2.1 and SDXL, N=2 on two GPUs
+    python benchmarks/denoise/run.py                    # SD 2.1 and SDXL, N=2 on two GPUs
     python benchmarks/denoise/run.py --models flux --schedules 2,1,1 2,2,1 --rounds 3
 
-Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM. Each
-round runs (a) eager on one GPU, (b) one GPU with the whole denoiser in a CUDA graph, and (c) asyncdiff
-with each schedule, one after another; a ratio is taken within a round. Reported: medians, with the
-smallest and the largest. Memory is measured while nothing else lies on the GPUs.
+Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
+Each round runs (a) eager on one GPU, (b) one GPU with the whole denoiser in a CUDA graph, and (c)
+asyncdiff with each schedule, one after another; a ratio is taken within a round. Reported: medians,
+with the smallest and the largest. Memory is measured while nothing else lies on the GPUs.
 
-With fewer GPUs than ranks the ranks share them: the exchange is then tested, and the components' own
-times are still measured, but no speedup is reported.
+With fewer GPUs than ranks the ranks share them: the exchange is then tested, and the components'
+own times are still measured, but no speedup is reported.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import results_file  # noqa: E402
-from denoise.loop import Loop  # noqa: E402
-from denoise.models import MODELS, Published  # noqa: E402
-from denoise.ways import Asynchronous, Eager, Graphed, component_times  # noqa: E402
+import results_file
+from denoise.loop import Loop
+from denoise.models import MODELS, Published
+from denoise.ways import Asynchronous, Eager, Graphed, component_times
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 
@@ -87,7 +87,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def run_model(
-    model: Published, schedules: list[tuple[int, int, int]], steps: int, rounds: int, dtype: torch.dtype
+    model: Published,
+    schedules: list[tuple[int, int, int]],
+    steps: int,
+    rounds: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     home = "cuda:0"
@@ -158,7 +162,9 @@ def run_model(
                 ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
                 entry[f"speedup_over_{base}"] = spread(ratios)
         if isinstance(ways[name], Asynchronous):
-            entry["component_ms_alone"] = [round(t, 3) for t in component_times(ways[name].denoiser)]
+            entry["component_ms_alone"] = [
+                round(t, 3) for t in component_times(ways[name].denoiser)
+            ]
         a, b = result[name].double(), result["graph"].double()
         entry["distance_to_graph"] = float((a - b).norm() / b.norm())
         print(f"   {name}: " + "  ".join(f"{k} {v}" for k, v in entry.items() if k != "partition"))

@@ -91,7 +91,8 @@ def by_modules(captured: Captured, split: Sequence[Sequence[str]]) -> Owners:
     for i, paths in enumerate(split):
         if i not in owners.values():
             raise PartitionError(
-                f"component {i} of the split owns nothing that depends on the latents: {list(paths)}"
+                f"component {i} of the split owns nothing that depends on the latents: "
+                f"{list(paths)}"
             )
     return _with_parts(captured, owners)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import asyncdiff_core as core
 import numpy as np
 import torch
+
+import asyncdiff_core as core
 
 
 def dense(value: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ def parse(
     arguments = _bind(module, args, kwargs)
     time_name = timestep or next((n for n in TIMESTEP if n in arguments), None)
     value = arguments.get(time_name) if time_name else None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if time_name is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
         # A Python number would be frozen into the exported graph.
         arguments[time_name] = torch.tensor(value)
     pairs, spec = pytree.tree_flatten_with_path(arguments)

@@ -135,15 +135,13 @@ def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], di
     user = []
     for spec in program.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":
-            user.append(getattr(spec.arg, "name", None))
+            user.append(str(getattr(spec.arg, "name", "")))
         elif spec.target in program.state_dict:
             weights[spec.arg.name] = program.state_dict[spec.target]
         else:
             weights[spec.arg.name] = program.constants[spec.target]
     if len(user) != len(call.leaves):
-        raise CaptureError(
-            f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments"
-        )
+        raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
     index = 0
     for name, leaf in zip(user, call.leaves, strict=True):
         if isinstance(leaf, torch.Tensor):

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncdiff_core as core
 import torch
 from torch import fx
 
+import asyncdiff_core as core
+
 from .bundle import as_laid_out, dense
 from .partition import Partition
+from .program import Emit
 
 log = logging.getLogger("asyncdiff")
 
@@ -116,7 +118,7 @@ class Worker:
             sent.setdefault(target, []).append(dense(value))
 
         with torch.no_grad(), self.current():
-            self.program.emit.hook = hook
+            self._emit.hook = hook
             outputs = self.program(*self._arguments(reads))
         self.synchronize()
         return sent, outputs
@@ -170,6 +172,12 @@ class Worker:
         self.mailbox.clear()
         self.senders.clear()
 
+    @property
+    def _emit(self) -> Emit:
+        emit = self.program.emit
+        assert isinstance(emit, Emit)
+        return emit
+
     def _arguments(self, reads: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         values = [self.static[i] for i in self.inputs]
         return values + [v for bundle in reads.values() for v in bundle]
@@ -178,7 +186,7 @@ class Worker:
         read, write = slots
         reads = {source: self.mailbox[source, slot] for source, slot in read}
         push = None if write is None or not self.senders else _Push(self, write)
-        self.program.emit.hook = push
+        self._emit.hook = push
         outputs = self.program(*self._arguments(reads))
         if push is not None:
             push.finish()
@@ -192,9 +200,9 @@ class Worker:
             graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
         ):
             outputs = self._execute(slots)
-        push = self.program.emit.hook
+        push = self._emit.hook
         events = (push.computed, push.delivered) if isinstance(push, _Push) else (None, None)
-        self.program.emit.hook = None
+        self._emit.hook = None
         return _Captured(graph, outputs, *events)
 
 
@@ -210,8 +218,7 @@ class _Push:
         self.computed = self.delivered = None
         self.stream = worker.comm
         started = time.perf_counter()
-        if self.stream is not None:
-            self.stream.wait_stream(worker.stream)
+        self._follow()
         for sender in worker.senders:
             sender.channel.begin(slot, self.stream)
         self.spent = time.perf_counter() - started
@@ -221,8 +228,7 @@ class _Push:
         value = as_laid_out(value, sender.layout.specs[index])
         self.held.append(value)
         started = time.perf_counter()
-        if self.stream is not None:
-            self.stream.wait_stream(self.worker.stream)
+        self._follow()
         sender.channel.push(index, value, self.slot, self.stream)
         self.spent += time.perf_counter() - started
 
@@ -231,13 +237,18 @@ class _Push:
         self.computed = _mark(self.worker.stream)
         for sender in self.worker.senders:
             sender.channel.commit(self.slot, self.stream)
-        if self.stream is not None:
+        if self.stream is not None and self.worker.stream is not None:
             self.worker.stream.wait_stream(self.stream)
         self.delivered = _mark(self.worker.stream)
         self.held.clear()
         self.spent += time.perf_counter() - started
         self.worker._spent += self.spent
         self.worker._pushes += 1
+
+    def _follow(self) -> None:
+        """Let the pushes wait for what is computed so far."""
+        if self.stream is not None and self.worker.stream is not None:
+            self.stream.wait_stream(self.worker.stream)
 
 
 def _mark(stream: torch.cuda.Stream | None) -> Any:

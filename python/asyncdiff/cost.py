@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
         values = {n: _meta(n.meta.get("val")) for n in node.all_input_nodes}
         args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
         with FlopCounterMode(display=False) as counter:
-            node.target(*args, **kwargs)
+            node.target(*args, **kwargs)  # type: ignore[operator]
         macs[node] = counter.get_total_flops() // 2
     return macs
 
@@ -85,7 +86,9 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
             weights = _bring(captured, block, device)
             passes = list(timer(block, values, weights, device))[1:]
             for i, node in enumerate(block):
-                ms[node] = 0.0 if node in captured.views else statistics.median(p[i] for p in passes)
+                ms[node] = (
+                    0.0 if node in captured.views else statistics.median(p[i] for p in passes)
+                )
             end = start + len(block)
             for node in [n for n in values if last_use.get(n, -1) < end]:
                 del values[node]
@@ -117,8 +120,8 @@ def link_speed(devices: Sequence[torch.device]) -> float:
 
 def _bring(
     captured: Captured, block: Sequence[fx.Node], device: torch.device
-) -> dict[fx.Node, torch.Tensor]:
-    out = {}
+) -> dict[fx.Node, Any]:
+    out: dict[fx.Node, Any] = {}
     for node in block:
         for source in node.all_input_nodes:
             if source.op == "placeholder" and source.name in captured.weights:
@@ -128,7 +131,9 @@ def _bring(
     return out
 
 
-def _run(node: fx.Node, values: dict[fx.Node, Any], weights: dict[fx.Node, Any], device: Any) -> None:
+def _run(
+    node: fx.Node, values: dict[fx.Node, Any], weights: dict[fx.Node, Any], device: Any
+) -> None:
     def value(source: fx.Node) -> Any:
         return weights[source] if source in weights else values[source]
 
@@ -157,7 +162,7 @@ def _time_on_gpu(block: Any, values: Any, weights: Any, device: Any) -> Iterator
             _run(node, values, weights, device)
             event.record()
         torch.cuda.synchronize(device)
-        yield [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        yield [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def _meta(value: Any) -> Any:

@@ -105,7 +105,9 @@ class AsyncDenoiser:
     def home(self) -> torch.device:
         """The device on which a sampler's tensors belong."""
         cuda = self.devices[0].type == "cuda"
-        return self._weights.home if cuda == (self._weights.home.type == "cuda") else self.devices[0]
+        return (
+            self._weights.home if cuda == (self._weights.home.type == "cuda") else self.devices[0]
+        )
 
     @property
     def partition(self) -> Partition:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import asyncdiff_core as core
 import torch
+
+import asyncdiff_core as core
 
 from .errors import DeviceError
 
@@ -60,13 +61,16 @@ def _check_cuda(devices: Sequence[torch.device]) -> None:
     wanted = max(d.index for d in devices)
     if not torch.cuda.is_available():
         raise DeviceError(
-            f"devices asks for cuda:{wanted}, but torch sees no GPU here (torch.cuda.is_available() "
-            "is False): use ['cpu'] entries, or see `asyncdiff doctor`"
+            f"devices asks for cuda:{wanted}, but torch sees no GPU here "
+            "(torch.cuda.is_available() is False): use ['cpu'] entries, or see `asyncdiff doctor`"
         )
     count = torch.cuda.device_count()
     if wanted >= count:
-        raise DeviceError(f"devices asks for cuda:{wanted}, but there are {count} GPUs (0 … {count - 1})")
+        raise DeviceError(
+            f"devices asks for cuda:{wanted}, but there are {count} GPUs (0 … {count - 1})"
+        )
     if not core.cuda_built():
         raise DeviceError(
-            "asyncdiff_core was built without CUDA: install nvcc and reinstall with ASYNCDIFF_CUDA=on"
+            "asyncdiff_core was built without CUDA: install nvcc and reinstall with "
+            "ASYNCDIFF_CUDA=on"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,9 +37,9 @@ class Handle:
         self._times: Times | None = None
         self._lock = threading.RLock()
         self._originals = (type(pipe), type(module))
-        module.__class__ = _denoiser_class(type(module))
+        module.__class__ = _denoiser_class(cast(Any, type(module)))
         module.__dict__["_asyncdiff"] = self
-        pipe.__class__ = _pipeline_class(type(pipe))
+        pipe.__class__ = _pipeline_class(cast(Any, type(pipe)))
         pipe.__dict__["_asyncdiff"] = self
 
     @property
@@ -206,14 +206,18 @@ def _twin(module: nn.Module) -> nn.Module:
 
 def _named_like(cls: type, base: type) -> type:
     # Pipelines are saved, and components compared, by the names of their classes.
-    cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
+    cls.__name__, cls.__qualname__, cls.__module__ = (
+        base.__name__,
+        base.__qualname__,
+        base.__module__,
+    )
     return cls
 
 
 @functools.cache
-def _denoiser_class(base: type) -> type:
-    class Parallel(base):  # type: ignore[misc, valid-type]
-        @functools.wraps(base.forward)  # type: ignore[attr-defined]
+def _denoiser_class(base: Any) -> type:
+    class Parallel(base):  # type: ignore[misc]
+        @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.__dict__["_asyncdiff"]._forward(args, kwargs)
 
@@ -236,10 +240,10 @@ def _denoiser_class(base: type) -> type:
 
 
 @functools.cache
-def _pipeline_class(base: type) -> type:
-    class Parallel(base):  # type: ignore[misc, valid-type]
-        @functools.wraps(base.__call__)  # type: ignore[operator]
+def _pipeline_class(base: Any) -> type:
+    class Parallel(base):  # type: ignore[misc]
+        @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)  # type: ignore[operator]
+            return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)
 
     return _named_like(Parallel, base)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import asyncdiff_core as core
 import torch
+
+import asyncdiff_core as core
 
 from .bundle import layout_of, views
 from .calls import Role
@@ -74,9 +75,7 @@ class Engine:
         else:
             self.fabric = core.HostFabric(len(self.devices), deadline=deadline)
         self._connect(self._first_run())
-        self._crew = Crew(
-            Inline() if self.cuda else Threads(len(self.devices)), self.fabric.abort
-        )
+        self._crew = Crew(Inline() if self.cuda else Threads(len(self.devices)), self.fabric.abort)
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
@@ -95,7 +94,9 @@ class Engine:
             for boundary in self.partition.components[worker.index].reads:
                 values = bundles.get((boundary.source, boundary.target))
                 if values is None:  # the first run in a circle lacks what comes later
-                    values = [torch.zeros_like(v.meta["val"], device="cpu") for v in boundary.values]
+                    values = [
+                        torch.zeros_like(v.meta["val"], device="cpu") for v in boundary.values
+                    ]
                 reads[boundary.source] = [v.to(worker.device) for v in values]
             sent, _ = worker.warm_up(reads)
             if rank < count:

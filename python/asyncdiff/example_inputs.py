@@ -68,7 +68,10 @@ def _unet(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: 
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        kwargs["added_cond_kwargs"] = {"text_embeds": make(batch, pooled), "time_ids": make(batch, 6)}
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": make(batch, pooled),
+            "time_ids": make(batch, 6),
+        }
     return kwargs
 
 

@@ -221,7 +221,9 @@ def _exact_order(components: list[Component], outputs: list[Any]) -> tuple[int, 
             reachable: set[fx.Node] = set()
             mine = set(c.nodes)
             for node in c.nodes:
-                if not any(s in stale or (s in mine and s not in reachable) for s in node.all_input_nodes):
+                if not any(
+                    s in stale or (s in mine and s not in reachable) for s in node.all_input_nodes
+                ):
                     reachable.add(node)
             gained = {(c.index, v) for v in sent[c.index] & reachable} & missing
             if gained:

@@ -132,6 +132,8 @@ def grid(plan: Plan) -> str:
     left = max(map(len, [*names, "steps"]))
     rows = [["steps", *heads]] + [[n, *row] for n, row in zip(names, cells, strict=True)]
     return "\n".join(
-        row[0].ljust(left) + " | " + " ".join(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))
+        row[0].ljust(left)
+        + " | "
+        + " ".join(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))
         for row in rows
     )

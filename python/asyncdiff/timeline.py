@@ -153,7 +153,13 @@ class Timeline:
             "exchange_bytes": self.exchange_bytes,
             "busy": list(self.busy),
             "ticks": [
-                {"index": t.index, "exact": t.exact, "serves": list(t.serves), "start_ms": a, "end_ms": b}
+                {
+                    "index": t.index,
+                    "exact": t.exact,
+                    "serves": list(t.serves),
+                    "start_ms": a,
+                    "end_ms": b,
+                }
                 for t in self.plan.ticks
                 for a, b in [self.tick_bounds(t.index)]
             ],
@@ -284,8 +290,8 @@ def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) ->
     """Write a PNG: above, the warm-up's last step and ``first_ticks`` ticks; below, all of it.
 
     A rank's row shows its component (colour), what leaves it (thin bar) and updates (black).
-    Raises AsyncDiffError where matplotlib is missing (it is in the extra ``demo``), OSError where the
-    file cannot be written.
+    Raises AsyncDiffError where matplotlib is missing (it is in the extra ``demo``), OSError where
+    the file cannot be written.
     """
     try:
         # Figure without pyplot: no global backend is chosen, no window is ever opened.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncdiff_core as core
 import pytest
 import torch
+
+import asyncdiff_core as core
 
 
 def _missing() -> str | None:

@@ -6,10 +6,11 @@ import threading
 import time
 from typing import Any
 
-import asyncdiff_core as core
 import pytest
 import torch
 from conftest import PLACES, devices_for
+
+import asyncdiff_core as core
 
 WAYS = [(place, transport) for place in PLACES for transport in ("auto", "staged")]
 
@@ -99,7 +100,7 @@ def test_any_tensors_arrive_whole(place: str, transport: str, receivers: int) ->
         for room in rooms.values():
             for sent, got in zip(world.tensors, room, strict=True):
                 assert torch.equal(sent.cpu(), got.cpu())
-    kinds = set(world.fabric.links()[0, r] for r in world.receivers)
+    kinds = {world.fabric.links()[0, r] for r in world.receivers}
     assert kinds <= ({"staged"} if transport == "staged" else {"memory", "peer"})
 
 

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asyncdiff_core as core
 import pytest
+
+import asyncdiff_core as core
 
 ROOT = Path(__file__).parents[2]
 

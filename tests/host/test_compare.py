@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from asyncdiff.errors import InputError
 
 np = pytest.importorskip("numpy")

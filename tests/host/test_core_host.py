@@ -7,10 +7,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import asyncdiff_core as core
 import numpy as np
 import pytest
 import torch
+
+import asyncdiff_core as core
 
 LAYOUT = core.Layout([core.TensorSpec("float32", (3, 5)), core.TensorSpec("int64", (7,))])
 
@@ -213,11 +214,11 @@ def test_links_and_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCDIFF_DEADLINE", "2.5")
     assert core.HostFabric(1).deadline == 2.5
     monkeypatch.setenv("ASYNCDIFF_DEADLINE", "soon")
-    with pytest.raises(core.InvalidArgument, match="ASYNCDIFF_DEADLINE='soon'"):
+    with pytest.raises(core.InvalidArgument, match=r"ASYNCDIFF_DEADLINE='soon'"):
         core.HostFabric(1)
 
 
 @pytest.mark.skipif(core.cuda_devices() > 0, reason="there is a GPU")
 def test_without_a_gpu_the_cuda_fabric_says_so() -> None:
-    with pytest.raises(core.DeviceError, match="built without CUDA|no GPU"):
+    with pytest.raises(core.DeviceError, match=r"built without CUDA|no GPU"):
         core.CudaFabric([0, 0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncdiff_core as core
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import asyncdiff_core as core
 
 
 def test_row_major_by_default() -> None:

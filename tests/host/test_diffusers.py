@@ -69,7 +69,7 @@ def shared() -> Any:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler(shared: Any, name: str) -> None:
-    """All exact equals the plain pipeline; a longer, asynchronous run stays in its neighbourhood."""
+    """All exact equals the plain pipeline; a longer, asynchronous run stays near it."""
     config = reference.pipeline(SPEC).scheduler.config
     plain = reference.pipeline(SPEC)
     distances = []

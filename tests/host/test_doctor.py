@@ -1,11 +1,10 @@
-"""The doctor: its parsing and judging from made-up findings, its probe against a child that dies."""
+"""The doctor: what it judges from made-up findings, and its probe of a child that dies."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-
 from asyncdiff import doctor
 
 TOPOLOGY = (

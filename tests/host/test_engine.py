@@ -124,7 +124,9 @@ def test_conditioning_changed_in_place_is_seen() -> None:
     text.mul_(2)
     with denoiser.generation(torch.stack(TIMES[:1])):
         got = denoiser(call["sample"], TIMES[0], encoder_hidden_states=text)[0]
-    torch.testing.assert_close(got, plain(call["sample"], TIMES[0], text)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, plain(call["sample"], TIMES[0], text)[0], rtol=1e-12, atol=1e-12
+    )
     denoiser.close()
 
 

@@ -62,7 +62,11 @@ def test_no_gpu_here() -> None:
 def test_more_components_than_nodes() -> None:
     with pytest.raises(PartitionError, match="can be split into at most"):
         AsyncDenoiser(
-            toy(), example_kwargs=toy_call(), devices=["cpu"] * 999, components=999, split="estimate"
+            toy(),
+            example_kwargs=toy_call(),
+            devices=["cpu"] * 999,
+            components=999,
+            split="estimate",
         )
 
 

@@ -8,7 +8,6 @@ from asyncdiff.calls import parse
 from asyncdiff.capture import capture
 from asyncdiff.cost import estimate
 from asyncdiff.partition import partition
-
 from denoise.models import MODELS
 
 #: Billions of parameters, as published.

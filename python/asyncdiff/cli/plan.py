@@ -95,8 +95,8 @@ def plan(
         out.print(told + "\n", markup=False)
     out.print(plan_text.grid(built), markup=False)
     out.print(
-        f"\n{built.ranks} ranks, {len(built.ticks)} ticks for {steps} steps; a cell is the timestep "
-        "index, * delivers a noise prediction, x marks exact steps",
+        f"\n{built.ranks} ranks, {len(built.ticks)} ticks for {steps} steps; a cell is the "
+        "timestep index, * delivers a noise prediction, x marks exact steps",
         markup=False,
     )
     if text:
