@@ -15,14 +15,19 @@ import asyncdiff_core as core
 ROOT = Path(__file__).parents[2]
 
 
-def configure(folder: Path, setting: str) -> subprocess.CompletedProcess[str]:
-    """CMake on a PATH without nvcc."""
+def configure(
+    folder: Path, setting: str, hide_nvcc: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """CMake, by default on a PATH without nvcc."""
     cmake = shutil.which("cmake")
     assert cmake is not None
-    env = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH", "CUDA_HOME")}
-    env |= {"ASYNCDIFF_CUDA": setting, "PATH": "/usr/bin:/bin"}
-    if Path("/usr/bin/nvcc").exists():
-        pytest.skip("nvcc lies in /usr/bin and cannot be hidden")
+    env = os.environ | {"ASYNCDIFF_CUDA": setting}
+    if hide_nvcc:
+        if Path("/usr/bin/nvcc").exists():
+            pytest.skip("nvcc lies in /usr/bin and cannot be hidden")
+        for name in ("CUDACXX", "CUDA_PATH", "CUDA_HOME"):
+            env.pop(name, None)
+        env["PATH"] = "/usr/bin:/bin"
     pybind = subprocess.check_output(
         [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
     ).strip()
@@ -48,6 +53,13 @@ def test_cuda_auto_builds_for_the_host_without_nvcc(tmp_path: Path) -> None:
     done = configure(tmp_path, "auto")
     assert done.returncode == 0, done.stderr
     assert "building for the host only" in done.stdout
+
+
+def test_cuda_off_leaves_nvcc_alone(tmp_path: Path) -> None:
+    done = configure(tmp_path, "off", hide_nvcc=False)
+    assert done.returncode == 0, done.stderr
+    assert "ASYNCDIFF_CUDA=off: building for the host only" in done.stdout
+    assert "CUDA compiler" not in done.stdout
 
 
 def test_cuda_setting_is_checked(tmp_path: Path) -> None:
