@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -30,11 +31,11 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "core": asyncdiff_core.build_info(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
     }
     if gpus:
-        out["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        out["topology"] = _output("nvidia-smi", "topo", "-m")
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        out["driver"] = driver.splitlines()[0] if driver else None
+        out["links"] = _links(len(gpus))
     try:
         import diffusers
 
@@ -51,9 +52,23 @@ def write(path: Path, figures: Any) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _links(gpus: int) -> list[str]:
+    """The rows of nvidia-smi's topology between GPUs, as "GPU0 X NV18"."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", _output("nvidia-smi", "topo", "-m") or "")
+    rows = [line.split() for line in text.splitlines()]
+    return [
+        " ".join(row[: gpus + 1])
+        for row in rows
+        if len(row) > gpus
+        and row[1:2] != ["GPU1"]
+        and row[0].startswith("GPU")
+        and row[0][3:].isdigit()
+    ]
+
+
 def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,102 @@
+"""Write the README's tables from the committed results.
+
+python benchmarks/tables.py            # rewrites README.md between its markers
+python benchmarks/tables.py --check    # exit code 1 if that would change it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def main() -> None:
+    text = old = README.read_text()
+    for name, table in TABLES.items():
+        pattern = rf"<!-- results:{name} -->\n.*?<!-- /results -->"
+        new = f"<!-- results:{name} -->\n{table()}<!-- /results -->"
+        text, count = re.subn(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for results:{name}, not one")
+    if "--check" in sys.argv[1:]:
+        raise SystemExit("README.md does not show the committed results" if text != old else 0)
+    README.write_text(text)
+
+
+def denoise() -> str:
+    """All files ``denoise_*.json``, one table each."""
+    parts = []
+    for path in sorted(RESULTS.glob("denoise_*.json"), reverse=True):
+        document = json.loads(path.read_text())
+        parts.append(_caption(path, document) + _denoise_table(document["figures"]))
+    return "\n".join(parts) if parts else "Nothing was measured yet.\n"
+
+
+def _caption(path: Path, document: dict[str, Any]) -> str:
+    e = document["environment"]
+    gpus = f"{len(e['gpus'])} × {e['gpus'][0]}"
+    first = next(iter(document["figures"].values()))
+    return (
+        f"{gpus}, {first['dtype']}, guidance on, {first['steps']} DDIM steps, the whole loop; "
+        f"medians of {first['rounds']} rounds; torch {e['torch']}, diffusers {e['diffusers']}. "
+        f"`benchmarks/denoise/{e['command']}`, "
+        f"[{path.name}](benchmarks/results/{path.name}).\n\n"
+    )
+
+
+def _denoise_table(figures: dict[str, Any]) -> str:
+    titles = [m["title"] for m in figures.values()]
+    rows: list[list[str]] = [["", *titles], ["---"] * (len(titles) + 1)]
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        rows.append([name, *(cell(m) for m in figures.values())])
+
+    row("one GPU, eager, ms a step", lambda m: _median(m["eager"]["ms_a_step"]))
+    row("one GPU, one CUDA graph, ms a step", lambda m: _median(m["graph"]["ms_a_step"]))
+    schedules = [k for k in next(iter(figures.values())) if k.startswith("N=")]
+    for key in schedules:
+        shared = next(iter(figures.values()))[key]["shared_gpus"]
+        where = "ranks sharing the GPU" if shared else "a GPU for each rank"
+        row(f"asyncdiff {key}, {where}, ms a step", lambda m, k=key: _median(m[k]["ms_a_step"]))
+        row(
+            "— its components alone, ms",
+            lambda m, k=key: " + ".join(f"{t:.2f}" for t in m[k]["component_ms_alone"]),
+        )
+        if not shared:
+            row("— times the graph's speed", lambda m, k=key: _ratio(m[k]["speedup_over_graph"]))
+            row("— times eager's speed", lambda m, k=key: _ratio(m[k]["speedup_over_eager"]))
+        row("— exchange, MiB a tick", lambda m, k=key: f"{m[k]['exchange_mib_per_tick']:.1f}")
+        row(
+            "— exposed exchange, ms a tick",
+            lambda m, k=key: _median(m[k]["exposed_ms_per_tick"], 3),
+        )
+        row("— memory by GPU, MiB", lambda m, k=key: _memory(m[k]))
+    row("memory of the eager denoiser, MiB", lambda m: _memory(m["eager"]))
+    return "".join(f"| {' | '.join(r)} |\n" for r in rows)
+
+
+def _median(spread: dict[str, float], digits: int = 1) -> str:
+    return f"{spread['median']:.{digits}f}"
+
+
+def _ratio(spread: dict[str, float]) -> str:
+    return f"**{spread['median']:.2f}** ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def _memory(entry: dict[str, Any]) -> str:
+    # What was taken from the device: weights, activations, graphs, mailboxes, torch's cache.
+    return ", ".join(f"{mib:.0f}" for mib in entry["memory_mib"]["device"] if mib)
+
+
+TABLES = {"denoise": denoise}
+
+if __name__ == "__main__":
+    main()
