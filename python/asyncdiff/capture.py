@@ -29,6 +29,8 @@ class Captured:
     former to their tensors (the module's own parameters, not copies), ``inputs`` the latter to
     their index in ``signature.inputs``. ``outputs`` are the leaves of the result (nodes or
     constants), ``out_spec`` puts them back together. ``seconds`` is what the export took.
+    ``variant`` are the nodes that depend on the latents, ``once`` those that depend on the
+    conditioning but on neither latents nor time.
     """
 
     graph: fx.Graph
@@ -41,11 +43,14 @@ class Captured:
     seconds: float
     nodes: list[fx.Node] = field(default_factory=list)
     variant: set[fx.Node] = field(default_factory=set)
+    once: set[fx.Node] = field(default_factory=set)
     views: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.graph.nodes if n.op == "call_function"]
-        self.variant = self._descendants_of_latents()
+        self.variant = self._descendants(Role.LATENTS)
+        self.once = self._descendants(Role.CONDITIONING)
+        self.once -= self._descendants(Role.LATENTS, Role.TIMESTEP)
         self.views = {n for n in self.nodes if _is_view(n)}
 
     def ownable(self, node: fx.Node) -> bool:
@@ -70,17 +75,17 @@ class Captured:
         """The denoiser's result from its leaves."""
         return pytree.tree_unflatten(leaves, self.out_spec)
 
-    def _descendants_of_latents(self) -> set[fx.Node]:
+    def _descendants(self, *roles: Role) -> set[fx.Node]:
         inputs = self.signature.inputs
-        variant: set[fx.Node] = set()
+        found: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 index = self.inputs.get(node.name)
-                if index is not None and inputs[index].role is Role.LATENTS:
-                    variant.add(node)
-            elif any(source in variant for source in node.all_input_nodes):
-                variant.add(node)
-        return {n for n in variant if n.op == "call_function"}
+                if index is not None and inputs[index].role in roles:
+                    found.add(node)
+            elif any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return {n for n in found if n.op == "call_function"}
 
 
 def capture(module: nn.Module, call: Call) -> Captured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import fx
 import asyncdiff_core as core
 
 from .bundle import as_laid_out, dense
+from .calls import Role
+from .hoist import hoist, store
 from .partition import Partition
 from .program import Emit
 
@@ -53,13 +55,18 @@ class Worker:
     index: int
     device: torch.device
     program: fx.GraphModule
+    #: computes ``kept`` from the inputs ``conditioning``, when one of them has changed
+    prelude: fx.GraphModule | None
     inputs: list[int]
+    conditioning: set[int]
     static: dict[int, torch.Tensor]
     stream: torch.cuda.Stream | None = None
     comm: torch.cuda.Stream | None = None
     senders: list[Sender] = field(default_factory=list)
     #: (source, slot) -> the bundle's tensors in this rank's mailbox
     mailbox: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    #: what the program needs and is computed once a generation
+    kept: list[torch.Tensor] = field(default_factory=list)
     #: CUDA graphs are used until one cannot be captured.
     graphs: bool = True
     _pushes: int = 0
@@ -85,7 +92,10 @@ class Worker:
             static = {i: torch.empty_like(tensors[i], device=device) for i in inputs}
             for i in inputs:
                 static[i].copy_(tensors[i])
-        worker = cls(rank, index, device, program, inputs, static)
+        roles = captured.signature.inputs
+        conditioning = {i for i in inputs if roles[i].role is Role.CONDITIONING}
+        prelude, main = hoist(program)
+        worker = cls(rank, index, device, main, prelude, inputs, conditioning, static)
         if device.type == "cuda":
             worker.stream = torch.cuda.Stream(device)
             worker.comm = torch.cuda.Stream(device)
@@ -105,6 +115,15 @@ class Worker:
         if index in self.static:
             self.static[index].copy_(value, non_blocking=True)
 
+    def refresh(self, changed: Iterable[int]) -> None:
+        """Compute again what depends on the conditioning alone, if an input of it has changed."""
+        if self.prelude is None or self.conditioning.isdisjoint(changed):
+            return
+        with torch.no_grad(), self.current():
+            inputs = [self.static[i] for i in self.inputs]
+            absent = [None] * len(self.prelude.graph.find_nodes(op="placeholder"))
+            self.kept = store(self.prelude(*inputs, *absent[len(inputs) :]), self.kept)
+
     def warm_up(
         self, reads: dict[int, list[torch.Tensor]]
     ) -> tuple[dict[int, list[torch.Tensor]], list[Any]]:
@@ -117,6 +136,7 @@ class Worker:
         def hook(target: int, index: int, value: torch.Tensor) -> None:
             sent.setdefault(target, []).append(dense(value))
 
+        self.refresh(self.conditioning)
         with torch.no_grad(), self.current():
             self._emit.hook = hook
             outputs = self.program(*self._arguments(reads))
@@ -180,7 +200,7 @@ class Worker:
 
     def _arguments(self, reads: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         values = [self.static[i] for i in self.inputs]
-        return values + [v for bundle in reads.values() for v in bundle]
+        return [*values, *(v for bundle in reads.values() for v in bundle), *self.kept]
 
     def _execute(self, slots: Slots) -> list[Any]:
         read, write = slots

@@ -270,6 +270,7 @@ class Engine:
                 if time is not None:
                     for i in self._times:
                         worker.set_input(i, time)
+            worker.refresh(fresh)
             outputs = worker.run(slots)
             return None if action.step is None else self._deliver(worker, outputs, home)
 
@@ -286,6 +287,7 @@ class Engine:
                     worker.stream.wait_event(ready)
                 for i in fresh:
                     worker.set_input(i, tensors[i])
+            worker.refresh(fresh)
 
         return work
 

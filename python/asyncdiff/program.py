@@ -15,6 +15,10 @@ from .capture import Captured
 #: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
 EmitHook = Callable[[int, int, torch.Tensor], None]
 
+#: In the metadata of a program's node: whether its value can be kept for a whole generation. Views
+#: are not kept: they cost nothing, and a kept copy of one would.
+ONCE = "asyncdiff_once"
+
 
 class Emit(nn.Module):
     """Where a program hands out a boundary value. Without a hook the value is dropped."""
@@ -81,6 +85,8 @@ def build(
         args = map_arg(rehome(node.args, device), env.__getitem__)
         kwargs = map_arg(rehome(node.kwargs, device), env.__getitem__)
         env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        once = node in captured.once and node not in captured.views
+        env[node].meta[ONCE] = once and isinstance(node.meta.get("val"), torch.Tensor)
         for target, index in sends.get(node, ()):
             graph.call_module("emit", (target, index, env[node]))
     graph.output([env[o] if isinstance(o, fx.Node) else o for o in outputs])

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One component: graph nodes, milliseconds, multiply-accumulates, parameters, extent."""
+    """One component: graph nodes, parameters, extent; milliseconds and multiply-accumulates of one
+    run, without what is computed once a generation."""
 
     nodes: int
     ms: float
