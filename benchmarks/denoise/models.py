@@ -32,7 +32,9 @@ class Published:
         with torch.device(device):
             torch.manual_seed(0)
             module = getattr(diffusers, self.cls)(**self.config)
-        return module.to(device, dtype).eval().requires_grad_(False)
+        # diffusers' own .to() warns about precision that random weights do not have.
+        torch.nn.Module.to(module, device, dtype)
+        return module.eval().requires_grad_(False)
 
     def inputs(self, module: Any) -> dict[str, Any]:
         """Keyword arguments of one call at the published size."""

@@ -6,8 +6,6 @@ namespace asyncdiff {
 
 namespace {
 
-// Plain strings, no streams: a process may hold two C++ standard libraries (that of Python's
-// distribution, the system's), and streams of one crash with the locale of the other.
 std::string where(const Incident& i) {
   return "rank " + std::to_string(i.rank) + ", channel '" + i.channel + "', " + i.operation +
          " of slot " + std::to_string(i.slot);

@@ -76,3 +76,13 @@ def test_the_extension_needs_no_driver() -> None:
     needed = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
     assert "libcuda" not in needed
     assert "libtorch" not in needed
+
+
+def test_the_extension_shows_no_runtime_library_of_its_own() -> None:
+    """Two visible copies of the C++ standard library in one process crash."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    symbols = subprocess.check_output(["nm", "-D", core._core.__file__], text=True)
+    defined = [line.split()[-1] for line in symbols.splitlines() if " U " not in line]
+    assert "PyInit__core" in defined
+    assert not [s for s in defined if s.startswith(("__cxa_", "cuda", "__cuda"))]
