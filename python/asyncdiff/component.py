@@ -35,6 +35,19 @@ class Sender:
     layout: core.Layout
 
 
+class Caller:
+    """The stream on which a tick's inputs become ready, as it is when this is made.
+
+    It has to wait for the copies of the inputs: until then nobody may write to them, or to their
+    memory once it is free.
+    """
+
+    def __init__(self, home: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(home)
+        # One event for all ranks: a rank must not wait for what others do with the inputs.
+        self.ready = self.stream.record_event()
+
+
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -110,10 +123,20 @@ class Worker:
         with _current(self.device, self.stream):
             yield
 
-    def set_input(self, index: int, value: torch.Tensor) -> None:
-        """Copy a denoiser input to this rank, in stream order."""
-        if index in self.static:
-            self.static[index].copy_(value, non_blocking=True)
+    def set_inputs(self, values: dict[int, torch.Tensor], caller: Caller | None = None) -> None:
+        """Copy denoiser inputs to this rank, by index; those that it does not use are passed over.
+
+        ``caller`` tells when they are ready, if they may not be yet.
+        """
+        with self.current():
+            if self.stream is not None and caller is not None:
+                self.stream.wait_event(caller.ready)
+            for index, value in values.items():
+                if index in self.static:
+                    self.static[index].copy_(value, non_blocking=True)
+            if self.stream is not None and caller is not None:
+                caller.stream.wait_stream(self.stream)
+        self.refresh(values)
 
     def refresh(self, changed: Iterable[int]) -> None:
         """Compute again what depends on the conditioning alone, if an input of it has changed."""
@@ -136,6 +159,9 @@ class Worker:
         def hook(target: int, index: int, value: torch.Tensor) -> None:
             sent.setdefault(target, []).append(dense(value))
 
+        if self.device.type == "cuda":
+            # Weights, inputs and ``reads`` were brought here on other streams.
+            torch.cuda.synchronize(self.device)
         self.refresh(self.conditioning)
         with torch.no_grad(), self.current():
             self._emit.hook = hook

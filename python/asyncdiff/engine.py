@@ -18,7 +18,7 @@ import asyncdiff_core as core
 
 from .bundle import layout_of, views
 from .calls import Role
-from .component import Sender, Slots, Worker
+from .component import Caller, Sender, Slots, Worker
 from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
@@ -169,15 +169,16 @@ class Engine:
         fresh = self._changed_conditioning(tensors)
         if not self.cuda:
             # The ranks' threads may still read these after the caller went on to change them.
-            tensors = [t.clone() if i in self._latents else t for i, t in enumerate(tensors)]
-        ready = self._record(tensors)
+            moving = {*self._latents, *fresh}
+            tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
+        caller = Caller(tensors[self._latents[0]].device) if self.cuda else None
         done: dict[int, Future[Any]] = {}
         started: set[int] = set()
         for action in tick.actions:
             if action.kind is Kind.RUN:
                 first = action.rank not in started
                 started.add(action.rank)
-                work = self._run_work(action, tensors, time_of, fresh, ready if first else None)
+                work = self._run_work(action, tensors, time_of, fresh, caller if first else None)
             else:
                 work = self._channel_work(action)
             future = self._crew.submit(action.rank, work)
@@ -185,7 +186,7 @@ class Engine:
                 done[action.step] = future
         if fresh:  # ranks that did not run in this tick need the new conditioning too
             for rank in set(range(len(self.workers))) - started:
-                self._crew.submit(rank, self._input_work(rank, tensors, fresh, ready))
+                self._crew.submit(rank, self._input_work(rank, tensors, fresh, caller))
         results = {}
         for step, future in done.items():
             if future.exception() is not None:
@@ -253,7 +254,7 @@ class Engine:
         tensors: Sequence[torch.Tensor],
         time_of: TimeOf,
         fresh: Sequence[int],
-        ready: Any,
+        caller: Caller | None,
     ) -> Callable[[], Any]:
         worker = self.workers[action.rank]
         slots = self._slots(action)
@@ -262,34 +263,24 @@ class Engine:
         home = tensors[self._latents[0]].device
 
         def work() -> Any:
-            with worker.current():
-                if ready is not None:
-                    worker.stream.wait_event(ready) if worker.stream else None
-                for i in (*self._latents, *fresh):
-                    worker.set_input(i, tensors[i])
-                if time is not None:
-                    for i in self._times:
-                        worker.set_input(i, time)
-            worker.refresh(fresh)
+            inputs = {i: tensors[i] for i in (*self._latents, *fresh)}
+            if time is not None:
+                inputs |= dict.fromkeys(self._times, time)
+            worker.set_inputs(inputs, caller)
             outputs = worker.run(slots)
             return None if action.step is None else self._deliver(worker, outputs, home)
 
         return work
 
     def _input_work(
-        self, rank: int, tensors: Sequence[torch.Tensor], fresh: Sequence[int], ready: Any
+        self,
+        rank: int,
+        tensors: Sequence[torch.Tensor],
+        fresh: Sequence[int],
+        caller: Caller | None,
     ) -> Callable[[], None]:
         worker = self.workers[rank]
-
-        def work() -> None:
-            with worker.current():
-                if ready is not None and worker.stream is not None:
-                    worker.stream.wait_event(ready)
-                for i in fresh:
-                    worker.set_input(i, tensors[i])
-            worker.refresh(fresh)
-
-        return work
+        return lambda: worker.set_inputs({i: tensors[i] for i in fresh}, caller)
 
     def _channel_work(self, action: Action) -> Callable[[], None]:
         worker = self.workers[action.rank]
@@ -317,16 +308,6 @@ class Engine:
                     new.copy_(old, non_blocking=True)
         main.wait_stream(worker.stream)
         return out
-
-    def _record(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """An event after which the inputs are there."""
-        if not self.cuda:
-            return None
-        home = tensors[self._latents[0]].device
-        with torch.cuda.device(home):
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(home))
-        return event
 
     def _changed_conditioning(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """Conditioning that is not what the ranks hold. A tensor is known by itself and its
