@@ -41,7 +41,7 @@ lint: $(STAMPS)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/tables.py --check
-	find csrc \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
+	find csrc examples/cpp \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
 		-print0 | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
 
 # A wheel of its own, not the installed package: what users get from pip, with CUDA in it, must

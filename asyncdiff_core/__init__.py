@@ -23,6 +23,7 @@ from .errors import (
     SlotOrderError,
 )
 from .fabric import CudaFabric, Fabric, HostFabric
+from .paths import get_cmake_dir, get_include
 
 __all__ = [
     "Aborted",
@@ -42,4 +43,6 @@ __all__ = [
     "build_info",
     "cuda_built",
     "cuda_devices",
+    "get_cmake_dir",
+    "get_include",
 ]

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
+
 from asyncdiff.assign import Owners
 from asyncdiff.calls import Call, Role
 from asyncdiff.capture import Captured
 from asyncdiff.program import resolve
-from torch import fx
 
 Values = dict[fx.Node, Any]
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]

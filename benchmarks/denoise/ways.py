@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from denoise.loop import Loop
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from denoise.loop import Loop
 
 
 class Eager:

@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from asyncdiff import demo_model
 from train import sheet  # also puts this checkout on the path
+
+from asyncdiff import demo_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python/asyncdiff/demo"

@@ -28,9 +28,10 @@ from torch.nn.functional import mse_loss, pixel_unshuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
+from diffusers import UNet2DConditionModel
+
 from asyncdiff.demo.pipeline import EmojiPipeline, make_scheduler
 from asyncdiff.demo.words import Vocabulary, WordEncoder
-from diffusers import UNet2DConditionModel
 
 # Stable Diffusion's schedule with a larger end, so that the last step is nearly pure noise (0.0095
 # of the signal remains): otherwise a model that starts from noise cannot make a white page.

@@ -6,13 +6,14 @@ import logging
 import threading
 from typing import Any
 
-import asyncdiff
 import pytest
 import reference
 import torch
-from asyncdiff import AsyncDenoiser, InputError, RankError
 from conftest import PLACES, devices_for
 from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser, InputError, RankError
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = torch.tensor([900 - 100 * k for k in range(8)])

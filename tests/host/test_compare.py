@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from asyncdiff.errors import InputError
 
 np = pytest.importorskip("numpy")

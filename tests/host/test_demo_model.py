@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from asyncdiff import demo_model
 from asyncdiff.demo.words import Vocabulary
 from asyncdiff.errors import InputError

@@ -6,11 +6,12 @@ import copy
 import threading
 from typing import Any
 
-import asyncdiff
 import diffusers
 import pytest
 import reference
 import torch
+
+import asyncdiff
 from asyncdiff import InputError
 
 SPEC = reference.case("sd21_ddim_n2s1w1")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import generate
+from toys import toy, toy_call
+
 from asyncdiff import AsyncDenoiser, InputError, RankError
 from asyncdiff.assign import by_modules
 from asyncdiff.calls import parse
 from asyncdiff.capture import capture
-from emulation import generate
-from toys import toy, toy_call
 
 SPLITS = {
     1: [["enter", "down", "mix", "up", "leave"]],

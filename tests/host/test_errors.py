@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import asyncdiff
 import pytest
 import reference
 import torch
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
+from toys import toy, toy_call
+
+import asyncdiff
 from asyncdiff import (
     AsyncDenoiser,
     CaptureError,
@@ -17,8 +20,6 @@ from asyncdiff import (
     PlanError,
     SchedulerError,
 )
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
-from toys import toy, toy_call
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import reference
 import torch
+from torch import fx
+
 from asyncdiff import AsyncDenoiser
 from asyncdiff.calls import parse
 from asyncdiff.capture import capture
 from asyncdiff.example_inputs import example_inputs
 from asyncdiff.hoist import hoist, store
 from asyncdiff.partition import partition
-from torch import fx
 
 CPU = torch.device("cpu")
 

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import toy, toy_call
+
 from asyncdiff import PartitionError
 from asyncdiff.assign import by_cuts, units
 from asyncdiff.balance import cut
@@ -16,9 +20,6 @@ from asyncdiff.calls import Call, Role, parse
 from asyncdiff.capture import Captured, capture
 from asyncdiff.cost import estimate, measure
 from asyncdiff.partition import Partition, partition
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from toys import toy, toy_call
 
 CPU = torch.device("cpu")
 

@@ -1,11 +1,12 @@
 """Plans: every step served once, nothing read before it is made or after its slot is reused."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from asyncdiff import plan as P
 from asyncdiff import plan_text
 from asyncdiff.errors import PlanError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 numbers = st.tuples(
     st.integers(1, 6), st.integers(1, 5), st.integers(1, 6), st.integers(0, 20), st.booleans()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from asyncdiff.calls import parse
 from asyncdiff.capture import capture
 from asyncdiff.cost import estimate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncdiff
 import pytest
 import reference
 import torch
+
+import asyncdiff
 
 
 @pytest.mark.parametrize("name", reference.NAMES)

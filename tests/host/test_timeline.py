@@ -6,12 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from asyncdiff import plan as P
 from asyncdiff import plan_text
 from asyncdiff.errors import PlanError
 from asyncdiff.timeline import SpanKind, Timing, draw, predict, summary
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def spans(timeline, rank, kind=SpanKind.RUN):

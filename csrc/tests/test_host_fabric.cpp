@@ -1,0 +1,89 @@
+// Threads exchange bundles through the host fabric; waits end.
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/host_fabric.hpp"
+#include "check.hpp"
+
+using namespace asyncdiff;
+
+namespace {
+
+constexpr int kCount = 5000;
+constexpr std::size_t kWords = 1000;
+
+void every_bundle_arrives_once_and_whole(int slots) {
+  HostFabric fabric(3, 20.0);
+  const Layout layout({TensorSpec("uint32", {kWords}), TensorSpec("uint8", {3})});
+  const auto channel = fabric.channel(0, {1, 2}, layout, slots, "numbers");
+
+  std::thread sender([&] {
+    std::vector<std::uint32_t> words(kWords);
+    for (int n = 0; n < kCount; ++n) {
+      for (std::size_t i = 0; i < kWords; ++i) words[i] = static_cast<std::uint32_t>(n) + i;
+      const std::uint8_t bytes[3] = {1, 2, static_cast<std::uint8_t>(n)};
+      channel->begin(n % slots, 0);
+      channel->push(0, words.data(), n % slots, 0);
+      channel->push(1, bytes, n % slots, 0);
+      channel->commit(n % slots, 0);
+    }
+  });
+  std::vector<std::thread> receivers;
+  for (int rank : {1, 2}) {
+    receivers.emplace_back([&, rank] {
+      for (int n = 0; n < kCount; ++n) {
+        channel->get(rank, n % slots, 0);
+        const std::byte* slot = channel->slot(rank, n % slots).data;
+        std::uint32_t word = 0;
+        for (std::size_t i = 0; i < kWords; i += 7) {
+          std::memcpy(&word, slot + 4 * i, 4);
+          CHECK(word == static_cast<std::uint32_t>(n) + i);
+        }
+        CHECK(static_cast<std::uint8_t>(slot[layout.offsets[1] + 2]) ==
+              static_cast<std::uint8_t>(n));
+        channel->release(rank, n % slots, 0);
+      }
+    });
+  }
+  sender.join();
+  for (std::thread& receiver : receivers) receiver.join();
+  fabric.check();
+}
+
+void waits_end() {
+  HostFabric fabric(2, 0.05);
+  const auto channel = fabric.channel(1, {0}, Layout({TensorSpec("uint8", {1})}), 2, "");
+  CHECK_THROWS(channel->get(0, 0, 0), ExchangeTimeout);
+  CHECK_THROWS(fabric.check(), ExchangeTimeout);
+  fabric.reset();
+  CHECK_THROWS(channel->get(0, 1, 0), SlotOrderError);
+  fabric.reset();
+  fabric.abort(1, "enough");
+  CHECK_THROWS(channel->get(0, 0, 0), Aborted);
+  fabric.reset();
+  fabric.check();
+  fabric.close();
+  CHECK_THROWS(channel->begin(0, 0), Error);
+}
+
+void an_abort_wakes_who_waits() {
+  HostFabric fabric(2, 60.0);
+  const auto channel = fabric.channel(1, {0}, Layout({TensorSpec("uint8", {1})}), 2, "");
+  std::thread waiting([&] { CHECK_THROWS(channel->get(0, 0, 0), Aborted); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const auto begun = std::chrono::steady_clock::now();
+  fabric.abort(1, "enough");
+  waiting.join();
+  CHECK(std::chrono::steady_clock::now() - begun < std::chrono::seconds(10));
+}
+
+}  // namespace
+
+int main() {
+  for (int slots : {1, 2, 3}) every_bundle_arrives_once_and_whole(slots);
+  waits_end();
+  an_abort_wakes_who_waits();
+}

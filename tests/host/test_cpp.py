@@ -1,0 +1,62 @@
+"""The C++ library: its own tests, and a program built against the installed package."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asyncdiff_core as core
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def tools() -> None:
+    if not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None:
+        pytest.skip("no sources or no CMake here")
+
+
+def build(source: Path, folder: Path, *options: str) -> None:
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    run("cmake", "-S", source, "-B", folder, *generator, *options)
+    run("cmake", "--build", folder)
+
+
+def test_paths_on_the_command_line() -> None:
+    out = run(sys.executable, "-m", "asyncdiff_core", "--cmakedir", "--includes", "--info")
+    cmake, include, *info = out.splitlines()
+    assert (Path(cmake) / "asyncdiff_core-config.cmake").exists()
+    assert cmake == core.get_cmake_dir()
+    assert (Path(include.removeprefix("-I")) / "asyncdiff" / "fabric.hpp").exists()
+    assert any(line.startswith("version: ") for line in info)
+
+
+def test_example_against_the_installed_package(tmp_path: Path) -> None:
+    if core.cuda_built() and shutil.which("nvcc") is None:
+        pytest.skip("the package holds CUDA code, which links with the CUDA toolkit only")
+    cmake = f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}"
+    build(ROOT / "examples" / "cpp", tmp_path, cmake)
+    out = run(tmp_path / "exchange")
+    assert "host: 10 bundles" in out
+    if core.cuda_built():
+        assert "no GPU" in out if core.cuda_devices() == 0 else "CUDA devices" in out
+
+
+def test_cmake_build_tests_and_install(tmp_path: Path) -> None:
+    """The library without Python: CTest, then the example against the installed build."""
+    options = ["-DASYNCDIFF_PYTHON=OFF", "-DASYNCDIFF_TESTS=ON", "-DASYNCDIFF_CUDA=off"]
+    build(ROOT, tmp_path / "build", *options)
+    run("ctest", "--test-dir", tmp_path / "build", "--output-on-failure")
+    run("cmake", "--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
+    build(ROOT / "examples" / "cpp", tmp_path / "example", f"-DCMAKE_PREFIX_PATH={tmp_path}/prefix")
+    assert "host: 10 bundles" in run(tmp_path / "example" / "exchange")
