@@ -45,7 +45,7 @@ lint: $(STAMPS)/lint
 		-print0 | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
 
 # A wheel of its own, not the installed package: what users get from pip, with CUDA in it, must
-# also be importable on a machine without a driver.
+# also be importable on a machine without a driver, and a C++ program must build against it.
 cuda: $(STAMPS)/build
 	@if ! command -v nvcc >/dev/null; then
 		echo "make cuda: no nvcc on the PATH, so no CUDA code was compiled."
@@ -55,7 +55,12 @@ cuda: $(STAMPS)/build
 	rm -rf build/cuda
 	ASYNCDIFF_CUDA=on $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(PIP) install -q --no-deps --no-compile --target build/cuda/site build/cuda/*.whl
-	cd build/cuda && PYTHONPATH=site ../../$(BIN)/python -c "$$CHECK_CUDA"
+	cd build/cuda
+	export PYTHONPATH=site PATH="$(abspath $(BIN)):$$PATH"
+	python -c "$$CHECK_CUDA"
+	cmake -S ../../examples/cpp -B example -Dasyncdiff_core_DIR="$$(python -m asyncdiff_core --cmakedir)"
+	cmake --build example
+	example/exchange
 
 define CHECK_CUDA
 import asyncdiff_core as core
