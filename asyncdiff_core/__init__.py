@@ -24,10 +24,12 @@ from .errors import (
 )
 from .fabric import CudaFabric, Fabric, HostFabric
 from .paths import get_cmake_dir, get_include
+from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
 
 __all__ = [
     "Aborted",
     "Buffer",
+    "CallbackRendezvous",
     "Channel",
     "CoreError",
     "CudaError",
@@ -38,7 +40,10 @@ __all__ = [
     "HostFabric",
     "InvalidArgument",
     "Layout",
+    "Rendezvous",
     "SlotOrderError",
+    "SocketRendezvous",
+    "StoreRendezvous",
     "TensorSpec",
     "build_info",
     "cuda_built",

@@ -1,5 +1,7 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
+
+from .rendezvous import Rendezvous
 
 def cuda_built() -> bool: ...
 def cuda_devices() -> int: ...
@@ -76,7 +78,12 @@ class Fabric:
     def close(self) -> None: ...
 
 class HostFabric(Fabric):
+    @overload
     def __init__(self, ranks: int, deadline: float | None) -> None: ...
+    @overload
+    def __init__(
+        self, owners: Sequence[int], deadline: float | None, rendezvous: Rendezvous
+    ) -> None: ...
 
 class CudaFabric(Fabric):
     def __init__(

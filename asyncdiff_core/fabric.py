@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from . import _core
 from ._core import Layout
 from .channel import Channel
-from .errors import DeviceError
+from .errors import DeviceError, InvalidArgument
+from .rendezvous import Rendezvous
 
 
 class Fabric:
@@ -77,10 +78,33 @@ class Fabric:
 
 
 class HostFabric(Fabric):
-    """The threads of one process. ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10)."""
+    """Threads of one process, or processes of one machine that share memory.
 
-    def __init__(self, ranks: int, *, deadline: float | None = None) -> None:
-        super().__init__(_core.HostFabric(ranks, deadline), None)
+    ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10). With a ``rendezvous``,
+    ``owners[r]`` is the process that runs rank r (None: rank r is process r); making the fabric,
+    ``channel`` and ``reset`` are then collective: every process calls them, in the same order, and
+    each gets the same error if it fails in one. A process uses the ends of its own ranks only
+    (InvalidArgument).
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        *,
+        deadline: float | None = None,
+        owners: Sequence[int] | None = None,
+        rendezvous: Rendezvous | None = None,
+    ) -> None:
+        if rendezvous is None:
+            if owners is not None:
+                raise InvalidArgument("owners without a rendezvous: who are the other processes?")
+            native = _core.HostFabric(ranks, deadline)
+        else:
+            owners = range(ranks) if owners is None else owners
+            if len(owners) != ranks:
+                raise InvalidArgument(f"owners has {len(owners)} entries for {ranks} ranks")
+            native = _core.HostFabric(list(owners), deadline, rendezvous)
+        super().__init__(native, None)
 
 
 class CudaFabric(Fabric):

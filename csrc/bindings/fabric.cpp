@@ -7,6 +7,7 @@
 #include "asyncdiff/env.hpp"
 #include "asyncdiff/host_fabric.hpp"
 #include "bindings.hpp"
+#include "rendezvous.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include "asyncdiff/cuda_fabric.hpp"
 #endif
@@ -42,7 +43,14 @@ void register_fabric(py::module_& m) {
       .def(py::init([](int ranks, std::optional<double> deadline) {
              return std::make_shared<HostFabric>(ranks, deadline_or_default(deadline));
            }),
-           py::arg("ranks"), py::arg("deadline"));
+           py::arg("ranks"), py::arg("deadline"))
+      .def(py::init([](std::vector<int> owners, std::optional<double> deadline, py::object r) {
+             std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
+             const double seconds = deadline_or_default(deadline);
+             const py::gil_scoped_release unlocked;
+             return std::make_shared<HostFabric>(std::move(owners), seconds, std::move(rendezvous));
+           }),
+           py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"));
 
 #ifdef ASYNCDIFF_WITH_CUDA
   py::class_<CudaFabric, Fabric, std::shared_ptr<CudaFabric>>(m, "CudaFabric")

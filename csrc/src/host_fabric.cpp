@@ -1,179 +1,107 @@
 #include "asyncdiff/host_fabric.hpp"
 
 #include <algorithm>
-#include <chrono>
+#include <cstdio>
 #include <cstring>
-#include <exception>
+#include <new>
 #include <utility>
+
+#include "asyncdiff/shared_memory.hpp"
+#include "host_channel.hpp"
+#include "host_shared.hpp"
 
 namespace asyncdiff {
 
-// Counters of one channel, guarded by the fabric's mutex. Bundles are counted from one.
-struct Counters {
-  std::uint64_t begun = 0;
-  std::uint64_t committed = 0;
-  std::vector<std::uint64_t> got;
-  std::vector<std::uint64_t> released;
-};
-
-struct HostFabric::Shared {
-  double deadline = 0;
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::exception_ptr failure;
-  std::vector<std::weak_ptr<Counters>> counters;
-  bool closed = false;
-
-  // Both with the mutex held.
-  void fail(std::exception_ptr error) {
-    if (!failure) failure = std::move(error);
-    changed.notify_all();
-  }
-  void check() const {
-    if (closed) throw Error("the fabric is closed");
-    if (failure) std::rethrow_exception(failure);
-  }
-};
-
 namespace {
 
-class HostChannel final : public Channel {
- public:
-  HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name, int sender,
-              std::vector<int> receivers, Layout layout, int slots)
-      : Channel(std::move(name), sender, std::move(receivers), std::move(layout), slots),
-        shared_(std::move(shared)),
-        counters_(std::make_shared<Counters>()) {
-    counters_->got.resize(this->receivers().size());
-    counters_->released.resize(this->receivers().size());
-    const std::size_t count = this->receivers().size() * static_cast<std::size_t>(slots);
-    for (std::size_t i = 0; i < count; ++i) {
-      memory_.push_back(allocate_host(this->layout().nbytes));
-    }
-    const std::lock_guard lock(shared_->mutex);
-    shared_->counters.push_back(counters_);
-  }
+template <std::size_t N>
+void copy_text(char (&to)[N], const std::string& from) {
+  std::snprintf(to, N, "%s", from.c_str());
+}
 
-  Buffer slot(int receiver, int slot) override {
-    check_slot(slot);
-    return memory(place_of(receiver), slot);
+std::vector<int> checked(std::vector<int> owners, const Rendezvous& rendezvous) {
+  const int count = rendezvous.processes();
+  if (rendezvous.process() < 0 || rendezvous.process() >= count) {
+    throw InvalidArgument("the rendezvous calls this process " +
+                          std::to_string(rendezvous.process()) + " of " + std::to_string(count));
   }
-
-  void begin(int slot, Stream) override {
-    check_slot(slot);
-    std::unique_lock lock(shared_->mutex);
-    shared_->check();
-    if (counters_->begun != counters_->committed) {
-      out_of_order(sender(), slot, counters_->committed, "begin");
-    }
-    check_turn(sender(), slot, counters_->begun, "begin");
-    const std::uint64_t epoch = ++counters_->begun;
-    const auto needed = epoch > slots_u() ? epoch - slots_u() : 0;
-    for (std::size_t i = 0; i < receivers().size(); ++i) {
-      wait(lock, counters_->released[i], needed,
-           {sender(), receivers()[i], name(), slot, 0, 0, "begin"});
+  for (int owner : owners) {
+    if (owner < 0 || owner >= count) {
+      throw InvalidArgument("owners names process " + std::to_string(owner) +
+                            ", but the rendezvous has processes 0 to " + std::to_string(count - 1));
     }
   }
-
-  void push(std::size_t index, const void* data, int slot, Stream) override {
-    check_slot(slot);
-    check_index(index);
-    {
-      const std::lock_guard lock(shared_->mutex);
-      shared_->check();
-      if (counters_->begun != counters_->committed + 1) {
-        out_of_order(sender(), slot, counters_->begun, "push");
-      }
-      check_turn(sender(), slot, counters_->committed, "push");
-    }
-    const TensorSpec& spec = layout().specs[index];
-    if (spec.nbytes == 0) return;
-    for (std::size_t i = 0; i < receivers().size(); ++i) {
-      std::memcpy(memory(i, slot).data + layout().offsets[index], data, spec.nbytes);
-    }
-  }
-
-  void commit(int slot, Stream) override {
-    check_slot(slot);
-    const std::lock_guard lock(shared_->mutex);
-    shared_->check();
-    if (counters_->committed >= counters_->begun) {
-      out_of_order(sender(), slot, counters_->committed, "commit");
-    }
-    check_turn(sender(), slot, counters_->committed, "commit");
-    ++counters_->committed;
-    shared_->changed.notify_all();
-  }
-
-  void get(int receiver, int slot, Stream) override {
-    check_slot(slot);
-    const std::size_t place = place_of(receiver);
-    std::unique_lock lock(shared_->mutex);
-    shared_->check();
-    check_turn(receiver, slot, counters_->got[place], "get");
-    const std::uint64_t epoch = ++counters_->got[place];
-    wait(lock, counters_->committed, epoch, {receiver, sender(), name(), slot, 0, 0, "get"});
-  }
-
-  void release(int receiver, int slot, Stream) override {
-    check_slot(slot);
-    const std::size_t place = place_of(receiver);
-    const std::lock_guard lock(shared_->mutex);
-    shared_->check();
-    if (counters_->released[place] >= counters_->got[place]) {
-      out_of_order(receiver, slot, counters_->released[place], "release");
-    }
-    check_turn(receiver, slot, counters_->released[place], "release");
-    ++counters_->released[place];
-    shared_->changed.notify_all();
-  }
-
- private:
-  std::uint64_t slots_u() const { return static_cast<std::uint64_t>(slots()); }
-
-  const Buffer& memory(std::size_t place, int slot) const {
-    return memory_[place * static_cast<std::size_t>(slots()) + static_cast<std::size_t>(slot)];
-  }
-
-  [[noreturn]] void out_of_order(int rank, int slot, std::uint64_t done, const char* operation) {
-    const SlotOrderError error({rank, -1, name(), slot, done % slots_u(), done, operation});
-    shared_->fail(std::make_exception_ptr(error));
-    throw error;
-  }
-
-  void check_turn(int rank, int slot, std::uint64_t done, const char* operation) {
-    if (done % slots_u() != static_cast<std::uint64_t>(slot)) {
-      out_of_order(rank, slot, done, operation);
-    }
-  }
-
-  void wait(std::unique_lock<std::mutex>& lock, const std::uint64_t& count, std::uint64_t needed,
-            Incident incident) {
-    const auto limit = std::chrono::duration<double>(shared_->deadline);
-    const bool in_time = shared_->changed.wait_for(lock, limit, [&] {
-      return count >= needed || shared_->failure != nullptr || shared_->closed;
-    });
-    if (count >= needed) return;
-    shared_->check();
-    if (!in_time) {
-      incident.expected = needed;
-      incident.seen = count;
-      const ExchangeTimeout error(incident, shared_->deadline);
-      shared_->fail(std::make_exception_ptr(error));
-      throw error;
-    }
-  }
-
-  std::shared_ptr<HostFabric::Shared> shared_;
-  std::shared_ptr<Counters> counters_;
-  std::vector<Buffer> memory_;
-};
+  return owners;
+}
 
 }  // namespace
 
+Buffer HostFabric::Shared::allocate(int creator_rank, std::size_t nbytes) {
+  if (!rendezvous) return allocate_host(nbytes);
+  return share(*rendezvous, owners[static_cast<std::size_t>(creator_rank)], nbytes);
+}
+
+void HostFabric::Shared::check_mine(int rank) const {
+  const int owner = owners[static_cast<std::size_t>(rank)];
+  if (owner != process()) {
+    throw InvalidArgument("rank " + std::to_string(rank) + " belongs to process " +
+                          std::to_string(owner) + ", this is process " + std::to_string(process()));
+  }
+}
+
+void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
+                              const std::string& reason) {
+  HostFailure& failure = control->failure;
+  std::uint32_t none = HostFailure::kNone;
+  if (failure.state.compare_exchange_strong(none, HostFailure::kBeingWritten)) {
+    failure.kind = kind;
+    failure.rank = incident.rank;
+    failure.peer = incident.peer;
+    failure.slot = incident.slot;
+    failure.expected = incident.expected;
+    failure.seen = incident.seen;
+    copy_text(failure.operation, incident.operation);
+    copy_text(failure.channel, incident.channel);
+    copy_text(failure.reason, reason);
+    failure.state.store(HostFailure::kThere, std::memory_order_release);
+  }
+  control->changed.notify();
+}
+
+void HostFabric::Shared::check() const {
+  if (closed.load()) throw Error("the fabric is closed");
+  const HostFailure& failure = control->failure;
+  std::uint32_t state = failure.state.load(std::memory_order_acquire);
+  if (state == HostFailure::kNone) return;
+  // Writing takes a microsecond, unless the writer was killed in the middle of it.
+  for (int i = 0; i < 1'000'000 && state == HostFailure::kBeingWritten; ++i) {
+    state = failure.state.load(std::memory_order_acquire);
+  }
+  if (state != HostFailure::kThere) throw Error("a process died while it reported a failure");
+  const Incident incident{failure.rank,     failure.peer, failure.channel,  failure.slot,
+                          failure.expected, failure.seen, failure.operation};
+  if (failure.kind == HostFailure::kTimeout) throw ExchangeTimeout(incident, deadline);
+  if (failure.kind == HostFailure::kSlotOrder) throw SlotOrderError(incident);
+  throw Aborted(failure.rank, failure.reason);
+}
+
 HostFabric::HostFabric(int ranks, double deadline_seconds)
     : Fabric(ranks, deadline_seconds), shared_(std::make_shared<Shared>()) {
+  shared_->owners.assign(static_cast<std::size_t>(ranks), 0);
   shared_->deadline = deadline();
+  shared_->memory = allocate_host(sizeof(HostControl));
+  shared_->control = reinterpret_cast<HostControl*>(shared_->memory.data);
+}
+
+HostFabric::HostFabric(std::vector<int> owners, double deadline_seconds,
+                       std::shared_ptr<Rendezvous> rendezvous)
+    : Fabric(static_cast<int>(owners.size()), deadline_seconds),
+      shared_(std::make_shared<Shared>()) {
+  shared_->owners = checked(std::move(owners), *rendezvous);
+  shared_->deadline = deadline();
+  shared_->rendezvous = std::move(rendezvous);
+  shared_->memory = shared_->allocate(0, sizeof(HostControl));
+  shared_->control = reinterpret_cast<HostControl*>(shared_->memory.data);
 }
 
 std::map<std::pair<int, int>, std::string> HostFabric::links() const {
@@ -188,43 +116,47 @@ std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>&
                                              const Layout& layout, int slots,
                                              const std::string& name) {
   check_endpoints(sender, receivers, slots);
-  {
-    const std::lock_guard lock(shared_->mutex);
-    if (shared_->closed) throw Error("the fabric is closed");
-  }
+  if (shared_->closed.load()) throw Error("the fabric is closed");
   return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots);
 }
 
 void HostFabric::abort(int rank, const std::string& reason) {
-  const std::lock_guard lock(shared_->mutex);
-  shared_->fail(std::make_exception_ptr(Aborted(rank, reason)));
+  Incident incident{};
+  incident.rank = rank;
+  shared_->fail(HostFailure::kAborted, incident, reason);
 }
 
-void HostFabric::check() {
-  const std::lock_guard lock(shared_->mutex);
-  shared_->check();
-}
+void HostFabric::check() { shared_->check(); }
 
 void HostFabric::reset() {
-  const std::lock_guard lock(shared_->mutex);
-  if (shared_->closed) throw Error("the fabric is closed");
-  shared_->failure = nullptr;
-  auto& all = shared_->counters;
-  all.erase(std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.expired(); }),
-            all.end());
-  for (const auto& weak : all) {
-    if (const auto counters = weak.lock()) {
-      counters->begun = counters->committed = 0;
-      std::fill(counters->got.begin(), counters->got.end(), 0);
-      std::fill(counters->released.begin(), counters->released.end(), 0);
+  if (shared_->closed.load()) throw Error("the fabric is closed");
+  const auto barrier = [this] {
+    if (shared_->rendezvous) shared_->rendezvous->all_gather("");
+  };
+  // Nobody counts on while another process still works, and nobody works while another still
+  // resets.
+  barrier();
+  if (shared_->process() == shared_->owners[0]) {
+    shared_->control->failure.state.store(HostFailure::kNone, std::memory_order_release);
+  }
+  {
+    const std::lock_guard lock(shared_->mutex);
+    auto& all = shared_->counts;
+    all.erase(
+        std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.first.expired(); }),
+        all.end());
+    for (const auto& [owner, counts] : all) {
+      const auto memory = owner.lock();
+      // All zero bits are a zero count. Each process does it: whose channel it is does not matter.
+      if (memory) std::memset(counts.first, 0, counts.second);
     }
   }
+  barrier();
 }
 
 void HostFabric::close() {
-  const std::lock_guard lock(shared_->mutex);
-  shared_->closed = true;
-  shared_->changed.notify_all();
+  shared_->closed.store(true);
+  shared_->control->changed.notify();
 }
 
 }  // namespace asyncdiff

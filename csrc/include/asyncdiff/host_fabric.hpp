@@ -1,20 +1,23 @@
-// The fabric of the threads of one process: mailboxes are host memory, waits are condition
-// variables.
+// The fabric of threads of one process, or of processes of one machine: mailboxes are host memory.
 #pragma once
 
-#include <condition_variable>
 #include <memory>
-#include <mutex>
-#include <optional>
+#include <vector>
 
-#include "asyncdiff/errors.hpp"
 #include "asyncdiff/fabric.hpp"
+#include "asyncdiff/rendezvous.hpp"
 
 namespace asyncdiff {
 
 class HostFabric final : public Fabric {
  public:
+  // All ranks are threads of this process.
   HostFabric(int ranks, double deadline_seconds);
+
+  // Rank r runs in process owners[r]. Making the fabric, making a channel and reset() are then
+  // collective: every process does them, in the same order. Mailboxes are POSIX shared memory.
+  HostFabric(std::vector<int> owners, double deadline_seconds,
+             std::shared_ptr<Rendezvous> rendezvous);
 
   std::string kind() const override { return "host"; }
   std::map<std::pair<int, int>, std::string> links() const override;

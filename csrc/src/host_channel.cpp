@@ -1,0 +1,132 @@
+#include "host_channel.hpp"
+
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+namespace asyncdiff {
+
+namespace {
+
+constexpr std::size_t kPage = 4096;
+
+std::size_t round_up(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+}  // namespace
+
+HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name_, int sender_,
+                         std::vector<int> ranks, Layout layout_, int slots_)
+    : Channel(std::move(name_), sender_, std::move(ranks), std::move(layout_), slots_),
+      shared_(std::move(shared)) {
+  const std::size_t count = receivers().size();
+  const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
+  counts_nbytes_ = round_up(counts);
+  const std::size_t slots_nbytes = count * static_cast<std::size_t>(slots()) * layout().nbytes;
+  memory_ = shared_->allocate(sender(), counts_nbytes_ + slots_nbytes);
+  sent_ = reinterpret_cast<HostSenderCounts*>(memory_.data);
+  received_ = reinterpret_cast<HostReceiverCounts*>(memory_.data + sizeof(HostSenderCounts));
+  const std::lock_guard lock(shared_->mutex);
+  shared_->counts.push_back({memory_.owner, {memory_.data, counts}});
+}
+
+std::byte* HostChannel::start_of(std::size_t place, int slot) const {
+  const std::size_t index =
+      place * static_cast<std::size_t>(slots()) + static_cast<std::size_t>(slot);
+  return memory_.data + counts_nbytes_ + index * layout().nbytes;
+}
+
+Buffer HostChannel::slot(int receiver, int slot) {
+  check_slot(slot);
+  const std::size_t place = place_of(receiver);
+  return {memory_.owner, start_of(place, slot), layout().nbytes, Buffer::kHost};
+}
+
+void HostChannel::check_end(int rank, int slot) const {
+  check_slot(slot);
+  shared_->check_mine(rank);
+  shared_->check();
+}
+
+void HostChannel::check_turn(int rank, int slot, std::uint64_t done, bool allowed,
+                             const char* operation) {
+  const std::uint64_t next = done % static_cast<std::uint64_t>(slots());
+  if (allowed && next == static_cast<std::uint64_t>(slot)) return;
+  const Incident incident{rank, -1, name(), slot, next, done, operation};
+  shared_->fail(HostFailure::kSlotOrder, incident);
+  throw SlotOrderError(incident);
+}
+
+void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed,
+                       Incident incident) {
+  const auto there = [&] { return count.load(std::memory_order_acquire) >= needed; };
+  const auto done = [&] { return there() || shared_->failed() || shared_->closed.load(); };
+  const auto limit = std::chrono::duration<double>(shared_->deadline);
+  const auto deadline = std::chrono::steady_clock::now() +
+                        std::chrono::duration_cast<std::chrono::steady_clock::duration>(limit);
+  const bool in_time = shared_->control->changed.wait(done, deadline);
+  if (there()) return;
+  shared_->check();
+  if (!in_time) {
+    incident.expected = needed;
+    incident.seen = count.load(std::memory_order_acquire);
+    shared_->fail(HostFailure::kTimeout, incident);
+    throw ExchangeTimeout(incident, shared_->deadline);
+  }
+}
+
+void HostChannel::begin(int slot, Stream) {
+  check_end(sender(), slot);
+  const std::uint64_t done = sent_->begun.load(std::memory_order_relaxed);
+  const bool allowed = done == sent_->committed.load(std::memory_order_relaxed);
+  check_turn(sender(), slot, done, allowed, "begin");
+  const std::uint64_t epoch = done + 1;
+  sent_->begun.store(epoch, std::memory_order_relaxed);
+  const auto ring = static_cast<std::uint64_t>(slots());
+  const std::uint64_t needed = epoch > ring ? epoch - ring : 0;
+  for (std::size_t i = 0; i < receivers().size(); ++i) {
+    wait(received_[i].released, needed, {sender(), receivers()[i], name(), slot, 0, 0, "begin"});
+  }
+}
+
+void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
+  check_index(index);
+  check_end(sender(), slot);
+  const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
+  const bool allowed = sent_->begun.load(std::memory_order_relaxed) == done + 1;
+  check_turn(sender(), slot, done, allowed, "push");
+  const std::size_t nbytes = layout().specs[index].nbytes;
+  if (nbytes == 0) return;
+  for (std::size_t i = 0; i < receivers().size(); ++i) {
+    std::memcpy(start_of(i, slot) + layout().offsets[index], data, nbytes);
+  }
+}
+
+void HostChannel::commit(int slot, Stream) {
+  check_end(sender(), slot);
+  const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
+  const bool allowed = done < sent_->begun.load(std::memory_order_relaxed);
+  check_turn(sender(), slot, done, allowed, "commit");
+  sent_->committed.store(done + 1, std::memory_order_release);
+  shared_->control->changed.notify();
+}
+
+void HostChannel::get(int receiver, int slot, Stream) {
+  HostReceiverCounts& mine = received_[place_of(receiver)];
+  check_end(receiver, slot);
+  const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
+  check_turn(receiver, slot, done, true, "get");
+  mine.got.store(done + 1, std::memory_order_relaxed);
+  wait(sent_->committed, done + 1, {receiver, sender(), name(), slot, 0, 0, "get"});
+}
+
+void HostChannel::release(int receiver, int slot, Stream) {
+  HostReceiverCounts& mine = received_[place_of(receiver)];
+  check_end(receiver, slot);
+  const std::uint64_t done = mine.released.load(std::memory_order_relaxed);
+  const bool allowed = done < mine.got.load(std::memory_order_relaxed);
+  check_turn(receiver, slot, done, allowed, "release");
+  mine.released.store(done + 1, std::memory_order_release);
+  shared_->control->changed.notify();
+}
+
+}  // namespace asyncdiff

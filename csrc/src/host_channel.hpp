@@ -1,0 +1,38 @@
+// A channel between threads or processes: copies by the sender, waits on a futex.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host_shared.hpp"
+
+namespace asyncdiff {
+
+class HostChannel final : public Channel {
+ public:
+  HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name, int sender,
+              std::vector<int> receivers, Layout layout, int slots);
+
+  Buffer slot(int receiver, int slot) override;
+  void begin(int slot, Stream stream) override;
+  void push(std::size_t index, const void* data, int slot, Stream stream) override;
+  void commit(int slot, Stream stream) override;
+  void get(int receiver, int slot, Stream stream) override;
+  void release(int receiver, int slot, Stream stream) override;
+
+ private:
+  std::byte* start_of(std::size_t place, int slot) const;
+  // Throws unless this process owns the rank and nothing has failed.
+  void check_end(int rank, int slot) const;
+  void check_turn(int rank, int slot, std::uint64_t done, bool allowed, const char* operation);
+  void wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed, Incident incident);
+
+  std::shared_ptr<HostFabric::Shared> shared_;
+  Buffer memory_;  // counts, then all slots of the first receiver, of the second, ...
+  HostSenderCounts* sent_ = nullptr;
+  HostReceiverCounts* received_ = nullptr;  // one for each receiver
+  std::size_t counts_nbytes_ = 0;
+};
+
+}  // namespace asyncdiff

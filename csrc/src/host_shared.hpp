@@ -1,0 +1,79 @@
+// What the channels of a HostFabric share with it, and what its processes share.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/host_fabric.hpp"
+#include "asyncdiff/memory.hpp"
+#include "signal.hpp"
+
+namespace asyncdiff {
+
+// The first failure, for all to see. Plain memory without pointers: it is shared by processes.
+struct HostFailure {
+  enum Kind : std::uint32_t { kAborted = 1, kTimeout = 2, kSlotOrder = 3 };
+  enum State : std::uint32_t { kNone = 0, kBeingWritten = 1, kThere = 2 };
+
+  std::atomic<std::uint32_t> state;
+  std::uint32_t kind;
+  std::int32_t rank;
+  std::int32_t peer;
+  std::int32_t slot;
+  std::uint64_t expected;
+  std::uint64_t seen;
+  char operation[16];
+  char channel[128];
+  char reason[512];  // of an abort
+};
+
+// One for each fabric.
+struct HostControl {
+  Signal changed;  // some count or the failure has changed
+  HostFailure failure;
+};
+
+// Counts of one channel's ends. Every count has one writer. Bundles are counted from one.
+struct alignas(128) HostSenderCounts {
+  std::atomic<std::uint64_t> begun;
+  std::atomic<std::uint64_t> committed;
+};
+struct alignas(128) HostReceiverCounts {
+  std::atomic<std::uint64_t> got;
+  std::atomic<std::uint64_t> released;
+};
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "processes share these");
+
+struct HostFabric::Shared {
+  std::vector<int> owners;  // process of each rank; all 0 without a rendezvous
+  std::shared_ptr<Rendezvous> rendezvous;
+  double deadline = 0;
+  Buffer memory;  // of control
+  HostControl* control = nullptr;
+  std::atomic<bool> closed{false};
+
+  std::mutex mutex;  // guards counts
+  // Counts of all channels, to be reset: memory and bytes from its start.
+  std::vector<std::pair<std::weak_ptr<void>, std::pair<std::byte*, std::size_t>>> counts;
+
+  // Zeroed memory that all processes see; collective where there are several.
+  Buffer allocate(int creator_rank, std::size_t nbytes);
+  int process() const { return rendezvous ? rendezvous->process() : 0; }
+  // Throws InvalidArgument where a rank belongs to another process.
+  void check_mine(int rank) const;
+
+  // Notes the first failure and wakes everybody.
+  void fail(HostFailure::Kind kind, const Incident& incident, const std::string& reason = "");
+  bool failed() const {
+    return control->failure.state.load(std::memory_order_acquire) != HostFailure::kNone;
+  }
+  // Throws if the fabric is closed or something has failed.
+  void check() const;
+};
+
+}  // namespace asyncdiff

@@ -1,0 +1,188 @@
+#include "asyncdiff/shared_memory.hpp"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+
+#include "asyncdiff/errors.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+// In /dev/shm: asyncdiff-<pid>-<32 random hex digits>
+const std::string kPrefix = "asyncdiff-";
+
+struct Handle {
+  static constexpr char kMagic[8] = {'a', 's', 'y', 'n', 'c', 'd', 'i', 'f'};
+  static constexpr std::uint32_t kVersion = 1;
+
+  char magic[8];
+  std::uint32_t version;
+  std::uint32_t reserved;
+  std::uint64_t nbytes;
+  char name[72];
+};
+
+[[noreturn]] void fail(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }
+
+std::string random_name() {
+  unsigned char bytes[16];
+  if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) fail("getting random bytes");
+  std::string name = "/" + kPrefix + std::to_string(getpid()) + "-";
+  for (unsigned char byte : bytes) {
+    char text[3];
+    std::snprintf(text, sizeof text, "%02x", byte);
+    name += text;
+  }
+  return name;
+}
+
+Buffer map(int descriptor, std::size_t nbytes) {
+  const std::size_t size = std::max<std::size_t>(nbytes, 1);
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
+  if (memory == MAP_FAILED) fail("mapping shared memory of " + std::to_string(size) + " bytes");
+  std::shared_ptr<void> owner(memory, [size](void* p) { munmap(p, size); });
+  return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
+}
+
+// Names of processes that ended before they could take their names away.
+void remove_leftovers() {
+  DIR* folder = opendir("/dev/shm");
+  if (folder == nullptr) return;
+  while (const dirent* entry = readdir(folder)) {
+    const std::string name = entry->d_name;
+    if (name.compare(0, kPrefix.size(), kPrefix) != 0) continue;
+    const long pid = std::strtol(name.c_str() + kPrefix.size(), nullptr, 10);
+    // Another user's segments cannot be removed anyway.
+    if (pid > 0 && kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) {
+      shm_unlink(("/" + name).c_str());
+    }
+  }
+  closedir(folder);
+}
+
+}  // namespace
+
+SharedSegment::SharedSegment(std::size_t nbytes) : name_(random_name()) {
+  remove_leftovers();
+  const int descriptor = shm_open(name_.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600);
+  if (descriptor < 0) fail("making the shared memory " + name_);
+  try {
+    const auto size = static_cast<off_t>(std::max<std::size_t>(nbytes, 1));
+    // Allocated now: a write to memory that is not there would end the process with SIGBUS.
+    const int code = posix_fallocate(descriptor, 0, size);
+    if (code != 0) {
+      errno = code;
+      fail("taking " + std::to_string(size) + " bytes of shared memory (see df /dev/shm)");
+    }
+    buffer_ = map(descriptor, nbytes);
+  } catch (...) {
+    close(descriptor);
+    unlink();
+    throw;
+  }
+  close(descriptor);
+}
+
+SharedSegment::~SharedSegment() { unlink(); }
+
+void SharedSegment::unlink() {
+  if (!name_.empty()) shm_unlink(name_.c_str());
+  name_.clear();
+}
+
+std::string SharedSegment::handle() const {
+  Handle handle{};
+  std::memcpy(handle.magic, Handle::kMagic, sizeof handle.magic);
+  handle.version = Handle::kVersion;
+  handle.nbytes = buffer_.nbytes;
+  std::snprintf(handle.name, sizeof handle.name, "%s", name_.c_str());
+  return std::string(reinterpret_cast<const char*>(&handle), sizeof handle);
+}
+
+Buffer open_shared(const std::string& bytes, std::size_t nbytes) {
+  Handle handle;
+  if (bytes.size() != sizeof handle) throw InvalidArgument("these bytes are no memory handle");
+  std::memcpy(&handle, bytes.data(), sizeof handle);
+  if (std::memcmp(handle.magic, Handle::kMagic, sizeof handle.magic) != 0) {
+    throw InvalidArgument("these bytes are no memory handle");
+  }
+  if (handle.version != Handle::kVersion) {
+    throw InvalidArgument("the memory handle has version " + std::to_string(handle.version) +
+                          ", this is " + std::to_string(Handle::kVersion) +
+                          ": all processes need the same asyncdiff");
+  }
+  if (handle.nbytes != nbytes) {
+    throw InvalidArgument("the shared memory has " + std::to_string(handle.nbytes) +
+                          " bytes where " + std::to_string(nbytes) +
+                          " are expected: all processes must make the same channels in order");
+  }
+  handle.name[sizeof handle.name - 1] = '\0';
+  const int descriptor = shm_open(handle.name, O_RDWR, 0);
+  if (descriptor < 0) fail(std::string("opening the shared memory ") + handle.name);
+  struct stat status{};
+  const bool enough = fstat(descriptor, &status) == 0 &&
+                      static_cast<std::size_t>(status.st_size) >= std::max<std::size_t>(nbytes, 1);
+  try {
+    if (!enough) throw Error(std::string("the shared memory ") + handle.name + " is too small");
+    Buffer out = map(descriptor, nbytes);
+    close(descriptor);
+    return out;
+  } catch (...) {
+    close(descriptor);
+    throw;
+  }
+}
+
+Buffer share(Rendezvous& rendezvous, int creator, std::size_t nbytes) {
+  const bool mine = rendezvous.process() == creator;
+  std::unique_ptr<SharedSegment> segment;
+  std::string failure;
+  std::string handle;
+  // What fails here is told to the others, who would wait for it otherwise.
+  const auto attempt = [&failure](auto&& work) {
+    try {
+      work();
+    } catch (const Error& error) {
+      failure = error.what();
+    }
+  };
+  if (mine) {
+    attempt([&] {
+      segment = std::make_unique<SharedSegment>(nbytes);
+      handle = segment->handle();
+    });
+  }
+  const auto handles = rendezvous.all_gather(handle);
+  Buffer out;
+  if (mine && segment) {
+    out = segment->buffer();
+  } else if (!mine) {
+    const std::string& theirs = handles.at(static_cast<std::size_t>(creator));
+    if (!theirs.empty()) attempt([&] { out = open_shared(theirs, nbytes); });
+  }
+  const auto failures = rendezvous.all_gather(failure);
+  if (segment) segment->unlink();
+  for (std::size_t i = 0; i < failures.size(); ++i) {
+    if (!failures[i].empty()) {
+      throw Error("process " + std::to_string(i) + " could not share memory: " + failures[i]);
+    }
+  }
+  return out;
+}
+
+}  // namespace asyncdiff

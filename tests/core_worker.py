@@ -1,0 +1,157 @@
+"""What a process of the tests in host/test_core_processes.py does.
+
+    python core_worker.py SCENARIO PROCESS PROCESSES FOLDER
+
+Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import asyncdiff_core as core
+
+LAYOUT = core.Layout([core.TensorSpec("float32", (257,)), core.TensorSpec("int64", (3,))])
+
+
+def meet(folder: Path, process: int, processes: int) -> core.SocketRendezvous:
+    return core.SocketRendezvous(
+        str(folder / "meet"), process, processes, authkey=b"test", timeout=30
+    )
+
+
+def read(channel: core.Channel, receiver: int, slot: int) -> list[np.ndarray]:
+    raw = np.asarray(channel.slot(receiver, slot))
+    parts = zip(channel.layout.specs, channel.layout.offsets, strict=True)
+    return [raw[o : o + s.nbytes].view(s.dtype) for s, o in parts]
+
+
+def exchange(process: int, processes: int, folder: Path) -> Any:
+    """Every rank sends to all others, with random delays; payloads carry a checksum."""
+    fabric = core.HostFabric(processes, rendezvous=meet(folder, process, processes))
+    channels = []
+    for sender in range(processes):
+        receivers = [r for r in range(processes) if r != sender]
+        channels.append(fabric.channel(sender, receivers, LAYOUT, slots=2))
+    rng = random.Random(process)
+    received = 0
+    for generation in range(2):
+        for n in range(300):
+            payload = np.random.default_rng([process, n]).random(257, np.float32)
+            tail = np.array([process, n, zlib.crc32(payload)], np.int64)
+            channels[process].put([payload, tail], n % 2)
+            for sender, channel in enumerate(channels):
+                if sender == process:
+                    continue
+                channel.get(process, n % 2)
+                got, mark = read(channel, process, n % 2)
+                assert mark.tolist() == [sender, n, zlib.crc32(got)], (sender, n, mark)
+                channel.release(process, n % 2)
+                received += 1
+            if rng.random() < 0.02:
+                time.sleep(rng.random() * 1e-3)
+        if generation == 0:
+            fabric.reset()
+    fabric.check()
+    return received
+
+
+def killed(process: int, processes: int, folder: Path) -> Any:
+    """Process 1 is killed in the middle; the others learn it within the deadline."""
+    fabric = core.HostFabric(processes, deadline=1.0, rendezvous=meet(folder, process, processes))
+    channel = fabric.channel(1, [r for r in range(processes) if r != 1], LAYOUT)
+    if process == 1:
+        channel.put([np.zeros(257, np.float32), np.zeros(3, np.int64)], 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    channel.get(process, 0)
+    channel.release(process, 0)
+    begun = time.monotonic()
+    try:
+        channel.get(process, 1)
+    except core.ExchangeTimeout as e:
+        waited = time.monotonic() - begun
+        # What was there can be taken down, and a new fabric made without it.
+        fabric.close()
+        again = core.HostFabric(1)
+        again.check()
+        return {"peer": e.peer, "rank": e.rank, "seconds": waited}
+    return "no error"
+
+
+def abort(process: int, processes: int, folder: Path) -> Any:
+    fabric = core.HostFabric(processes, deadline=60, rendezvous=meet(folder, process, processes))
+    channel = fabric.channel(0, list(range(1, processes)), LAYOUT)
+    if process == 0:
+        time.sleep(0.2)
+        fabric.abort(0, "enough of this")
+    try:
+        if process == 0:
+            fabric.check()
+        else:
+            channel.get(process, 0)
+    except core.Aborted as e:
+        return {"rank": e.rank, "text": str(e)}
+    return "no error"
+
+
+def mismatch(process: int, processes: int, folder: Path) -> Any:
+    """Processes that make different channels get an error, all of them."""
+    fabric = core.HostFabric(processes, rendezvous=meet(folder, process, processes))
+    try:
+        fabric.channel(0, [1], LAYOUT, slots=2 + 100 * process)
+    except core.CoreError as e:
+        return str(e)
+    return "no error"
+
+
+def foreign(process: int, processes: int, folder: Path) -> Any:
+    """The ends of other processes' ranks are refused; two ranks in one process are fine."""
+    owners = [0, 0, 1]
+    fabric = core.HostFabric(3, owners=owners, rendezvous=meet(folder, process, processes))
+    inside = fabric.channel(0, [1], LAYOUT)
+    across = fabric.channel(1, [2], LAYOUT)
+    data = [np.ones(257, np.float32), np.arange(3)]
+    if process == 0:
+        inside.put(data, 0)
+        inside.get(1, 0)
+        across.put(read(inside, 1, 0), 0)
+        inside.release(1, 0)
+    else:
+        across.get(2, 0)
+        assert read(across, 2, 0)[0].sum() == 257
+    try:
+        across.get(2, 1) if process == 0 else across.begin(1)
+    except core.InvalidArgument as e:
+        return str(e)
+    return "no error"
+
+
+def store(process: int, processes: int, folder: Path) -> Any:
+    """The same over a torch.distributed store."""
+    from torch.distributed import FileStore
+
+    rendezvous = core.StoreRendezvous(
+        FileStore(str(folder / "store"), processes), process, processes
+    )
+    fabric = core.HostFabric(processes, rendezvous=rendezvous)
+    channel = fabric.channel(0, [1], LAYOUT)
+    if process == 0:
+        channel.put([np.full(257, 7, np.float32), np.zeros(3, np.int64)], 0)
+        return 7.0
+    channel.get(1, 0)
+    return float(read(channel, 1, 0)[0][0])
+
+
+if __name__ == "__main__":
+    scenario, process, processes, folder = sys.argv[1:]
+    print(json.dumps(globals()[scenario](int(process), int(processes), Path(folder))))

@@ -1,0 +1,124 @@
+"""The host fabric between processes: what arrives, who learns of a death, and what stays behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import asyncdiff_core as core
+
+WORKER = Path(__file__).parents[1] / "core_worker.py"
+
+
+def run(scenario: str, processes: int, folder: Path) -> list[Any]:
+    """What each process printed; the exit code where it was killed."""
+    command = [sys.executable, str(WORKER), scenario]
+    started = [
+        subprocess.Popen(
+            [*command, str(p), str(processes), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for p in range(processes)
+    ]
+    results: list[Any] = []
+    for child in started:
+        try:
+            out, errors = child.communicate(timeout=120)
+        finally:
+            child.kill()
+        assert child.returncode <= 0, errors
+        results.append(json.loads(out) if child.returncode == 0 else child.returncode)
+    return results
+
+
+def segments() -> set[str]:
+    return {p.name for p in Path("/dev/shm").glob("asyncdiff-*")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Any:
+    before = segments()
+    yield
+    assert segments() <= before
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_bundles_arrive_whole_and_in_order(processes: int, tmp_path: Path) -> None:
+    count = 2 * 300 * (processes - 1)
+    assert run("exchange", processes, tmp_path) == [count] * processes
+
+
+def test_a_killed_process_is_an_error_for_all_others(tmp_path: Path) -> None:
+    first, killed, third = run("killed", 3, tmp_path)
+    assert killed == -9
+    for result in (first, third):
+        assert result["peer"] == 1
+        assert result["seconds"] < 3
+
+
+def test_an_abort_reaches_all_processes(tmp_path: Path) -> None:
+    for result in run("abort", 3, tmp_path):
+        assert result["rank"] == 0
+        assert "enough of this" in result["text"]
+
+
+def test_different_channels_are_an_error_everywhere(tmp_path: Path) -> None:
+    for text in run("mismatch", 2, tmp_path):
+        assert "process 1 could not share memory" in text
+        assert "same channels in order" in text
+
+
+def test_ends_of_other_processes_are_refused(tmp_path: Path) -> None:
+    first, second = run("foreign", 2, tmp_path)
+    assert "rank 2 belongs to process 1" in first
+    assert "rank 1 belongs to process 0" in second
+
+
+def test_over_a_torch_store(tmp_path: Path) -> None:
+    assert run("store", 2, tmp_path) == [7.0, 7.0]
+
+
+class Alone:
+    """A rendezvous of one process that gathers what a test wants."""
+
+    process, processes = 0, 1
+
+    def __init__(self, answer: list[bytes] | None = None) -> None:
+        self.answer = answer
+
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        return [mine] if self.answer is None else self.answer
+
+
+def test_a_rendezvous_is_checked() -> None:
+    fabric = core.HostFabric(2, owners=[0, 0], rendezvous=Alone())
+    fabric.reset()
+    with pytest.raises(core.InvalidArgument, match="gathered from 2 processes, there are 1"):
+        core.HostFabric(1, rendezvous=Alone([b"", b""]))
+    with pytest.raises(core.InvalidArgument, match="owners names process 1"):
+        core.HostFabric(2, rendezvous=Alone())
+    with pytest.raises(core.InvalidArgument, match="owners has 1 entries for 2 ranks"):
+        core.HostFabric(2, owners=[0], rendezvous=Alone())
+    with pytest.raises(core.InvalidArgument, match="without a rendezvous"):
+        core.HostFabric(2, owners=[0, 0])
+
+
+def test_a_callback_is_a_rendezvous() -> None:
+    rendezvous = core.CallbackRendezvous(0, 1, lambda mine: [mine])
+    assert core.HostFabric(1, rendezvous=rendezvous).ranks == 1
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = Path(f"/dev/shm/asyncdiff-{dead.pid}-0123")
+    left.touch()
+    core.HostFabric(1, rendezvous=Alone())
+    assert not left.exists()
