@@ -84,8 +84,15 @@ class Channel:
         """Make the bundle visible to all receivers."""
         self._native.commit(slot, pointer_of(stream))
 
-    def put(self, tensors: Sequence[Any], slot: int, stream: Stream = None) -> None:
-        """Begin, push all tensors, commit."""
+    def put(
+        self, tensors: Sequence[Any], slot: int, stream: Stream = None, *, mode: str = "copy"
+    ) -> None:
+        """Begin, push all tensors, commit.
+
+        ``mode`` is "copy" (copy engines move tensor after tensor, which takes no multiprocessor) or
+        "kernel" (one launch gathers all tensors, stores to all receivers and signals; at most 96
+        tensors). On the host both are the same. Raises InvalidArgument as :meth:`push` does.
+        """
         if len(tensors) != len(self._specs):
             raise InvalidArgument(
                 f"{len(tensors)} tensors for channel '{self.name}', whose bundle has "
@@ -94,11 +101,7 @@ class Channel:
         arrays = [describe(t) for t in tensors]
         for index, a in enumerate(arrays):
             self._check(index, a.dtype, a.shape, a.strides, a.device)
-        address = pointer_of(stream)
-        self._native.begin(slot, address)
-        for index, a in enumerate(arrays):
-            self._native.push(index, a.pointer, slot, address)
-        self._native.commit(slot, address)
+        self._native.put([a.pointer for a in arrays], slot, pointer_of(stream), mode)
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Wait until the next bundle lies in ``slot`` of this receiver."""

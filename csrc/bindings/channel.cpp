@@ -29,6 +29,17 @@ void register_channel(py::module_& m) {
           },
           py::arg("index"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
       .def("commit", &Channel::commit, py::arg("slot"), py::arg("stream"), Unlocked())
+      .def(
+          "put",
+          [](Channel& c, const std::vector<std::uintptr_t>& data, int slot, Stream stream,
+             const std::string& mode) {
+            std::vector<const void*> tensors;
+            for (std::uintptr_t pointer : data) {
+              tensors.push_back(reinterpret_cast<const void*>(pointer));
+            }
+            c.put(tensors, slot, stream, put_mode_from(mode));
+          },
+          py::arg("data"), py::arg("slot"), py::arg("stream"), py::arg("mode"), Unlocked())
       .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),

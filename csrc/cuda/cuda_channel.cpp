@@ -1,5 +1,6 @@
 #include "cuda_channel.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "check.hpp"
@@ -10,6 +11,13 @@ namespace asyncdiff {
 namespace {
 
 cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
+int flags_for(std::size_t nbytes) {
+  constexpr std::size_t kBytesPerBlock = std::size_t{64} << 10;
+  const std::size_t blocks = (nbytes + kBytesPerBlock - 1) / kBytesPerBlock;
+  return static_cast<int>(std::clamp<std::size_t>(blocks, 1, kMaxFlags));
+}
 
 }  // namespace
 
@@ -23,6 +31,8 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.counters = static_cast<SenderCounters*>(lines.take(sender_device()));
   handle_.guard = shared_->new_end(sender(), name());
   handle_.slots = slots();
+  handle_.slot_nbytes = layout().nbytes;
+  handle_.flags = flags_for(layout().nbytes);
   for (int rank : receivers()) {
     Receiver receiver{};
     receiver.direct = shared_->link(sender(), rank).direct;
@@ -30,11 +40,13 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
     receiver.mailbox = allocate_device(receiver.device, bytes);
     const int flag_place = receiver.direct ? receiver.device : Buffer::kHost;
     const int credit_place = receiver.direct ? sender_device() : Buffer::kHost;
-    auto* arrived = static_cast<std::uint64_t*>(lines.take(flag_place));
+    const auto flags = static_cast<std::size_t>(handle_.flags);
+    auto* arrived = static_cast<std::uint64_t*>(lines.take(flag_place, flags));
     auto* credit = static_cast<std::uint64_t*>(lines.take(credit_place));
     receiver.handle = {static_cast<ReceiverCounters*>(lines.take(receiver.device)),
                        shared_->new_end(rank, name()),
                        slots(),
+                       handle_.flags,
                        sender(),
                        arrived,
                        credit};
@@ -42,7 +54,12 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
     handle_.ranks[i] = rank;
     handle_.credits[i] = credit;
     handle_.arrived[i] = arrived;
-    if (!receiver.direct && staging_.data == nullptr) staging_ = allocate_pinned(bytes);
+    if (receiver.direct) {
+      handle_.target[handle_.targets++] = receiver.mailbox.data;
+    } else if (staging_.data == nullptr) {
+      staging_ = allocate_pinned(bytes);
+      handle_.target[handle_.targets++] = staging_.data;
+    }
     receivers_.push_back(std::move(receiver));
   }
 }
@@ -89,6 +106,28 @@ void CudaChannel::commit(int slot, Stream stream) {
   shared_->check_open();
   const DeviceGuard guard(sender_device());
   launch_commit(handle_, slot, as_stream(stream));
+}
+
+void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream,
+                      PutMode mode) {
+  check_count(tensors.size());
+  if (mode == PutMode::kCopy) return Channel::put(tensors, slot, stream, mode);
+  if (tensors.size() > static_cast<std::size_t>(Bundle::kMax)) {
+    throw InvalidArgument("a put by kernel takes at most " + std::to_string(Bundle::kMax) +
+                          " tensors, channel '" + name() + "' has " +
+                          std::to_string(tensors.size()) + ": use mode copy");
+  }
+  check_slot(slot);
+  shared_->check_open();
+  Bundle bundle{};
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::size_t nbytes = layout().specs[i].nbytes;
+    if (nbytes == 0) continue;
+    bundle.pieces[bundle.count++] = {static_cast<const std::byte*>(tensors[i]), layout().offsets[i],
+                                     nbytes};
+  }
+  const DeviceGuard guard(sender_device());
+  launch_put(handle_, bundle, slot, as_stream(stream));
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {

@@ -20,6 +20,7 @@ class CudaChannel final : public Channel {
   void begin(int slot, Stream stream) override;
   void push(std::size_t index, const void* data, int slot, Stream stream) override;
   void commit(int slot, Stream stream) override;
+  void put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode mode) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
 

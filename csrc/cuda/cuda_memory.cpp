@@ -54,15 +54,17 @@ void clear(const Buffer& buffer) {
   check_cuda(code, "clearing device memory");
 }
 
-void* ControlLines::take(int device) {
+void* ControlLines::take(int device, std::size_t count) {
   Place& place = places_[device];
-  if (place.used == kLinesPerChunk) {
+  if (place.used + count > kLinesPerChunk) {
     constexpr std::size_t kBytes = kLine * kLinesPerChunk;
     place.chunks.push_back(device == Buffer::kHost ? allocate_pinned(kBytes)
                                                    : allocate_device(device, kBytes));
     place.used = 0;
   }
-  return place.chunks.back().data + kLine * place.used++;
+  void* first = place.chunks.back().data + kLine * place.used;
+  place.used += count;
+  return first;
 }
 
 void ControlLines::clear_all() {

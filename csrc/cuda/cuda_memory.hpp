@@ -24,7 +24,8 @@ class ControlLines {
  public:
   static constexpr std::size_t kLine = 128;
 
-  void* take(int device);
+  // The first of `count` lines that follow each other.
+  void* take(int device, std::size_t count = 1);
   // Sets all lines to zero. Nothing may be in flight.
   void clear_all();
   void release_all();

@@ -1,4 +1,5 @@
-// Launchers of the signal kernels. Each enqueues one kernel of one thread on the current device.
+// Launchers of the kernels. Each enqueues one kernel on the current device. A kernel that signals
+// is one warp; a fused put has a block for each of the channel's flags.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +16,20 @@ void launch_commit(const SenderDevice& sender, int slot, cudaStream_t stream);
 void launch_get(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
 // Gives the slot back.
 void launch_release(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
+// Tensors of a fused put.
+struct Piece {
+  const std::byte* source;
+  std::uint64_t offset;  // in the slot
+  std::uint64_t nbytes;
+};
+struct Bundle {
+  static constexpr int kMax = 96;  // with a SenderDevice they have to fit 4 KiB of parameters
+
+  int count;
+  Piece pieces[kMax];
+};
+// Begin, copy all pieces to all targets, commit.
+void launch_put(const SenderDevice& sender, const Bundle& bundle, int slot, cudaStream_t stream);
 // Writes seed + i to memory[i], which may lie on another device.
 void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
                  cudaStream_t stream);

@@ -7,6 +7,19 @@
 
 namespace asyncdiff {
 
+PutMode put_mode_from(const std::string& name) {
+  if (name == "copy") return PutMode::kCopy;
+  if (name == "kernel") return PutMode::kKernel;
+  throw InvalidArgument("mode '" + name + "': choose copy or kernel");
+}
+
+void Channel::put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode) {
+  check_count(tensors.size());
+  begin(slot, stream);
+  for (std::size_t i = 0; i < tensors.size(); ++i) push(i, tensors[i], slot, stream);
+  commit(slot, stream);
+}
+
 Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots)
     : name_(std::move(name)),
       sender_(sender),
@@ -30,6 +43,13 @@ void Channel::check_index(std::size_t index) const {
   if (index >= layout_.specs.size()) {
     throw InvalidArgument("tensor " + std::to_string(index) + ": the bundle of channel '" + name_ +
                           "' has " + std::to_string(layout_.specs.size()) + " tensors, from 0");
+  }
+}
+
+void Channel::check_count(std::size_t tensors) const {
+  if (tensors != layout_.specs.size()) {
+    throw InvalidArgument(std::to_string(tensors) + " tensors for channel '" + name_ +
+                          "', whose bundle has " + std::to_string(layout_.specs.size()));
   }
 }
 

@@ -13,6 +13,7 @@ from conftest import PLACES, devices_for
 import asyncdiff_core as core
 
 WAYS = [(place, transport) for place in PLACES for transport in ("auto", "staged")]
+MODES = ("copy", "kernel")
 
 
 class World:
@@ -26,7 +27,9 @@ class World:
         receivers: int = 1,
         slots: int = 2,
         deadline: float = 10.0,
+        mode: str = "copy",
     ) -> None:
+        self.mode = mode
         self.devices = devices_for(place, receivers + 1)
         self.fabric = core.CudaFabric(self.devices, deadline=deadline, transport=transport)
         self.slots = slots
@@ -52,7 +55,7 @@ class World:
         ]
 
     def put(self, slot: int) -> None:
-        self.channel.put(self.tensors, slot, self.streams[0])
+        self.channel.put(self.tensors, slot, self.streams[0], mode=self.mode)
 
     def receive(self, receiver: int, slot: int, into: list[torch.Tensor]) -> None:
         """Get, copy out on the receiver's stream, release."""
@@ -85,8 +88,9 @@ def mixed_bundle() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)
 @pytest.mark.parametrize("receivers", [1, 3])
-def test_any_tensors_arrive_whole(place: str, transport: str, receivers: int) -> None:
-    world = World(place, transport, mixed_bundle(), receivers)
+@pytest.mark.parametrize("mode", MODES)
+def test_any_tensors_arrive_whole(place: str, transport: str, receivers: int, mode: str) -> None:
+    world = World(place, transport, mixed_bundle(), receivers, mode=mode)
     rooms = {r: world.room(r) for r in world.receivers}
     for n in range(5):
         for tensor in world.tensors:
@@ -106,12 +110,14 @@ def test_any_tensors_arrive_whole(place: str, transport: str, receivers: int) ->
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)
 @pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
 def test_replayed_graphs_and_eager_calls_count_alike(
-    place: str, transport: str, slots: int
+    place: str, transport: str, slots: int, mode: str
 ) -> None:
     """A seeded mixture over thousands of bundles; each carries its own number."""
-    source = torch.zeros(1000, dtype=torch.int64)
-    world = World(place, transport, [source], slots=slots)
+    # Large enough for several blocks, and flags, of a put by kernel.
+    source = torch.zeros(50_000, dtype=torch.int64)
+    world = World(place, transport, [source], slots=slots, mode=mode)
     (source,) = world.tensors
     sender, receiver = world.streams
     wrong = torch.zeros((), dtype=torch.int64, device=f"cuda:{world.devices[1]}")
@@ -161,6 +167,72 @@ def test_replayed_graphs_and_eager_calls_count_alike(
     world.fabric.check()
     assert count.item() == total + slots
     assert wrong.item() == 0
+
+
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shift", [0, 1, 4, 16])
+def test_odd_sizes_and_unaligned_sources(place: str, transport: str, mode: str, shift: int) -> None:
+    sizes = [0, 1, 3, 15, 16, 17, 255, 256, 257, 16383, 16384, 16385, 100_003, 1_500_001]
+    world = World(place, transport, [torch.zeros(n, dtype=torch.uint8) for n in sizes], mode=mode)
+    torch.manual_seed(shift)
+    base = torch.randint(256, (2_000_000,), dtype=torch.uint8, device=f"cuda:{world.devices[0]}")
+    world.tensors = [base[shift + i * 16 :][:n] for i, n in enumerate(sizes)]
+    torch.cuda.synchronize(world.devices[0])
+    room = world.room(1)
+    for n in range(3):
+        world.put(n % 2)
+        world.receive(1, n % 2, room)
+        world.synchronize()
+        world.fabric.check()
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(world.tensors, room, strict=True))
+        world.tensors = [t.flip(0) if shift == 0 else t for t in world.tensors]
+        torch.cuda.synchronize(world.devices[0])
+
+
+def test_the_modes_of_put_may_be_mixed() -> None:
+    world = World("one GPU", "auto", [torch.zeros(100_000)])
+    room = world.room(1)
+    for n in range(40):
+        with torch.cuda.stream(world.streams[0]):
+            world.tensors[0].fill_(n)
+        world.mode = MODES[(n * n) % 3 % 2]
+        world.put(n % 2)
+        world.receive(1, n % 2, room)
+        world.synchronize()
+        assert (room[0] == n).all()
+    world.fabric.check()
+
+
+def test_a_put_by_kernel_waits_and_gives_up_like_the_other() -> None:
+    world = World("one GPU", "auto", [torch.zeros(1 << 20)], deadline=0.3, mode="kernel")
+    for n in range(3):
+        world.put(n % 2)
+    world.synchronize()
+    with pytest.raises(core.ExchangeTimeout, match="begin of slot 0") as caught:
+        world.fabric.check()
+    assert (caught.value.rank, caught.value.peer) == (0, 1)
+    world.fabric.reset()
+    world.put(1)
+    world.synchronize()
+    with pytest.raises(core.SlotOrderError, match="slot 0 is next"):
+        world.fabric.check()
+    world.fabric.reset()
+    room = world.room(1)
+    world.tensors[0].fill_(3)
+    torch.cuda.synchronize()
+    world.put(0)
+    world.receive(1, 0, room)
+    world.synchronize()
+    world.fabric.check()
+    assert (room[0] == 3).all()
+    many = core.Layout([core.TensorSpec("uint8", (1,))] * 97)
+    channel = world.fabric.channel(0, [1], many)
+    tensors = [torch.zeros(1, dtype=torch.uint8, device="cuda")] * 97
+    with pytest.raises(core.InvalidArgument, match="at most 96"):
+        channel.put(tensors, 0, world.streams[0], mode="kernel")
+    with pytest.raises(core.InvalidArgument, match="choose copy or kernel"):
+        channel.put(tensors, 0, world.streams[0], mode="magic")
 
 
 @pytest.mark.parametrize("place", PLACES)

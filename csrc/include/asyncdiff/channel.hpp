@@ -15,6 +15,12 @@ namespace asyncdiff {
 // stream.
 using Stream = std::uintptr_t;
 
+// How put() moves a bundle between GPUs: by copy engines, tensor by tensor, or by one kernel that
+// gathers all tensors and stores to all receivers. On the host both are the same.
+enum class PutMode { kCopy, kKernel };
+
+PutMode put_mode_from(const std::string& name);
+
 // The n-th bundle (n = 0, 1, ...) uses slot n % slots. Callers name the slot, so that a captured
 // graph always touches the same memory; the channel checks it against its own count, which on CUDA
 // lives in device memory and is advanced by the kernels, so that replays count.
@@ -45,12 +51,15 @@ class Channel {
   // Copies one tensor, laid out like specs[index], to all receivers.
   virtual void push(std::size_t index, const void* data, int slot, Stream stream) = 0;
   virtual void commit(int slot, Stream stream) = 0;
+  // All three for a whole bundle: tensors[i] is laid out like specs[i].
+  virtual void put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode mode);
   virtual void get(int receiver, int slot, Stream stream) = 0;
   virtual void release(int receiver, int slot, Stream stream) = 0;
 
  protected:
   void check_slot(int slot) const;
   void check_index(std::size_t index) const;
+  void check_count(std::size_t tensors) const;
   // The receiver's place in receivers(); throws InvalidArgument if it has none.
   std::size_t place_of(int receiver) const;
 

@@ -4,11 +4,16 @@
 // advance them, so graph replays and eager calls count alike. Every word has one writer.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace asyncdiff {
 
 constexpr int kMaxReceivers = 32;
+// A fused put has as many blocks as the channel has flags, each on a line of its own: a block says
+// that its part has arrived without waiting for the others.
+constexpr int kMaxFlags = 16;
+constexpr int kFlagStride = 128 / sizeof(std::uint64_t);
 
 enum class FailureKind : std::uint64_t { kNone = 0, kTimeout = 1, kSlotOrder = 2 };
 enum class Operation : std::uint64_t { kBegin = 0, kCommit = 1, kGet = 2, kRelease = 3 };
@@ -36,6 +41,7 @@ struct Guard {
 struct alignas(128) SenderCounters {
   std::uint64_t begun;
   std::uint64_t committed;
+  unsigned finished;  // blocks of the fused put that is running
 };
 
 // Local to a receiver, in its device memory.
@@ -48,18 +54,24 @@ struct SenderDevice {
   SenderCounters* counters;
   Guard guard;
   int slots;
+  int flags;
   int receivers;
+  int targets;
+  std::uint64_t slot_nbytes;
   int ranks[kMaxReceivers];
   // Written by receivers, in memory near the sender.
   const std::uint64_t* credits[kMaxReceivers];
-  // Written by the sender, in memory near each receiver.
+  // Written by the sender, in memory near each receiver: the first of `flags`.
   std::uint64_t* arrived[kMaxReceivers];
+  // Where the slots lie that are written: mailboxes, and the memory of staged receivers once.
+  std::byte* target[kMaxReceivers];
 };
 
 struct ReceiverDevice {
   ReceiverCounters* counters;
   Guard guard;
   int slots;
+  int flags;
   int sender_rank;
   const std::uint64_t* arrived;
   std::uint64_t* credit;
