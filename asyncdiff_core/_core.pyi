@@ -87,8 +87,18 @@ class HostFabric(Fabric):
     ) -> None: ...
 
 class CudaFabric(Fabric):
+    @overload
     def __init__(
         self, devices: Sequence[int], deadline: float | None, transport: str | None
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        devices: Sequence[int],
+        owners: Sequence[int],
+        deadline: float | None,
+        transport: str | None,
+        rendezvous: Rendezvous,
     ) -> None: ...
     @property
     def devices(self) -> tuple[int, ...]: ...

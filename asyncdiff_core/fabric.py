@@ -83,7 +83,7 @@ class HostFabric(Fabric):
     ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10). With a ``rendezvous``,
     ``owners[r]`` is the process that runs rank r (None: rank r is process r); making the fabric,
     ``channel`` and ``reset`` are then collective: every process calls them, in the same order, and
-    each gets the same error if it fails in one. A process uses the ends of its own ranks only
+    none goes on if it fails in one. A process uses the ends of its own ranks only
     (InvalidArgument).
     """
 
@@ -95,24 +95,24 @@ class HostFabric(Fabric):
         owners: Sequence[int] | None = None,
         rendezvous: Rendezvous | None = None,
     ) -> None:
+        processes = _owners(ranks, owners, rendezvous)
         if rendezvous is None:
-            if owners is not None:
-                raise InvalidArgument("owners without a rendezvous: who are the other processes?")
             native = _core.HostFabric(ranks, deadline)
         else:
-            owners = range(ranks) if owners is None else owners
-            if len(owners) != ranks:
-                raise InvalidArgument(f"owners has {len(owners)} entries for {ranks} ranks")
-            native = _core.HostFabric(list(owners), deadline, rendezvous)
+            native = _core.HostFabric(processes, deadline, rendezvous)
         super().__init__(native, None)
 
 
 class CudaFabric(Fabric):
-    """GPUs of one process: ``devices[r]`` is the CUDA device index of rank r, and may repeat.
+    """GPUs: ``devices[r]`` is the CUDA device index of rank r, and may repeat.
 
     ``transport`` is "auto" (peer access where a write and a read-back prove it, else pinned host
     memory), "peer" (raises DeviceError where that does not work) or "staged"; None takes
     ASYNCDIFF_TRANSPORT, else "auto". Raises DeviceError for devices that do not exist.
+
+    With a ``rendezvous``, ranks run in several processes, as with :class:`HostFabric`;
+    ``devices[r]`` is the index in rank r's own process, and :meth:`close` is collective too. Device
+    memory is shared by CUDA IPC.
     """
 
     def __init__(
@@ -121,10 +121,27 @@ class CudaFabric(Fabric):
         *,
         deadline: float | None = None,
         transport: str | None = None,
+        owners: Sequence[int] | None = None,
+        rendezvous: Rendezvous | None = None,
     ) -> None:
         if not _core.cuda_built():
             raise DeviceError(
                 "asyncdiff_core was built without CUDA: install nvcc and reinstall with "
                 "ASYNCDIFF_CUDA=on"
             )
-        super().__init__(_core.CudaFabric(list(devices), deadline, transport), devices)
+        processes = _owners(len(devices), owners, rendezvous)
+        if rendezvous is None:
+            native = _core.CudaFabric(list(devices), deadline, transport)
+        else:
+            native = _core.CudaFabric(list(devices), processes, deadline, transport, rendezvous)
+        super().__init__(native, devices)
+
+
+def _owners(ranks: int, owners: Sequence[int] | None, rendezvous: Rendezvous | None) -> list[int]:
+    if owners is None:
+        return list(range(ranks))
+    if rendezvous is None:
+        raise InvalidArgument("owners without a rendezvous: who are the other processes?")
+    if len(owners) != ranks:
+        raise InvalidArgument(f"owners has {len(owners)} entries for {ranks} ranks")
+    return list(owners)

@@ -1,6 +1,6 @@
-"""What a process of the tests in host/test_core_processes.py does.
+"""What a process of the tests in {host,gpu}/test_core_processes.py does.
 
-    python core_worker.py SCENARIO PROCESS PROCESSES FOLDER
+    python core_worker.py SCENARIO PROCESS PROCESSES FOLDER [OPTION ...]
 
 Prints one line of JSON.
 """
@@ -152,6 +152,140 @@ def store(process: int, processes: int, folder: Path) -> Any:
     return float(read(channel, 1, 0)[0][0])
 
 
+class OnGpu:
+    """This process's rank of a CUDA fabric with one rank a process; each sends to all others."""
+
+    def __init__(
+        self, process: int, processes: int, folder: Path, gpus: int, transport: str, deadline: float
+    ) -> None:
+        import torch
+
+        self.process = process
+        devices = [p % gpus for p in range(processes)]
+        self.device = torch.device("cuda", devices[process])
+        torch.cuda.set_device(self.device)
+        self.meet = meet(folder, process, processes)
+        self.fabric = core.CudaFabric(
+            devices, deadline=deadline, transport=transport, rendezvous=self.meet
+        )
+        layout = core.Layout([core.TensorSpec("int64", (50_001,)), core.TensorSpec("int8", (7,))])
+        everyone = range(processes)
+        self.channels = [
+            self.fabric.channel(s, [r for r in everyone if r != s], layout, name=f"from {s}")
+            for s in everyone
+        ]
+        self.source = [
+            torch.zeros(50_001, dtype=torch.int64, device=self.device),
+            torch.ones(7, dtype=torch.int8, device=self.device),
+        ]
+        self.sending, self.receiving = torch.cuda.Stream(), torch.cuda.Stream()
+        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.wrong = torch.zeros_like(self.count)
+        torch.cuda.synchronize()
+
+    def send(self, slot: int, mode: str) -> None:
+        import torch
+
+        with torch.cuda.stream(self.sending):
+            self.source[0].add_(1)
+            self.channels[self.process].put(self.source, slot, self.sending, mode=mode)
+
+    def receive(self, slot: int) -> None:
+        """Every bundle's numbers have to be how many came before it, plus one."""
+        import torch
+
+        with torch.cuda.stream(self.receiving):
+            self.count.add_(1)
+            for sender, channel in enumerate(self.channels):
+                if sender == self.process:
+                    continue
+                channel.get(self.process, slot, self.receiving)
+                raw = torch.as_tensor(channel.slot(self.process, slot), device=self.device)
+                numbers = raw[: 50_001 * 8].view(torch.int64)
+                self.wrong.add_((numbers != self.count).sum())
+                channel.release(self.process, slot, self.receiving)
+
+
+def cuda_exchange(
+    process: int, processes: int, folder: Path, gpus: int, transport: str, mode: str
+) -> Any:
+    """Eager, then replayed CUDA graphs, then mixed."""
+    import torch
+
+    rank = OnGpu(process, processes, folder, gpus, transport, 20.0)
+    for n in range(20):
+        rank.send(n % 2, mode)
+        rank.receive(n % 2)
+    torch.cuda.synchronize()
+    graphs = {}
+    for slot in range(2):
+        for work, arguments, stream in (
+            (rank.send, (slot, mode), rank.sending),
+            (rank.receive, (slot,), rank.receiving),
+        ):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                work(*arguments)
+            graphs[slot, stream is rank.sending] = graph
+    rng = random.Random(process)
+    for n in range(200):
+        if rng.random() < 0.8:
+            with torch.cuda.stream(rank.sending):
+                graphs[n % 2, True].replay()
+        else:
+            rank.send(n % 2, mode)
+        if rng.random() < 0.8:
+            with torch.cuda.stream(rank.receiving):
+                graphs[n % 2, False].replay()
+        else:
+            rank.receive(n % 2)
+        if n % 50 == 49:
+            rank.fabric.check()
+    torch.cuda.synchronize()
+    rank.fabric.check()
+    links = sorted({k for (a, b), k in rank.fabric.links().items() if a != b})
+    result = {"count": rank.count.item(), "wrong": rank.wrong.item(), "links": links}
+    rank.fabric.reset()
+    rank.source[0].zero_()
+    rank.count.zero_()
+    torch.cuda.synchronize()
+    rank.send(0, mode)
+    rank.receive(0)
+    torch.cuda.synchronize()
+    result["after_reset"] = rank.wrong.item()
+    del graphs
+    rank.fabric.close()
+    return result
+
+
+def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
+    import torch
+
+    rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
+    rank.send(0, "copy")
+    rank.receive(0)
+    torch.cuda.synchronize()
+    rank.fabric.check()
+    rank.meet.all_gather(b"")
+    if process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    rank.send(1, "kernel")
+    rank.receive(1)
+    torch.cuda.synchronize()
+    waited = time.monotonic() - begun
+    try:
+        rank.fabric.check()
+    except core.ExchangeTimeout as e:
+        rank.fabric.close()
+        again = core.CudaFabric([rank.device.index] * 2)
+        again.check()
+        again.close()
+        return {"peer": e.peer, "seconds": waited}
+    return "no error"
+
+
 if __name__ == "__main__":
-    scenario, process, processes, folder = sys.argv[1:]
-    print(json.dumps(globals()[scenario](int(process), int(processes), Path(folder))))
+    scenario, process, processes, folder, *more = sys.argv[1:]
+    options = [int(x) if x.isdigit() else x for x in more]
+    print(json.dumps(globals()[scenario](int(process), int(processes), Path(folder), *options)))

@@ -3,7 +3,11 @@
 
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "bindings.hpp"
 

@@ -3,6 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "asyncdiff/env.hpp"
 #include "asyncdiff/host_fabric.hpp"
@@ -62,6 +66,18 @@ void register_fabric(py::module_& m) {
              return std::make_shared<CudaFabric>(std::move(devices), seconds, how);
            }),
            py::arg("devices"), py::arg("deadline"), py::arg("transport"))
+      .def(py::init([](std::vector<int> devices, std::vector<int> owners,
+                       std::optional<double> deadline, std::optional<std::string> transport,
+                       py::object r) {
+             std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
+             const Transport how = transport_from(transport ? *transport : env::transport());
+             const double seconds = deadline_or_default(deadline);
+             const py::gil_scoped_release unlocked;
+             return std::make_shared<CudaFabric>(std::move(devices), std::move(owners), seconds,
+                                                 how, std::move(rendezvous));
+           }),
+           py::arg("devices"), py::arg("owners"), py::arg("deadline"), py::arg("transport"),
+           py::arg("rendezvous"))
       .def_property_readonly("devices",
                              [](const CudaFabric& f) { return py::tuple(py::cast(f.devices())); });
 #endif

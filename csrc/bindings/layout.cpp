@@ -2,7 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 #include "bindings.hpp"

@@ -2,7 +2,11 @@
 
 #include <pybind11/stl.h>
 
+#include <cstddef>
+#include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 

@@ -1,9 +1,15 @@
 #include "cuda_channel.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "check.hpp"
+#include "ipc.hpp"
 #include "kernels.hpp"
 
 namespace asyncdiff {
@@ -21,55 +27,116 @@ int flags_for(std::size_t nbytes) {
 
 }  // namespace
 
-CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string name_, int sender_,
-                         std::vector<int> ranks, Layout layout_, int slots_)
-    : Channel(std::move(name_), sender_, std::move(ranks), std::move(layout_), slots_),
+CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string label, int from,
+                         std::vector<int> ranks, Layout bundle, int ring)
+    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring),
       shared_(std::move(shared)) {
-  const std::size_t bytes = start_of(slots());
-  const std::lock_guard lock(shared_->mutex);
-  ControlLines& lines = shared_->lines;
-  handle_.counters = static_cast<SenderCounters*>(lines.take(sender_device()));
-  handle_.guard = shared_->new_end(sender(), name());
+  CudaFabric::Shared& all = *shared_;
+  const auto index = [](int rank) { return static_cast<std::size_t>(rank); };
+  const auto words = [](std::byte* memory) { return reinterpret_cast<std::uint64_t*>(memory); };
+  const bool sending = all.processes.mine(sender());
+  // Every process takes the same lines in the same order, those that it does not use included.
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
   handle_.flags = flags_for(layout().nbytes);
-  for (int rank : receivers()) {
-    Receiver receiver{};
-    receiver.direct = shared_->link(sender(), rank).direct;
-    receiver.device = shared_->devices[static_cast<std::size_t>(rank)];
-    receiver.mailbox = allocate_device(receiver.device, bytes);
-    const int flag_place = receiver.direct ? receiver.device : Buffer::kHost;
-    const int credit_place = receiver.direct ? sender_device() : Buffer::kHost;
-    const auto flags = static_cast<std::size_t>(handle_.flags);
-    auto* arrived = static_cast<std::uint64_t*>(lines.take(flag_place, flags));
-    auto* credit = static_cast<std::uint64_t*>(lines.take(credit_place));
-    receiver.handle = {static_cast<ReceiverCounters*>(lines.take(receiver.device)),
-                       shared_->new_end(rank, name()),
-                       slots(),
-                       handle_.flags,
-                       sender(),
-                       arrived,
-                       credit};
-    const int i = handle_.receivers++;
-    handle_.ranks[i] = rank;
-    handle_.credits[i] = credit;
-    handle_.arrived[i] = arrived;
-    if (receiver.direct) {
-      handle_.target[handle_.targets++] = receiver.mailbox.data;
-    } else if (staging_.data == nullptr) {
-      staging_ = allocate_pinned(bytes);
-      handle_.target[handle_.targets++] = staging_.data;
-    }
-    receivers_.push_back(std::move(receiver));
+  handle_.guard = all.new_end(sender(), name());
+  const std::size_t counters = all.lines[index(sender())].take();
+  if (sending) {
+    handle_.counters = reinterpret_cast<SenderCounters*>(all.line(sender(), counters, sender()));
   }
+  const std::vector<std::byte*> mailboxes = make_mailboxes();
+  bool staged = false;
+  for (std::size_t i = 0; i < receivers_.size(); ++i) {
+    Receiver& receiver = receivers_[i];
+    const int rank = receivers()[i];
+    staged = staged || !receiver.direct;
+    const auto flags = static_cast<std::size_t>(handle_.flags);
+    Lines& flag_lines = receiver.direct ? all.lines[index(rank)] : all.host_lines;
+    Lines& credit_lines = receiver.direct ? all.lines[index(sender())] : all.host_lines;
+    const std::size_t arrived = flag_lines.take(flags);
+    const std::size_t credit = credit_lines.take();
+    const std::size_t mine = all.lines[index(rank)].take();
+    const Guard guard = all.new_end(rank, name());
+    if (sending) {
+      const int place = handle_.receivers++;
+      handle_.ranks[place] = rank;
+      handle_.arrived[place] =
+          words(receiver.direct ? all.line(rank, arrived, sender()) : all.host.data + arrived);
+      handle_.credits[place] =
+          words(receiver.direct ? all.line(sender(), credit, sender()) : all.host.data + credit);
+      if (receiver.direct) handle_.target[handle_.targets++] = mailboxes[i];
+    }
+    if (all.processes.mine(rank)) {
+      std::byte* flag = receiver.direct ? all.line(rank, arrived, rank) : all.host.data + arrived;
+      std::byte* back = receiver.direct ? all.line(sender(), credit, rank) : all.host.data + credit;
+      receiver.handle = {reinterpret_cast<ReceiverCounters*>(all.line(rank, mine, rank)),
+                         guard,
+                         slots(),
+                         handle_.flags,
+                         sender(),
+                         words(flag),
+                         words(back)};
+    }
+  }
+  if (staged) {
+    staging_ = share_pinned(all.processes, all.processes.owner(sender()), start_of(slots()));
+    if (sending) handle_.target[handle_.targets++] = staging_.data;
+  }
+}
+
+std::vector<std::byte*> CudaChannel::make_mailboxes() {
+  CudaFabric::Shared& all = *shared_;
+  const std::size_t bytes = start_of(slots());
+  const bool sending = all.processes.mine(sender());
+  std::string exported;
+  all.processes.together("make a mailbox", [&] {
+    for (int rank : receivers()) {
+      Receiver receiver{};
+      receiver.direct = all.link(sender(), rank).direct;
+      receiver.device = all.devices[static_cast<std::size_t>(rank)];
+      if (all.processes.mine(rank)) {
+        receiver.mailbox = all.processes.several() ? allocate_exportable(receiver.device, bytes)
+                                                   : allocate_device(receiver.device, bytes);
+        if (all.processes.several()) {
+          all.mailboxes.push_back(receiver.mailbox);  // until all have unmapped it
+          exported += export_device(receiver.mailbox);
+        }
+      }
+      receivers_.push_back(std::move(receiver));
+    }
+  });
+  std::vector<std::byte*> seen;
+  for (const Receiver& receiver : receivers_) seen.push_back(receiver.mailbox.data);
+  if (!all.processes.several()) return seen;
+
+  const auto exports = all.processes.all_gather(exported);
+  std::vector<std::size_t> read(exports.size(), 0);
+  all.processes.together("open a mailbox", [&] {
+    for (std::size_t i = 0; i < receivers_.size(); ++i) {
+      const auto owner = static_cast<std::size_t>(all.processes.owner(receivers()[i]));
+      const std::string handle = exports[owner].substr(read[owner], kDeviceHandleBytes);
+      read[owner] += kDeviceHandleBytes;
+      if (!sending || seen[i] != nullptr || !receivers_[i].direct) continue;
+      all.foreign.push_back(import_device(handle, sender_device(), bytes));
+      seen[i] = all.foreign.back().data;
+    }
+  });
+  return seen;
 }
 
 int CudaChannel::sender_device() const {
   return shared_->devices[static_cast<std::size_t>(sender())];
 }
 
+void CudaChannel::check_end(int rank, int slot) const {
+  check_slot(slot);
+  shared_->processes.check_mine(rank);
+  shared_->check_open();
+}
+
 Buffer CudaChannel::slot(int receiver, int slot) {
   check_slot(slot);
+  shared_->processes.check_mine(receivers()[place_of(receiver)]);
   Buffer out = receivers_[place_of(receiver)].mailbox;
   out.data += start_of(slot);
   out.nbytes = layout().nbytes;
@@ -77,16 +144,14 @@ Buffer CudaChannel::slot(int receiver, int slot) {
 }
 
 void CudaChannel::begin(int slot, Stream stream) {
-  check_slot(slot);
-  shared_->check_open();
+  check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_begin(handle_, slot, as_stream(stream));
 }
 
 void CudaChannel::push(std::size_t index, const void* data, int slot, Stream stream) {
-  check_slot(slot);
   check_index(index);
-  shared_->check_open();
+  check_end(sender(), slot);
   const std::size_t nbytes = layout().specs[index].nbytes;
   if (nbytes == 0) return;
   const std::size_t at = start_of(slot) + layout().offsets[index];
@@ -95,15 +160,11 @@ void CudaChannel::push(std::size_t index, const void* data, int slot, Stream str
     check_cuda(cudaMemcpyAsync(target, data, nbytes, cudaMemcpyDefault, as_stream(stream)),
                "pushing a tensor");
   };
-  if (staging_.data != nullptr) copy(staging_.data + at);
-  for (const Receiver& receiver : receivers_) {
-    if (receiver.direct) copy(receiver.mailbox.data + at);
-  }
+  for (int i = 0; i < handle_.targets; ++i) copy(handle_.target[i] + at);
 }
 
 void CudaChannel::commit(int slot, Stream stream) {
-  check_slot(slot);
-  shared_->check_open();
+  check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_commit(handle_, slot, as_stream(stream));
 }
@@ -117,8 +178,7 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
                           " tensors, channel '" + name() + "' has " +
                           std::to_string(tensors.size()) + ": use mode copy");
   }
-  check_slot(slot);
-  shared_->check_open();
+  check_end(sender(), slot);
   Bundle bundle{};
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const std::size_t nbytes = layout().specs[i].nbytes;
@@ -131,9 +191,8 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {
-  check_slot(slot);
   const Receiver& receiver = receivers_[place_of(rank)];
-  shared_->check_open();
+  check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
   launch_get(receiver.handle, slot, as_stream(stream));
   if (!receiver.direct && layout().nbytes > 0) {
@@ -145,9 +204,8 @@ void CudaChannel::get(int rank, int slot, Stream stream) {
 }
 
 void CudaChannel::release(int rank, int slot, Stream stream) {
-  check_slot(slot);
   const Receiver& receiver = receivers_[place_of(rank)];
-  shared_->check_open();
+  check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
   launch_release(receiver.handle, slot, as_stream(stream));
 }

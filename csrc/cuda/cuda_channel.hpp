@@ -1,6 +1,7 @@
 // A channel between GPUs: copies by copy engines, signals by kernels of one thread.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,10 +29,14 @@ class CudaChannel final : public Channel {
   struct Receiver {
     bool direct;
     int device;
-    Buffer mailbox;  // all slots
+    Buffer mailbox;  // all slots; only of own ranks
     ReceiverDevice handle;
   };
 
+  // Allocates those of own ranks; where the sender sees each, or null where it does not.
+  std::vector<std::byte*> make_mailboxes();
+  // Throws unless this process runs the rank and the fabric is open.
+  void check_end(int rank, int slot) const;
   std::size_t start_of(int slot) const { return layout().nbytes * static_cast<std::size_t>(slot); }
   int sender_device() const;
 

@@ -1,9 +1,13 @@
 #include "cuda_memory.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 
+#include "asyncdiff/shared_memory.hpp"
 #include "check.hpp"
 
 namespace asyncdiff {
@@ -23,7 +27,7 @@ Buffer allocate_device(int device, std::size_t nbytes) {
     cudaSetDevice(previous);
   });
   Buffer out{std::move(owner), static_cast<std::byte*>(memory), nbytes, device};
-  clear(out);
+  clear(out, nbytes);
   return out;
 }
 
@@ -38,41 +42,48 @@ Buffer allocate_pinned(std::size_t nbytes) {
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
 }
 
-void clear(const Buffer& buffer) {
-  if (buffer.nbytes == 0) return;
+Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes) {
+  if (!processes.several()) return allocate_pinned(nbytes);
+  constexpr std::size_t kPage = 4096;
+  const std::size_t size = (std::max<std::size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
+  const Buffer shared = share(processes, creator, size);
+  Buffer out;
+  processes.together("pin shared memory", [&] {
+    check_cuda(
+        cudaHostRegister(shared.data, size, cudaHostRegisterPortable | cudaHostRegisterMapped),
+        "pinning shared memory");
+    std::shared_ptr<void> owner(shared.data, [shared](void* p) { cudaHostUnregister(p); });
+    void* seen = nullptr;
+    check_cuda(cudaHostGetDevicePointer(&seen, shared.data, 0), "mapping shared memory");
+    if (seen != shared.data) throw DeviceError("devices see host memory at another address here");
+    out = {std::move(owner), shared.data, nbytes, Buffer::kHost};
+  });
+  return out;
+}
+
+void clear(const Buffer& buffer, std::size_t nbytes) {
+  if (nbytes == 0) return;
   if (buffer.device == Buffer::kHost) {
-    std::memset(buffer.data, 0, buffer.nbytes);
+    std::memset(buffer.data, 0, nbytes);
     return;
   }
   const DeviceGuard guard(buffer.device);
   // A stream of its own: the default stream would wait for, and hold up, unrelated work.
   cudaStream_t stream = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-  cudaError_t code = cudaMemsetAsync(buffer.data, 0, buffer.nbytes, stream);
+  cudaError_t code = cudaMemsetAsync(buffer.data, 0, nbytes, stream);
   if (code == cudaSuccess) code = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   check_cuda(code, "clearing device memory");
 }
 
-void* ControlLines::take(int device, std::size_t count) {
-  Place& place = places_[device];
-  if (place.used + count > kLinesPerChunk) {
-    constexpr std::size_t kBytes = kLine * kLinesPerChunk;
-    place.chunks.push_back(device == Buffer::kHost ? allocate_pinned(kBytes)
-                                                   : allocate_device(device, kBytes));
-    place.used = 0;
+std::size_t Lines::take(std::size_t count) {
+  if (used_ + count * kLine > kBytes) {
+    throw Error("the fabric has no room for more channels: make another fabric");
   }
-  void* first = place.chunks.back().data + kLine * place.used;
-  place.used += count;
+  const std::size_t first = used_;
+  used_ += count * kLine;
   return first;
 }
-
-void ControlLines::clear_all() {
-  for (const auto& [device, place] : places_) {
-    for (const Buffer& chunk : place.chunks) clear(chunk);
-  }
-}
-
-void ControlLines::release_all() { places_.clear(); }
 
 }  // namespace asyncdiff

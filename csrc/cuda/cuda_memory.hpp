@@ -1,11 +1,10 @@
-// Device memory, pinned host memory, and the control words of channels.
+// Device memory, pinned host memory, and lines of them.
 #pragma once
 
 #include <cstddef>
-#include <map>
-#include <vector>
 
 #include "asyncdiff/memory.hpp"
+#include "asyncdiff/processes.hpp"
 
 namespace asyncdiff {
 
@@ -15,29 +14,26 @@ Buffer allocate_device(int device, std::size_t nbytes);
 // Zeroed host memory that every device can read and write at the same address.
 Buffer allocate_pinned(std::size_t nbytes);
 
-// Sets memory to zero and waits until it is.
-void clear(const Buffer& buffer);
+// The same, seen by all processes; made by process `creator`. Collective.
+Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes);
 
-// Hands out zeroed 128-byte lines on devices and in pinned host memory (Buffer::kHost). A line
-// belongs to the fabric until it ends. Not thread-safe.
-class ControlLines {
+// Sets the first nbytes to zero and waits until they are.
+void clear(const Buffer& buffer, std::size_t nbytes);
+
+// Deals out 128-byte lines of a piece of memory, in order. Processes that take the same numbers in
+// the same order get the same lines, wherever each of them sees the memory.
+class Lines {
  public:
   static constexpr std::size_t kLine = 128;
+  // Memory that processes share comes in pieces of this size anyway.
+  static constexpr std::size_t kBytes = std::size_t{2} << 20;
 
-  // The first of `count` lines that follow each other.
-  void* take(int device, std::size_t count = 1);
-  // Sets all lines to zero. Nothing may be in flight.
-  void clear_all();
-  void release_all();
+  // The offset in bytes of the first of `count` lines. Throws Error when all are taken.
+  std::size_t take(std::size_t count = 1);
+  std::size_t used() const { return used_; }
 
  private:
-  static constexpr std::size_t kLinesPerChunk = 512;
-
-  struct Place {
-    std::vector<Buffer> chunks;
-    std::size_t used = kLinesPerChunk;  // of the last chunk
-  };
-  std::map<int, Place> places_;
+  std::size_t used_ = 0;
 };
 
 }  // namespace asyncdiff

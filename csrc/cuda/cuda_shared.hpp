@@ -1,10 +1,11 @@
 // What the channels of a CudaFabric share with it.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,22 +13,44 @@
 #include "asyncdiff/channel_device.hpp"
 #include "asyncdiff/cuda_fabric.hpp"
 #include "asyncdiff/errors.hpp"
+#include "asyncdiff/processes.hpp"
 #include "cuda_memory.hpp"
 #include "links.hpp"
 
 namespace asyncdiff {
 
+// An abort by the host, for all processes to read. All zero bits: there was none.
+struct AbortNote {
+  enum State : std::uint32_t { kNone = 0, kBeingWritten = 1, kThere = 2 };
+
+  std::atomic<std::uint32_t> state;
+  std::int32_t rank;
+  char reason[504];
+};
+
 struct CudaFabric::Shared {
-  std::vector<int> devices;  // by rank
-  double deadline = 0;
-  Transport transport = Transport::kAuto;
-  std::map<std::pair<int, int>, Link> links;  // by device
+  Shared(Processes all, std::vector<int> indices, double deadline_seconds, Transport how);
+  ~Shared();
+
+  Processes processes;
+  std::vector<int> devices;  // by rank; of another process's rank that process's index
+  double deadline;
+  std::map<std::pair<int, int>, Link> links;  // by rank
 
   std::mutex mutex;  // guards all below
   bool closed = false;
-  ControlLines lines;
+  // Lines in pinned host memory: abort word, abort note, failure records, flags of staged channels.
+  Buffer host;
+  Lines host_lines;
   std::uint64_t* abort_word = nullptr;
-  std::optional<Aborted> aborted;  // if the host did it
+  AbortNote* note = nullptr;
+  // Lines in each rank's device memory: counters, flags, credits. Every process takes the same
+  // lines, and sees those of its own ranks and of those that its ranks can reach.
+  std::vector<Lines> lines;
+  std::vector<Buffer> own;                         // by rank; empty for others'
+  std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
+  std::vector<Buffer> mailboxes;                   // of own ranks
+  std::vector<Buffer> foreign;                     // mailboxes of others'
 
   // One end of a channel: what its failure record belongs to.
   struct End {
@@ -37,19 +60,20 @@ struct CudaFabric::Shared {
   };
   std::vector<End> ends;
 
-  // How rank a writes rank b's memory. Staging, where asked for, takes in ranks that share a
-  // device, so that it can be tried on one.
-  Link link(int a, int b) const {
-    if (transport == Transport::kStaged) return {false, "staging was asked for"};
-    const int from = devices[static_cast<std::size_t>(a)];
-    const int to = devices[static_cast<std::size_t>(b)];
-    return from == to ? Link{true, ""} : links.at({from, to});
-  }
-  // With the mutex held: a guard for one end.
+  const Link& link(int from, int to) const { return links.at({from, to}); }
+  // Where `viewer`, a rank of this process, sees a line of `rank`.
+  std::byte* line(int rank, std::size_t offset, int viewer) const;
   Guard new_end(int rank, const std::string& channel);
   void check_open() const {
     if (closed) throw Error("the fabric is closed");
   }
+  void abort(int rank, const std::string& reason);
+  void check();
+  void clear_lines();
+  void release(bool wait_for_others);
+
+ private:
+  void find_links(Transport how);
 };
 
 }  // namespace asyncdiff

@@ -1,5 +1,8 @@
 // The signal kernels (wait for an epoch, publish an epoch; copy engines move the data between them)
 // and the fused put, which does all of it.
+#include <cstddef>
+#include <cstdint>
+
 #include "check.hpp"
 #include "kernels.hpp"
 #include "ptx.cuh"

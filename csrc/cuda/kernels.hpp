@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <cstdint>
+
 #include "asyncdiff/channel_device.hpp"
 
 namespace asyncdiff {

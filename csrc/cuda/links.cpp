@@ -1,7 +1,11 @@
 #include "links.hpp"
 
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <set>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -12,38 +16,10 @@ namespace asyncdiff {
 
 namespace {
 
-constexpr std::uint32_t kCount = 1024;
+constexpr std::uint32_t kWords = kProbeBytes / 2 / sizeof(std::uint32_t);  // by each writer
 
 std::string pair_text(int from, int to) {
   return "CUDA device " + std::to_string(from) + " to " + std::to_string(to);
-}
-
-bool holds(const Buffer& buffer, std::uint32_t seed) {
-  std::vector<std::uint32_t> seen(kCount);
-  const DeviceGuard guard(buffer.device);
-  check_cuda(cudaMemcpy(seen.data(), buffer.data, kCount * 4, cudaMemcpyDeviceToHost),
-             "reading the probe back");
-  for (std::uint32_t i = 0; i < kCount; ++i) {
-    if (seen[i] != seed + i) return false;
-  }
-  return true;
-}
-
-// Writes from one device into the memory of the other and reads it there.
-std::string try_writing(int from, int to) {
-  const Buffer source = allocate_device(from, kCount * 4);
-  const Buffer target = allocate_device(to, kCount * 4);
-  auto* words = reinterpret_cast<std::uint32_t*>(target.data);
-  const DeviceGuard guard(from);
-  launch_fill(words, kCount, 12345, nullptr);
-  check_cuda(cudaDeviceSynchronize(), "writing to a peer");
-  if (!holds(target, 12345)) return "a kernel's write from " + pair_text(from, to) + " was lost";
-  launch_fill(reinterpret_cast<std::uint32_t*>(source.data), kCount, 67890, nullptr);
-  check_cuda(cudaMemcpyAsync(target.data, source.data, kCount * 4, cudaMemcpyDefault, nullptr),
-             "copying to a peer");
-  check_cuda(cudaDeviceSynchronize(), "copying to a peer");
-  if (!holds(target, 67890)) return "a copy from " + pair_text(from, to) + " was lost";
-  return "";
 }
 
 // Empty if peer access works in this direction, else why not.
@@ -52,14 +28,21 @@ std::string try_peer(int from, int to) {
   check_cuda(cudaDeviceCanAccessPeer(&possible, from, to), "asking for peer access");
   if (!possible) return "the driver offers no peer access from " + pair_text(from, to);
   try {
-    const DeviceGuard guard(from);
-    const cudaError_t code = cudaDeviceEnablePeerAccess(to, 0);
-    if (code == cudaErrorPeerAccessAlreadyEnabled) {
-      cudaGetLastError();
-    } else {
-      check_cuda(code, "enabling peer access");
+    {
+      const DeviceGuard guard(from);
+      const cudaError_t code = cudaDeviceEnablePeerAccess(to, 0);
+      if (code == cudaErrorPeerAccessAlreadyEnabled) {
+        cudaGetLastError();
+      } else {
+        check_cuda(code, "enabling peer access");
+      }
     }
-    return try_writing(from, to);
+    const Buffer target = allocate_device(to, kProbeBytes);
+    const std::string failure = write_probe(from, target.data, 12345);
+    if (!failure.empty()) return failure;
+    if (!read_probe(to, target.data, 12345))
+      return "a write from " + pair_text(from, to) + " was lost";
+    return "";
   } catch (const CudaError& error) {
     return error.what();
   }
@@ -67,7 +50,34 @@ std::string try_peer(int from, int to) {
 
 }  // namespace
 
-std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices, bool demanded) {
+std::string write_probe(int from, std::byte* target, std::uint32_t seed) {
+  try {
+    const Buffer source = allocate_device(from, kProbeBytes);
+    const DeviceGuard guard(from);
+    launch_fill(reinterpret_cast<std::uint32_t*>(target), kWords, seed, nullptr);
+    launch_fill(reinterpret_cast<std::uint32_t*>(source.data), kWords, seed + kWords, nullptr);
+    check_cuda(cudaMemcpyAsync(target + kProbeBytes / 2, source.data, kProbeBytes / 2,
+                               cudaMemcpyDefault, nullptr),
+               "copying to a peer");
+    check_cuda(cudaDeviceSynchronize(), "writing to a peer");
+    return "";
+  } catch (const CudaError& error) {
+    return error.what();
+  }
+}
+
+bool read_probe(int device, const std::byte* memory, std::uint32_t seed) {
+  std::vector<std::uint32_t> seen(2 * kWords);
+  const DeviceGuard guard(device);
+  check_cuda(cudaMemcpy(seen.data(), memory, kProbeBytes, cudaMemcpyDeviceToHost),
+             "reading a probe back");
+  for (std::uint32_t i = 0; i < 2 * kWords; ++i) {
+    if (seen[i] != seed + i) return false;
+  }
+  return true;
+}
+
+std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices) {
   std::map<std::pair<int, int>, Link> out;
   const std::set<int> all(devices.begin(), devices.end());
   for (int a : all) {
@@ -75,11 +85,7 @@ std::map<std::pair<int, int>, Link> find_links(const std::vector<int>& devices, 
       if (a >= b) continue;
       std::string reason = try_peer(a, b);
       if (reason.empty()) reason = try_peer(b, a);
-      if (!reason.empty() && demanded) {
-        throw DeviceError("peer access was asked for, but " + reason +
-                          "; transport 'auto' stages through host memory instead");
-      }
-      out[{a, b}] = out[{b, a}] = Link{reason.empty(), reason};
+      out[{a, b}] = out[{b, a}] = Link{reason.empty(), false, reason};
     }
   }
   return out;

@@ -1,7 +1,10 @@
 #include "asyncdiff/channel.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 

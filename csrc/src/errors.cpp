@@ -1,6 +1,7 @@
 #include "asyncdiff/errors.hpp"
 
 #include <cstdio>
+#include <string>
 
 namespace asyncdiff {
 

@@ -1,8 +1,15 @@
 #include "host_channel.hpp"
 
+#include <atomic>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
 #include <utility>
+#include <vector>
 
 namespace asyncdiff {
 
@@ -14,9 +21,9 @@ std::size_t round_up(std::size_t bytes) { return (bytes + kPage - 1) / kPage * k
 
 }  // namespace
 
-HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name_, int sender_,
-                         std::vector<int> ranks, Layout layout_, int slots_)
-    : Channel(std::move(name_), sender_, std::move(ranks), std::move(layout_), slots_),
+HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string label, int from,
+                         std::vector<int> ranks, Layout bundle, int ring)
+    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring),
       shared_(std::move(shared)) {
   const std::size_t count = receivers().size();
   const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
@@ -43,7 +50,7 @@ Buffer HostChannel::slot(int receiver, int slot) {
 
 void HostChannel::check_end(int rank, int slot) const {
   check_slot(slot);
-  shared_->check_mine(rank);
+  shared_->processes.check_mine(rank);
   shared_->check();
 }
 

@@ -1,6 +1,9 @@
 // A channel between threads or processes: copies by the sender, waits on a futex.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>

@@ -1,10 +1,17 @@
 #include "asyncdiff/host_fabric.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/shared_memory.hpp"
 #include "host_channel.hpp"
@@ -19,34 +26,18 @@ void copy_text(char (&to)[N], const std::string& from) {
   std::snprintf(to, N, "%s", from.c_str());
 }
 
-std::vector<int> checked(std::vector<int> owners, const Rendezvous& rendezvous) {
-  const int count = rendezvous.processes();
-  if (rendezvous.process() < 0 || rendezvous.process() >= count) {
-    throw InvalidArgument("the rendezvous calls this process " +
-                          std::to_string(rendezvous.process()) + " of " + std::to_string(count));
-  }
-  for (int owner : owners) {
-    if (owner < 0 || owner >= count) {
-      throw InvalidArgument("owners names process " + std::to_string(owner) +
-                            ", but the rendezvous has processes 0 to " + std::to_string(count - 1));
-    }
-  }
-  return owners;
-}
-
 }  // namespace
 
-Buffer HostFabric::Shared::allocate(int creator_rank, std::size_t nbytes) {
-  if (!rendezvous) return allocate_host(nbytes);
-  return share(*rendezvous, owners[static_cast<std::size_t>(creator_rank)], nbytes);
+HostFabric::Shared::Shared(Processes all, double deadline_seconds)
+    : processes(std::move(all)),
+      deadline(deadline_seconds),
+      memory(allocate(0, sizeof(HostControl))) {
+  control = reinterpret_cast<HostControl*>(memory.data);
 }
 
-void HostFabric::Shared::check_mine(int rank) const {
-  const int owner = owners[static_cast<std::size_t>(rank)];
-  if (owner != process()) {
-    throw InvalidArgument("rank " + std::to_string(rank) + " belongs to process " +
-                          std::to_string(owner) + ", this is process " + std::to_string(process()));
-  }
+Buffer HostFabric::Shared::allocate(int creator_rank, std::size_t nbytes) {
+  if (!processes.several()) return allocate_host(nbytes);
+  return share(processes, processes.owner(creator_rank), nbytes);
 }
 
 void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
@@ -86,23 +77,14 @@ void HostFabric::Shared::check() const {
 }
 
 HostFabric::HostFabric(int ranks, double deadline_seconds)
-    : Fabric(ranks, deadline_seconds), shared_(std::make_shared<Shared>()) {
-  shared_->owners.assign(static_cast<std::size_t>(ranks), 0);
-  shared_->deadline = deadline();
-  shared_->memory = allocate_host(sizeof(HostControl));
-  shared_->control = reinterpret_cast<HostControl*>(shared_->memory.data);
-}
+    : Fabric(ranks, deadline_seconds),
+      shared_(std::make_shared<Shared>(Processes(ranks), deadline_seconds)) {}
 
 HostFabric::HostFabric(std::vector<int> owners, double deadline_seconds,
                        std::shared_ptr<Rendezvous> rendezvous)
     : Fabric(static_cast<int>(owners.size()), deadline_seconds),
-      shared_(std::make_shared<Shared>()) {
-  shared_->owners = checked(std::move(owners), *rendezvous);
-  shared_->deadline = deadline();
-  shared_->rendezvous = std::move(rendezvous);
-  shared_->memory = shared_->allocate(0, sizeof(HostControl));
-  shared_->control = reinterpret_cast<HostControl*>(shared_->memory.data);
-}
+      shared_(std::make_shared<Shared>(Processes(std::move(owners), std::move(rendezvous)),
+                                       deadline_seconds)) {}
 
 std::map<std::pair<int, int>, std::string> HostFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
@@ -130,13 +112,10 @@ void HostFabric::check() { shared_->check(); }
 
 void HostFabric::reset() {
   if (shared_->closed.load()) throw Error("the fabric is closed");
-  const auto barrier = [this] {
-    if (shared_->rendezvous) shared_->rendezvous->all_gather("");
-  };
   // Nobody counts on while another process still works, and nobody works while another still
   // resets.
-  barrier();
-  if (shared_->process() == shared_->owners[0]) {
+  shared_->processes.barrier();
+  if (shared_->processes.mine(0)) {
     shared_->control->failure.state.store(HostFailure::kNone, std::memory_order_release);
   }
   {
@@ -151,7 +130,7 @@ void HostFabric::reset() {
       if (memory) std::memset(counts.first, 0, counts.second);
     }
   }
-  barrier();
+  shared_->processes.barrier();
 }
 
 void HostFabric::close() {

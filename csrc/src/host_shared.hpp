@@ -2,15 +2,18 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/host_fabric.hpp"
 #include "asyncdiff/memory.hpp"
+#include "asyncdiff/processes.hpp"
 #include "signal.hpp"
 
 namespace asyncdiff {
@@ -50,9 +53,10 @@ struct alignas(128) HostReceiverCounts {
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "processes share these");
 
 struct HostFabric::Shared {
-  std::vector<int> owners;  // process of each rank; all 0 without a rendezvous
-  std::shared_ptr<Rendezvous> rendezvous;
-  double deadline = 0;
+  Shared(Processes all, double deadline_seconds);
+
+  Processes processes;
+  double deadline;
   Buffer memory;  // of control
   HostControl* control = nullptr;
   std::atomic<bool> closed{false};
@@ -63,9 +67,6 @@ struct HostFabric::Shared {
 
   // Zeroed memory that all processes see; collective where there are several.
   Buffer allocate(int creator_rank, std::size_t nbytes);
-  int process() const { return rendezvous ? rendezvous->process() : 0; }
-  // Throws InvalidArgument where a rank belongs to another process.
-  void check_mine(int rank) const;
 
   // Notes the first failure and wakes everybody.
   void fail(HostFailure::Kind kind, const Incident& incident, const std::string& reason = "");

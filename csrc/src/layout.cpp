@@ -1,10 +1,14 @@
 #include "asyncdiff/layout.hpp"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <map>
 #include <numeric>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 

@@ -1,8 +1,11 @@
 #include "asyncdiff/memory.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <utility>
 
 namespace asyncdiff {
 

@@ -10,12 +10,14 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <optional>
+#include <string>
+#include <utility>
 
 #include "asyncdiff/errors.hpp"
 
@@ -148,40 +150,22 @@ Buffer open_shared(const std::string& bytes, std::size_t nbytes) {
   }
 }
 
-Buffer share(Rendezvous& rendezvous, int creator, std::size_t nbytes) {
-  const bool mine = rendezvous.process() == creator;
+Buffer share(const Processes& processes, int creator, std::size_t nbytes) {
+  const bool mine = processes.process() == creator;
   std::unique_ptr<SharedSegment> segment;
-  std::string failure;
-  std::string handle;
-  // What fails here is told to the others, who would wait for it otherwise.
-  const auto attempt = [&failure](auto&& work) {
-    try {
-      work();
-    } catch (const Error& error) {
-      failure = error.what();
-    }
-  };
-  if (mine) {
-    attempt([&] {
-      segment = std::make_unique<SharedSegment>(nbytes);
-      handle = segment->handle();
-    });
-  }
-  const auto handles = rendezvous.all_gather(handle);
   Buffer out;
-  if (mine && segment) {
+  std::string handle;
+  processes.together("make shared memory", [&] {
+    if (!mine) return;
+    segment = std::make_unique<SharedSegment>(nbytes);
+    handle = segment->handle();
     out = segment->buffer();
-  } else if (!mine) {
-    const std::string& theirs = handles.at(static_cast<std::size_t>(creator));
-    if (!theirs.empty()) attempt([&] { out = open_shared(theirs, nbytes); });
-  }
-  const auto failures = rendezvous.all_gather(failure);
+  });
+  const auto handles = processes.all_gather(handle);
+  processes.together("open shared memory", [&] {
+    if (!mine) out = open_shared(handles.at(static_cast<std::size_t>(creator)), nbytes);
+  });
   if (segment) segment->unlink();
-  for (std::size_t i = 0; i < failures.size(); ++i) {
-    if (!failures[i].empty()) {
-      throw Error("process " + std::to_string(i) + " could not share memory: " + failures[i]);
-    }
-  }
   return out;
 }
 

@@ -1,5 +1,7 @@
 // Threads exchange bundles through the host fabric; waits end.
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>

@@ -1,4 +1,8 @@
 // Specs and layouts: sizes, dense strides, refusals.
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/layout.hpp"
 #include "check.hpp"

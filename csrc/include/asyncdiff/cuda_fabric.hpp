@@ -1,11 +1,15 @@
-// The fabric of several GPUs, or of several ranks on one GPU, in one process.
+// The fabric of GPUs: of one process, or of several processes of one machine. Ranks may share a
+// GPU.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "asyncdiff/fabric.hpp"
+#include "asyncdiff/rendezvous.hpp"
 
 namespace asyncdiff {
 
@@ -20,10 +24,17 @@ int cuda_device_count();
 
 class CudaFabric final : public Fabric {
  public:
-  // devices[r] is the CUDA device index of rank r; entries may repeat.
-  // Throws DeviceError for a device that does not exist, and where peer access is demanded
+  // devices[r] is the CUDA device index of rank r; entries may repeat. All ranks are in this
+  // process. Throws DeviceError for a device that does not exist, and where peer access is demanded
   // (Transport::kPeer) and does not work.
   CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport);
+
+  // Rank r runs in process owners[r], on that process's device devices[r]. Making the fabric,
+  // making a channel, reset() and close() are then collective: every process does them, in the same
+  // order. Device memory is shared by CUDA IPC: handles of it cross on the rendezvous, once a
+  // channel.
+  CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
+             Transport transport, std::shared_ptr<Rendezvous> rendezvous);
   ~CudaFabric() override;
 
   const std::vector<int>& devices() const;
@@ -37,6 +48,8 @@ class CudaFabric final : public Fabric {
   void abort(int rank, const std::string& reason) override;
   void check() override;
   void reset() override;
+  // With several processes: unmaps what others own, waits for all, frees. After a failure it waits
+  // for nobody, and what others may still have mapped stays until this process ends.
   void close() override;
 
   // What channels share with their fabric and outlive it with.

@@ -1,7 +1,10 @@
 // The fabric of threads of one process, or of processes of one machine: mailboxes are host memory.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "asyncdiff/fabric.hpp"

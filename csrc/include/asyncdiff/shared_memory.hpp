@@ -5,7 +5,7 @@
 #include <string>
 
 #include "asyncdiff/memory.hpp"
-#include "asyncdiff/rendezvous.hpp"
+#include "asyncdiff/processes.hpp"
 
 namespace asyncdiff {
 
@@ -36,6 +36,6 @@ Buffer open_shared(const std::string& handle, std::size_t nbytes);
 
 // Makes one segment in process `creator` and maps it in all processes; collective. Throws the same
 // Error in every process if it fails in one.
-Buffer share(Rendezvous& rendezvous, int creator, std::size_t nbytes);
+Buffer share(const Processes& processes, int creator, std::size_t nbytes);
 
 }  // namespace asyncdiff

@@ -1,0 +1,166 @@
+#include "cuda_shared.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "ipc.hpp"
+#include "kernels.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+// Words that devices and other processes write while this one reads.
+std::uint64_t load_acquire(const std::uint64_t* word) {
+  return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+const char* name_of(std::uint64_t operation) {
+  switch (static_cast<Operation>(operation)) {
+    case Operation::kBegin:
+      return "begin";
+    case Operation::kCommit:
+      return "commit";
+    case Operation::kGet:
+      return "get";
+    case Operation::kRelease:
+      return "release";
+  }
+  return "unknown operation";
+}
+
+// What could not be given back because another process may still have it mapped.
+std::vector<Buffer>& abandoned() {
+  static auto* buffers = new std::vector<Buffer>;
+  return *buffers;
+}
+
+}  // namespace
+
+CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadline_seconds,
+                           Transport how)
+    : processes(std::move(all)),
+      devices(std::move(indices)),
+      deadline(deadline_seconds),
+      lines(devices.size()),
+      own(devices.size()) {
+  const int ranks = static_cast<int>(devices.size());
+  processes.together("prepare its devices", [&] {
+    const int count = cuda_device_count();
+    for (int rank = 0; rank < ranks; ++rank) {
+      if (!processes.mine(rank)) continue;
+      const int device = devices[static_cast<std::size_t>(rank)];
+      if (device < 0 || device >= count) {
+        throw DeviceError("CUDA device " + std::to_string(device) + " does not exist: there " +
+                          (count == 0   ? "is none (no GPU, or no driver)"
+                           : count == 1 ? "is one, device 0"
+                                        : "are " + std::to_string(count) + ", from 0"));
+      }
+      const DeviceGuard guard(device);
+      preload_kernels();
+      own[static_cast<std::size_t>(rank)] = processes.several()
+                                                ? allocate_exportable(device, Lines::kBytes)
+                                                : allocate_device(device, Lines::kBytes);
+    }
+  });
+  host = share_pinned(processes, processes.owner(0), Lines::kBytes);
+  abort_word = reinterpret_cast<std::uint64_t*>(host.data + host_lines.take());
+  static_assert(sizeof(AbortNote) <= 4 * Lines::kLine);
+  note = reinterpret_cast<AbortNote*>(host.data + host_lines.take(4));
+  find_links(how);
+}
+
+CudaFabric::Shared::~Shared() {
+  try {
+    if (!closed) release(false);
+  } catch (...) {
+  }
+}
+
+std::byte* CudaFabric::Shared::line(int rank, std::size_t offset, int viewer) const {
+  if (processes.mine(rank)) return own[static_cast<std::size_t>(rank)].data + offset;
+  return imported.at({rank, devices[static_cast<std::size_t>(viewer)]}).data + offset;
+}
+
+Guard CudaFabric::Shared::new_end(int rank, const std::string& channel) {
+  auto* record = reinterpret_cast<FailureRecord*>(host.data + host_lines.take());
+  ends.push_back({record, rank, channel});
+  return {abort_word, record, static_cast<std::uint64_t>(deadline * 1e9)};
+}
+
+void CudaFabric::Shared::abort(int rank, const std::string& reason) {
+  std::uint32_t none = AbortNote::kNone;
+  if (note->state.compare_exchange_strong(none, AbortNote::kBeingWritten)) {
+    note->rank = rank;
+    std::snprintf(note->reason, sizeof note->reason, "%s", reason.c_str());
+    note->state.store(AbortNote::kThere, std::memory_order_release);
+  }
+  __atomic_store_n(abort_word, 1, __ATOMIC_RELEASE);
+}
+
+void CudaFabric::Shared::check() {
+  check_open();
+  if (load_acquire(abort_word) == 0) return;
+  const End* first = nullptr;
+  for (const End& end : ends) {
+    if (load_acquire(&end.record->kind) == 0) continue;
+    if (first == nullptr || end.record->time < first->record->time) first = &end;
+  }
+  if (first != nullptr) {
+    const FailureRecord& r = *first->record;
+    const Incident incident{
+        first->rank, static_cast<int>(r.peer), first->channel, static_cast<int>(r.slot), r.expected,
+        r.seen,      name_of(r.operation)};
+    if (static_cast<FailureKind>(r.kind) == FailureKind::kTimeout) {
+      throw ExchangeTimeout(incident, deadline);
+    }
+    throw SlotOrderError(incident);
+  }
+  if (note->state.load(std::memory_order_acquire) == AbortNote::kThere) {
+    throw Aborted(note->rank, note->reason);
+  }
+  throw Aborted(-1, "no reason was left");
+}
+
+void CudaFabric::Shared::clear_lines() {
+  for (std::size_t rank = 0; rank < own.size(); ++rank) {
+    if (own[rank].data != nullptr) clear(own[rank], lines[rank].used());
+  }
+  if (processes.mine(0)) clear(host, host_lines.used());
+}
+
+void CudaFabric::Shared::release(bool wait_for_others) {
+  const bool failed = load_acquire(abort_word) != 0;
+  closed = true;
+  ends.clear();
+  // Unmap what others own before they free it, and the other way round.
+  imported.clear();
+  foreign.clear();
+  std::exception_ptr failure;
+  bool all_here = !processes.several();
+  if (processes.several() && wait_for_others && !failed) {
+    try {
+      processes.barrier();
+      all_here = true;
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  if (!all_here) {
+    auto& left = abandoned();
+    left.insert(left.end(), own.begin(), own.end());
+    left.insert(left.end(), mailboxes.begin(), mailboxes.end());
+  }
+  own.clear();
+  mailboxes.clear();
+  host = {};
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace asyncdiff

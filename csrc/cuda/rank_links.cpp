@@ -1,0 +1,169 @@
+// How ranks of a CudaFabric reach each other: what each process tries, and what all agree on.
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "cuda_shared.hpp"
+#include "ipc.hpp"
+#include "links.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+using Pair = std::pair<int, int>;
+using Reasons = std::map<Pair, std::string>;  // empty where a direction works
+
+// "0 1 why not" lines, for a rendezvous.
+std::string to_text(const Reasons& reasons) {
+  std::string out;
+  for (const auto& [pair, reason] : reasons) {
+    out += std::to_string(pair.first) + " " + std::to_string(pair.second) + " " + reason + "\n";
+  }
+  return out;
+}
+
+void add_from_text(const std::string& text, Reasons& reasons) {
+  std::size_t at = 0;
+  while (at < text.size()) {
+    const std::size_t end = text.find('\n', at);
+    const char* line = text.c_str() + at;
+    char* rest = nullptr;
+    const int from = static_cast<int>(std::strtol(line, &rest, 10));
+    const int to = static_cast<int>(std::strtol(rest, &rest, 10));
+    const auto begin = static_cast<std::size_t>(rest - text.c_str()) + 1;
+    std::string& reason = reasons[{from, to}];
+    if (reason.empty()) reason = text.substr(begin, end - begin);
+    at = end + 1;
+  }
+}
+
+std::uint32_t seed_of(int from, int to) {
+  return 1000u * static_cast<std::uint32_t>(from + 1) +
+         100000u * static_cast<std::uint32_t>(to + 1);
+}
+
+int local_index(const std::string& uuid) {
+  for (int device = 0; device < cuda_device_count(); ++device) {
+    if (uuid_of(device) == uuid) return device;
+  }
+  return -1;
+}
+
+}  // namespace
+
+void CudaFabric::Shared::find_links(Transport how) {
+  const int ranks = static_cast<int>(devices.size());
+  const auto device = [this](int rank) { return devices[static_cast<std::size_t>(rank)]; };
+  // A place for each rank's probe in every rank's lines.
+  std::vector<std::size_t> probes;
+  for (Lines& all : lines) probes.push_back(all.take(static_cast<std::size_t>(ranks) * 2));
+  const auto probe = [&](int from, int to) {
+    return probes[static_cast<std::size_t>(to)] + static_cast<std::size_t>(from) * kProbeBytes;
+  };
+
+  // Everybody's devices, and handles of their lines.
+  std::vector<std::string> uuid(devices.size());
+  std::vector<std::string> handle(devices.size());
+  std::string mine;
+  const std::size_t handle_size = processes.several() ? kDeviceHandleBytes : 0;
+  processes.together("export device memory", [&] {
+    for (int rank = 0; rank < ranks; ++rank) {
+      if (!processes.mine(rank)) continue;
+      const std::string exported =
+          processes.several() ? export_device(own[static_cast<std::size_t>(rank)]) : "";
+      mine += uuid_of(device(rank)) + exported;
+    }
+  });
+  const auto exports = processes.all_gather(mine);
+  std::vector<std::size_t> read(exports.size(), 0);
+  for (int rank = 0; rank < ranks; ++rank) {
+    const auto owner = static_cast<std::size_t>(processes.owner(rank));
+    const auto r = static_cast<std::size_t>(rank);
+    uuid[r] = exports[owner].substr(read[owner], 16);
+    handle[r] = exports[owner].substr(read[owner] + 16, handle_size);
+    read[owner] += 16 + handle_size;
+  }
+
+  // What this process's ranks can write.
+  Reasons tried;
+  std::vector<int> local;
+  for (int rank = 0; rank < ranks; ++rank) {
+    if (processes.mine(rank)) local.push_back(device(rank));
+  }
+  processes.together("try its links", [&] {
+    if (how == Transport::kStaged) return;
+    const auto between = asyncdiff::find_links(local);
+    for (int a = 0; a < ranks; ++a) {
+      if (!processes.mine(a)) continue;
+      for (int b = 0; b < ranks; ++b) {
+        if (a == b) continue;
+        std::string& reason = tried[{a, b}];
+        const std::string& theirs = uuid[static_cast<std::size_t>(b)];
+        if (processes.mine(b)) {
+          if (device(a) != device(b)) reason = between.at({device(a), device(b)}).reason;
+          continue;
+        }
+        if (local_index(theirs) < 0) {
+          reason = "the device of rank " + std::to_string(b) + " is not visible to process " +
+                   std::to_string(processes.process()) + ": do not hide it (CUDA_VISIBLE_DEVICES)";
+          continue;
+        }
+        try {
+          Buffer& seen = imported[{b, device(a)}];
+          if (seen.data == nullptr) {
+            seen = import_device(handle[static_cast<std::size_t>(b)], device(a), Lines::kBytes);
+          }
+          reason = write_probe(device(a), seen.data + probe(a, b), seed_of(a, b));
+        } catch (const CudaError& error) {
+          reason = error.what();
+        }
+      }
+    }
+  });
+  Reasons all;
+  for (const std::string& text : processes.all_gather(to_text(tried))) add_from_text(text, all);
+
+  // What has arrived here.
+  Reasons lost;
+  processes.together("read its links back", [&] {
+    for (const auto& [pair, reason] : all) {
+      const auto& [a, b] = pair;
+      if (!reason.empty() || processes.mine(a) || !processes.mine(b)) continue;
+      const std::byte* memory = own[static_cast<std::size_t>(b)].data + probe(a, b);
+      if (!read_probe(device(b), memory, seed_of(a, b))) {
+        lost[pair] = "a write from rank " + std::to_string(a) + " to rank " + std::to_string(b) +
+                     " was lost";
+      }
+    }
+  });
+  for (const std::string& text : processes.all_gather(to_text(lost))) add_from_text(text, all);
+
+  for (int a = 0; a < ranks; ++a) {
+    for (int b = 0; b < ranks; ++b) {
+      if (a == b) continue;
+      Link& link = links[{a, b}];
+      link.same = uuid[static_cast<std::size_t>(a)] == uuid[static_cast<std::size_t>(b)];
+      if (how == Transport::kStaged) {
+        link.reason = "staging was asked for";
+        continue;
+      }
+      // Data goes one way and credits the other: both have to work.
+      link.reason = all[{a, b}].empty() ? all[{b, a}] : all[{a, b}];
+      link.direct = link.reason.empty();
+      if (!link.direct && how == Transport::kPeer) {
+        throw DeviceError("peer access was asked for, but " + link.reason +
+                          "; transport 'auto' stages through host memory instead");
+      }
+    }
+  }
+  clear_lines();
+  processes.barrier();
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,35 @@
+"""The CUDA fabric between processes: device memory shared by CUDA IPC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import PLACES, devices_for
+from processes import run
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("transport", ["auto", "staged"])
+@pytest.mark.parametrize(("processes", "mode"), [(2, "copy"), (2, "kernel"), (4, "kernel")])
+def test_bundles_arrive_whole_and_in_order(
+    place: str, transport: str, processes: int, mode: str, tmp_path: Path
+) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    for result in run("cuda_exchange", processes, tmp_path, gpus, transport, mode):
+        # Capturing runs nothing: 20 eager bundles and 200 mixed ones. (Processes take turns on a
+        # GPU, milliseconds each.)
+        assert result["count"] == 220
+        assert result["wrong"] == result["after_reset"] == 0
+        staged = transport == "staged"
+        assert ("staged" in result["links"]) == staged, result["links"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_process_is_an_error_for_all_others(place: str, tmp_path: Path) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    first, killed, third = run("cuda_killed", 3, tmp_path, gpus)
+    assert killed == -9
+    for result in (first, third):
+        assert result["peer"] == 1
+        assert result["seconds"] < 5
