@@ -5,22 +5,24 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+from .dlpack import describe_dlpack
 from .errors import InvalidArgument
 
 
 class Array(NamedTuple):
     """``strides`` in elements; ``device`` a CUDA device index, None on the host, or -1 for a GPU
-    that the array's interface does not name."""
+    that the array's interface does not name. ``keep`` is what the memory may hang on."""
 
     pointer: int
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     device: int | None
+    keep: Any = None
 
 
 def describe(array: Any) -> Array:
-    """Look at a torch, CuPy or NumPy array without copying it; raises InvalidArgument."""
+    """Look at a torch, CuPy, NumPy or DLPack array without copying it; raises InvalidArgument."""
     # Torch first, and by its own names: its array interface knows no bfloat16.
     if hasattr(array, "data_ptr") and hasattr(array, "element_size"):
         return _torch(array)
@@ -28,10 +30,22 @@ def describe(array: Any) -> Array:
         interface = getattr(array, name, None)
         if interface is not None:
             return _interface(interface, device)
+    if hasattr(array, "__dlpack__"):
+        d = describe_dlpack(array)
+        strides = _row_major(d.shape) if d.strides is None else d.strides
+        return Array(d.pointer, d.dtype, d.shape, strides, d.device, d.capsule)
     raise InvalidArgument(
         f"{type(array).__name__} is no array: give a torch tensor or an object with "
-        "__cuda_array_interface__ or __array_interface__ (CuPy, NumPy)"
+        "__cuda_array_interface__, __array_interface__ or __dlpack__ (CuPy, NumPy, JAX, …)"
     )
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _torch(tensor: Any) -> Array:
@@ -52,16 +66,12 @@ def _interface(interface: dict[str, Any], device: int | None) -> Array:
     shape = tuple(interface["shape"])
     given = interface.get("strides")
     if given is None:
-        strides, step = [], 1
-        for size in reversed(shape):
-            strides.append(step)
-            step *= max(size, 1)
-        strides.reverse()
+        strides = _row_major(shape)
+    elif any(s % itemsize for s in given):
+        raise InvalidArgument(f"strides {tuple(given)} are no multiples of the element size")
     else:
-        if any(s % itemsize for s in given):
-            raise InvalidArgument(f"strides {tuple(given)} are no multiples of the element size")
-        strides = [s // itemsize for s in given]
-    return Array(interface["data"][0], dtype, shape, tuple(strides), device)
+        strides = tuple(s // itemsize for s in given)
+    return Array(interface["data"][0], dtype, shape, strides, device)
 
 
 @cache

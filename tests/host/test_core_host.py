@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import asyncdiff_core as core
+from asyncdiff_core.arrays import describe
 
 LAYOUT = core.Layout([core.TensorSpec("float32", (3, 5)), core.TensorSpec("int64", (7,))])
 
@@ -68,6 +69,47 @@ def test_torch_tensors_of_any_dense_layout() -> None:
     raw = torch.from_numpy(np.asarray(channel.slot(1, 0)))
     got = raw[: layout.specs[0].nbytes].view(torch.bfloat16)
     assert torch.equal(got.as_strided(tensor.shape, tensor.stride()), tensor)
+
+
+class OnlyDLPack:
+    """An array of a library that has nothing else."""
+
+    def __init__(self, array: torch.Tensor) -> None:
+        self.array = array
+
+    def __dlpack__(self) -> object:
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 5),
+        torch.randn(4, 6).T,
+        torch.randn(2, 9)[1],
+        torch.arange(7),
+        torch.randn(5).to(torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.randn(2, 3).to(torch.complex64),
+        torch.zeros(0, 3),
+        torch.tensor(2.5),
+    ],
+)
+def test_dlpack_arrays(tensor: torch.Tensor) -> None:
+    found = describe(OnlyDLPack(tensor))
+    assert found.pointer == tensor.data_ptr()
+    assert found.dtype == str(tensor.dtype).removeprefix("torch.")
+    assert found.shape == tuple(tensor.shape)
+    spec = core.TensorSpec(found.dtype, tensor.shape, tensor.stride())
+    assert spec.same_strides(found.strides)
+    channel = core.HostFabric(2).channel(0, [1], core.Layout([spec]))
+    channel.put([OnlyDLPack(tensor)], 0)
+    channel.get(1, 0)
+    raw = torch.from_numpy(np.asarray(channel.slot(1, 0)))[: spec.nbytes]
+    assert torch.equal(raw.view(tensor.dtype).as_strided(spec.shape, spec.strides), tensor)
 
 
 def test_a_sender_waits_for_a_free_slot() -> None:
