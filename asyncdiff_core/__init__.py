@@ -24,6 +24,7 @@ from .errors import (
 )
 from .fabric import CudaFabric, Fabric, HostFabric
 from .paths import get_cmake_dir, get_include
+from .put_costs import PutCosts, put_costs
 from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "HostFabric",
     "InvalidArgument",
     "Layout",
+    "PutCosts",
     "Rendezvous",
     "SlotOrderError",
     "SocketRendezvous",
@@ -50,4 +52,5 @@ __all__ = [
     "cuda_devices",
     "get_cmake_dir",
     "get_include",
+    "put_costs",
 ]
