@@ -23,6 +23,7 @@ from .errors import (
     SlotOrderError,
 )
 from .fabric import CudaFabric, Fabric, HostFabric
+from .nvtx import nvtx_range
 from .paths import get_cmake_dir, get_include
 from .put_costs import PutCosts, put_costs
 from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
@@ -52,5 +53,6 @@ __all__ = [
     "cuda_devices",
     "get_cmake_dir",
     "get_include",
+    "nvtx_range",
     "put_costs",
 ]

@@ -271,7 +271,7 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     import torch
 
     rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
-    rank.send(0, "copy")
+    rank.send(0)
     rank.receive(0)
     torch.cuda.synchronize()
     rank.fabric.check()

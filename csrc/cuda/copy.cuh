@@ -9,14 +9,25 @@
 namespace asyncdiff {
 
 constexpr int kThreads = 512;           // of a block that moves data
-constexpr std::uint64_t kTile = 16384;  // bytes that a block copies at a time
+constexpr std::uint64_t kTile = 32768;  // bytes that a block copies at a time
 
-// Loads each word once and gives it to store(offset, word).
+// Loads each word once and gives it to store(offset, word). Several loads are under way at a time:
+// what waits for memory is what limits a few blocks.
 template <class Word, class Store>
 __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uint64_t to,
                            Store store) {
-  for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kThreads * sizeof(Word)) {
-    store(i, *reinterpret_cast<const Word*>(source + i));
+  constexpr int kAtOnce = 4;
+  constexpr std::uint64_t kStep = kThreads * sizeof(Word);
+  for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kAtOnce * kStep) {
+    Word words[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (i + n * kStep < to) words[n] = *reinterpret_cast<const Word*>(source + i + n * kStep);
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (i + n * kStep < to) store(i + n * kStep, words[n]);
+    }
   }
 }
 
@@ -38,18 +49,19 @@ __device__ void copy_part(const std::byte* source, const std::byte* address, std
 }
 
 // Deals the parts of all pieces out to `blocks` blocks in turn, and calls part(piece, from, to) for
-// those of this block. Sender and receiver deal alike, so that what block b reads is what the
-// sender's block b wrote.
+// those of this block.
 template <class Part>
 __device__ void deal(const Piece* pieces, int count, std::uint64_t tile_nbytes, unsigned block,
                      unsigned blocks, Part part) {
-  std::uint64_t tile = 0;
+  unsigned next = 0;  // the block that gets the next tile
   for (int p = 0; p < count; ++p) {
     const std::uint64_t nbytes = pieces[p].nbytes;
-    for (std::uint64_t from = 0; from < nbytes; from += tile_nbytes, ++tile) {
-      if (tile % blocks != block) continue;
+    const auto tiles = static_cast<unsigned>((nbytes + tile_nbytes - 1) / tile_nbytes);
+    for (unsigned tile = (block + blocks - next) % blocks; tile < tiles; tile += blocks) {
+      const std::uint64_t from = tile * tile_nbytes;
       part(pieces[p], from, from + tile_nbytes < nbytes ? from + tile_nbytes : nbytes);
     }
+    next = (next + tiles) % blocks;
   }
 }
 

@@ -11,6 +11,7 @@
 #include "check.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
+#include "nvtx.hpp"
 
 namespace asyncdiff {
 
@@ -179,12 +180,14 @@ Buffer CudaChannel::slot(int receiver, int slot) {
 }
 
 void CudaChannel::begin(int slot, Stream stream) {
+  const nvtx::Range range("begin", *this, sender(), slot);
   check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_begin(handle_, slot, as_stream(stream));
 }
 
 void CudaChannel::push(std::size_t index, const void* data, int slot, Stream stream) {
+  const nvtx::Range range("push", *this, sender(), slot);
   check_index(index);
   check_end(sender(), slot);
   const std::size_t nbytes = layout().specs[index].nbytes;
@@ -203,6 +206,7 @@ void CudaChannel::push(std::size_t index, const void* data, int slot, Stream str
 }
 
 void CudaChannel::commit(int slot, Stream stream) {
+  const nvtx::Range range("commit", *this, sender(), slot);
   check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_commit(handle_, slot, as_stream(stream));
@@ -237,6 +241,7 @@ bool CudaChannel::add_to(P& puts, const std::vector<const void*>& tensors, int s
 template bool CudaChannel::add_to(ManyPuts&, const std::vector<const void*>&, int) const;
 
 void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("put", *this, sender(), slot);
   if (mode() == Mode::kCopy) {
     Channel::put(tensors, slot, stream);
     return;
@@ -253,6 +258,7 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {
+  const nvtx::Range range("get", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
@@ -270,6 +276,7 @@ void CudaChannel::get(int rank, int slot, Stream stream) {
 }
 
 void CudaChannel::release(int rank, int slot, Stream stream) {
+  const nvtx::Range range("release", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
@@ -277,6 +284,7 @@ void CudaChannel::release(int rank, int slot, Stream stream) {
 }
 
 void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("unpack", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];
   check_count(tensors.size());
   check_end(rank, slot);

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "nvtx.hpp"
+
 namespace asyncdiff {
 
 namespace {
@@ -86,6 +88,7 @@ void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t ne
 }
 
 void HostChannel::begin(int slot, Stream) {
+  const nvtx::Range range("begin", *this, sender(), slot);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->begun.load(std::memory_order_relaxed);
   const bool allowed = done == sent_->committed.load(std::memory_order_relaxed);
@@ -100,6 +103,7 @@ void HostChannel::begin(int slot, Stream) {
 }
 
 void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
+  const nvtx::Range range("push", *this, sender(), slot);
   check_index(index);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
@@ -113,6 +117,7 @@ void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
 }
 
 void HostChannel::commit(int slot, Stream) {
+  const nvtx::Range range("commit", *this, sender(), slot);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
   const bool allowed = done != sent_->begun.load(std::memory_order_relaxed);
@@ -122,6 +127,7 @@ void HostChannel::commit(int slot, Stream) {
 }
 
 void HostChannel::get(int receiver, int slot, Stream) {
+  const nvtx::Range range("get", *this, receiver, slot);
   HostReceiverCounts& mine = received_[place_of(receiver)];
   check_end(receiver, slot);
   const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
@@ -131,6 +137,7 @@ void HostChannel::get(int receiver, int slot, Stream) {
 }
 
 void HostChannel::release(int receiver, int slot, Stream) {
+  const nvtx::Range range("release", *this, receiver, slot);
   HostReceiverCounts& mine = received_[place_of(receiver)];
   check_end(receiver, slot);
   const std::uint64_t done = mine.released.load(std::memory_order_relaxed);
@@ -141,6 +148,7 @@ void HostChannel::release(int receiver, int slot, Stream) {
 }
 
 void HostChannel::unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("unpack", *this, receiver, slot);
   check_count(tensors.size());
   get(receiver, slot, stream);
   const std::byte* from = start_of(place_of(receiver), slot);

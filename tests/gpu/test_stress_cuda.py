@@ -46,7 +46,19 @@ class Pair:
              .view(torch.int64) for s in range(c.slots)]
             for c in self.channels
         ]  # fmt: skip
+        self.load_kernels()
+
+    def load_kernels(self) -> None:
+        """Loading a kernel for the first time may wait for those that wait for it."""
         for device in self.devices:
+            with torch.cuda.device(device):
+                torch.cuda._sleep(1)
+                for view in self.room:
+                    number = torch.zeros((), dtype=torch.int64, device="cuda")
+                    number.add_(1)
+                    room = torch.zeros(view.shape, dtype=torch.int64, device="cuda")
+                    room.copy_(number)
+                    number.add_((room != number).sum())
             torch.cuda.synchronize(device)
 
     def order(self) -> list[tuple[int, bool, bool]]:

@@ -25,7 +25,7 @@ Transport transport_from(const std::string& name);
 int cuda_device_count();
 
 // What puts cost between two devices of this process. Measured at the first use on a machine, which
-// takes about a second and uses both devices, then kept in a file under env::cache(). Where it
+// takes a second or two and uses both devices, then kept in a file under env::cache(). Where it
 // cannot be measured, costs as they are on NVLinked H200s.
 PutCosts put_costs(int from, int to, Transport transport);
 
