@@ -52,6 +52,11 @@ def views(
         memory = torch.as_tensor(buffer, device=device)
     else:
         memory = torch.from_numpy(np.asarray(buffer))
+    return tensors_in(memory, layout)
+
+
+def tensors_in(memory: torch.Tensor, layout: core.Layout) -> list[torch.Tensor]:
+    """The tensors of a bundle that lies in ``memory`` (flat uint8), without copying."""
     out = []
     for spec, offset in zip(layout.specs, layout.offsets, strict=True):
         dtype = getattr(torch, spec.dtype)
