@@ -21,7 +21,7 @@ _SIGNAL = 16
 
 
 class Bench:
-    """Collective, as the world is. ``until`` is when to stop, in seconds as time.time() counts."""
+    """Collective, as the world is. Nothing is begun after ``until``, as time.time() counts."""
 
     def __init__(self, world: World, settings: Settings, until: float) -> None:
         self.world = world

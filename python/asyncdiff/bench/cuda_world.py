@@ -19,6 +19,7 @@ from .world import Round
 
 T = TypeVar("T")
 _LANES = 2
+_DEADLINE = 5.0  # seconds; longer than a gate is ever closed
 
 
 class CudaWorld:
@@ -47,7 +48,7 @@ class CudaWorld:
     @property
     def fabric(self) -> core.Fabric:
         if self._fabric is None:
-            self._fabric = core.CudaFabric([d.index for d in self.devices])
+            self._fabric = core.CudaFabric([d.index for d in self.devices], deadline=_DEADLINE)
         return self._fabric
 
     def launches(self) -> Sequence[str]:

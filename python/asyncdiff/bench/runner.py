@@ -18,15 +18,14 @@ from .cases.case import Case
 from .figures import Figure, LeftOut, Results
 from .settings import Settings
 from .ways import Way
-from .worker import ENVIRONMENT, Job
+from .worker import ENVIRONMENT, Job, Pair
 
-#: After its time is up a process may still end the measurement that it is in.
-_GRACE = 15.0
-#: After one process has failed the others are given this long.
-_SURVIVORS = 3.0
+_START = 60.0  # seconds until processes have to be ready
+_GRACE = 15.0  # for the measurement that a process is in when its time is up
+_SURVIVORS = 3.0  # for the other processes when one has failed
+_RESTARTS = 3
 
 Tell = Callable[[str], None]
-Pairs = list[tuple[str, str]]
 
 
 def run(
@@ -37,74 +36,83 @@ def run(
     begun = time.monotonic()
     results = Results(settings.devices)
     machine = settings.machine
-    here: Pairs = []
-    spread_out: Pairs = []
+    here: list[Pair] = []
+    apart: list[Pair] = []
     for case in cases:
         for way in ways:
             reason = case.left_out(machine, way)
             if reason is not None:
                 results.left_out.append(LeftOut(case.key, way.key, reason))
             else:
-                (spread_out if way.distributed else here).append((case.key, way.key))
-    # One after the other: both at once would share GPUs and links.
+                (apart if way.distributed else here).append((case.key, way.key))
+    alone = replace(settings, devices=settings.devices[: machine.processes])
     with tempfile.TemporaryDirectory(prefix="asyncdiff-bench-") as folder:
-        if here:
-            _Group(settings, here, Path(folder) / "here", results, tell).run(0)
-        if spread_out:
-            alone = replace(settings, devices=settings.devices[: machine.processes])
-            _Group(alone, spread_out, Path(folder) / "apart", results, tell).run(machine.processes)
+        # Those of several processes are started at once, for importing torch takes seconds; but
+        # they touch no GPU before the others have ended.
+        several = _Group(alone, apart, Path(folder, "apart"), machine.processes) if apart else None
+        try:
+            if here:
+                _finish(_Group(settings, here, Path(folder, "here"), 0), results, tell)
+            if several is not None:
+                _finish(several, results, tell)
+        finally:
+            if several is not None:
+                several.end()
     results.seconds = time.monotonic() - begun
     return results
 
 
+def _finish(group: _Group, results: Results, tell: Tell) -> None:
+    """Run a group to its end. If it dies, what it was at has failed; a new one does the rest."""
+    limit = time.monotonic() + group.settings.seconds
+    for attempt in range(_RESTARTS + 1):
+        reason = group.run(results, tell)
+        rest = group.rest()
+        if reason is None or not rest:
+            return
+        left = limit - time.monotonic()
+        last = attempt == _RESTARTS or left <= 0
+        for case, way in rest if last else rest[:1]:
+            results.left_out.append(LeftOut(case, way, reason, failed=True))
+        if last or not rest[1:]:
+            return
+        group = group.again(rest[1:], left)
+
+
 class _Group:
-    """One process with all ranks, or a process for each rank, and what they write."""
+    """One process with all ranks (``processes`` 0), or one for each rank, and what they write."""
 
     def __init__(
-        self, settings: Settings, pairs: Pairs, folder: Path, results: Results, tell: Tell
+        self, settings: Settings, pairs: Sequence[Pair], folder: Path, processes: int
     ) -> None:
         folder.mkdir()
-        self._settings = settings
-        self._pairs = pairs
+        self.settings = settings
+        self._pairs = tuple(pairs)
         self._folder = folder
+        self._processes = processes
         self._out = folder / "figures.jsonl"
         self._out.touch()
-        self._results = results
-        self._tell = tell
         self._read = 0
+        self._done: set[Pair] = set()
         self._children: list[subprocess.Popen[bytes]] = []
         self._logs: list[Path] = []
-        self._done: set[tuple[str, str]] = set()
-
-    def run(self, processes: int) -> None:
-        """``processes`` with a rank each; 0: one with all."""
-        store: Any = None
+        self._store: Any = None
+        port = 0
         if processes:
             from torch._C._distributed_c10d import TCPStore
 
-            store = TCPStore(
-                "127.0.0.1", 0, is_master=True, wait_for_workers=False,
-                timeout=timedelta(seconds=60),
-            )  # fmt: skip
-        until = time.time() + self._settings.seconds
-        port = store.port if processes else 0
-        path = self._folder / "job.json"
-        Job(self._settings, tuple(self._pairs), until, str(self._out), port).write(path)
-        try:
-            for rank in range(processes) if processes else [-1]:
-                self._start(path, rank)
-            reason = self._wait(until + _GRACE)
-        finally:
-            for child in self._children:
-                child.kill()
-                child.wait()
-        self._collect()
-        for case, way in self._pairs:
-            if reason is not None and (case, way) not in self._done:
-                self._results.left_out.append(LeftOut(case, way, reason, failed=True))
+            wait = timedelta(seconds=_START)
+            self._store = TCPStore(
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait
+            )
+            port = self._store.port
+        job = folder / "job.json"
+        Job(settings, self._pairs, str(self._out), port).write(job)
+        for rank in range(processes) if processes else [-1]:
+            self._start(job, rank)
 
-    def _start(self, path: Path, rank: int) -> None:
-        command = [sys.executable, "-m", "asyncdiff.bench.worker", str(path), str(rank)]
+    def _start(self, job: Path, rank: int) -> None:
+        command = [sys.executable, "-m", "asyncdiff.bench.worker", str(job), str(rank)]
         environment = {
             **os.environ,
             **ENVIRONMENT,
@@ -118,26 +126,48 @@ class _Group:
                 )
             )
 
-    def _wait(self, until: float) -> str | None:
+    def again(self, pairs: Sequence[Pair], seconds: float) -> _Group:
+        """New processes for what is left."""
+        settings = replace(self.settings, seconds=seconds)
+        return _Group(settings, pairs, self._folder / "again", self._processes)
+
+    def rest(self) -> list[Pair]:
+        """What has not come to its end."""
+        return [p for p in self._pairs if p not in self._done]
+
+    def run(self, results: Results, tell: Tell) -> str | None:
         """Until all processes have ended. Why they have not measured everything; None if so."""
-        first: tuple[int, int] | None = None
-        while any(child.poll() is None for child in self._children):
-            if time.time() > until:
-                return self._why(None, f"did not end in time ({self._settings.seconds:.0f} s)")
-            codes = [child.poll() for child in self._children]
-            bad = [(i, code) for i, code in enumerate(codes) if code]
-            if bad and first is None:
-                first, until = bad[0], min(until, time.time() + _SURVIVORS)
-            self._collect()
-            time.sleep(0.05)
-            if first is not None and time.time() > until:
-                break
-        if first is None:
-            bad = [(i, c.returncode) for i, c in enumerate(self._children) if c.returncode]
-            first = bad[0] if bad else None
-        if first is not None:
-            return self._why(first[0], f"ended with {first[1]}")
-        return None
+        if self._store is not None:
+            self._store.set("go", "go")
+        limit = time.monotonic() + _START + self.settings.seconds + _GRACE
+        failed: tuple[int, int] | None = None
+        late = False
+        try:
+            while not late and any(c.poll() is None for c in self._children):
+                self._collect(results, tell)
+                time.sleep(0.05)
+                if failed is None:
+                    failed = self._failed()
+                    limit = limit if failed is None else time.monotonic() + _SURVIVORS
+                late = time.monotonic() > limit
+            failed = failed or self._failed()
+        finally:
+            self.end()
+        self._collect(results, tell)
+        if failed is not None:
+            return self._why(failed[0], f"ended with {failed[1]}")
+        return self._why(None, "did not end in time") if late else None
+
+    def end(self) -> None:
+        """End the processes that still run."""
+        for child in self._children:
+            child.kill()
+            child.wait()
+
+    def _failed(self) -> tuple[int, int] | None:
+        """The first process that has failed, and its exit code."""
+        codes = ((i, c.poll()) for i, c in enumerate(self._children))
+        return next(((i, code) for i, code in codes if code), None)
 
     def _why(self, place: int | None, what: str) -> str:
         """With the last line that the process, or the first that has one, has printed."""
@@ -149,7 +179,7 @@ class _Group:
         who = "the measurement" if place is None else f"process {place} of the measurement"
         return f"{who} {what}{last}"
 
-    def _collect(self) -> None:
+    def _collect(self, results: Results, tell: Tell) -> None:
         """What has been written since the last time, whole lines only."""
         with open(self._out, "rb") as file:
             file.seek(self._read)
@@ -158,14 +188,11 @@ class _Group:
         self._read += len(whole)
         for line in whole.splitlines():
             for kind, data in json.loads(line).items():
-                self._take(kind, data)
-
-    def _take(self, kind: str, data: Any) -> None:
-        if kind == "figure":
-            self._results.figures.append(Figure.from_dict(data))
-        elif kind == "left_out":
-            self._results.left_out.append(LeftOut(**data))
-        else:
-            case, way = data
-            self._done.add((case, way))
-            self._tell(f"{case}: {way} ({len(self._done)} of {len(self._pairs)})")
+                if kind == "figure":
+                    results.figures.append(Figure.from_dict(data))
+                elif kind == "left_out":
+                    results.left_out.append(LeftOut(**data))
+                else:
+                    case, way = data
+                    self._done.add((case, way))
+                    tell(f"{case}: {way} ({len(self._done)} of {len(self._pairs)})")

@@ -19,7 +19,8 @@ HOST_BUNDLES = ("18x256K",)
 
 @dataclass(frozen=True)
 class Settings:
-    """``seconds`` is the time that the ways in one process, and those in several, have each."""
+    """``seconds`` is the time that the ways in one process, and those in several, have each, after
+    their processes have started."""
 
     devices: tuple[str, ...]
     cases: tuple[str, ...]
@@ -56,7 +57,7 @@ class Settings:
         rounds = (5 if quick else 11) if rounds is None else rounds
         if rounds < 1:
             raise BenchError(f"rounds is at least 1, not {rounds}")
-        seconds = (17.0 if quick else 65.0) if seconds is None else seconds
+        seconds = (10.0 if quick else 55.0) if seconds is None else seconds
         if not seconds > 0:
             raise BenchError(f"seconds has to be positive, not {seconds}")
         return cls(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from typing import Any
 from .settings import Settings
 
 _SECONDS = 60  # that processes wait for each other
+_GO = 3600  # that they wait for their turn
 
 #: NVLink multicast can put the GPUs of a host out of service where they are shared, and nothing
 #: here needs it.
@@ -30,14 +33,17 @@ ENVIRONMENT = {
 }
 
 
+#: A case and a way.
+Pair = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Job:
-    """``pairs`` of case and way, in order; ``until`` as time.time() counts; ``port`` of the store
-    at which several processes meet (0: one process); ``out`` takes the lines of JSON."""
+    """``pairs`` of case and way, in order; ``out`` takes the lines of JSON; ``port`` of the store
+    at which several processes meet, and wait for "go" (0: one process)."""
 
     settings: Settings
-    pairs: tuple[tuple[str, str], ...]
-    until: float
+    pairs: tuple[Pair, ...]
     out: str
     port: int = 0
 
@@ -69,7 +75,7 @@ def run(job: Job, rank: int) -> None:
             out.write(json.dumps({kind: data}) + "\n")
             out.flush()
 
-        bench = Bench(world, job.settings, job.until)
+        bench = Bench(world, job.settings, time.time() + job.settings.seconds)
         for case, way in job.pairs:
             for item in cases[case].run(bench, ways[way]):
                 say("figure" if isinstance(item, Figure) else "left_out", item.to_dict())
@@ -101,9 +107,11 @@ def _world(job: Job, rank: int) -> Iterator[Any]:
 
     processes = len(machine.devices)
     device = torch.device(machine.devices[rank])
-    torch.cuda.set_device(device)
     wait = timedelta(seconds=_SECONDS)
-    store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=wait)
+    store = TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=_GO))
+    store.get("go")  # until then the GPUs belong to others
+    store.set_timeout(wait)
+    torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl",
         store=PrefixStore("torch", store),
@@ -119,11 +127,16 @@ def _world(job: Job, rank: int) -> Iterator[Any]:
 
 
 def main() -> None:
-    run(Job.read(Path(sys.argv[1])), int(sys.argv[2]))
+    code = 0
+    try:
+        run(Job.read(Path(sys.argv[1])), int(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Taking down process groups whose work was captured may wait for ever; all is written.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

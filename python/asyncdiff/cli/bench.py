@@ -42,7 +42,7 @@ def exchange(
         float | None,
         typer.Option(
             help="When to begin nothing more, for the ways in one process and for those in "
-            "several (65 each; quick 17)."
+            "several (55 each; quick 10)."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,

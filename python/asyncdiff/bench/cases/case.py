@@ -46,7 +46,10 @@ class Case:
                 yield from self.measure(bench, way, payload)
             except core.InvalidArgument as error:  # not every mode takes every bundle
                 yield LeftOut(self.key, way.key, _line(error), payload.name)
-            except (BenchError, core.CoreError) as error:
+            except (BenchError, core.CoreError, RuntimeError) as error:
+                # Of several processes the others do not know of it: then all start anew.
+                if way.distributed and not isinstance(error, BenchError):
+                    raise
                 yield LeftOut(self.key, way.key, _line(error), payload.name, failed=True)
                 bench.world.recover()
 

@@ -32,6 +32,16 @@ class MemcpyLink(Link):
         self._arrived = [torch.cuda.Event() for _ in range(slots)]
         self._released = {r: [torch.cuda.Event() for _ in range(slots)] for r in receivers}
         self._copy = _memcpy()
+        self._connect([world.devices[r] for r in (sender, *receivers)])
+
+    @staticmethod
+    def _connect(devices: Sequence[torch.device]) -> None:
+        """Let torch switch peer access on, which it does for the first copy between two devices."""
+        first = torch.zeros(1, device=devices[0])
+        for device in devices[1:]:
+            torch.empty(1, device=device).copy_(first)
+        for device in devices if first.is_cuda else ():
+            torch.cuda.synchronize(device)
 
     def holds(self, receiver: int) -> bool:
         return True
