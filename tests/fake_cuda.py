@@ -8,12 +8,15 @@ would do, it does not show.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+import asyncdiff_core as core
 
 CPU = torch.device("cpu")
 
@@ -86,9 +89,17 @@ def _here(*args: Any) -> Iterator[None]:
     yield
 
 
+def memmove(target: int, source: int, nbytes: int, stream: int) -> None:
+    ctypes.memmove(target, source, nbytes)
+
+
 def install(patch: Any) -> None:
-    """Replace parts of torch.cuda, by a pytest.MonkeyPatch."""
+    """Replace parts of torch.cuda, and of the benchmark, by a pytest.MonkeyPatch."""
     from asyncdiff.bench import cuda_world
+    from asyncdiff.bench.links import memcpy
+
+    patch.setattr(core, "CudaFabric", lambda devices, **options: core.HostFabric(len(devices)))
+    patch.setattr(memcpy, "_memcpy", lambda: memmove)
 
     for name, value in {
         "Event": Event,
