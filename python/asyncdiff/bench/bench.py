@@ -74,12 +74,13 @@ class Bench:
             raise BenchError("wrong data arrived")
 
 
-def count_for(payload: Payload) -> int:
-    """Bundles in a round: enough for the clock, few enough for a stream's queue of about a
-    thousand operations; a multiple of four, so of every number of slots in use."""
+def count_for(payload: Payload, launch: str) -> int:
+    """Bundles in a round: enough for the clock; a multiple of four, so of every number of slots in
+    use. Eager rounds of many tensors have to fit into a stream's queue of about a thousand
+    operations, of which NCCL takes several a tensor."""
     limits = ((256 << 10, 32), (4 << 20, 16), (16 << 20, 8))
     count = next((n for size, n in limits if payload.nbytes <= size), 4)
-    return min(count, 4 if len(payload.specs) > 4 else 32)
+    return min(count, 4) if launch == "eager" and len(payload.specs) > 4 else count
 
 
 def figure(

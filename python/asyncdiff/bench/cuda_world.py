@@ -94,11 +94,14 @@ class CudaWorld:
         return lambda: self.gated(replay)
 
     def _capture(self, program: Program, joint: bool) -> list[tuple[int, torch.cuda.CUDAGraph]]:
+        census = _Census()
+        program(census)
+        ranks = sorted(census.ranks.intersection(self.local))
         if joint:
-            return [(0, self._graph(0, lambda: self._in_one_graph(program)))]
+            return [(0, self._graph(0, lambda: self._in_one_graph(program, ranks)))]
         return [
             (rank, self._graph(rank, lambda rank=rank: self.issue(program, only=rank)))  # type: ignore[misc]
-            for rank in self.local
+            for rank in ranks
         ]
 
     def _graph(self, rank: int, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -116,9 +119,10 @@ class CudaWorld:
             graph.capture_end()
         return graph
 
-    def _in_one_graph(self, program: Program) -> None:
+    def _in_one_graph(self, program: Program, ranks: Sequence[int]) -> None:
         origin = self.stream(0)
-        others = [s for s in self._streams.values() if s is not origin]
+        others = [self.stream(r, lane) for r in ranks for lane in range(_LANES)]
+        others.remove(origin)
         begun = torch.cuda.Event()
         begun.record(origin)
         for stream in others:
@@ -179,3 +183,20 @@ class _StreamStep:
     def join(self, rank: int) -> None:
         if rank in self._ranks:
             self._world.stream(rank).wait_stream(self._world.stream(rank, 1))
+
+
+class _Census:
+    """Notes which ranks a program has work for."""
+
+    def __init__(self) -> None:
+        self.ranks: set[int] = set()
+
+    def __call__(
+        self, rank: int, operation: Callable[..., None], *args: Any, lane: int = 0
+    ) -> None:
+        self.ranks.add(rank)
+
+    def fork(self, rank: int) -> None:
+        pass
+
+    join = fork

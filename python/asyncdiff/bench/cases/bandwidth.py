@@ -29,8 +29,8 @@ def _to(
 ) -> Iterator[Figure]:
     link = bench.link(way, 0, receivers, payload, _SLOTS)
     answers = [bench.signal(way, r, 0) for r in receivers]
-    count = count_for(payload)
     launch = bench.world.launches()[0]
+    count = count_for(payload, launch)
     times = bench.rounds(back_to_back(link, answers, count), [link], count, launch, way)
     yield figure(
         case,
@@ -49,8 +49,8 @@ def _both_ways(bench: Bench, way: Way, payload: Payload) -> Iterator[Figure]:
     there = bench.link(way, 0, [1], payload, _SLOTS)
     back = bench.link(way, 1, [0], payload, _SLOTS)
     go, answer = bench.signal(way, 0, 1), bench.signal(way, 1, 0)
-    count = count_for(payload)
     launch = bench.world.launches()[0]
+    count = count_for(payload, launch)
     program = both_ways(there, back, go, answer, count)
     times = bench.rounds(program, [there, back], count, launch, way)
     yield figure(

@@ -18,9 +18,9 @@ def _measure(case: str, bench: Bench, way: Way, payload: Payload) -> Iterator[Fi
     there = bench.link(way, 0, [1], payload, _SLOTS)
     back = bench.link(way, 1, [0], payload, _SLOTS)
     back.echo(there)
-    count = count_for(payload)
-    program = ping_pong(there, back, count)
     for launch in bench.world.launches():
+        count = count_for(payload, launch)
+        program = ping_pong(there, back, count)
         times = bench.rounds(program, [there, back], count, launch, way)
         us = [t / count / 2 * 1e6 for t in times]
         mode = getattr(there, "mode", None)

@@ -70,8 +70,8 @@ class UnpackLink(ChannelLink):
         }
 
     def receive(self, receiver: int, n: int, stream: Any) -> None:
-        into = self.received(receiver, n).tensors
-        self.channel.unpack(receiver, into, n % self.slots, stream)  # type: ignore[attr-defined]
+        channel: Any = self.channel
+        channel.unpack(receiver, self.received(receiver, n).tensors, n % self.slots, stream)
 
     def release(self, receiver: int, n: int, stream: Any) -> None:
         pass  # unpack did it

@@ -38,14 +38,24 @@ class SendReceiveLink(_NcclLink):
     grouped = True
 
     def send(self, n: int, stream: Any) -> None:
-        _run(self._sends(n))
+        self._run(self._sends(n))
 
     def receive(self, receiver: int, n: int, stream: Any) -> None:
-        _run(self._receives(n))
+        self._run(self._receives(n))
 
     def send_and_receive(self, other: Link, n: int, stream: Any) -> None:
         assert isinstance(other, SendReceiveLink)
-        _run([*self._sends(n), *other._receives(n)])
+        _together([*self._sends(n), *other._receives(n)])
+
+    def _run(self, operations: list[dist.P2POp]) -> None:
+        # One tensor for one receiver goes as most programs send it, for a group costs more. Both
+        # ends have to decide alike: torch gives groups another communicator than pairs.
+        if len(self.receivers) > 1 or len(self.payload.specs) > 1:
+            _together(operations)
+            return
+        (p,) = operations
+        call = dist.send if p.op is dist.isend else dist.recv
+        call(p.tensor, p.peer, group=p.group)
 
     def _sends(self, n: int) -> list[dist.P2POp]:
         source = self.source(n).raw
@@ -69,12 +79,6 @@ class BroadcastLink(_NcclLink):
             dist.broadcast(tensor, self.sender, group=self._group)
 
 
-def _run(operations: list[dist.P2POp]) -> None:
-    # Alone, an operation is called as most programs call it: a group of one costs more.
-    if len(operations) == 1:
-        p = operations[0]
-        call = dist.send if p.op is dist.isend else dist.recv
-        call(p.tensor, p.peer, group=p.group)
-        return
+def _together(operations: list[dist.P2POp]) -> None:
     for work in dist.batch_isend_irecv(operations):
         work.wait()
