@@ -47,12 +47,14 @@ def views(
     channel: core.Channel, layout: core.Layout, receiver: int, slot: int, device: torch.device
 ) -> list[torch.Tensor]:
     """The tensors of a bundle in a receiver's slot, without copying."""
-    buffer = channel.slot(receiver, slot)
+    return tensors_in(memory_of(channel.slot(receiver, slot), device), layout)
+
+
+def memory_of(buffer: core.Buffer, device: torch.device) -> torch.Tensor:
+    """A slot as flat uint8, without copying."""
     if device.type == "cuda":
-        memory = torch.as_tensor(buffer, device=device)
-    else:
-        memory = torch.from_numpy(np.asarray(buffer))
-    return tensors_in(memory, layout)
+        return torch.as_tensor(buffer, device=device)
+    return torch.from_numpy(np.asarray(buffer))
 
 
 def tensors_in(memory: torch.Tensor, layout: core.Layout) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ WORKER = Path(__file__).parents[1] / "exchange_worker.py"
 
 def settings(machine: Machine = HOST, **options: Any) -> Settings:
     options = {"sizes": "1K,64K", "rounds": 2, "seconds": 60.0, **options}
-    return Settings.choose(machine, (), (), **options)
+    return Settings.choose(machine, **options)
 
 
 def made_up() -> Results:
@@ -98,8 +99,8 @@ def test_settings_and_jobs_survive_json(tmp_path: Path) -> None:
     job = Job(settings(TWO_GPUS), (("latency", "auto"),), "out", 5)
     job.write(tmp_path / "job")
     assert Job.read(tmp_path / "job") == job
-    quick = Settings.choose(ONE_GPU, (), (), quick=True)
-    assert quick.rounds < Settings.choose(ONE_GPU, (), ()).rounds
+    quick = Settings.choose(ONE_GPU, quick=True)
+    assert quick.rounds < Settings.choose(ONE_GPU).rounds
 
 
 def test_sizes() -> None:
@@ -307,6 +308,48 @@ def test_several_processes(tmp_path: Path) -> None:
     assert not [x for x in lines if "left_out" in x]
     sides = {x["figure"]["details"].get("side") for x in lines if "figure" in x}
     assert {"sender", "receiver"} <= sides
+
+
+def test_signals_of_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who signals what on which of torch's channels; the signals themselves need two GPUs."""
+    from torch.distributed import _symmetric_memory
+
+    from asyncdiff.bench.links import symmetric
+
+    peer = torch.zeros(4096, dtype=torch.uint8)
+    calls: list[Any] = []
+
+    class Handle:
+        def get_buffer(self, rank: int, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return peer[: size[0]]
+
+        def put_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
+            calls.append(("put", rank, channel, int(peer.sum()) > 0))
+
+        def wait_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
+            calls.append(("wait", rank, channel, int(peer.sum()) > 0))
+
+    fake_cuda.install(monkeypatch)
+    everyone = types.SimpleNamespace(group=types.SimpleNamespace(WORLD="everyone"))
+    monkeypatch.setattr(symmetric, "dist", everyone)
+    monkeypatch.setattr(
+        _symmetric_memory, "empty", lambda n, **_: torch.zeros(n, dtype=torch.uint8)
+    )
+    monkeypatch.setattr(_symmetric_memory, "rendezvous", lambda *_: Handle())
+    links = [
+        symmetric.SymmetricLink(CudaWorld(HOST, [r]), 0, [1], payload.of_size(1000), 2)
+        for r in range(2)
+    ]
+    assert calls == [("put", 0, 2, False), ("put", 0, 3, False)]  # the receiver's slots are free
+    calls.clear()
+    links[0].refill(1)
+    links[0].send(3, None)
+    links[1].receive(1, 3, None)
+    links[1].release(1, 3, None)
+    assert calls == [
+        ("wait", 1, 3, False), ("put", 1, 1, True), ("wait", 0, 1, True), ("put", 0, 3, True)
+    ]  # fmt: skip
+    assert torch.equal(peer[1024:2024], links[0].source(3).raw[0])
 
 
 # --- processes that die or hang

@@ -56,7 +56,6 @@ class LeftOut:
     way: str
     reason: str
     payload: str = ""
-    launch: str = ""
     failed: bool = False
 
     def to_dict(self) -> dict[str, Any]:

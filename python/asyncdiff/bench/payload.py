@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,8 +109,3 @@ def size_text(nbytes: int) -> str:
         if nbytes and nbytes % _UNITS[unit] == 0:
             return f"{nbytes // _UNITS[unit]}{unit}"
     return str(nbytes)
-
-
-def names(payloads: Sequence[Payload]) -> list[str]:
-    """For messages."""
-    return [p.name for p in payloads]

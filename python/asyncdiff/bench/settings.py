@@ -1,4 +1,4 @@
-"""What to measure: chosen once, and handed to every process."""
+"""What is sent, how often and for how long: chosen once, and handed to every process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ class Settings:
     their processes have started."""
 
     devices: tuple[str, ...]
-    cases: tuple[str, ...]
-    ways: tuple[str, ...]
     sizes: tuple[int, ...]
     bundles: tuple[str, ...]
     rounds: int
@@ -34,8 +32,6 @@ class Settings:
     def choose(
         cls,
         machine: Machine,
-        cases: tuple[str, ...],
-        ways: tuple[str, ...],
         *,
         sizes: str | None = None,
         bundles: str | None = None,
@@ -60,9 +56,7 @@ class Settings:
         seconds = (10.0 if quick else 55.0) if seconds is None else seconds
         if not seconds > 0:
             raise BenchError(f"seconds has to be positive, not {seconds}")
-        return cls(
-            machine.devices, cases, ways, payload.read_sizes(sizes), tuple(names), rounds, seconds
-        )
+        return cls(machine.devices, payload.read_sizes(sizes), tuple(names), rounds, seconds)
 
     @property
     def machine(self) -> Machine:

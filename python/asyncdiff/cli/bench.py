@@ -69,8 +69,6 @@ def exchange(
     chosen, by = all_cases.find(cases), all_ways.find(ways)
     settings = Settings.choose(
         machine,
-        tuple(c.key for c in chosen),
-        tuple(w.key for w in by),
         sizes=sizes,
         bundles=bundles,
         rounds=rounds,

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 import asyncdiff_core as core
 
+from ...bundle import memory_of
 from ..payload import Memory, Payload
 from .link import Link, Make
-from .memory import slots_of
 
 #: Whether a channel's mode is chosen when it is made. Until then, put takes it.
 MODES_OF_CHANNELS = "mode" in inspect.signature(core.Fabric.channel).parameters
@@ -32,7 +34,7 @@ class ChannelLink(Link):
         super().__init__(world.devices, world.local, sender, receivers, payload, slots)
         self.channel, self._put = _open(world.fabric, sender, receivers, payload, slots, mode)
         self._slots = {
-            r: slots_of(self.channel, payload, r, world.devices[r])
+            r: _slots(self.channel, payload, r, world.devices[r])
             for r in receivers
             if r in world.local
         }
@@ -86,6 +88,13 @@ def mode(name: str) -> Make:
         return ChannelLink(world, sender, receivers, payload, slots, name)
 
     return make
+
+
+def _slots(
+    channel: core.Channel, payload: Payload, receiver: int, device: torch.device
+) -> list[Memory]:
+    buffers = (channel.slot(receiver, s) for s in range(channel.slots))
+    return [Memory(memory_of(b, device), payload.layout) for b in buffers]
 
 
 def _open(

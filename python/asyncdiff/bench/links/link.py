@@ -99,9 +99,6 @@ class Link(ABC):
         """Send bundle n and receive the other direction's. Only if ``grouped``."""
         raise NotImplementedError
 
-    def close(self) -> None:  # noqa: B027
-        """Give back what is not freed by itself. Nothing may be in flight."""
-
 
 #: Makes a link: world, sender, receivers, payload, slots.
 Make = Callable[[Any, int, Sequence[int], Payload, int], Link]
