@@ -413,7 +413,7 @@ def test_the_whole_command(run: Any, tmp_path: Path) -> None:
     assert code == 0, err
     for title in ("latency, µs one way", "bandwidth, GB/s", "fan-out", "left out", "needs a GPU"):
         assert title in text
-    assert "latency: auto (1 of 5)" in err
+    assert "latency: auto (1 of " in err
     assert png.read_bytes()[:4] == b"\x89PNG"
     document = json.loads(out.read_text())
     assert document["environment"]["core"]

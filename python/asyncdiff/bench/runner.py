@@ -114,6 +114,9 @@ class _Group:
     def _start(self, job: Path, rank: int) -> None:
         command = [sys.executable, "-m", "asyncdiff.bench.worker", str(job), str(rank)]
         environment = {
+            # Streams that share a hardware queue wait for each other, which kernels that wait for
+            # a peer on the same GPU must not: as many queues as there can be, not eight.
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
             **os.environ,
             **ENVIRONMENT,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # as we were found

@@ -90,7 +90,8 @@ def title_of(way: str) -> str:
 
 
 def _micros(figure: Figure) -> str:
-    return digits(figure.value.median)
+    mode = figure.details.get("mode")  # what auto has become
+    return digits(figure.value.median) + (f" {mode}" if mode and figure.way == "auto" else "")
 
 
 def _rate(figure: Figure) -> str:
