@@ -364,7 +364,11 @@ def test_auto_takes_what_is_measured_to_be_fastest(
     seen = []
     for _ in range(2):
         run = subprocess.run(
-            [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True, timeout=120
+            [sys.executable, "-P", "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
         )
         seen.append(run.stdout)
     assert seen[0] == seen[1]
@@ -372,7 +376,11 @@ def test_auto_takes_what_is_measured_to_be_fastest(
     assert file.read_text().strip() == seen[0].strip()
     file.write_text("asyncdiff put costs 1\n1 1\n5 0 0 0\n")
     run = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-P", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert len(run.stdout.splitlines()) == len(seen[0].splitlines())
     assert file.read_text().strip() == run.stdout.strip()

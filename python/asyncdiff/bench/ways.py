@@ -60,12 +60,6 @@ def _on_gpus(machine: Machine) -> str | None:
     return _on_any(machine) if machine.cuda else "needs a GPU: on the host all modes are one"
 
 
-def _unpacks(machine: Machine) -> str | None:
-    from .links.channels import UNPACKS
-
-    return _on_any(machine) if UNPACKS else "this asyncdiff_core has no unpack"
-
-
 def _memcpy(machine: Machine) -> str | None:
     return None if machine.cuda else "needs a GPU"
 
@@ -138,7 +132,7 @@ _WAYS = (
     Way("inline", "asyncdiff, inline", _on_gpus, _channel("inline"), least_slots=2),
     Way("kernel", "asyncdiff, kernel", _on_gpus, _channel("kernel"), least_slots=2),
     Way("copy", "asyncdiff, copy", _on_gpus, _channel("copy"), least_slots=2),
-    Way("unpack", "asyncdiff, unpacked", _unpacks, _unpack, least_slots=2),
+    Way("unpack", "asyncdiff, unpacked", _on_any, _unpack, least_slots=2),
     Way("memcpy", "memcpy and event", _memcpy, _memcpy_link, joint=True),
     Way("nccl", "NCCL send/recv", _nccl, _send_receive, distributed=True),
     Way(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,6 @@ import asyncdiff_core as core
 from ...bundle import memory_of
 from ..payload import Memory, Payload
 from .link import Link, Make
-
-#: Whether a channel's mode is chosen when it is made. Until then, put takes it.
-MODES_OF_CHANNELS = "mode" in inspect.signature(core.Fabric.channel).parameters
-UNPACKS = hasattr(core.Channel, "unpack")
 
 
 class ChannelLink(Link):
@@ -32,7 +27,9 @@ class ChannelLink(Link):
         mode: str,
     ) -> None:
         super().__init__(world.devices, world.local, sender, receivers, payload, slots)
-        self.channel, self._put = _open(world.fabric, sender, receivers, payload, slots, mode)
+        self.channel = world.fabric.channel(
+            sender, receivers, payload.layout, slots=slots, name=payload.name, mode=mode
+        )
         self._slots = {
             r: _slots(self.channel, payload, r, world.devices[r])
             for r in receivers
@@ -40,9 +37,9 @@ class ChannelLink(Link):
         }
 
     @property
-    def mode(self) -> str | None:
+    def mode(self) -> str:
         """What "auto" has become."""
-        return getattr(self.channel, "mode", None)
+        return self.channel.mode
 
     def holds(self, receiver: int) -> bool:
         return receiver in self._slots
@@ -51,7 +48,7 @@ class ChannelLink(Link):
         return self._slots[receiver][n % self.slots]
 
     def send(self, n: int, stream: Any) -> None:
-        self._put(self.source(n).tensors, n % self.slots, stream)
+        self.channel.put(self.source(n).tensors, n % self.slots, stream)
 
     def receive(self, receiver: int, n: int, stream: Any) -> None:
         self.channel.get(receiver, n % self.slots, stream)
@@ -72,8 +69,7 @@ class UnpackLink(ChannelLink):
         }
 
     def receive(self, receiver: int, n: int, stream: Any) -> None:
-        channel: Any = self.channel
-        channel.unpack(receiver, self.received(receiver, n).tensors, n % self.slots, stream)
+        self.channel.unpack(receiver, self.received(receiver, n).tensors, n % self.slots, stream)
 
     def release(self, receiver: int, n: int, stream: Any) -> None:
         pass  # unpack did it
@@ -95,23 +91,3 @@ def _slots(
 ) -> list[Memory]:
     buffers = (channel.slot(receiver, s) for s in range(channel.slots))
     return [Memory(memory_of(b, device), payload.layout) for b in buffers]
-
-
-def _open(
-    fabric: core.Fabric,
-    sender: int,
-    receivers: Sequence[int],
-    payload: Payload,
-    slots: int,
-    mode: str,
-) -> tuple[core.Channel, Callable[..., None]]:
-    """A channel, and its put."""
-    about: dict[str, Any] = {"slots": slots, "name": payload.name}
-    if MODES_OF_CHANNELS:
-        about["mode"] = mode
-        channel = fabric.channel(sender, receivers, payload.layout, **about)
-        return channel, channel.put
-    channel = fabric.channel(sender, receivers, payload.layout, **about)
-    old: Any = channel.put
-    kind = "kernel" if mode == "kernel" else "copy"
-    return channel, lambda tensors, slot, stream: old(tensors, slot, stream, mode=kind)
