@@ -279,7 +279,7 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     if process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begun = time.monotonic()
-    rank.send(1, "kernel")
+    rank.send(1)
     rank.receive(1)
     torch.cuda.synchronize()
     waited = time.monotonic() - begun

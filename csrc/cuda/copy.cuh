@@ -10,6 +10,8 @@ namespace asyncdiff {
 
 constexpr int kThreads = 512;           // of a block that moves data
 constexpr std::uint64_t kTile = 32768;  // bytes that a block copies at a time
+// The same of inline bundles: 8 a thread, so that small bundles occupy several blocks.
+constexpr std::uint64_t kInlineTile = kThreads * 8;
 
 // Loads each word once and gives it to store(offset, word). Several loads are under way at a time:
 // what waits for memory is what limits a few blocks.

@@ -13,10 +13,6 @@ namespace asyncdiff {
 namespace {
 
 constexpr int kWarp = 32;
-// Bytes that a block stores inline at a time: 8 a thread. Smaller than kTile, so that small bundles
-// occupy several blocks.
-constexpr std::uint64_t kInlineTile = kThreads * 8;
-
 // Starts a fused put: false in all threads where it must not be.
 __device__ bool start_put(const SenderDevice& sender, int slot, Turn& turn) {
   if (threadIdx.x < kWarp) {

@@ -16,11 +16,14 @@ __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice rec
   if (!start(receiver, slot, false, turn)) return;
   std::byte* to = receiver.mailbox + receiver.slot_nbytes * slot;
   const std::uint64_t step = std::uint64_t{8} * kThreads * gridDim.x;
-  for (std::uint64_t at = std::uint64_t{8} * (blockIdx.x * kThreads + threadIdx.x);
-       at < receiver.slot_nbytes; at += step) {
+  // The same number of turns for all lanes of a warp.
+  for (std::uint64_t from = std::uint64_t{8} * kThreads * blockIdx.x; from < receiver.slot_nbytes;
+       from += step) {
+    const std::uint64_t at = from + std::uint64_t{8} * threadIdx.x;
+    const bool wanted = at < receiver.slot_nbytes;
     std::uint64_t value;
-    if (!read_inline(receiver, slot, turn.epoch, at, value)) break;
-    *reinterpret_cast<std::uint64_t*>(to + at) = value;
+    if (!read_inline(receiver, slot, turn.epoch, wanted, at, value)) break;
+    if (wanted) *reinterpret_cast<std::uint64_t*>(to + at) = value;
   }
   finish(receiver, false, turn);
 }
@@ -28,9 +31,11 @@ __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice rec
 __device__ void unpack_part_inline(const ReceiverDevice& receiver, const Piece& piece, int slot,
                                    std::uint64_t epoch, std::uint64_t from, std::uint64_t to) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(piece.memory) % 8 == 0;
-  for (std::uint64_t i = from + threadIdx.x * 8; i < to; i += kThreads * 8) {
+  for (std::uint64_t first = from; first < to; first += kThreads * 8) {
+    const std::uint64_t i = first + threadIdx.x * 8;
     std::uint64_t value;
-    if (!read_inline(receiver, slot, epoch, piece.offset + i, value)) return;
+    if (!read_inline(receiver, slot, epoch, i < to, piece.offset + i, value)) return;
+    if (i >= to) continue;
     if (aligned && i + 8 <= to) {
       *reinterpret_cast<std::uint64_t*>(piece.memory + i) = value;
     } else {
@@ -56,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     if (__syncthreads_and(good) == 0) return;  // aborted: nothing counts until the next reset
   }
   const std::byte* source = receiver.source + receiver.slot_nbytes * slot;
-  deal(unpack.pieces, unpack.count, kTile, blockIdx.x, gridDim.x,
+  deal(unpack.pieces, unpack.count, inlined ? kInlineTile : kTile, blockIdx.x, gridDim.x,
        [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
          if (inlined) {
            unpack_part_inline(receiver, piece, slot, turn.epoch, from, to);

@@ -49,14 +49,17 @@ class Pair:
         self.load_kernels()
 
     def load_kernels(self) -> None:
-        """Loading a kernel for the first time may wait for those that wait for it."""
-        for device in self.devices:
-            with torch.cuda.device(device):
+        """Loading a kernel, or allocating for a stream, for the first time may wait for the device.
+
+        Which then waits for what comes after it.
+        """
+        for device, stream in zip(self.devices, self.streams, strict=True):
+            with torch.cuda.device(device), torch.cuda.stream(stream):
                 torch.cuda._sleep(1)
-                for view in self.room:
+                for n in SIZES:
                     number = torch.zeros((), dtype=torch.int64, device="cuda")
                     number.add_(1)
-                    room = torch.zeros(view.shape, dtype=torch.int64, device="cuda")
+                    room = torch.zeros(n, dtype=torch.int64, device="cuda")
                     room.copy_(number)
                     number.add_((room != number).sum())
             torch.cuda.synchronize(device)

@@ -55,7 +55,7 @@ __device__ inline bool in_turn(const Guard& guard, Operation operation, int slot
 }
 
 // Waits until look() says so, at most until the deadline or an abort. look(seen) may set what it
-// has seen, for the record.
+// has seen, for the record. Looks at the abort word, in slow host memory, only after many polls.
 template <class Look>
 __device__ bool wait_until(const Guard& guard, std::uint64_t needed, Operation operation, int slot,
                            int peer, Look look) {
@@ -63,10 +63,10 @@ __device__ bool wait_until(const Guard& guard, std::uint64_t needed, Operation o
   if (look(seen)) return true;
   const std::uint64_t begun = ptx::global_nanoseconds();
   while (true) {
-    if (ptx::load_relaxed_system(guard.abort) != 0) return false;
     for (int i = 0; i < kPolls; ++i) {
       if (look(seen)) return true;
     }
+    if (ptx::load_relaxed_system(guard.abort) != 0) return false;
     if (ptx::global_nanoseconds() - begun > guard.deadline_ns) {
       fail(guard, FailureKind::kTimeout, operation, slot, needed, seen, peer);
       return false;
@@ -112,21 +112,41 @@ __device__ inline bool wait_for_flag(const ReceiverDevice& receiver, int slot, s
                   slot, receiver.sender_rank);
 }
 
-// Inline: waits for the 8 bytes of a slot that begin at `at`, a multiple of 8. False after a
-// failure.
+// Inline: waits for the 8 bytes of a slot that begin at `at`, a multiple of 8, and for those of all
+// lanes of the warp. All lanes call it, those with nothing to read with `wanted` false; one of them
+// looks at the abort word and the clock. False in all lanes after a failure.
 __device__ inline bool read_inline(const ReceiverDevice& receiver, int slot, std::uint64_t epoch,
-                                   std::uint64_t at, std::uint64_t& value) {
+                                   bool wanted, std::uint64_t at, std::uint64_t& value) {
   const std::byte* address = receiver.source + 2 * (receiver.slot_nbytes * slot + at);
   const auto tag = static_cast<std::uint32_t>(epoch);
   ptx::Words words{};
-  const bool good = wait_until(receiver.guard, epoch, Operation::kGet, slot, receiver.sender_rank,
-                               [&](std::uint64_t& seen) {
-                                 words = ptx::load_words_relaxed_system(address);
-                                 seen = words.first >> 32;
-                                 return (words.first >> 32) == tag && (words.second >> 32) == tag;
-                               });
+  std::uint32_t seen = 0;
+  const auto look = [&] {
+    if (!wanted) return true;
+    words = ptx::load_words_relaxed_system(address);
+    seen = static_cast<std::uint32_t>(words.first >> 32);
+    return seen == tag && (words.second >> 32) == tag;
+  };
+  const std::uint64_t begun = ptx::global_nanoseconds();
+  bool good = look();
+  for (unsigned i = 1; __all_sync(~0u, good) == 0; ++i) {
+    if (!good) good = look();
+    if (i % kPolls != 0) continue;
+    bool stop = false;
+    const unsigned late = __ballot_sync(~0u, !good);
+    if (late == 0) continue;
+    if (threadIdx.x % warpSize == __ffs(static_cast<int>(late)) - 1) {
+      stop = ptx::load_relaxed_system(receiver.guard.abort) != 0;
+      if (!stop && ptx::global_nanoseconds() - begun > receiver.guard.deadline_ns) {
+        fail(receiver.guard, FailureKind::kTimeout, Operation::kGet, slot, epoch, seen,
+             receiver.sender_rank);
+        stop = true;
+      }
+    }
+    if (__any_sync(~0u, stop) != 0) return false;
+  }
   value = (words.first & 0xffffffffu) | (words.second << 32);
-  return good;
+  return true;
 }
 
 // Ends a fused get. The last block to come counts the bundle and, with `release`, gives the slot

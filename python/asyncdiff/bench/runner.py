@@ -119,13 +119,20 @@ class _Group:
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",
             **os.environ,
             **ENVIRONMENT,
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),  # as we were found
+            # As we were found.
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
         }
         self._logs.append(self._folder / f"{rank}.log")
         with open(self._logs[-1], "wb") as log:
             self._children.append(
+                # In a folder of its own: sources in the present one must not hide what is installed.
                 subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=self._folder,
                 )
             )
 
