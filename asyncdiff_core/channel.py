@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._core import Buffer, Layout
-from .arrays import describe
+from .arrays import describe, is_torch
 from .errors import InvalidArgument
 
 #: A CUDA stream: its address, any object with ``cuda_stream`` (torch) or ``ptr`` (CuPy), or None
@@ -29,6 +29,8 @@ class Channel:
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
         self._specs = native.layout.specs
+        #: type, dtype, shape, strides and device of the last torch tensor of each place
+        self._checked: list[tuple[Any, ...] | None] = [None] * len(self._specs)
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
 
@@ -122,8 +124,24 @@ class Channel:
             )
         pointers = []
         for index, tensor in enumerate(tensors):
+            # Most tensors look like the one before in their place, which was checked.
+            like = self._checked[index]
+            if (
+                like is not None
+                and type(tensor) is like[0]
+                and tensor.dtype is like[1]
+                and tensor.shape == like[2]
+                and tensor.stride() == like[3]
+                and tensor.device == like[4]
+            ):
+                pointers.append(tensor.data_ptr())
+                continue
             a = describe(tensor)
             self._check(index, a.dtype, a.shape, a.strides, a.device)
+            if is_torch(tensor):
+                self._checked[index] = (
+                    type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+                )  # fmt: skip
             pointers.append(a.pointer)
         return pointers
 

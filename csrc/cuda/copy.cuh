@@ -9,7 +9,7 @@
 namespace asyncdiff {
 
 constexpr int kThreads = 512;           // of a block that moves data
-constexpr std::uint64_t kTile = 32768;  // bytes that a block copies at a time
+constexpr std::uint64_t kTile = 16384;  // bytes that a block copies at a time
 // The same of inline bundles: 8 a thread, so that small bundles occupy several blocks.
 constexpr std::uint64_t kInlineTile = kThreads * 8;
 
@@ -18,7 +18,7 @@ constexpr std::uint64_t kInlineTile = kThreads * 8;
 template <class Word, class Store>
 __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uint64_t to,
                            Store store) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kTile / kThreads / sizeof(uint4);
   constexpr std::uint64_t kStep = kThreads * sizeof(Word);
   for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kAtOnce * kStep) {
     Word words[kAtOnce];

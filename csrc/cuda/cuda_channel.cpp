@@ -21,8 +21,8 @@ cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(st
 
 // Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
 int flags_for(std::size_t nbytes, bool inlined) {
-  // Inline is for latency: a thread then stores, and waits for, only a few words.
-  const std::size_t per_block = inlined ? std::size_t{8} << 10 : std::size_t{64} << 10;
+  // A thread then moves two words, and of an inline bundle waits for two.
+  const std::size_t per_block = inlined ? std::size_t{8} << 10 : std::size_t{16} << 10;
   const std::size_t blocks = (nbytes + per_block - 1) / per_block;
   return static_cast<int>(std::clamp<std::size_t>(blocks, 1, kMaxFlags));
 }

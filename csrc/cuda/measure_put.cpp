@@ -137,15 +137,16 @@ double one_way_us(CudaFabric& fabric, Mode mode, std::size_t nbytes, std::size_t
   const Graph ours(left, [&] {
     for (int n = 0; n < rounds; ++n) {
       put(*ping, first, n % 2, left);
+      if (n > 0) pong->release(0, (n - 1) % 2, left);
       pong->get(0, n % 2, left);
-      pong->release(0, n % 2, left);
     }
+    pong->release(0, (rounds - 1) % 2, left);
   });
   const Graph theirs(right, [&] {
     for (int n = 0; n < rounds; ++n) {
       ping->get(1, n % 2, right);
+      put(*pong, second, n % 2, right);  // the consumer's next kernel
       ping->release(1, n % 2, right);
-      put(*pong, second, n % 2, right);
     }
   });
   const DeviceGuard guard(here);

@@ -267,7 +267,7 @@ class Engine:
             if time is not None:
                 inputs |= dict.fromkeys(self._times, time)
             worker.set_inputs(inputs, caller)
-            outputs = worker.run(slots)
+            outputs = worker.run(slots, action.time)
             return None if action.step is None else self._deliver(worker, outputs, home)
 
         return work

@@ -125,7 +125,7 @@ class _Group:
         self._logs.append(self._folder / f"{rank}.log")
         with open(self._logs[-1], "wb") as log:
             self._children.append(
-                # In a folder of its own: sources in the present one must not hide what is installed.
+                # Not in this folder: its sources must not hide what is installed.
                 subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
