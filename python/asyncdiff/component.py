@@ -183,10 +183,9 @@ class Worker:
                 "rank %d runs without CUDA graphs, which is slower: %s", self.rank, _reason(e)
             )
 
-    def run(self, slots: Slots, step: int | None = None) -> list[Any]:
-        """Issue one run, for ``step`` (which a profiler shows). The outputs are valid until the next run, in order of the stream."""
-        about = {"rank": self.rank, "component": self.index, "step": step}
-        with torch.no_grad(), self.current(), core.nvtx_range("run", **about):
+    def run(self, slots: Slots) -> list[Any]:
+        """Issue one run. The outputs are valid until the next run, in order of the stream."""
+        with torch.no_grad(), self.current():
             if self.graphs:
                 self.prepare(slots)
             if self.graphs:
