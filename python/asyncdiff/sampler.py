@@ -1,10 +1,10 @@
 """A scheduler's steps as small matrices, found by running it on basis inputs.
 
 Most deterministic schedulers are linear: latents x_{k+1} is a weighted sum of the first latents x_0
-and of the noise predictions ε_0 … ε_k, with weights that depend on the schedule alone. So one pass of
-the scheduler's own loop over unit inputs tells every weight. What a scheduler remembers between steps
-(converted predictions, corrected latents) need not be known: the weights of later latents over earlier
-inputs span exactly what has to be remembered. The smallest such memory, step by step, is the
+and of the noise predictions ε_0 … ε_k, with weights that depend on the schedule alone. So one pass
+of the scheduler's own loop over unit inputs tells every weight. What a scheduler remembers between
+steps (converted predictions, corrected latents) need not be known: the weights of later latents over
+earlier inputs span exactly what has to be remembered. The smallest such memory, step by step, is the
 realisation of a linear system from its responses (Ho and Kalman, 1966; for systems that change with
 time: Dewilde and van der Veen, "Time-Varying Systems and Computations", 1998).
 """
@@ -12,6 +12,7 @@ time: Dewilde and van der Veen, "Time-Varying Systems and Computations", 1998).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import SchedulerError
 from .timesteps import check_scheduler
 
-#: Most tensors of the latents' size that a sampler may carry from step to step, the latents included.
+#: Most tensors of the latents' size that a sampler may carry from step to step, latents included.
 MAX_WIDTH = 8
 #: Relative error, in float64, above which a scheduler does not count as linear.
 TOLERANCE = 1e-6
@@ -39,12 +40,12 @@ Predict = Callable[[int, torch.Tensor], torch.Tensor]
 class LinearSampler:
     """A schedule of T steps as arithmetic on a state of ``width`` tensors like the latents.
 
-    The state's first tensor is the latents x_k; the others start as zeros. Step k feeds the denoiser
-    ``scales[k] * x_k``, gets ε_k, and makes state' = ``steps[k]`` @ (state…, ε_k).
+    The state's first tensor is the latents x_k; the others start as zeros. Step k feeds the
+    denoiser ``scales[k] * x_k``, gets ε_k, and makes state' = ``steps[k]`` @ (state…, ε_k).
 
     ``timesteps``: T values, as the scheduler has them. ``scales``: float64, T. ``steps``: float64,
-    T × width × (width + 1). ``error``: how far this lay from the scheduler's own loop on random inputs,
-    in float64, relative to the largest latents.
+    T × width × (width + 1). ``error``: how far this lay from the scheduler's own loop on random
+    inputs, in float64, relative to the largest latents.
     """
 
     scheduler: str
@@ -81,9 +82,9 @@ def linearize(
     ``timesteps``: those that will be stepped through, if not all; ``options``: further arguments of
     its ``step`` (``eta``). The scheduler itself is left as it is.
 
-    Raises SchedulerError, with the reason, for one that is not linear (clipping, thresholding), that
-    draws noise, that calls the denoiser more than once a step, that needs more than a prediction, a
-    timestep and latents, or that remembers too much.
+    Raises SchedulerError, with the reason, for one that is not linear (clipping, thresholding),
+    that draws noise, that calls the denoiser more than once a step, that needs more than a
+    prediction, a timestep and latents, or that remembers too much.
     """
     name = type(scheduler).__name__
     times = check_scheduler(scheduler) if timesteps is None else timesteps
@@ -96,11 +97,11 @@ def linearize(
     return LinearSampler(name, times, scales, steps, error)
 
 
-# ---- the scheduler's own loop ----------------------------------------------------------------------
+# ---- the scheduler's own loop --------------------------------------------------------------------
 
 
 class _InDouble(TorchFunctionMode):
-    """Lets schedulers that compute in float32 compute in float64: weights without their rounding."""
+    """Lets schedulers that compute in float32 do it in float64: weights without rounding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -151,7 +152,7 @@ def _on_cpu(scheduler: Any) -> Any:
 def _weights(
     scheduler: Any, times: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row k: the weights of x_k over (x_0, ε_0 … ε_{T−1}); and the scale of the denoiser's input."""
+    """Row k: the weights of x_k over (x_0, ε_0 … ε_{T−1}). And the scales of the inputs."""
     steps = len(times)
     # Schedulers work element by element: a tensor whose i-th element is 1 in the i-th input, and 0
     # in all others, carries all unit inputs through one loop.
@@ -164,7 +165,7 @@ def _weights(
     return torch.stack([x.flatten() for x in path]), torch.stack(scales)
 
 
-# ---- from weights to steps -------------------------------------------------------------------------
+# ---- from weights to steps -----------------------------------------------------------------------
 
 
 def _realise(weights: torch.Tensor, name: str) -> torch.Tensor:
@@ -182,7 +183,7 @@ def _realise(weights: torch.Tensor, name: str) -> torch.Tensor:
             f"{MAX_WIDTH}: its own step() has to be called"
         )
     steps = torch.zeros(len(states) - 1, width, width + 1, dtype=torch.float64)
-    for k, (now, then) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for k, (now, then) in enumerate(itertools.pairwise(states)):
         # The rows of ``now`` are orthogonal, so that projecting on them solves for the weights.
         norms = (now * now).sum(1).clamp_min(1e-300)
         steps[k, : len(then), : len(now)] = then[:, : k + 1] @ now.T / norms
