@@ -3,10 +3,10 @@
 Most deterministic schedulers are linear: latents x_{k+1} is a weighted sum of the first latents x_0
 and of the noise predictions ε_0 … ε_k, with weights that depend on the schedule alone. So one pass
 of the scheduler's own loop over unit inputs tells every weight. What a scheduler remembers between
-steps (converted predictions, corrected latents) need not be known: the weights of later latents over
-earlier inputs span exactly what has to be remembered. The smallest such memory, step by step, is the
-realisation of a linear system from its responses (Ho and Kalman, 1966; for systems that change with
-time: Dewilde and van der Veen, "Time-Varying Systems and Computations", 1998).
+steps (converted predictions, corrected latents) need not be known: the weights of later latents
+over earlier inputs span exactly what has to be remembered. The smallest such memory, step by step,
+is the realisation of a linear system from its responses (Ho and Kalman, 1966; for systems that
+change with time: Dewilde and van der Veen, "Time-Varying Systems and Computations", 1998).
 """
 
 from __future__ import annotations
