@@ -33,16 +33,19 @@ class Clock:
         ]
         self._kernels = kernels(device, triton)
 
-    def load(self, times: torch.Tensor) -> None:
-        """Begin a generation; ``times`` has the timestep of every tick."""
+    def load(self, times: torch.Tensor | None) -> None:
+        """Begin a generation; ``times`` has the timestep of every tick (None without targets)."""
         self._tick.zero_()
         for target, table in zip(self._targets, self._times, strict=True):
+            assert times is not None
             table[:-1].copy_(times)
             target.copy_(table[0])
 
     def advance(self, served: int) -> None:
         """Go on to the next tick, after one that served so many steps."""
         pairs = list(zip(self._times, self._targets, strict=True))
+        if not pairs and self._step is None:
+            return
         if self._kernels is not None and len(pairs) <= 1:
             times, target = pairs[0] if pairs else (None, None)
             self._kernels.tick(self._tick, times, target, self._step, served)
