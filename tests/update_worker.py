@@ -33,12 +33,13 @@ CASES: dict[str, tuple[int, int, bool, bool, str, str, int, int]] = {
     "half predictions": (4, 2, True, False, "float32", "float16", 1, 8),
     "double": (2, 2, True, True, "float64", "float64", 1, 8),
 }
-SCHEDULERS = (
-    "DDIMScheduler",
-    "EulerDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
+#: scheduler, predictions at once
+SCHEDULER_CASES: dict[str, tuple[str, int]] = {
+    f"{name}, {served} at once": (f"{name}Scheduler", served)
+    for name, served in itertools.product(
+        ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep"), (1, 2, 3)
+    )
+}
 
 
 def random_sampler(width: int, steps: int, g: torch.Generator) -> LinearSampler:
@@ -118,8 +119,8 @@ def against_scheduler(device: torch.device, name: str, served: int) -> float:
 def main() -> None:
     device = torch.device(sys.argv[1])
     errors = {name: against_torch(device, case) for name, case in CASES.items()}
-    for name, served in itertools.product(SCHEDULERS, (1, 2, 3)):
-        errors[f"{name} {served}"] = against_scheduler(device, name, served)
+    for name, (scheduler, served) in SCHEDULER_CASES.items():
+        errors[name] = against_scheduler(device, scheduler, served)
     print(json.dumps(errors))
 
 

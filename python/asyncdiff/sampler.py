@@ -209,8 +209,8 @@ def _realise(weights: torch.Tensor, name: str) -> torch.Tensor:
     """Steps with the least memory that give these weights: T × width × (width + 1)."""
     if not bool(weights.isfinite().all()):
         raise SchedulerError(
-            f"{name} makes infinite or undefined numbers of unit inputs, so it is not linear: its "
-            "own step() has to be called"
+            f"{name} makes infinite or undefined numbers with these settings and timesteps: try "
+            "others (final_sigmas_type='sigma_min', for example)"
         )
     states = [_state(weights, k) for k in range(len(weights))]
     width = max(len(s) for s in states)
