@@ -183,7 +183,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     values = None
     if index:
         dtype = call.tensors[index[0]].dtype
-        values = torch.stack([t.reshape(-1)[0].cpu().to(dtype) for t in times])
+        values = torch.stack([t.reshape(-1)[0] for t in times]).to("cpu", dtype)
     generation = Generation(values if values is not None else torch.arange(len(times)))
     generation.begin(engine, plan, time.perf_counter() - started)
     try:

@@ -111,6 +111,8 @@ class Loop:
         """Load every kernel and record every CUDA graph. Nothing may be in flight."""
         if not self.engine.cuda:
             return
+        for device in {*self.engine.devices}:
+            torch.cuda.synchronize(device)  # this loop's memory was cleared on other streams
         # A kernel that is first loaded while another one waits may never arrive.
         for segment in self._numbers:
             seat = self._seats[segment.rank]

@@ -56,7 +56,9 @@ class Predictions:
         if rank in self._own:
             self._own[rank].copy_(value)
         if rank in self._channels:
-            self._channels[rank].put([value], slot, self._engine.workers[rank].stream)
+            stream = self._engine.workers[rank].stream
+            # One launch: a prediction is small, and everybody waits for it.
+            self._channels[rank].put([value], slot, stream, mode="kernel")
 
     def get(self, rank: int, source: int, slot: int) -> torch.Tensor:
         """Wait for ``source``'s prediction; as :meth:`look`, valid until :meth:`release`."""

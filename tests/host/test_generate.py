@@ -263,26 +263,44 @@ def test_transformers_with_their_own_timestep() -> None:
     denoiser.close()
 
 
-def test_half_precision_is_a_few_roundings_away() -> None:
-    """Both ways against float32: the ranks' loop rounds less than the scheduler's own steps."""
-    latents, conditioning = unet_inputs()
-    for dtype, near in ((torch.bfloat16, 0.03), (torch.float16, 0.004)):
-        unet = reference.pipeline(SPEC).unet.to(dtype)
-        denoiser = AsyncDenoiser(unet, devices=["cpu"] * 2, split="estimate")
-        results = [
-            denoiser.generate(
-                latents.to(dtype),
-                {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype)},
-                scheduler(),
-                num_inference_steps=8,
-                guidance_scale=SPEC["guidance_scale"],
-                update=update,
-            )
-            for update in ("linear", "scheduler")
-        ]
-        assert results[0].dtype is dtype
-        assert reference.distance(*results) < near
-        denoiser.close()
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float16, 0.003), (torch.bfloat16, 0.03)])
+def test_half_precision_is_a_few_roundings_away(dtype: torch.dtype, near: float) -> None:
+    """The latents are rounded in every step, as the scheduler's own steps round them."""
+    denoiser = AsyncDenoiser(toy().to(dtype), devices=["cpu"] * 2, split=SPLITS[2])
+    call = toy_call()
+    results = [
+        denoiser.generate(
+            call["sample"][:1].to(dtype),
+            {"encoder_hidden_states": call["encoder_hidden_states"].to(dtype)},
+            scheduler(),
+            num_inference_steps=8,
+            guidance_scale=4.0,
+            update=update,
+        )
+        for update in ("linear", "scheduler")
+    ]
+    assert results[0].dtype is dtype
+    assert reference.distance(*results) < near
+    denoiser.close()
+
+
+def test_float32_latents_of_a_half_precision_denoiser() -> None:
+    """The latents keep their own precision; the denoiser's input is rounded."""
+    denoiser = AsyncDenoiser(toy().half(), devices=["cpu"] * 2, split=SPLITS[2])
+    call = toy_call()
+    results = [
+        denoiser.generate(
+            call["sample"].float(),
+            {"encoder_hidden_states": call["encoder_hidden_states"].half()},
+            scheduler(),
+            num_inference_steps=8,
+            update=update,
+        )
+        for update in ("linear", "scheduler")
+    ]
+    assert results[0].dtype is torch.float32
+    assert reference.distance(*results) < 1e-3
+    denoiser.close()
 
 
 def test_a_rank_that_fails_and_the_generation_after() -> None:
