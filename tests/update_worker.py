@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -116,11 +117,55 @@ def against_scheduler(device: torch.device, name: str, served: int) -> float:
     return float((update.latents.cpu() - latents).abs().max() / latents.abs().max())
 
 
+def whole_generation() -> float:
+    """generate() on three CPU ranks with the kernels in the interpreter, and by the scheduler."""
+    import diffusers
+    from toys import toy, toy_call
+
+    from asyncdiff import AsyncDenoiser, clock, update, update_kernels
+
+    one_at_a_time = threading.Lock()  # the interpreter is not made for threads
+
+    class Kernels:
+        moments_like = staticmethod(update_kernels.moments_like)
+
+        @staticmethod
+        def advance(*args: Any, **kwargs: Any) -> None:
+            with one_at_a_time:
+                update_kernels.advance(*args, **kwargs)
+
+        @staticmethod
+        def tick(*args: Any) -> None:
+            with one_at_a_time:
+                update_kernels.tick(*args)
+
+    update.kernels = clock.kernels = lambda device, triton: Kernels  # type: ignore[assignment]
+    split = [["down.1", "down.2", "mix"], ["enter", "down.0", "up", "leave"]]
+    denoiser = AsyncDenoiser(toy().float(), devices=["cpu"] * 3, stride=2, split=split)
+    call = toy_call()
+    one, other = (
+        denoiser.generate(
+            call["sample"][:1].float(),
+            {"encoder_hidden_states": call["encoder_hidden_states"].float()},
+            diffusers.UniPCMultistepScheduler(),
+            num_inference_steps=8,
+            guidance_scale=4.0,
+            guidance_rescale=0.5,
+            update=way,
+        )
+        for way in ("linear", "scheduler")
+    )
+    denoiser.close()
+    return float((one - other).abs().max() / other.abs().max())
+
+
 def main() -> None:
     device = torch.device(sys.argv[1])
     errors = {name: against_torch(device, case) for name, case in CASES.items()}
     for name, (scheduler, served) in SCHEDULER_CASES.items():
         errors[name] = against_scheduler(device, scheduler, served)
+    if device.type == "cpu":
+        errors["a whole generation"] = whole_generation()
     print(json.dumps(errors))
 
 

@@ -33,9 +33,15 @@ class Clock:
         ]
         self._kernels = kernels(device, triton)
 
+    def rewind(self) -> None:
+        """Count from the first tick and the first step again."""
+        self._tick.zero_()
+        if self._step is not None:
+            self._step.zero_()
+
     def load(self, times: torch.Tensor | None) -> None:
         """Begin a generation; ``times`` has the timestep of every tick (None without targets)."""
-        self._tick.zero_()
+        self.rewind()
         for target, table in zip(self._targets, self._times, strict=True):
             assert times is not None
             table[:-1].copy_(times)

@@ -75,6 +75,7 @@ class Loop:
         self.engine = engine
         self.settings = settings
         self._predictions = predictions
+        self._prepared = False
         plan = settings.plan
         self._seats = [self._seat(worker) for worker in engine.workers]
         #: numbers of distinct segments: equal ones share a CUDA graph
@@ -109,8 +110,9 @@ class Loop:
 
     def prepare(self) -> None:
         """Load every kernel and record every CUDA graph. Nothing may be in flight."""
-        if not self.engine.cuda:
+        if not self.engine.cuda or self._prepared:
             return
+        self._prepared = True
         for device in {*self.engine.devices}:
             torch.cuda.synchronize(device)  # this loop's memory was cleared on other streams
         # A kernel that is first loaded while another one waits may never arrive.
@@ -118,6 +120,7 @@ class Loop:
             seat = self._seats[segment.rank]
             if segment.advance is not None:
                 with torch.no_grad(), seat.worker.current():
+                    seat.clock.rewind()  # or the counters run past the tables' ends
                     self._update(seat, segment.advance, self._predictions.look)
         self.engine.synchronize()
         for segment, number in self._numbers.items():

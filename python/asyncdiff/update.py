@@ -77,19 +77,19 @@ class Update:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> None:
-        """Begin a generation, in the same memory as the one before."""
+        """Begin a generation, in the same memory as the one before. The step counter belongs to
+        :class:`asyncdiff.clock.Clock`, which rewinds it."""
         self.table.copy_(sampler.steps)
         self.scales[:-1].copy_(sampler.scales)
         self.guidance.copy_(torch.tensor([guidance_scale, guidance_rescale]))
         self.state.zero_()
         self.state[0].copy_(latents)
-        self.step.zero_()
 
     def advance(self, predictions: Sequence[torch.Tensor], into: torch.Tensor | None) -> None:
         """Take one step for each prediction; then the denoiser's next input ``into`` a tensor.
 
         All are contiguous, and have the latents' batch, or twice that if guided. The step counter
-        stays: :class:`asyncdiff.clock.Clock` advances it.
+        stays: the clock advances it.
         """
         run = reference if self._kernels is None else self._kernels.advance
         run(

@@ -19,7 +19,7 @@ from asyncdiff.sampler import LinearSampler
 from asyncdiff.update import Update, kernels
 
 WORKER = Path(update_worker.__file__)
-CASES = [*update_worker.CASES, *update_worker.SCHEDULER_CASES]
+CASES = [*update_worker.CASES, *update_worker.SCHEDULER_CASES, "a whole generation"]
 
 
 @cache
