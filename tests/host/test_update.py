@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,76 @@ def errors() -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_in_the_interpreter(name: str) -> None:
     # The interpreter cuts bfloat16 off where GPUs and torch round it.
     assert errors()[name] < (0.02 if name == "bfloat16" else 1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("width", "served", "guided", "rescaled", "prediction", "compute", "latents"),
+    [
+        (1, 1, False, False, "fp32", "fp32", "fp32"),
+        (1, 1, True, False, "fp16", "fp32", "fp16"),
+        (2, 2, True, True, "bf16", "fp32", "bf16"),
+        (3, 4, True, True, "fp16", "fp32", "fp32"),
+        (5, 3, True, False, "fp32", "fp32", "fp16"),
+        (8, 4, True, True, "fp64", "fp64", "fp64"),
+    ],
+)
+def test_kernels_compile_for_a_gpu(
+    width: int,
+    served: int,
+    guided: bool,
+    rescaled: bool,
+    prediction: str,
+    compute: str,
+    latents: str,
+) -> None:
+    """For an H100 or H200, whatever this machine has: the interpreter allows more than GPUs do."""
+    import triton.language as tl
+
+    from asyncdiff import update_kernels
+
+    types = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+    numbers = dict.fromkeys(("state", "table", "scales", "guidance", "moments"), f"*{compute}")
+    common = numbers | {f"p{i}": f"*{prediction}" for i in range(4)}
+    common |= dict.fromkeys(("batch", "n", "blocks", "count", "served"), "i32")
+    common |= {"step": "*i64", "tick": "*i64", "into": f"*{prediction}"}
+    block = {"SERVED": served, "COMPUTE": types[compute]}
+    compile_for_gpu(
+        update_kernels.update_kernel,
+        common,
+        block
+        | {"AHEAD": 0, "WIDTH": width, "PAD": 1 << (width - 1).bit_length(), "GUIDED": guided}
+        | {"RESCALED": rescaled, "COPIES": 1 + guided, "ROUND": types[latents]}
+        | {"BLOCK": 128, "MOMENTS_BLOCK": 1024, "MOMENTS_PAD": 64},
+    )
+    compile_for_gpu(update_kernels.moments_kernel, common, block | {"BLOCK": 1024})
+    for has_time, has_step, time in ((True, True, "i64"), (True, False, prediction)):
+        compile_for_gpu(
+            update_kernels.clock_kernel,
+            common | {"times": f"*{time}", "time": f"*{time}"},
+            {"HAS_TIME": has_time, "HAS_STEP": has_step, "BLOCK": 2},
+        )
+
+
+def compile_for_gpu(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
+    """Down to machine code of compute capability 9.0."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    fixed = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 def test_plain_torch_without_a_gpu() -> None:
