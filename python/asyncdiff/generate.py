@@ -64,9 +64,10 @@ def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
             "a callback sees latents between steps, which update='linear' keeps on the ranks: "
             "leave update at 'auto'"
         )
-    _set_timesteps(request)
-    sampler = _sampler(denoiser, request)
-    with torch.no_grad():
+    # Memory made in inference mode could not be written to in later generations without it.
+    with torch.inference_mode(False), torch.no_grad():
+        _set_timesteps(request)
+        sampler = _sampler(denoiser, request)
         if sampler is None:
             return _by_scheduler(denoiser, request)
         return _by_ranks(denoiser, request, sampler)
@@ -160,7 +161,7 @@ def _check_prediction(request: Request, shape: Sequence[int]) -> None:
 def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler) -> torch.Tensor:
     started = time.perf_counter()
     arguments = _Arguments(denoiser, request)
-    times = arguments.times(sampler.timesteps)
+    times = arguments.times(check_scheduler(request.scheduler))
     latents = request.latents
     # In the latents' own precision, as the ranks scale all inputs that follow.
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -175,7 +176,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
         latents.dtype,
         sampler.width,
         guided=request.copies > 1,
-        rescaled=request.guidance_rescale > 0,
+        rescaled=request.copies > 1 and request.guidance_rescale > 0,
     )
     loop = loop_for(engine, settings)
     loop.prepare()

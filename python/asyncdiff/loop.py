@@ -39,7 +39,6 @@ class Settings:
     width: int  #: of the sampler
     guided: bool
     rescaled: bool
-    triton: bool | None = None  #: see :class:`asyncdiff.update.Update`
 
 
 @dataclass
@@ -99,13 +98,12 @@ class Loop:
                 settings.width,
                 guided=settings.guided,
                 rescaled=settings.rescaled,
-                triton=settings.triton,
             )
             (static,) = (t for i, t in worker.static.items() if inputs[i].role is Role.LATENTS)
             into = static.contiguous()  # itself, but for latents with channels last
         targets = [t for i, t in worker.static.items() if inputs[i].role is Role.TIMESTEP]
         step = None if update is None else update.step
-        clock = Clock(targets, len(plan.ticks), worker.device, step, triton=settings.triton)
+        clock = Clock(targets, len(plan.ticks), worker.device, step)
         return _Seat(worker, clock, update, static, into)
 
     def prepare(self) -> None:

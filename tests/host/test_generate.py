@@ -170,6 +170,25 @@ def test_the_latents_are_left_alone_and_the_scheduler_unstepped() -> None:
     denoiser.close()
 
 
+def test_in_inference_mode_and_without() -> None:
+    """What is prepared in one is used in the other."""
+    for first in (True, False):
+        denoiser = toys()
+        results = []
+        for mode in (first, not first):
+            with torch.inference_mode(mode):
+                call = {k: v.float() for k, v in toy_call().items()}
+                text = {"encoder_hidden_states": call["encoder_hidden_states"]}
+                results += [
+                    denoiser.generate(
+                        call["sample"], text, scheduler(), num_inference_steps=4, update=update
+                    )
+                    for update in ("linear", "scheduler")
+                ]
+        assert all(reference.distance(r, results[0]) < TOLERANCE for r in results)
+        denoiser.close()
+
+
 def test_schedulers_that_are_not_linear_take_their_own_steps() -> None:
     denoiser = toys()
     call = toy_call()
