@@ -23,7 +23,9 @@ from .errors import (
     SlotOrderError,
 )
 from .fabric import CudaFabric, Fabric, HostFabric
+from .nvtx import nvtx_range
 from .paths import get_cmake_dir, get_include
+from .put_costs import PutCosts, put_costs
 from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "HostFabric",
     "InvalidArgument",
     "Layout",
+    "PutCosts",
     "Rendezvous",
     "SlotOrderError",
     "SocketRendezvous",
@@ -50,4 +53,6 @@ __all__ = [
     "cuda_devices",
     "get_cmake_dir",
     "get_include",
+    "nvtx_range",
+    "put_costs",
 ]

@@ -24,7 +24,7 @@ class Array(NamedTuple):
 def describe(array: Any) -> Array:
     """Look at a torch, CuPy, NumPy or DLPack array without copying it; raises InvalidArgument."""
     # Torch first, and by its own names: its array interface knows no bfloat16.
-    if hasattr(array, "data_ptr") and hasattr(array, "element_size"):
+    if is_torch(array):
         return _torch(array)
     for name, device in (("__cuda_array_interface__", -1), ("__array_interface__", None)):
         interface = getattr(array, name, None)
@@ -38,6 +38,11 @@ def describe(array: Any) -> Array:
         f"{type(array).__name__} is no array: give a torch tensor or an object with "
         "__cuda_array_interface__, __array_interface__ or __dlpack__ (CuPy, NumPy, JAX, …)"
     )
+
+
+def is_torch(array: Any) -> bool:
+    """Whether it is a torch tensor, without importing torch."""
+    return hasattr(array, "data_ptr") and hasattr(array, "element_size")
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._core import Buffer, Layout
-from .arrays import describe
+from .arrays import describe, is_torch
 from .errors import InvalidArgument
 
 #: A CUDA stream: its address, any object with ``cuda_stream`` (torch) or ``ptr`` (CuPy), or None
@@ -29,6 +29,8 @@ class Channel:
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
         self._specs = native.layout.specs
+        #: type, dtype, shape, strides and device of the last torch tensor of each place
+        self._checked: list[tuple[Any, ...] | None] = [None] * len(self._specs)
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
 
@@ -57,6 +59,11 @@ class Channel:
         """How many bundles fit."""
         return self._native.slots
 
+    @property
+    def mode(self) -> str:
+        """How bundles move: "inline", "kernel" or "copy"; see :meth:`Fabric.channel`."""
+        return self._native.mode
+
     def slot(self, receiver: int, slot: int) -> Buffer:
         """The bytes of a slot in a receiver's mailbox, without copying."""
         return self._native.slot(receiver, slot)
@@ -84,24 +91,12 @@ class Channel:
         """Make the bundle visible to all receivers."""
         self._native.commit(slot, pointer_of(stream))
 
-    def put(
-        self, tensors: Sequence[Any], slot: int, stream: Stream = None, *, mode: str = "copy"
-    ) -> None:
-        """Begin, push all tensors, commit.
+    def put(self, tensors: Sequence[Any], slot: int, stream: Stream = None) -> None:
+        """Begin, push all tensors, commit; in the channel's :attr:`mode`.
 
-        ``mode`` is "copy" (copy engines move tensor after tensor, which takes no multiprocessor) or
-        "kernel" (one launch gathers all tensors, stores to all receivers and signals; at most 96
-        tensors). On the host both are the same. Raises InvalidArgument as :meth:`push` does.
+        Raises InvalidArgument as :meth:`push` does.
         """
-        if len(tensors) != len(self._specs):
-            raise InvalidArgument(
-                f"{len(tensors)} tensors for channel '{self.name}', whose bundle has "
-                f"{len(self._specs)}"
-            )
-        arrays = [describe(t) for t in tensors]
-        for index, a in enumerate(arrays):
-            self._check(index, a.dtype, a.shape, a.strides, a.device)
-        self._native.put([a.pointer for a in arrays], slot, pointer_of(stream), mode)
+        self._native.put(self._pointers(tensors), slot, pointer_of(stream))
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Wait until the next bundle lies in ``slot`` of this receiver."""
@@ -110,6 +105,45 @@ class Channel:
     def release(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Give the slot back: it may be overwritten from now on."""
         self._native.release(receiver, slot, pointer_of(stream))
+
+    def unpack(
+        self, receiver: int, tensors: Sequence[Any], slot: int, stream: Stream = None
+    ) -> None:
+        """Get, copy the bundle to ``tensors``, release: one launch, up to 96 tensors.
+
+        An inline bundle is then not copied to the mailbox first. All earlier bundles must have been
+        released. Raises InvalidArgument for tensors unlike the layout's.
+        """
+        self._native.unpack(receiver, self._pointers(tensors), slot, pointer_of(stream))
+
+    def _pointers(self, tensors: Sequence[Any]) -> list[int]:
+        if len(tensors) != len(self._specs):
+            raise InvalidArgument(
+                f"{len(tensors)} tensors for channel '{self.name}', whose bundle has "
+                f"{len(self._specs)}"
+            )
+        pointers = []
+        for index, tensor in enumerate(tensors):
+            # Most tensors look like the one before in their place, which was checked.
+            like = self._checked[index]
+            if (
+                like is not None
+                and type(tensor) is like[0]
+                and tensor.dtype is like[1]
+                and tensor.shape == like[2]
+                and tensor.stride() == like[3]
+                and tensor.device == like[4]
+            ):
+                pointers.append(tensor.data_ptr())
+                continue
+            a = describe(tensor)
+            self._check(index, a.dtype, a.shape, a.strides, a.device)
+            if is_torch(tensor):
+                self._checked[index] = (
+                    type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+                )  # fmt: skip
+            pointers.append(a.pointer)
+        return pointers
 
     def _check(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from . import _core
 from ._core import Layout
-from .channel import Channel
+from .channel import Channel, Stream, pointer_of
 from .errors import DeviceError, InvalidArgument
 from .rendezvous import Rendezvous
 
@@ -52,13 +53,31 @@ class Fabric:
         *,
         slots: int = 2,
         name: str = "",
+        mode: str = "auto",
     ) -> Channel:
         """A new channel, with mailbox memory of ``slots`` bundles for each receiver.
 
-        Raises InvalidArgument for ranks that do not exist, CudaError if memory is short.
+        ``mode`` says how bundles move between GPUs: "copy" (copy engines, tensor after tensor,
+        which takes no multiprocessor), "kernel" (one launch gathers all tensors, stores to all
+        receivers and signals; at most 320 tensors), "inline" (the same with data and flag in one
+        store, for small bundles; takes twice the mailbox memory), or "auto" (the fastest by what
+        puts cost on this machine, measured once: :func:`put_costs`). On the host all are the same.
+        Raises InvalidArgument for ranks or modes that do not exist, CudaError if memory is short.
         """
-        native = self._native.channel(sender, list(receivers), layout, slots, name)
+        native = self._native.channel(sender, list(receivers), layout, slots, name, mode)
         return Channel(native, self._devices)
+
+    def put_together(
+        self, puts: Sequence[tuple[Channel, Sequence[Any], int]], stream: Stream = None
+    ) -> None:
+        """Put bundles of several channels of one sender: (channel, tensors, slot) for each.
+
+        On CUDA they are one launch, whatever the channels' modes: as when a rank broadcasts its
+        noise prediction to all and sends its hidden states to one. Raises InvalidArgument for
+        channels of different senders or fabrics, or one named twice.
+        """
+        all_puts = [(c._native, c._pointers(tensors), slot) for c, tensors, slot in puts]
+        self._native.put_together(all_puts, pointer_of(stream))
 
     def abort(self, rank: int, reason: str) -> None:
         """End all waits, now and later, until :meth:`reset`; the others get Aborted."""
@@ -68,9 +87,13 @@ class Fabric:
         """Raise the first failure since the last reset, if there was one. Does not synchronize."""
         self._native.check()
 
-    def reset(self) -> None:
-        """Empty all channels and forget failures. Nothing may be in flight."""
-        self._native.reset()
+    def reset(self, first_bundle: int = 0) -> None:
+        """Empty all channels and forget failures. Nothing may be in flight.
+
+        The next bundle of every channel counts as number ``first_bundle`` and uses slot
+        ``first_bundle % slots``; channels made later start at zero.
+        """
+        self._native.reset(first_bundle)
 
     def close(self) -> None:
         """End the fabric. Nothing may be in flight; mailbox memory lives while it is held."""

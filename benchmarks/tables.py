@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from asyncdiff.bench.figures import Figure, Results
+from asyncdiff.bench.table import digits, title_of
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -40,6 +43,73 @@ def denoise() -> str:
     return "\n".join(parts) if parts else "Nothing was measured yet.\n"
 
 
+def exchange() -> str:
+    """All files ``exchange_*.json``: one way by size, then what else was measured of each way."""
+    parts = []
+    for path in sorted(RESULTS.glob("exchange_*.json"), reverse=True):
+        document = json.loads(path.read_text())
+        results = Results.from_dict(document["figures"])
+        e = document["environment"]
+        gpus = f"{len(e['gpus'])} × {e['gpus'][0]}" if e["gpus"] else "CPU"
+        rounds = max((f.value.rounds for f in results.figures), default=0)
+        parts.append(
+            f"{gpus}, ranks on {', '.join(results.devices)}; medians of {rounds} rounds; torch "
+            f"{e['torch']}. `benchmarks/exchange/{e['command']}`, "
+            f"[{path.name}](benchmarks/results/{path.name}); [what is what](docs/metrics.md).\n\n"
+            + "\n".join(filter(None, (_one_way(results), _other(results))))
+        )
+    return "\n".join(parts)
+
+
+def _one_way(results: Results) -> str:
+    """Latency in a CUDA graph: a row a way, a column a bundle."""
+    figures = [f for f in results.figures if f.metric == "one_way" and f.launch == "graph"]
+    names = list(dict.fromkeys(f.payload for f in figures))
+    rows = [["one way in a CUDA graph, µs", *names]]
+    for way in dict.fromkeys(f.way for f in figures):
+        found = {f.payload: digits(f.value.median) for f in figures if f.way == way}
+        rows.append([title_of(way), *(found.get(name, "") for name in names)])
+    return _markdown(rows) if figures else ""
+
+
+def _other(results: Results) -> str:
+    """The figure of each way's largest bundle in the other cases: a row a way."""
+    columns: dict[str, Callable[[Figure], str | None]] = {
+        "GB/s, one direction": lambda f: _rate(f, "bandwidth"),
+        "both directions": lambda f: _rate(f, "bidirectional"),
+        "to several": lambda f: _rate(f, "fan-out"),
+        "CPU of a put of 64 KB, µs": lambda f: (
+            digits(f.value.median) if (f.case, f.payload) == ("enqueue", "64K") else None
+        ),
+        "matmuls slower, SD 2.1's bundle a tick": lambda f: (
+            f"{f.value.median:.1f} %"
+            if (f.metric, f.payload) == ("compute_slower", "sd21-N2")
+            and (f.details["side"], f.details["load"]) == ("sender", "a bundle a tick")
+            else None
+        ),
+    }
+    rows = [["", *columns]]
+    figures = sorted(results.figures, key=lambda f: f.nbytes)
+    for way in dict.fromkeys(f.way for f in results.figures):
+        cells = []
+        for cell in columns.values():
+            found = [c for f in figures if f.way == way and (c := cell(f)) is not None]
+            cells.append(found[-1] if found else "")
+        if any(cells):
+            rows.append([title_of(way), *cells])
+    return _markdown(rows) if len(rows) > 1 else ""
+
+
+def _rate(figure: Figure, case: str) -> str | None:
+    rate = figure.gb_per_s
+    return digits(rate) if figure.case == case and rate is not None else None
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(r)} |\n" for r in rows)
+
+
 def _caption(path: Path, document: dict[str, Any]) -> str:
     e = document["environment"]
     gpus = f"{len(e['gpus'])} × {e['gpus'][0]}"
@@ -54,7 +124,7 @@ def _caption(path: Path, document: dict[str, Any]) -> str:
 
 def _denoise_table(figures: dict[str, Any]) -> str:
     titles = [m["title"] for m in figures.values()]
-    rows: list[list[str]] = [["", *titles], ["---"] * (len(titles) + 1)]
+    rows: list[list[str]] = [["", *titles]]
 
     def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
         rows.append([name, *(cell(m) for m in figures.values())])
@@ -80,7 +150,7 @@ def _denoise_table(figures: dict[str, Any]) -> str:
         )
         row("— memory by GPU, MiB", lambda m, k=key: _memory(m[k]))
     row("memory of the eager denoiser, MiB", lambda m: _memory(m["eager"]))
-    return "".join(f"| {' | '.join(r)} |\n" for r in rows)
+    return _markdown(rows)
 
 
 def _median(spread: dict[str, float], digits: int = 1) -> str:
@@ -96,7 +166,7 @@ def _memory(entry: dict[str, Any]) -> str:
     return ", ".join(f"{mib:.0f}" for mib in entry["memory_mib"]["device"] if mib)
 
 
-TABLES = {"denoise": denoise}
+TABLES = {"denoise": denoise, "exchange": exchange}
 
 if __name__ == "__main__":
     main()

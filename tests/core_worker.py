@@ -156,7 +156,14 @@ class OnGpu:
     """This process's rank of a CUDA fabric with one rank a process; each sends to all others."""
 
     def __init__(
-        self, process: int, processes: int, folder: Path, gpus: int, transport: str, deadline: float
+        self,
+        process: int,
+        processes: int,
+        folder: Path,
+        gpus: int,
+        transport: str,
+        deadline: float,
+        mode: str = "auto",
     ) -> None:
         import torch
 
@@ -171,7 +178,9 @@ class OnGpu:
         layout = core.Layout([core.TensorSpec("int64", (50_001,)), core.TensorSpec("int8", (7,))])
         everyone = range(processes)
         self.channels = [
-            self.fabric.channel(s, [r for r in everyone if r != s], layout, name=f"from {s}")
+            self.fabric.channel(
+                s, [r for r in everyone if r != s], layout, name=f"from {s}", mode=mode
+            )
             for s in everyone
         ]
         self.source = [
@@ -183,12 +192,12 @@ class OnGpu:
         self.wrong = torch.zeros_like(self.count)
         torch.cuda.synchronize()
 
-    def send(self, slot: int, mode: str) -> None:
+    def send(self, slot: int) -> None:
         import torch
 
         with torch.cuda.stream(self.sending):
             self.source[0].add_(1)
-            self.channels[self.process].put(self.source, slot, self.sending, mode=mode)
+            self.channels[self.process].put(self.source, slot, self.sending)
 
     def receive(self, slot: int) -> None:
         """Every bundle's numbers have to be how many came before it, plus one."""
@@ -212,15 +221,15 @@ def cuda_exchange(
     """Eager, then replayed CUDA graphs, then mixed."""
     import torch
 
-    rank = OnGpu(process, processes, folder, gpus, transport, 20.0)
+    rank = OnGpu(process, processes, folder, gpus, transport, 20.0, mode)
     for n in range(20):
-        rank.send(n % 2, mode)
+        rank.send(n % 2)
         rank.receive(n % 2)
     torch.cuda.synchronize()
     graphs = {}
     for slot in range(2):
         for work, arguments, stream in (
-            (rank.send, (slot, mode), rank.sending),
+            (rank.send, (slot,), rank.sending),
             (rank.receive, (slot,), rank.receiving),
         ):
             graph = torch.cuda.CUDAGraph()
@@ -233,7 +242,7 @@ def cuda_exchange(
             with torch.cuda.stream(rank.sending):
                 graphs[n % 2, True].replay()
         else:
-            rank.send(n % 2, mode)
+            rank.send(n % 2)
         if rng.random() < 0.8:
             with torch.cuda.stream(rank.receiving):
                 graphs[n % 2, False].replay()
@@ -249,7 +258,7 @@ def cuda_exchange(
     rank.source[0].zero_()
     rank.count.zero_()
     torch.cuda.synchronize()
-    rank.send(0, mode)
+    rank.send(0)
     rank.receive(0)
     torch.cuda.synchronize()
     result["after_reset"] = rank.wrong.item()
@@ -262,7 +271,7 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     import torch
 
     rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
-    rank.send(0, "copy")
+    rank.send(0)
     rank.receive(0)
     torch.cuda.synchronize()
     rank.fabric.check()
@@ -270,7 +279,7 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     if process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begun = time.monotonic()
-    rank.send(1, "kernel")
+    rank.send(1)
     rank.receive(1)
     torch.cuda.synchronize()
     waited = time.monotonic() - begun

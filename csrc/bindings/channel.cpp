@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "pointers.hpp"
 
 namespace py = pybind11;
 
@@ -33,17 +34,18 @@ void register_channel(py::module_& m) {
           },
           py::arg("index"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
       .def("commit", &Channel::commit, py::arg("slot"), py::arg("stream"), Unlocked())
+      .def_property_readonly("mode", [](const Channel& c) { return name_of(c.mode()); })
       .def(
           "put",
-          [](Channel& c, const std::vector<std::uintptr_t>& data, int slot, Stream stream,
-             const std::string& mode) {
-            std::vector<const void*> tensors;
-            for (std::uintptr_t pointer : data) {
-              tensors.push_back(reinterpret_cast<const void*>(pointer));
-            }
-            c.put(tensors, slot, stream, put_mode_from(mode));
+          [](Channel& c, const std::vector<std::uintptr_t>& data, int slot, Stream stream) {
+            c.put(pointers<const void*>(data), slot, stream);
           },
-          py::arg("data"), py::arg("slot"), py::arg("stream"), py::arg("mode"), Unlocked())
+          py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
+      .def(
+          "unpack",
+          [](Channel& c, int receiver, const std::vector<std::uintptr_t>& data, int slot,
+             Stream stream) { c.unpack(receiver, pointers<void*>(data), slot, stream); },
+          py::arg("receiver"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
       .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),

@@ -2,15 +2,18 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "asyncdiff/env.hpp"
 #include "asyncdiff/host_fabric.hpp"
 #include "bindings.hpp"
+#include "pointers.hpp"
 #include "rendezvous.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include "asyncdiff/cuda_fabric.hpp"
@@ -21,6 +24,8 @@ namespace py = pybind11;
 namespace asyncdiff::bindings {
 
 namespace {
+
+using OnePut = std::tuple<std::shared_ptr<Channel>, std::vector<std::uintptr_t>, int>;
 
 double deadline_or_default(const std::optional<double>& seconds) {
   return seconds ? *seconds : env::deadline();
@@ -36,11 +41,27 @@ void register_fabric(py::module_& m) {
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
       .def("link_reasons", &Fabric::link_reasons)
-      .def("channel", &Fabric::channel, py::arg("sender"), py::arg("receivers"), py::arg("layout"),
-           py::arg("slots"), py::arg("name"), Unlocked())
+      .def(
+          "channel",
+          [](Fabric& f, int sender, const std::vector<int>& receivers, const Layout& layout,
+             int slots, const std::string& name, const std::string& mode) {
+            return f.channel(sender, receivers, layout, slots, name, mode_from(mode));
+          },
+          py::arg("sender"), py::arg("receivers"), py::arg("layout"), py::arg("slots"),
+          py::arg("name"), py::arg("mode"), Unlocked())
+      .def(
+          "put_together",
+          [](Fabric& f, const std::vector<OnePut>& puts, Stream stream) {
+            std::vector<Put> all;
+            for (const auto& [channel, data, slot] : puts) {
+              all.push_back({channel, pointers<const void*>(data), slot});
+            }
+            f.put_together(all, stream);
+          },
+          py::arg("puts"), py::arg("stream"), Unlocked())
       .def("abort", &Fabric::abort, py::arg("rank"), py::arg("reason"), Unlocked())
       .def("check", &Fabric::check, Unlocked())
-      .def("reset", &Fabric::reset, Unlocked())
+      .def("reset", &Fabric::reset, py::arg("first_bundle"), Unlocked())
       .def("close", &Fabric::close, Unlocked());
 
   py::class_<HostFabric, Fabric, std::shared_ptr<HostFabric>>(m, "HostFabric")

@@ -8,5 +8,7 @@ PYBIND11_MODULE(_core, m) {
   register_memory(m);
   register_channel(m);
   register_fabric(m);
+  register_put_costs(m);
+  register_nvtx(m);
   register_build(m);
 }

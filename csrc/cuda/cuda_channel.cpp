@@ -11,6 +11,7 @@
 #include "check.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
+#include "nvtx.hpp"
 
 namespace asyncdiff {
 
@@ -19,43 +20,63 @@ namespace {
 cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 // Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
-int flags_for(std::size_t nbytes) {
-  constexpr std::size_t kBytesPerBlock = std::size_t{64} << 10;
-  const std::size_t blocks = (nbytes + kBytesPerBlock - 1) / kBytesPerBlock;
+int flags_for(std::size_t nbytes, bool inlined) {
+  // A thread then moves two words, and of an inline bundle waits for two.
+  const std::size_t per_block = inlined ? std::size_t{8} << 10 : std::size_t{16} << 10;
+  const std::size_t blocks = (nbytes + per_block - 1) / per_block;
   return static_cast<int>(std::clamp<std::size_t>(blocks, 1, kMaxFlags));
 }
 
 }  // namespace
 
 CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string label, int from,
-                         std::vector<int> ranks, Layout bundle, int ring)
-    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring),
+                         std::vector<int> ranks, Layout bundle, int ring, Mode how)
+    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring, how),
       shared_(std::move(shared)) {
   CudaFabric::Shared& all = *shared_;
   const auto index = [](int rank) { return static_cast<std::size_t>(rank); };
   const auto words = [](std::byte* memory) { return reinterpret_cast<std::uint64_t*>(memory); };
   const bool sending = all.processes.mine(sender());
+  if (mode() != Mode::kCopy &&
+      layout().specs.size() > static_cast<std::size_t>(ManyPuts::kMaxPieces)) {
+    throw InvalidArgument("mode " + name_of(mode()) + " takes at most " +
+                          std::to_string(ManyPuts::kMaxPieces) + " tensors, channel '" + name() +
+                          "' has " + std::to_string(layout().specs.size()) + ": use mode copy");
+  }
   // Every process takes the same lines in the same order, those that it does not use included.
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
-  handle_.flags = flags_for(layout().nbytes);
+  handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
+  handle_.flags = flags_for(layout().nbytes, inlined());
   handle_.guard = all.new_end(sender(), name());
   const std::size_t counters = all.lines[index(sender())].take();
+  all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, begun));
+  all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, committed));
   if (sending) {
     handle_.counters = reinterpret_cast<SenderCounters*>(all.line(sender(), counters, sender()));
   }
   const std::vector<std::byte*> mailboxes = make_mailboxes();
   bool staged = false;
+  for (const Receiver& receiver : receivers_) staged = staged || !receiver.direct;
+  if (staged) {
+    staging_ =
+        keep_words(share_pinned(all.processes, all.processes.owner(sender()), landing_nbytes()));
+  }
   for (std::size_t i = 0; i < receivers_.size(); ++i) {
     Receiver& receiver = receivers_[i];
     const int rank = receivers()[i];
-    staged = staged || !receiver.direct;
     const auto flags = static_cast<std::size_t>(handle_.flags);
     Lines& flag_lines = receiver.direct ? all.lines[index(rank)] : all.host_lines;
     Lines& credit_lines = receiver.direct ? all.lines[index(sender())] : all.host_lines;
     const std::size_t arrived = flag_lines.take(flags);
     const std::size_t credit = credit_lines.take();
     const std::size_t mine = all.lines[index(rank)].take();
+    for (std::size_t f = 0; f < flags; ++f) {
+      all.counts.emplace_back(receiver.direct ? rank : -1, arrived + f * Lines::kLine);
+    }
+    all.counts.emplace_back(receiver.direct ? sender() : -1, credit);
+    all.counts.emplace_back(rank, mine + offsetof(ReceiverCounters, got));
+    all.counts.emplace_back(rank, mine + offsetof(ReceiverCounters, released));
     const Guard guard = all.new_end(rank, name());
     if (sending) {
       const int place = handle_.receivers++;
@@ -69,19 +90,29 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
     if (all.processes.mine(rank)) {
       std::byte* flag = receiver.direct ? all.line(rank, arrived, rank) : all.host.data + arrived;
       std::byte* back = receiver.direct ? all.line(sender(), credit, rank) : all.host.data + credit;
+      const Buffer& landing = !receiver.direct ? *staging_
+                              : inlined()      ? *receiver.words
+                                               : receiver.mailbox;
       receiver.handle = {reinterpret_cast<ReceiverCounters*>(all.line(rank, mine, rank)),
                          guard,
+                         handle_.protocol,
                          slots(),
                          handle_.flags,
                          sender(),
+                         layout().nbytes,
                          words(flag),
-                         words(back)};
+                         words(back),
+                         landing.data,
+                         receiver.mailbox.data};
     }
   }
-  if (staged) {
-    staging_ = share_pinned(all.processes, all.processes.owner(sender()), start_of(slots()));
-    if (sending) handle_.target[handle_.targets++] = staging_.data;
-  }
+  if (staged && sending) handle_.target[handle_.targets++] = staging_->data;
+}
+
+std::shared_ptr<Buffer> CudaChannel::keep_words(Buffer memory) {
+  auto out = std::make_shared<Buffer>(std::move(memory));
+  if (inlined()) shared_->inline_words.push_back(out);
+  return out;
 }
 
 std::vector<std::byte*> CudaChannel::make_mailboxes() {
@@ -95,18 +126,23 @@ std::vector<std::byte*> CudaChannel::make_mailboxes() {
       receiver.direct = all.link(sender(), rank).direct;
       receiver.device = all.devices[static_cast<std::size_t>(rank)];
       if (all.processes.mine(rank)) {
-        receiver.mailbox = all.processes.several() ? allocate_exportable(receiver.device, bytes)
-                                                   : allocate_device(receiver.device, bytes);
-        if (all.processes.several()) {
-          all.mailboxes.push_back(receiver.mailbox);  // until all have unmapped it
-          exported += export_device(receiver.mailbox);
+        const bool several = all.processes.several();
+        Buffer landing = several ? allocate_exportable(receiver.device, landing_nbytes())
+                                 : allocate_device(receiver.device, landing_nbytes());
+        if (several) {
+          all.mailboxes.push_back(landing);  // until all have unmapped it
+          exported += export_device(landing);
         }
+        receiver.mailbox = inlined() ? allocate_device(receiver.device, bytes) : landing;
+        if (inlined()) receiver.words = keep_words(std::move(landing));
       }
       receivers_.push_back(std::move(receiver));
     }
   });
   std::vector<std::byte*> seen;
-  for (const Receiver& receiver : receivers_) seen.push_back(receiver.mailbox.data);
+  for (const Receiver& receiver : receivers_) {
+    seen.push_back(receiver.words ? receiver.words->data : receiver.mailbox.data);
+  }
   if (!all.processes.several()) return seen;
 
   const auto exports = all.processes.all_gather(exported);
@@ -117,7 +153,7 @@ std::vector<std::byte*> CudaChannel::make_mailboxes() {
       const std::string handle = exports[owner].substr(read[owner], kDeviceHandleBytes);
       read[owner] += kDeviceHandleBytes;
       if (!sending || seen[i] != nullptr || !receivers_[i].direct) continue;
-      all.foreign.push_back(import_device(handle, sender_device(), bytes));
+      all.foreign.push_back(import_device(handle, sender_device(), landing_nbytes()));
       seen[i] = all.foreign.back().data;
     }
   });
@@ -144,18 +180,24 @@ Buffer CudaChannel::slot(int receiver, int slot) {
 }
 
 void CudaChannel::begin(int slot, Stream stream) {
+  const nvtx::Range range("begin", *this, sender(), slot);
   check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_begin(handle_, slot, as_stream(stream));
 }
 
 void CudaChannel::push(std::size_t index, const void* data, int slot, Stream stream) {
+  const nvtx::Range range("push", *this, sender(), slot);
   check_index(index);
   check_end(sender(), slot);
   const std::size_t nbytes = layout().specs[index].nbytes;
   if (nbytes == 0) return;
   const std::size_t at = start_of(slot) + layout().offsets[index];
   const DeviceGuard guard(sender_device());
+  if (inlined()) {
+    launch_push_inline(handle_, piece_of(index, data), slot, as_stream(stream));
+    return;
+  }
   const auto copy = [&](std::byte* target) {
     check_cuda(cudaMemcpyAsync(target, data, nbytes, cudaMemcpyDefault, as_stream(stream)),
                "pushing a tensor");
@@ -164,50 +206,105 @@ void CudaChannel::push(std::size_t index, const void* data, int slot, Stream str
 }
 
 void CudaChannel::commit(int slot, Stream stream) {
+  const nvtx::Range range("commit", *this, sender(), slot);
   check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
   launch_commit(handle_, slot, as_stream(stream));
 }
 
-void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream,
-                      PutMode mode) {
+Piece CudaChannel::piece_of(std::size_t index, const void* data) const {
+  // One type serves puts, which only read it, and unpack, which only writes it.
+  return {static_cast<std::byte*>(const_cast<void*>(data)), layout().offsets[index],
+          layout().specs[index].nbytes};
+}
+
+template <class P>
+bool CudaChannel::add_to(P& puts, const std::vector<const void*>& tensors, int slot) const {
   check_count(tensors.size());
-  if (mode == PutMode::kCopy) return Channel::put(tensors, slot, stream, mode);
-  if (tensors.size() > static_cast<std::size_t>(Bundle::kMax)) {
-    throw InvalidArgument("a put by kernel takes at most " + std::to_string(Bundle::kMax) +
-                          " tensors, channel '" + name() + "' has " +
-                          std::to_string(tensors.size()) + ": use mode copy");
-  }
   check_end(sender(), slot);
-  Bundle bundle{};
+  const int c = puts.count;
+  int last = puts.first_piece[c];
+  if (c == P::kMaxChannels || static_cast<std::size_t>(last) + tensors.size() > P::kMaxPieces) {
+    return false;
+  }
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const std::size_t nbytes = layout().specs[i].nbytes;
-    if (nbytes == 0) continue;
-    bundle.pieces[bundle.count++] = {static_cast<const std::byte*>(tensors[i]), layout().offsets[i],
-                                     nbytes};
+    if (layout().specs[i].nbytes > 0) puts.pieces[last++] = piece_of(i, tensors[i]);
+  }
+  puts.sender[c] = handle_;
+  puts.slot[c] = slot;
+  puts.first_piece[c + 1] = last;
+  puts.first_block[c + 1] = puts.first_block[c] + handle_.flags;
+  puts.count = c + 1;
+  return true;
+}
+
+template bool CudaChannel::add_to(ManyPuts&, const std::vector<const void*>&, int) const;
+
+void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("put", *this, sender(), slot);
+  if (mode() == Mode::kCopy) {
+    Channel::put(tensors, slot, stream);
+    return;
   }
   const DeviceGuard guard(sender_device());
-  launch_put(handle_, bundle, slot, as_stream(stream));
+  OnePut one;
+  if (add_to(one, tensors, slot)) {
+    launch_put(one, as_stream(stream));
+    return;
+  }
+  ManyPuts many;
+  add_to(many, tensors, slot);
+  launch_put(many, as_stream(stream));
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {
+  const nvtx::Range range("get", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
+  if (inlined()) {
+    launch_get_inline(receiver.handle, slot, as_stream(stream));
+    return;
+  }
   launch_get(receiver.handle, slot, as_stream(stream));
   if (!receiver.direct && layout().nbytes > 0) {
     check_cuda(
-        cudaMemcpyAsync(receiver.mailbox.data + start_of(slot), staging_.data + start_of(slot),
+        cudaMemcpyAsync(receiver.mailbox.data + start_of(slot), staging_->data + start_of(slot),
                         layout().nbytes, cudaMemcpyHostToDevice, as_stream(stream)),
         "copying a staged bundle");
   }
 }
 
 void CudaChannel::release(int rank, int slot, Stream stream) {
+  const nvtx::Range range("release", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
   launch_release(receiver.handle, slot, as_stream(stream));
+}
+
+void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("unpack", *this, rank, slot);
+  const Receiver& receiver = receivers_[place_of(rank)];
+  check_count(tensors.size());
+  check_end(rank, slot);
+  const DeviceGuard guard(receiver.device);
+  if (tensors.size() > static_cast<std::size_t>(Unpack::kMaxPieces)) {
+    get(rank, slot, stream);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const std::byte* from = receiver.mailbox.data + start_of(slot) + layout().offsets[i];
+      check_cuda(cudaMemcpyAsync(tensors[i], from, layout().specs[i].nbytes, cudaMemcpyDefault,
+                                 as_stream(stream)),
+                 "unpacking a tensor");
+    }
+    release(rank, slot, stream);
+    return;
+  }
+  Unpack unpack;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (layout().specs[i].nbytes > 0) unpack.pieces[unpack.count++] = piece_of(i, tensors[i]);
+  }
+  launch_unpack(receiver.handle, unpack, slot, as_stream(stream));
 }
 
 }  // namespace asyncdiff

@@ -1,4 +1,4 @@
-// A channel between GPUs: copies by copy engines, signals by kernels of one thread.
+// A channel between GPUs: copies by copy engines between two signals, or fused kernels.
 #pragma once
 
 #include <cstddef>
@@ -7,43 +7,59 @@
 #include <vector>
 
 #include "cuda_shared.hpp"
+#include "kernels.hpp"
 
 namespace asyncdiff {
 
-// A receiver that its sender cannot write directly is staged: push copies to pinned host memory,
-// and get copies on to the mailbox after its wait. Flags and credits then lie in host memory too.
+// A receiver that its sender cannot write directly is staged: the sender writes to pinned host
+// memory, and get copies on to the mailbox after its wait. Flags and credits then lie in host
+// memory too.
 class CudaChannel final : public Channel {
  public:
   CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string name, int sender,
-              std::vector<int> receivers, Layout layout, int slots);
+              std::vector<int> receivers, Layout layout, int slots, Mode mode);
 
   Buffer slot(int receiver, int slot) override;
   void begin(int slot, Stream stream) override;
   void push(std::size_t index, const void* data, int slot, Stream stream) override;
   void commit(int slot, Stream stream) override;
-  void put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode mode) override;
+  void put(const std::vector<const void*>& tensors, int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
+  void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
+
+  bool of(const CudaFabric::Shared& fabric) const { return shared_.get() == &fabric; }
+  // Adds this channel's next bundle to a fused put. False, and nothing added, without room.
+  template <class P>
+  bool add_to(P& puts, const std::vector<const void*>& tensors, int slot) const;
 
  private:
   struct Receiver {
     bool direct;
     int device;
     Buffer mailbox;  // all slots; only of own ranks
+    // Inline words for all slots, where direct; one buffer with the fabric, which clears it.
+    std::shared_ptr<Buffer> words;
     ReceiverDevice handle;
   };
 
-  // Allocates those of own ranks; where the sender sees each, or null where it does not.
+  bool inlined() const { return mode() == Mode::kInline; }
+  // Bytes of all slots where they arrive.
+  std::size_t landing_nbytes() const { return (inlined() ? 2 : 1) * start_of(slots()); }
+  std::shared_ptr<Buffer> keep_words(Buffer memory);
+  // Allocates those of own ranks. Returns where the sender sees what it writes of each, or null
+  // where it does not see it.
   std::vector<std::byte*> make_mailboxes();
   // Throws unless this process runs the rank and the fabric is open.
   void check_end(int rank, int slot) const;
   std::size_t start_of(int slot) const { return layout().nbytes * static_cast<std::size_t>(slot); }
   int sender_device() const;
+  Piece piece_of(std::size_t index, const void* data) const;
 
   std::shared_ptr<CudaFabric::Shared> shared_;
   SenderDevice handle_{};
   std::vector<Receiver> receivers_;
-  Buffer staging_;  // all slots; empty where no receiver is staged
+  std::shared_ptr<Buffer> staging_;  // all slots; null where no receiver is staged
 };
 
 }  // namespace asyncdiff

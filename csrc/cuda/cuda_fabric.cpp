@@ -11,6 +11,7 @@
 #include "check.hpp"
 #include "cuda_channel.hpp"
 #include "cuda_shared.hpp"
+#include "kernels.hpp"
 
 namespace asyncdiff {
 
@@ -66,14 +67,40 @@ std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
 
 std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
-                                             const std::string& name) {
+                                             const std::string& name, Mode mode) {
   check_endpoints(sender, receivers, slots);
   if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
     throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) + " receivers");
   }
   const std::lock_guard lock(shared_->mutex);
   shared_->check_open();
-  return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots);
+  if (mode == Mode::kAuto) mode = shared_->fastest(sender, receivers, layout);
+  return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
+}
+
+void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
+  check_together(puts);
+  if (puts.empty()) return;
+  for (const Put& put : puts) {
+    auto* channel = dynamic_cast<CudaChannel*>(put.channel.get());
+    if (channel == nullptr || !channel->of(*shared_)) {
+      throw InvalidArgument("channel '" + put.channel->name() + "' belongs to another fabric");
+    }
+  }
+  const auto sender = static_cast<std::size_t>(puts.front().channel->sender());
+  const DeviceGuard guard(shared_->devices[sender]);
+  ManyPuts many;
+  const auto launch = [&] {
+    if (many.count > 0) launch_put(many, reinterpret_cast<cudaStream_t>(stream));
+    many = {};
+  };
+  for (const Put& put : puts) {
+    auto& channel = static_cast<CudaChannel&>(*put.channel);
+    if (channel.add_to(many, put.tensors, put.slot)) continue;
+    launch();
+    if (!channel.add_to(many, put.tensors, put.slot)) channel.put(put.tensors, put.slot, stream);
+  }
+  launch();
 }
 
 void CudaFabric::abort(int rank, const std::string& reason) {
@@ -86,12 +113,12 @@ void CudaFabric::check() {
   shared_->check();
 }
 
-void CudaFabric::reset() {
+void CudaFabric::reset(std::uint64_t first_bundle) {
   const std::lock_guard lock(shared_->mutex);
   shared_->check_open();
   // Nobody counts on while another process still works, and nobody works while one still resets.
   shared_->processes.barrier();
-  shared_->clear_lines();
+  shared_->reset(first_bundle);
   shared_->processes.barrier();
 }
 

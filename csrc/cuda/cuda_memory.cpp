@@ -61,17 +61,17 @@ Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes)
   return out;
 }
 
-void clear(const Buffer& buffer, std::size_t nbytes) {
+void clear(const Buffer& buffer, std::size_t nbytes, unsigned char value) {
   if (nbytes == 0) return;
   if (buffer.device == Buffer::kHost) {
-    std::memset(buffer.data, 0, nbytes);
+    std::memset(buffer.data, value, nbytes);
     return;
   }
   const DeviceGuard guard(buffer.device);
   // A stream of its own: the default stream would wait for, and hold up, unrelated work.
   cudaStream_t stream = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-  cudaError_t code = cudaMemsetAsync(buffer.data, 0, nbytes, stream);
+  cudaError_t code = cudaMemsetAsync(buffer.data, value, nbytes, stream);
   if (code == cudaSuccess) code = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   check_cuda(code, "clearing device memory");

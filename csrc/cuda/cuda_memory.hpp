@@ -17,8 +17,8 @@ Buffer allocate_pinned(std::size_t nbytes);
 // The same, seen by all processes; made by process `creator`. Collective.
 Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes);
 
-// Sets the first nbytes to zero and waits until they are.
-void clear(const Buffer& buffer, std::size_t nbytes);
+// Sets the first nbytes to zero, or to another byte, and waits until they are.
+void clear(const Buffer& buffer, std::size_t nbytes, unsigned char value = 0);
 
 // Deals out 128-byte lines of a piece of memory, in order. Processes that take the same numbers in
 // the same order get the same lines, wherever each of them sees the memory.

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/cuda_fabric.hpp"
 #include "check.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
@@ -128,11 +129,47 @@ void CudaFabric::Shared::check() {
   throw Aborted(-1, "no reason was left");
 }
 
-void CudaFabric::Shared::clear_lines() {
+void CudaFabric::Shared::reset(std::uint64_t first) {
   for (std::size_t rank = 0; rank < own.size(); ++rank) {
     if (own[rank].data != nullptr) clear(own[rank], lines[rank].used());
   }
   if (processes.mine(0)) clear(host, host_lines.used());
+  // Words that arrived long ago must not look like those of the next bundles, whose tags begin at
+  // first + 1: that many slots do not exist.
+  const bool near_zero = static_cast<std::uint32_t>(first) > 0xffff0000u;
+  for (const auto& weak : inline_words) {
+    const auto words = weak.lock();
+    if (words) clear(*words, words->nbytes, near_zero ? 0x55 : 0);
+  }
+  if (first == 0) return;
+  for (const auto& [rank, offset] : counts) {
+    if (!processes.mine(rank < 0 ? 0 : rank)) continue;
+    const Buffer& memory = rank < 0 ? host : own[static_cast<std::size_t>(rank)];
+    check_cuda(cudaMemcpy(memory.data + offset, &first, sizeof first, cudaMemcpyDefault),
+               "setting a count");
+  }
+}
+
+Mode CudaFabric::Shared::fastest(int sender, const std::vector<int>& receivers,
+                                 const Layout& layout) {
+  char mine = 0;
+  processes.together("measure puts", [&] {
+    if (!processes.mine(sender)) return;
+    const int from = devices[static_cast<std::size_t>(sender)];
+    const int first = receivers.front();
+    bool staged = false;
+    for (int rank : receivers) staged = staged || !link(sender, rank).direct;
+    // A staged receiver's device need not even be visible here; any way through host memory will
+    // do.
+    const int to = staged ? from : device_of(uuids[static_cast<std::size_t>(first)]);
+    const PutCosts costs = put_costs(from, to, staged ? Transport::kStaged : Transport::kPeer);
+    Mode best = costs.fastest(layout.nbytes, layout.specs.size(), receivers.size());
+    if (layout.specs.size() > static_cast<std::size_t>(ManyPuts::kMaxPieces)) best = Mode::kCopy;
+    mine = static_cast<char>(best);
+  });
+  if (!processes.several()) return static_cast<Mode>(mine);
+  const auto owner = static_cast<std::size_t>(processes.owner(sender));
+  return static_cast<Mode>(processes.all_gather(std::string(1, mine))[owner][0]);
 }
 
 void CudaFabric::Shared::release(bool wait_for_others) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -36,6 +37,7 @@ struct CudaFabric::Shared {
   std::vector<int> devices;  // by rank; of another process's rank that process's index
   double deadline;
   std::map<std::pair<int, int>, Link> links;  // by rank
+  std::vector<std::string> uuids;             // of devices, by rank
 
   std::mutex mutex;  // guards all below
   bool closed = false;
@@ -51,6 +53,11 @@ struct CudaFabric::Shared {
   std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
   std::vector<Buffer> mailboxes;                   // of own ranks
   std::vector<Buffer> foreign;                     // mailboxes of others'
+
+  // Words in the lines that count bundles: rank, or -1 for the lines in host memory, and offset.
+  std::vector<std::pair<int, std::size_t>> counts;
+  // Where inline words of channels lie that this process has to clear.
+  std::vector<std::weak_ptr<Buffer>> inline_words;
 
   // One end of a channel: what its failure record belongs to.
   struct End {
@@ -69,7 +76,10 @@ struct CudaFabric::Shared {
   }
   void abort(int rank, const std::string& reason);
   void check();
-  void clear_lines();
+  // All counts to `first`, everything else to zero.
+  void reset(std::uint64_t first);
+  // The fastest mode for a bundle, as the sender's process finds it. Collective.
+  Mode fastest(int sender, const std::vector<int>& receivers, const Layout& layout);
   void release(bool wait_for_others);
 
  private:

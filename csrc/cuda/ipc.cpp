@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "asyncdiff/cuda_fabric.hpp"
 #include "check.hpp"
 #include "cuda_memory.hpp"
 
@@ -82,6 +83,13 @@ std::string uuid_of(int device) {
   cudaDeviceProp properties;
   check_cuda(cudaGetDeviceProperties(&properties, device), "asking for a device's properties");
   return std::string(properties.uuid.bytes, sizeof properties.uuid.bytes);
+}
+
+int device_of(const std::string& uuid) {
+  for (int device = 0; device < cuda_device_count(); ++device) {
+    if (uuid_of(device) == uuid) return device;
+  }
+  return -1;
 }
 
 }  // namespace asyncdiff

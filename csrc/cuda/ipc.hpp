@@ -25,5 +25,7 @@ Buffer import_device(const std::string& handle, int device, std::size_t nbytes);
 
 // The 16 bytes that name a physical device, whatever index processes have for it.
 std::string uuid_of(int device);
+// The index that this process has for it, or -1.
+int device_of(const std::string& uuid);
 
 }  // namespace asyncdiff

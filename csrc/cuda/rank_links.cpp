@@ -48,13 +48,6 @@ std::uint32_t seed_of(int from, int to) {
          100000u * static_cast<std::uint32_t>(to + 1);
 }
 
-int local_index(const std::string& uuid) {
-  for (int device = 0; device < cuda_device_count(); ++device) {
-    if (uuid_of(device) == uuid) return device;
-  }
-  return -1;
-}
-
 }  // namespace
 
 void CudaFabric::Shared::find_links(Transport how) {
@@ -68,7 +61,7 @@ void CudaFabric::Shared::find_links(Transport how) {
   };
 
   // Everybody's devices, and handles of their lines.
-  std::vector<std::string> uuid(devices.size());
+  uuids.resize(devices.size());
   std::vector<std::string> handle(devices.size());
   std::string mine;
   const std::size_t handle_size = processes.several() ? kDeviceHandleBytes : 0;
@@ -85,7 +78,7 @@ void CudaFabric::Shared::find_links(Transport how) {
   for (int rank = 0; rank < ranks; ++rank) {
     const auto owner = static_cast<std::size_t>(processes.owner(rank));
     const auto r = static_cast<std::size_t>(rank);
-    uuid[r] = exports[owner].substr(read[owner], 16);
+    uuids[r] = exports[owner].substr(read[owner], 16);
     handle[r] = exports[owner].substr(read[owner] + 16, handle_size);
     read[owner] += 16 + handle_size;
   }
@@ -104,12 +97,12 @@ void CudaFabric::Shared::find_links(Transport how) {
       for (int b = 0; b < ranks; ++b) {
         if (a == b) continue;
         std::string& reason = tried[{a, b}];
-        const std::string& theirs = uuid[static_cast<std::size_t>(b)];
+        const std::string& theirs = uuids[static_cast<std::size_t>(b)];
         if (processes.mine(b)) {
           if (device(a) != device(b)) reason = between.at({device(a), device(b)}).reason;
           continue;
         }
-        if (local_index(theirs) < 0) {
+        if (device_of(theirs) < 0) {
           reason = "the device of rank " + std::to_string(b) + " is not visible to process " +
                    std::to_string(processes.process()) + ": do not hide it (CUDA_VISIBLE_DEVICES)";
           continue;
@@ -148,7 +141,7 @@ void CudaFabric::Shared::find_links(Transport how) {
     for (int b = 0; b < ranks; ++b) {
       if (a == b) continue;
       Link& link = links[{a, b}];
-      link.same = uuid[static_cast<std::size_t>(a)] == uuid[static_cast<std::size_t>(b)];
+      link.same = uuids[static_cast<std::size_t>(a)] == uuids[static_cast<std::size_t>(b)];
       if (how == Transport::kStaged) {
         link.reason = "staging was asked for";
         continue;
@@ -162,7 +155,7 @@ void CudaFabric::Shared::find_links(Transport how) {
       }
     }
   }
-  clear_lines();
+  reset(0);
   processes.barrier();
 }
 

@@ -10,25 +10,42 @@
 
 namespace asyncdiff {
 
-PutMode put_mode_from(const std::string& name) {
-  if (name == "copy") return PutMode::kCopy;
-  if (name == "kernel") return PutMode::kKernel;
-  throw InvalidArgument("mode '" + name + "': choose copy or kernel");
+Mode mode_from(const std::string& name) {
+  for (Mode mode : {Mode::kAuto, Mode::kInline, Mode::kKernel, Mode::kCopy}) {
+    if (name == name_of(mode)) return mode;
+  }
+  throw InvalidArgument("mode '" + name + "': choose auto, inline, kernel or copy");
 }
 
-void Channel::put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode) {
+std::string name_of(Mode mode) {
+  switch (mode) {
+    case Mode::kAuto:
+      return "auto";
+    case Mode::kInline:
+      return "inline";
+    case Mode::kKernel:
+      return "kernel";
+    case Mode::kCopy:
+      return "copy";
+  }
+  return "unknown mode";
+}
+
+void Channel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   check_count(tensors.size());
   begin(slot, stream);
   for (std::size_t i = 0; i < tensors.size(); ++i) push(i, tensors[i], slot, stream);
   commit(slot, stream);
 }
 
-Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots)
+Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots,
+                 Mode mode)
     : name_(std::move(name)),
       sender_(sender),
       receivers_(std::move(receivers)),
       layout_(std::move(layout)),
-      slots_(slots) {
+      slots_(slots),
+      mode_(mode) {
   if (name_.empty()) {
     name_ = std::to_string(sender_) + " to";
     for (int receiver : receivers_) name_ += " " + std::to_string(receiver);

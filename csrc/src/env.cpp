@@ -8,6 +8,15 @@
 
 namespace asyncdiff::env {
 
+namespace {
+
+std::string text_of(const char* name, const char* otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr || *text == '\0' ? otherwise : text;
+}
+
+}  // namespace
+
 double deadline() {
   const char* text = std::getenv("ASYNCDIFF_DEADLINE");
   if (text == nullptr || *text == '\0') return 10.0;
@@ -20,9 +29,15 @@ double deadline() {
   return seconds;
 }
 
-std::string transport() {
-  const char* text = std::getenv("ASYNCDIFF_TRANSPORT");
-  return text == nullptr || *text == '\0' ? "auto" : text;
+std::string transport() { return text_of("ASYNCDIFF_TRANSPORT", "auto"); }
+
+std::string cache() {
+  const std::string folder = text_of("ASYNCDIFF_CACHE", "");
+  if (!folder.empty()) return folder == "off" ? "" : folder;
+  const std::string shared = text_of("XDG_CACHE_HOME", "");
+  if (!shared.empty()) return shared + "/asyncdiff";
+  const std::string home = text_of("HOME", "");
+  return home.empty() ? "" : home + "/.cache/asyncdiff";
 }
 
 }  // namespace asyncdiff::env

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
@@ -35,6 +36,25 @@ void Fabric::check_endpoints(int sender, const std::vector<int>& receivers, int 
     }
   }
   if (slots < 1 || slots > 1024) throw InvalidArgument("a channel has 1 to 1024 slots");
+}
+
+void Fabric::check_together(const std::vector<Put>& puts) {
+  std::set<const Channel*> seen;
+  for (const Put& put : puts) {
+    if (put.channel->sender() != puts.front().channel->sender()) {
+      throw InvalidArgument("channels '" + puts.front().channel->name() + "' and '" +
+                            put.channel->name() + "' have different senders: put one by one");
+    }
+    if (!seen.insert(put.channel.get()).second) {
+      throw InvalidArgument("channel '" + put.channel->name() +
+                            "' is named twice: its bundles go one after another");
+    }
+  }
+}
+
+void Fabric::put_together(const std::vector<Put>& puts, Stream stream) {
+  check_together(puts);
+  for (const Put& put : puts) put.channel->put(put.tensors, put.slot, stream);
 }
 
 }  // namespace asyncdiff

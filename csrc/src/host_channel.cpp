@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "nvtx.hpp"
+
 namespace asyncdiff {
 
 namespace {
@@ -22,8 +24,9 @@ std::size_t round_up(std::size_t bytes) { return (bytes + kPage - 1) / kPage * k
 }  // namespace
 
 HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string label, int from,
-                         std::vector<int> ranks, Layout bundle, int ring)
-    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring),
+                         std::vector<int> ranks, Layout bundle, int ring, Mode how)
+    : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring,
+              how == Mode::kAuto ? Mode::kCopy : how),
       shared_(std::move(shared)) {
   const std::size_t count = receivers().size();
   const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
@@ -65,7 +68,10 @@ void HostChannel::check_turn(int rank, int slot, std::uint64_t done, bool allowe
 
 void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed,
                        Incident incident) {
-  const auto there = [&] { return count.load(std::memory_order_acquire) >= needed; };
+  const auto there = [&] {
+    // Also across a wrap of the count.
+    return static_cast<std::int64_t>(count.load(std::memory_order_acquire) - needed) >= 0;
+  };
   const auto done = [&] { return there() || shared_->failed() || shared_->closed.load(); };
   const auto limit = std::chrono::duration<double>(shared_->deadline);
   const auto deadline = std::chrono::steady_clock::now() +
@@ -82,6 +88,7 @@ void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t ne
 }
 
 void HostChannel::begin(int slot, Stream) {
+  const nvtx::Range range("begin", *this, sender(), slot);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->begun.load(std::memory_order_relaxed);
   const bool allowed = done == sent_->committed.load(std::memory_order_relaxed);
@@ -89,13 +96,14 @@ void HostChannel::begin(int slot, Stream) {
   const std::uint64_t epoch = done + 1;
   sent_->begun.store(epoch, std::memory_order_relaxed);
   const auto ring = static_cast<std::uint64_t>(slots());
-  const std::uint64_t needed = epoch > ring ? epoch - ring : 0;
+  const std::uint64_t needed = epoch - ring;
   for (std::size_t i = 0; i < receivers().size(); ++i) {
     wait(received_[i].released, needed, {sender(), receivers()[i], name(), slot, 0, 0, "begin"});
   }
 }
 
 void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
+  const nvtx::Range range("push", *this, sender(), slot);
   check_index(index);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
@@ -109,15 +117,17 @@ void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
 }
 
 void HostChannel::commit(int slot, Stream) {
+  const nvtx::Range range("commit", *this, sender(), slot);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
-  const bool allowed = done < sent_->begun.load(std::memory_order_relaxed);
+  const bool allowed = done != sent_->begun.load(std::memory_order_relaxed);
   check_turn(sender(), slot, done, allowed, "commit");
   sent_->committed.store(done + 1, std::memory_order_release);
   shared_->control->changed.notify();
 }
 
 void HostChannel::get(int receiver, int slot, Stream) {
+  const nvtx::Range range("get", *this, receiver, slot);
   HostReceiverCounts& mine = received_[place_of(receiver)];
   check_end(receiver, slot);
   const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
@@ -127,13 +137,26 @@ void HostChannel::get(int receiver, int slot, Stream) {
 }
 
 void HostChannel::release(int receiver, int slot, Stream) {
+  const nvtx::Range range("release", *this, receiver, slot);
   HostReceiverCounts& mine = received_[place_of(receiver)];
   check_end(receiver, slot);
   const std::uint64_t done = mine.released.load(std::memory_order_relaxed);
-  const bool allowed = done < mine.got.load(std::memory_order_relaxed);
+  const bool allowed = done != mine.got.load(std::memory_order_relaxed);
   check_turn(receiver, slot, done, allowed, "release");
   mine.released.store(done + 1, std::memory_order_release);
   shared_->control->changed.notify();
+}
+
+void HostChannel::unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) {
+  const nvtx::Range range("unpack", *this, receiver, slot);
+  check_count(tensors.size());
+  get(receiver, slot, stream);
+  const std::byte* from = start_of(place_of(receiver), slot);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::size_t nbytes = layout().specs[i].nbytes;
+    if (nbytes > 0) std::memcpy(tensors[i], from + layout().offsets[i], nbytes);
+  }
+  release(receiver, slot, stream);
 }
 
 }  // namespace asyncdiff

@@ -15,7 +15,7 @@ namespace asyncdiff {
 class HostChannel final : public Channel {
  public:
   HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name, int sender,
-              std::vector<int> receivers, Layout layout, int slots);
+              std::vector<int> receivers, Layout layout, int slots, Mode mode);
 
   Buffer slot(int receiver, int slot) override;
   void begin(int slot, Stream stream) override;
@@ -23,6 +23,7 @@ class HostChannel final : public Channel {
   void commit(int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
+  void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
 
  private:
   std::byte* start_of(std::size_t place, int slot) const;

@@ -1,6 +1,7 @@
 #include "asyncdiff/host_fabric.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -96,10 +97,10 @@ std::map<std::pair<int, int>, std::string> HostFabric::links() const {
 
 std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
-                                             const std::string& name) {
+                                             const std::string& name, Mode mode) {
   check_endpoints(sender, receivers, slots);
   if (shared_->closed.load()) throw Error("the fabric is closed");
-  return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots);
+  return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
 
 void HostFabric::abort(int rank, const std::string& reason) {
@@ -110,7 +111,7 @@ void HostFabric::abort(int rank, const std::string& reason) {
 
 void HostFabric::check() { shared_->check(); }
 
-void HostFabric::reset() {
+void HostFabric::reset(std::uint64_t first_bundle) {
   if (shared_->closed.load()) throw Error("the fabric is closed");
   // Nobody counts on while another process still works, and nobody works while another still
   // resets.
@@ -126,8 +127,10 @@ void HostFabric::reset() {
         all.end());
     for (const auto& [owner, counts] : all) {
       const auto memory = owner.lock();
-      // All zero bits are a zero count. Each process does it: whose channel it is does not matter.
-      if (memory) std::memset(counts.first, 0, counts.second);
+      if (!memory) continue;
+      // Each process does it: whose channel it is does not matter.
+      auto* words = reinterpret_cast<std::atomic<std::uint64_t>*>(counts.first);
+      for (std::size_t i = 0; i < counts.second / sizeof *words; ++i) words[i].store(first_bundle);
     }
   }
   shared_->processes.barrier();

@@ -47,11 +47,18 @@ def views(
     channel: core.Channel, layout: core.Layout, receiver: int, slot: int, device: torch.device
 ) -> list[torch.Tensor]:
     """The tensors of a bundle in a receiver's slot, without copying."""
-    buffer = channel.slot(receiver, slot)
+    return tensors_in(memory_of(channel.slot(receiver, slot), device), layout)
+
+
+def memory_of(buffer: core.Buffer, device: torch.device) -> torch.Tensor:
+    """A slot as flat uint8, without copying."""
     if device.type == "cuda":
-        memory = torch.as_tensor(buffer, device=device)
-    else:
-        memory = torch.from_numpy(np.asarray(buffer))
+        return torch.as_tensor(buffer, device=device)
+    return torch.from_numpy(np.asarray(buffer))
+
+
+def tensors_in(memory: torch.Tensor, layout: core.Layout) -> list[torch.Tensor]:
+    """The tensors of a bundle that lies in ``memory`` (flat uint8), without copying."""
     out = []
     for spec, offset in zip(layout.specs, layout.offsets, strict=True):
         dtype = getattr(torch, spec.dtype)

@@ -284,7 +284,9 @@ class Engine:
             if time is not None:
                 inputs |= dict.fromkeys(self._times, time)
             worker.set_inputs(inputs, caller)
-            outputs = worker.run(slots)
+            about = {"rank": action.rank, "component": worker.index, "step": action.time}
+            with core.nvtx_range("run", **about):
+                outputs = worker.run(slots)
             return None if action.step is None else self._deliver(worker, outputs, home)
 
         return work

@@ -31,6 +31,10 @@ class SchedulerError(AsyncDiffError, ValueError):
     """The sampler calls the denoiser in a way that asynchronous denoising cannot serve."""
 
 
+class BenchError(AsyncDiffError, ValueError):
+    """A benchmark was asked for what does not exist, or measured what cannot be right."""
+
+
 class RankError(AsyncDiffError, RuntimeError):
     """A rank failed in the middle of a generation. ``rank`` says which; ``__cause__`` says why."""
 

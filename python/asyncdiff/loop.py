@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+import asyncdiff_core as core
+
 from .calls import Role
 from .clock import Clock
 from .component import Caller, Recorded, Worker
@@ -76,6 +78,8 @@ class Loop:
         self._predictions = predictions
         self._prepared = False
         plan = settings.plan
+        #: the first step of every tick, and of what follows the last one, for profilers
+        self._first_steps = [*(tick.serves[0] for tick in plan.ticks), plan.steps]
         self._seats = [self._seat(worker) for worker in engine.workers]
         #: numbers of distinct segments: equal ones share a CUDA graph
         self._numbers: dict[Segment, int] = {}
@@ -134,12 +138,10 @@ class Loop:
         caller = Caller(start.latents.device) if engine.cuda else None
         for seat in self._seats:
             engine.submit(seat.worker.rank, functools.partial(self._begin, seat, start, caller))
-        for tick in self._ticks:
+        for step, tick in zip(self._first_steps, self._ticks, strict=True):
             engine.check()
             for number, segment in tick:
-                seat = self._seats[segment.rank]
-                work = functools.partial(self._work, segment)
-                issue = functools.partial(seat.worker.issue, seat.graphs, number, work)
+                issue = functools.partial(self._issue, number, segment, step)
                 engine.submit(segment.rank, issue)
         engine.finish()
         update = self._seats[self._predictions.readers[0]].update
@@ -174,6 +176,13 @@ class Loop:
             indices.append(next(runs, None) or 0)
         return times[indices]
 
+    def _issue(self, number: int, segment: Segment, step: int) -> None:
+        seat = self._seats[segment.rank]
+        work = functools.partial(self._work, segment)
+        about = {"rank": segment.rank, "component": seat.worker.index, "step": step}
+        with core.nvtx_range("run", **about):
+            seat.worker.issue(seat.graphs, number, work)
+
     def _work(self, segment: Segment) -> list[Any]:
         """Issue a segment on its rank's current stream; the component's outputs, if it runs."""
         seat = self._seats[segment.rank]
@@ -183,7 +192,7 @@ class Loop:
             for source, slot in segment.advance:
                 self._predictions.release(segment.rank, source, slot)
         for op in segment.ops:
-            outputs = self._issue(seat.worker, op) or outputs
+            outputs = self._do(seat.worker, op) or outputs
         return outputs
 
     def _update(
@@ -200,7 +209,7 @@ class Loop:
                 seat.static.copy_(seat.into)
         seat.clock.advance(len(predictions))
 
-    def _issue(self, worker: Worker, op: Op) -> list[Any]:
+    def _do(self, worker: Worker, op: Op) -> list[Any]:
         if op.kind is Kind.RUN:
             outputs = worker.execute((op.reads, op.slot))
             if op.delivers is not None:

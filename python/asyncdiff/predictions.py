@@ -57,8 +57,7 @@ class Predictions:
             self._own[rank].copy_(value)
         if rank in self._channels:
             stream = self._engine.workers[rank].stream
-            # One launch: a prediction is small, and everybody waits for it.
-            self._channels[rank].put([value], slot, stream, mode="kernel")
+            self._channels[rank].put([value], slot, stream)
 
     def get(self, rank: int, source: int, slot: int) -> torch.Tensor:
         """Wait for ``source``'s prediction; as :meth:`look`, valid until :meth:`release`."""

@@ -11,7 +11,9 @@ from processes import run
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("transport", ["auto", "staged"])
-@pytest.mark.parametrize(("processes", "mode"), [(2, "copy"), (2, "kernel"), (4, "kernel")])
+@pytest.mark.parametrize(
+    ("processes", "mode"), [(2, "copy"), (2, "inline"), (2, "auto"), (4, "kernel")]
+)
 def test_bundles_arrive_whole_and_in_order(
     place: str, transport: str, processes: int, mode: str, tmp_path: Path
 ) -> None:

@@ -273,7 +273,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "plan", "doctor"):
+    for command in ("demo", "generate", "plan", "doctor", "bench"):
         assert command in done.stdout
 
 

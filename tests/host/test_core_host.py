@@ -264,3 +264,100 @@ def test_links_and_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_the_cuda_fabric_says_so() -> None:
     with pytest.raises(core.DeviceError, match=r"built without CUDA|no GPU"):
         core.CudaFabric([0, 0])
+
+
+def test_unpack_copies_out_and_releases() -> None:
+    fabric = core.HostFabric(2)
+    channel = fabric.channel(0, [1], LAYOUT, slots=1)
+    for n in range(3):
+        channel.put(bundle(n), 0)
+        into = [np.zeros((3, 5), np.float32), np.zeros(7, np.int64)]
+        channel.unpack(1, into, 0)
+        assert all((a == b).all() for a, b in zip(into, bundle(n), strict=True))
+    with pytest.raises(core.InvalidArgument, match="1 tensors"):
+        channel.unpack(1, into[:1], 0)
+    with pytest.raises(core.InvalidArgument, match="was agreed"):
+        channel.unpack(1, into[::-1], 0)
+
+
+def test_puts_of_several_channels() -> None:
+    fabric = core.HostFabric(3)
+    one, all_ = fabric.channel(0, [1], LAYOUT), fabric.channel(0, [1, 2], LAYOUT)
+    fabric.put_together([(one, bundle(1), 0), (all_, bundle(2), 0)])
+    one.get(1, 0)
+    assert (read(one, 1, 0)[0] == 1).all()
+    for rank in (1, 2):
+        all_.get(rank, 0)
+        assert (read(all_, rank, 0)[0] == 2).all()
+    with pytest.raises(core.InvalidArgument, match="named twice"):
+        fabric.put_together([(one, bundle(1), 1), (one, bundle(1), 0)])
+    with pytest.raises(core.InvalidArgument, match="different senders"):
+        fabric.put_together([(one, bundle(1), 1), (fabric.channel(1, [0], LAYOUT), bundle(1), 0)])
+    fabric.put_together([])
+
+
+@pytest.mark.parametrize("first", [5, 2**32 - 2, 2**64 - 4])
+def test_counts_start_anywhere_and_may_wrap(first: int) -> None:
+    fabric = core.HostFabric(2)
+    channel = fabric.channel(0, [1], LAYOUT)
+    fabric.reset(first)
+    for n in range(first, first + 9):
+        channel.put(bundle(n % 100), n % 2)
+        channel.get(1, n % 2)
+        assert (read(channel, 1, n % 2)[0] == n % 100).all()
+        channel.release(1, n % 2)
+    with pytest.raises(core.SlotOrderError):
+        channel.put(bundle(0), first % 2)
+
+
+def test_modes_by_name() -> None:
+    fabric = core.HostFabric(2)
+    assert fabric.channel(0, [1], LAYOUT).mode == "copy"
+    assert fabric.channel(0, [1], LAYOUT, mode="inline").mode == "inline"
+    with pytest.raises(core.InvalidArgument, match="auto, inline, kernel or copy"):
+        fabric.channel(0, [1], LAYOUT, mode="magic")
+
+
+COSTS = """asyncdiff put costs 1
+2 3
+1024 2 3 6
+65536 5 4 7
+1048576 0 10 10.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "tensors", "receivers", "mode"),
+    [
+        (16, 1, 1, "inline"),
+        (1024, 1, 1, "inline"),
+        (65536, 1, 1, "kernel"),
+        (1 << 20, 1, 1, "copy"),  # a little slower, and leaves the multiprocessors alone
+        (1 << 20, 3, 1, "kernel"),  # each further copy costs
+        (1024, 1, 60, "kernel"),
+        (1 << 24, 1, 1, "copy"),
+    ],
+)
+def test_the_fastest_mode_by_costs(nbytes: int, tensors: int, receivers: int, mode: str) -> None:
+    costs = core.PutCosts.from_text(COSTS)
+    assert costs.inline_us == {1024: 2, 65536: 5}
+    assert costs.copy_us[1 << 20] == 10.5
+    assert costs.copy_node_us == 2
+    assert costs.fastest(nbytes, tensors=tensors, receivers=receivers) == mode
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hello\n1 1\n1 1 1 1",
+        COSTS.replace("65536", "64"),
+        COSTS.replace("10.5", "0"),
+        COSTS.replace("2 3\n", "2 4\n", 1),
+    ],
+)
+def test_what_is_no_table_of_costs(text: str) -> None:
+    from asyncdiff_core import _core
+
+    with pytest.raises(core.InvalidArgument, match="no table"):
+        _core.fastest_put(text, 1, 1, 1)

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,25 +16,29 @@ namespace asyncdiff {
 // stream.
 using Stream = std::uintptr_t;
 
-// How put() moves a bundle between GPUs: by copy engines, tensor by tensor, or by one kernel that
-// gathers all tensors and stores to all receivers. On the host both are the same.
-enum class PutMode { kCopy, kKernel };
+// How a channel between GPUs moves bundles. Copy: copy engines, tensor by tensor, which takes no
+// multiprocessor. Kernel: one launch gathers all tensors and stores them to all receivers. Inline:
+// the same with data and flag in one store, for small bundles. Auto: the fastest of them by
+// measured costs (put_costs.hpp). On the host they are all the same, a copy.
+enum class Mode { kAuto, kInline, kKernel, kCopy };
 
-PutMode put_mode_from(const std::string& name);
+Mode mode_from(const std::string& name);
+std::string name_of(Mode mode);
 
 // The n-th bundle (n = 0, 1, ...) uses slot n % slots. Callers name the slot, so that a captured
 // graph always touches the same memory; the channel checks it against its own count, which on CUDA
 // lives in device memory and is advanced by the kernels, so that replays count.
 //
-// Sender:    begin(slot)  push(tensor) ...  commit(slot)
-// Receiver:  get(slot)  ...reads the slot...  release(slot)
+// Sender:    begin(slot)  push(tensor) ...  commit(slot), or put(tensors, slot)
+// Receiver:  get(slot)  ...reads the slot...  release(slot), or unpack(tensors, slot)
 //
 // begin waits until every receiver has released what the slot held before. commit makes the
 // bundle visible; data is ordered before it. On the host these calls block and throw; on CUDA they
 // only enqueue, and what goes wrong on the device shows in Fabric::check().
 class Channel {
  public:
-  Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots);
+  Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots,
+          Mode mode);
   virtual ~Channel() = default;
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
@@ -43,6 +48,8 @@ class Channel {
   const std::vector<int>& receivers() const { return receivers_; }
   const Layout& layout() const { return layout_; }
   int slots() const { return slots_; }
+  // Never kAuto.
+  Mode mode() const { return mode_; }
 
   // The memory of a slot in a receiver's mailbox.
   virtual Buffer slot(int receiver, int slot) = 0;
@@ -52,9 +59,11 @@ class Channel {
   virtual void push(std::size_t index, const void* data, int slot, Stream stream) = 0;
   virtual void commit(int slot, Stream stream) = 0;
   // All three for a whole bundle: tensors[i] is laid out like specs[i].
-  virtual void put(const std::vector<const void*>& tensors, int slot, Stream stream, PutMode mode);
+  virtual void put(const std::vector<const void*>& tensors, int slot, Stream stream);
   virtual void get(int receiver, int slot, Stream stream) = 0;
   virtual void release(int receiver, int slot, Stream stream) = 0;
+  // Get, copy the bundle to tensors[i], laid out like specs[i], release.
+  virtual void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) = 0;
 
  protected:
   void check_slot(int slot) const;
@@ -69,6 +78,14 @@ class Channel {
   std::vector<int> receivers_;
   Layout layout_;
   int slots_;
+  Mode mode_;
+};
+
+// One put of several that go together.
+struct Put {
+  std::shared_ptr<Channel> channel;
+  std::vector<const void*> tensors;
+  int slot;
 };
 
 }  // namespace asyncdiff

@@ -1,7 +1,8 @@
-// A channel's ends as seen from device code: where to wait and where to signal.
+// A channel's ends as seen from device code: where to wait and where to signal. What kernels do
+// with them is in channel_kernel.hpp.
 //
-// Epochs count bundles from one, only grow between two resets, and live in device memory: kernels
-// advance them, so graph replays and eager calls count alike. Every word has one writer.
+// Epochs count bundles, only grow between two resets, and live in device memory: kernels advance
+// them, so graph replays and eager calls count alike. Every word has one writer.
 #pragma once
 
 #include <cstddef>
@@ -48,13 +49,21 @@ struct alignas(128) SenderCounters {
 struct alignas(128) ReceiverCounters {
   std::uint64_t got;
   std::uint64_t released;
+  unsigned finished;  // blocks of the fused get that is running
 };
+
+// How a bundle travels. Flagged: as it is, then the channel's flags are set to its epoch. Inline:
+// every 8 bytes carry 4 bytes of it and the low half of its epoch, so that no flag is needed; it
+// takes twice the memory, and the receiver has to look at every word. 8 bytes, because no more are
+// sure to arrive together.
+enum class Protocol : int { kFlagged = 0, kInline = 1 };
 
 struct SenderDevice {
   SenderCounters* counters;
   Guard guard;
+  Protocol protocol;
   int slots;
-  int flags;
+  int flags;  // and blocks of a fused put
   int receivers;
   int targets;
   std::uint64_t slot_nbytes;
@@ -63,18 +72,23 @@ struct SenderDevice {
   const std::uint64_t* credits[kMaxReceivers];
   // Written by the sender, in memory near each receiver: the first of `flags`.
   std::uint64_t* arrived[kMaxReceivers];
-  // Where the slots lie that are written: mailboxes, and the memory of staged receivers once.
+  // Where the slots lie that are written: mailboxes (or their inline words), and the memory of
+  // staged receivers once.
   std::byte* target[kMaxReceivers];
 };
 
 struct ReceiverDevice {
   ReceiverCounters* counters;
   Guard guard;
+  Protocol protocol;
   int slots;
-  int flags;
+  int flags;  // and blocks of a fused get
   int sender_rank;
+  std::uint64_t slot_nbytes;
   const std::uint64_t* arrived;
   std::uint64_t* credit;
+  const std::byte* source;  // where bundles arrive, with twice the bytes a slot if inline
+  std::byte* mailbox;       // where a get that is not fused leaves them
 };
 
 }  // namespace asyncdiff

@@ -2,6 +2,7 @@
 // GPU.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "asyncdiff/fabric.hpp"
+#include "asyncdiff/put_costs.hpp"
 #include "asyncdiff/rendezvous.hpp"
 
 namespace asyncdiff {
@@ -21,6 +23,11 @@ Transport transport_from(const std::string& name);
 
 // The number of CUDA devices; 0 without a driver.
 int cuda_device_count();
+
+// What puts cost between two devices of this process. Measured at the first use on a machine, which
+// takes a second or two and uses both devices, then kept in a file under env::cache(). Where it
+// cannot be measured, costs as they are on NVLinked H200s.
+PutCosts put_costs(int from, int to, Transport transport);
 
 class CudaFabric final : public Fabric {
  public:
@@ -43,11 +50,13 @@ class CudaFabric final : public Fabric {
   std::map<std::pair<int, int>, std::string> links() const override;
   std::map<std::pair<int, int>, std::string> link_reasons() const override;
   std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
-                                   const Layout& layout, int slots,
-                                   const std::string& name) override;
+                                   const Layout& layout, int slots, const std::string& name,
+                                   Mode mode = Mode::kAuto) override;
+  // As many launches as needed where there are more than 8 channels or 320 tensors.
+  void put_together(const std::vector<Put>& puts, Stream stream) override;
   void abort(int rank, const std::string& reason) override;
   void check() override;
-  void reset() override;
+  void reset(std::uint64_t first_bundle = 0) override;
   // With several processes: unmaps what others own, waits for all, frees. After a failure it waits
   // for nobody, and what others may still have mapped stays until this process ends.
   void close() override;

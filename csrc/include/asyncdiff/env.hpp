@@ -11,4 +11,8 @@ double deadline();
 // ASYNCDIFF_TRANSPORT: auto, peer or staged, where the caller does not say. Default auto.
 std::string transport();
 
+// ASYNCDIFF_CACHE: the folder that keeps what was measured on this machine; empty where nothing is
+// to be kept ("off", or no home). Default $XDG_CACHE_HOME/asyncdiff, else ~/.cache/asyncdiff.
+std::string cache();
+
 }  // namespace asyncdiff::env

@@ -1,6 +1,7 @@
 // Ranks, how they reach each other's memory, and how a failure of one stops the others.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -30,21 +31,27 @@ class Fabric {
   virtual std::map<std::pair<int, int>, std::string> link_reasons() const { return {}; }
 
   virtual std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
-                                           const Layout& layout, int slots,
-                                           const std::string& name) = 0;
+                                           const Layout& layout, int slots, const std::string& name,
+                                           Mode mode = Mode::kAuto) = 0;
+
+  // Puts of channels of one sender, each channel once: on CUDA in one launch, whatever the
+  // channels' modes.
+  virtual void put_together(const std::vector<Put>& puts, Stream stream);
 
   // Ends all waits, now and later, until reset().
   virtual void abort(int rank, const std::string& reason) = 0;
   // Throws the first failure since the last reset(), if there was one. Does not synchronize.
   virtual void check() = 0;
-  // Empties all channels and forgets failures. Nothing may be in flight.
-  virtual void reset() = 0;
+  // Empties all channels and forgets failures. Nothing may be in flight. The next bundle of every
+  // channel counts as the first_bundle-th, so it uses slot first_bundle % slots.
+  virtual void reset(std::uint64_t first_bundle = 0) = 0;
   // Ends the fabric: nothing can be exchanged any more. Nothing may be in flight. Mailbox memory
   // lives on while somebody holds it.
   virtual void close() = 0;
 
  protected:
   void check_endpoints(int sender, const std::vector<int>& receivers, int slots) const;
+  static void check_together(const std::vector<Put>& puts);
 
  private:
   int ranks_;

@@ -1,6 +1,7 @@
 // The fabric of threads of one process, or of processes of one machine: mailboxes are host memory.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -25,11 +26,11 @@ class HostFabric final : public Fabric {
   std::string kind() const override { return "host"; }
   std::map<std::pair<int, int>, std::string> links() const override;
   std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
-                                   const Layout& layout, int slots,
-                                   const std::string& name) override;
+                                   const Layout& layout, int slots, const std::string& name,
+                                   Mode mode = Mode::kAuto) override;
   void abort(int rank, const std::string& reason) override;
   void check() override;
-  void reset() override;
+  void reset(std::uint64_t first_bundle = 0) override;
   void close() override;
 
   // What channels share with their fabric and outlive it with.

@@ -1,4 +1,4 @@
-"""The command line: ``asyncdiff demo | generate | plan | doctor``.
+"""The command line: ``asyncdiff demo | generate | plan | doctor | bench``.
 
 One file a command. Nothing here imports torch before a command runs, so that ``--help`` is quick.
 """

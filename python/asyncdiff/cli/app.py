@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .generate import generate
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(plan)
 app.command()(doctor)
+app.add_typer(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,70 @@
+// How a block copies a part of a tensor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace asyncdiff {
+
+constexpr int kThreads = 512;           // of a block that moves data
+constexpr std::uint64_t kTile = 16384;  // bytes that a block copies at a time
+// The same of inline bundles: 8 a thread, so that small bundles occupy several blocks.
+constexpr std::uint64_t kInlineTile = kThreads * 8;
+
+// Loads each word once and gives it to store(offset, word). Several loads are under way at a time:
+// what waits for memory is what limits a few blocks.
+template <class Word, class Store>
+__device__ void copy_words(const std::byte* source, std::uint64_t from, std::uint64_t to,
+                           Store store) {
+  constexpr int kAtOnce = kTile / kThreads / sizeof(uint4);
+  constexpr std::uint64_t kStep = kThreads * sizeof(Word);
+  for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kAtOnce * kStep) {
+    Word words[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (i + n * kStep < to) words[n] = *reinterpret_cast<const Word*>(source + i + n * kStep);
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      if (i + n * kStep < to) store(i + n * kStep, words[n]);
+    }
+  }
+}
+
+// The bytes [from, to); `from` is a multiple of kTile. `address` is the less aligned one of both
+// ends; slots are always aligned.
+template <class Store>
+__device__ void copy_part(const std::byte* source, const std::byte* address, std::uint64_t from,
+                          std::uint64_t to, Store store) {
+  const auto alignment = reinterpret_cast<std::uintptr_t>(address);
+  std::uint64_t middle = from;
+  if (alignment % sizeof(uint4) == 0) {
+    middle = to / sizeof(uint4) * sizeof(uint4);
+    copy_words<uint4>(source, from, middle, store);
+  } else if (alignment % sizeof(std::uint32_t) == 0) {
+    middle = to / sizeof(std::uint32_t) * sizeof(std::uint32_t);
+    copy_words<std::uint32_t>(source, from, middle, store);
+  }
+  copy_words<std::uint8_t>(source, middle, to, store);
+}
+
+// Deals the parts of all pieces out to `blocks` blocks in turn, and calls part(piece, from, to) for
+// those of this block.
+template <class Part>
+__device__ void deal(const Piece* pieces, int count, std::uint64_t tile_nbytes, unsigned block,
+                     unsigned blocks, Part part) {
+  unsigned next = 0;  // the block that gets the next tile
+  for (int p = 0; p < count; ++p) {
+    const std::uint64_t nbytes = pieces[p].nbytes;
+    const auto tiles = static_cast<unsigned>((nbytes + tile_nbytes - 1) / tile_nbytes);
+    for (unsigned tile = (block + blocks - next) % blocks; tile < tiles; tile += blocks) {
+      const std::uint64_t from = tile * tile_nbytes;
+      part(pieces[p], from, from + tile_nbytes < nbytes ? from + tile_nbytes : nbytes);
+    }
+    next = (next + tiles) % blocks;
+  }
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,32 @@
+// What tries a link: a pattern, written by a kernel.
+#include <cstdint>
+
+#include "check.hpp"
+#include "kernels.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+__global__ void fill_kernel(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed) {
+  for (std::uint32_t i = threadIdx.x; i < count; i += blockDim.x) memory[i] = seed + i;
+}
+
+}  // namespace
+
+void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
+                 cudaStream_t stream) {
+  fill_kernel<<<1, 256, 0, stream>>>(memory, count, seed);
+  check_cuda(cudaGetLastError(), "launching fill");
+}
+
+void preload_fill() { preload(fill_kernel); }
+
+void preload_kernels() {
+  preload_signals();
+  preload_put();
+  preload_take();
+  preload_fill();
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,96 @@
+// Gets that do more than wait: of inline bundles, and the fused get that copies a bundle out.
+#include <cstddef>
+#include <cstdint>
+
+#include "asyncdiff/channel_kernel.hpp"
+#include "check.hpp"
+#include "copy.cuh"
+#include "kernels.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+__global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice receiver, int slot) {
+  __shared__ Turn turn;
+  if (!start(receiver, slot, false, turn)) return;
+  std::byte* to = receiver.mailbox + receiver.slot_nbytes * slot;
+  const std::uint64_t step = std::uint64_t{8} * kThreads * gridDim.x;
+  // The same number of turns for all lanes of a warp.
+  for (std::uint64_t from = std::uint64_t{8} * kThreads * blockIdx.x; from < receiver.slot_nbytes;
+       from += step) {
+    const std::uint64_t at = from + std::uint64_t{8} * threadIdx.x;
+    const bool wanted = at < receiver.slot_nbytes;
+    std::uint64_t value;
+    if (!read_inline(receiver, slot, turn.epoch, wanted, at, value)) break;
+    if (wanted) *reinterpret_cast<std::uint64_t*>(to + at) = value;
+  }
+  finish(receiver, false, turn);
+}
+
+__device__ void unpack_part_inline(const ReceiverDevice& receiver, const Piece& piece, int slot,
+                                   std::uint64_t epoch, std::uint64_t from, std::uint64_t to) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(piece.memory) % 8 == 0;
+  for (std::uint64_t first = from; first < to; first += kThreads * 8) {
+    const std::uint64_t i = first + threadIdx.x * 8;
+    std::uint64_t value;
+    if (!read_inline(receiver, slot, epoch, i < to, piece.offset + i, value)) return;
+    if (i >= to) continue;
+    if (aligned && i + 8 <= to) {
+      *reinterpret_cast<std::uint64_t*>(piece.memory + i) = value;
+    } else {
+      for (int b = 0; b < 8 && i + b < to; ++b) {
+        piece.memory[i + b] = static_cast<std::byte>(value >> (8 * b));
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(ReceiverDevice receiver, const __grid_constant__ Unpack unpack, int slot) {
+  __shared__ Turn turn;
+  if (!start(receiver, slot, true, turn)) return;
+  const bool inlined = receiver.protocol == Protocol::kInline;
+  if (!inlined) {
+    // Every block waits for all flags: whether a put by kernel or copies filled the slot, and how
+    // the sender dealt it out, does not matter here.
+    bool good = true;
+    if (static_cast<int>(threadIdx.x) < receiver.flags) {
+      good = wait_for_flag(receiver, slot, turn.epoch, static_cast<int>(threadIdx.x));
+    }
+    if (__syncthreads_and(good) == 0) return;  // aborted: nothing counts until the next reset
+  }
+  const std::byte* source = receiver.source + receiver.slot_nbytes * slot;
+  deal(unpack.pieces, unpack.count, inlined ? kInlineTile : kTile, blockIdx.x, gridDim.x,
+       [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
+         if (inlined) {
+           unpack_part_inline(receiver, piece, slot, turn.epoch, from, to);
+           return;
+         }
+         copy_part(source + piece.offset, piece.memory, from, to, [&](std::uint64_t i, auto word) {
+           *reinterpret_cast<decltype(word)*>(piece.memory + i) = word;
+         });
+       });
+  finish(receiver, true, turn);
+}
+
+}  // namespace
+
+void launch_get_inline(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
+  get_inline_kernel<<<static_cast<unsigned>(receiver.flags), kThreads, 0, stream>>>(receiver, slot);
+  check_cuda(cudaGetLastError(), "launching get");
+}
+
+void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot,
+                   cudaStream_t stream) {
+  unpack_kernel<<<static_cast<unsigned>(receiver.flags), kThreads, 0, stream>>>(receiver, unpack,
+                                                                                slot);
+  check_cuda(cudaGetLastError(), "launching unpack");
+}
+
+void preload_take() {
+  preload(get_inline_kernel);
+  preload(unpack_kernel);
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,189 @@
+// What kernels do with a channel's end: take turns, wait, signal. For device code only.
+//
+// A kernel that consumes a bundle itself, in place of get, a kernel and release (flagged protocol):
+//
+//   __global__ void mine(asyncdiff::ReceiverDevice from, int slot, ...) {   // any number of blocks
+//     __shared__ asyncdiff::Turn turn;
+//     if (!asyncdiff::start(from, slot, true, turn)) return;   // all threads call it
+//     if (threadIdx.x < from.flags) asyncdiff::wait_for_flag(from, slot, turn.epoch, threadIdx.x);
+//     __syncthreads();
+//     ... reads from.source + slot * from.slot_nbytes ...
+//     asyncdiff::finish(from, true, turn);                     // gives the slot back
+//   }
+//
+// unpack_kernel in take.cu is one, for both protocols. A kernel does not throw: it records the
+// failure, returns, and Fabric::check() throws it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "asyncdiff/channel_device.hpp"
+#include "asyncdiff/ptx.hpp"
+
+namespace asyncdiff {
+
+// Between two looks at the clock and at the abort word, which lies in host memory.
+constexpr int kPolls = 256;
+
+// Records the first failure of an end and stops everybody.
+__device__ inline void fail(const Guard& guard, FailureKind kind, Operation operation, int slot,
+                            std::uint64_t expected, std::uint64_t seen, int peer) {
+  FailureRecord& record = *guard.record;
+  if (ptx::load_relaxed_system(&record.kind) == 0) {
+    record.operation = static_cast<std::uint64_t>(operation);
+    record.slot = static_cast<std::uint64_t>(slot);
+    record.expected = expected;
+    record.seen = seen;
+    record.peer = peer;
+    record.time = ptx::global_nanoseconds();
+    ptx::store_release_system(&record.kind, static_cast<std::uint64_t>(kind));
+  }
+  ptx::store_release_system(guard.abort, 1);
+}
+
+// Whether this operation is on the right slot: `done` bundles came before it.
+__device__ inline bool in_turn(const Guard& guard, Operation operation, int slot,
+                               std::uint64_t done, bool allowed, int slots) {
+  const std::uint64_t next = done % static_cast<std::uint64_t>(slots);
+  if (allowed && next == static_cast<std::uint64_t>(slot)) return true;
+  // After an abort the counters mean nothing any more.
+  if (ptx::load_relaxed_system(guard.abort) == 0) {
+    fail(guard, FailureKind::kSlotOrder, operation, slot, next, done, -1);
+  }
+  return false;
+}
+
+// Waits until look() says so, at most until the deadline or an abort. look(seen) may set what it
+// has seen, for the record. Looks at the abort word, in slow host memory, only after many polls.
+template <class Look>
+__device__ bool wait_until(const Guard& guard, std::uint64_t needed, Operation operation, int slot,
+                           int peer, Look look) {
+  std::uint64_t seen = 0;
+  if (look(seen)) return true;
+  const std::uint64_t begun = ptx::global_nanoseconds();
+  while (true) {
+    for (int i = 0; i < kPolls; ++i) {
+      if (look(seen)) return true;
+    }
+    if (ptx::load_relaxed_system(guard.abort) != 0) return false;
+    if (ptx::global_nanoseconds() - begun > guard.deadline_ns) {
+      fail(guard, FailureKind::kTimeout, operation, slot, needed, seen, peer);
+      return false;
+    }
+  }
+}
+
+// Waits until *word has reached `needed`, also across a wrap of the count.
+__device__ inline bool wait_for(const Guard& guard, const std::uint64_t* word, std::uint64_t needed,
+                                Operation operation, int slot, int peer) {
+  return wait_until(guard, needed, operation, slot, peer, [&](std::uint64_t& seen) {
+    seen = ptx::load_acquire_system(word);
+    return static_cast<std::int64_t>(seen - needed) >= 0;
+  });
+}
+
+// --- the receiver's end
+
+// What all threads of a block know of the bundle that they work on. In shared memory.
+struct Turn {
+  std::uint64_t epoch;
+  bool go;
+};
+
+// Starts a fused get, which with `release` gives the slot back at its end. False in all threads
+// where this slot is not the next one, or one before it has still to be released.
+__device__ inline bool start(const ReceiverDevice& receiver, int slot, bool release, Turn& turn) {
+  if (threadIdx.x == 0) {
+    const ReceiverCounters& counters = *receiver.counters;
+    // All blocks read them before the last of them, which is the one that changes them, is done.
+    const bool allowed = !release || counters.released == counters.got;
+    turn.epoch = counters.got + 1;
+    turn.go = in_turn(receiver.guard, Operation::kGet, slot, counters.got, allowed, receiver.slots);
+  }
+  __syncthreads();
+  return turn.go;
+}
+
+// One of the bundle's flags; a bundle is there when all of them are.
+__device__ inline bool wait_for_flag(const ReceiverDevice& receiver, int slot, std::uint64_t epoch,
+                                     int flag) {
+  return wait_for(receiver.guard, receiver.arrived + flag * kFlagStride, epoch, Operation::kGet,
+                  slot, receiver.sender_rank);
+}
+
+// Inline: waits for the 8 bytes of a slot that begin at `at`, a multiple of 8, and for those of all
+// lanes of the warp. All lanes call it, those with nothing to read with `wanted` false; one of them
+// looks at the abort word and the clock. False in all lanes after a failure.
+__device__ inline bool read_inline(const ReceiverDevice& receiver, int slot, std::uint64_t epoch,
+                                   bool wanted, std::uint64_t at, std::uint64_t& value) {
+  const std::byte* address = receiver.source + 2 * (receiver.slot_nbytes * slot + at);
+  const auto tag = static_cast<std::uint32_t>(epoch);
+  ptx::Words words{};
+  std::uint32_t seen = 0;
+  const auto look = [&] {
+    if (!wanted) return true;
+    words = ptx::load_words_relaxed_system(address);
+    seen = static_cast<std::uint32_t>(words.first >> 32);
+    return seen == tag && (words.second >> 32) == tag;
+  };
+  const std::uint64_t begun = ptx::global_nanoseconds();
+  bool good = look();
+  for (unsigned i = 1; __all_sync(~0u, good) == 0; ++i) {
+    if (!good) good = look();
+    if (i % kPolls != 0) continue;
+    bool stop = false;
+    const unsigned late = __ballot_sync(~0u, !good);
+    if (late == 0) continue;
+    if (threadIdx.x % warpSize == __ffs(static_cast<int>(late)) - 1) {
+      stop = ptx::load_relaxed_system(receiver.guard.abort) != 0;
+      if (!stop && ptx::global_nanoseconds() - begun > receiver.guard.deadline_ns) {
+        fail(receiver.guard, FailureKind::kTimeout, Operation::kGet, slot, epoch, seen,
+             receiver.sender_rank);
+        stop = true;
+      }
+    }
+    if (__any_sync(~0u, stop) != 0) return false;
+  }
+  value = (words.first & 0xffffffffu) | (words.second << 32);
+  return true;
+}
+
+// Ends a fused get. The last block to come counts the bundle and, with `release`, gives the slot
+// back. All threads call it.
+__device__ inline void finish(const ReceiverDevice& receiver, bool release, const Turn& turn) {
+  __syncthreads();  // the block has read what it needs
+  if (threadIdx.x != 0) return;
+  ReceiverCounters& counters = *receiver.counters;
+  if (ptx::add_one_acquire_release_device(&counters.finished) + 1 != gridDim.x) return;
+  counters.finished = 0;
+  counters.got = turn.epoch;
+  if (release) {
+    counters.released = turn.epoch;
+    ptx::store_release_system(receiver.credit, turn.epoch);
+  }
+}
+
+// --- the sender's end
+
+// One warp. Waits until every receiver has released what the slot of this epoch held before.
+__device__ inline bool wait_for_credits(const SenderDevice& sender, std::uint64_t epoch, int slot) {
+  bool good = true;
+  for (int i = static_cast<int>(threadIdx.x); i < sender.receivers; i += warpSize) {
+    good = good && wait_for(sender.guard, sender.credits[i], epoch - sender.slots,
+                            Operation::kBegin, slot, sender.ranks[i]);
+  }
+  return __all_sync(~0u, good) != 0;
+}
+
+// Inline: stores the 8 bytes of a slot that begin at `at`, a multiple of 8, to all receivers.
+__device__ inline void write_inline(const SenderDevice& sender, int slot, std::uint64_t epoch,
+                                    std::uint64_t at, std::uint64_t value) {
+  const std::uint64_t tag = epoch << 32;
+  const ptx::Words words{tag | (value & 0xffffffffu), tag | (value >> 32)};
+  for (int t = 0; t < sender.targets; ++t) {
+    ptx::store_words_relaxed_system(sender.target[t] + 2 * (sender.slot_nbytes * slot + at), words);
+  }
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,80 @@
+#include "asyncdiff/put_costs.hpp"
+
+#include <cstddef>
+#include <limits>
+#include <sstream>
+#include <string>
+
+#include "asyncdiff/errors.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+constexpr const char* kTitle = "asyncdiff put costs 1";
+
+double cost_of(const PutCosts::Row& row, Mode mode) {
+  if (mode == Mode::kInline) return row.inline_us;
+  return mode == Mode::kKernel ? row.kernel_us : row.copy_us;
+}
+
+}  // namespace
+
+double PutCosts::at(Mode mode, std::size_t nbytes) const {
+  if (mode == Mode::kAuto || rows.empty()) throw InvalidArgument("no costs of this mode");
+  const auto size = static_cast<double>(nbytes);
+  const Row* before = nullptr;
+  for (const Row& row : rows) {
+    const double cost = cost_of(row, mode);
+    if (cost <= 0) break;
+    if (nbytes <= row.nbytes) {
+      if (before == nullptr) return cost;
+      const auto low = static_cast<double>(before->nbytes);
+      const double part = (size - low) / (static_cast<double>(row.nbytes) - low);
+      return cost_of(*before, mode) + part * (cost - cost_of(*before, mode));
+    }
+    before = &row;
+  }
+  if (before == nullptr || mode == Mode::kInline) return std::numeric_limits<double>::infinity();
+  return cost_of(*before, mode) * size / static_cast<double>(before->nbytes);
+}
+
+Mode PutCosts::fastest(std::size_t nbytes, std::size_t tensors, std::size_t targets) const {
+  // What a kernel stores leaves the sender once for each target, as do copies.
+  const std::size_t all = nbytes * targets;
+  const double inlined = at(Mode::kInline, all);
+  const double kernel = at(Mode::kKernel, all);
+  const auto further = static_cast<double>(tensors * targets) - 1;
+  const double copy = at(Mode::kCopy, all) + (further > 0 ? further * copy_node_us : 0);
+  if (copy <= 1.1 * kernel && copy <= 1.1 * inlined) return Mode::kCopy;
+  return inlined < kernel ? Mode::kInline : Mode::kKernel;
+}
+
+std::string PutCosts::to_text() const {
+  std::ostringstream out;
+  out << kTitle << "\n" << copy_node_us << " " << rows.size() << "\n";
+  for (const Row& row : rows) {
+    out << row.nbytes << " " << row.inline_us << " " << row.kernel_us << " " << row.copy_us << "\n";
+  }
+  return out.str();
+}
+
+PutCosts PutCosts::from_text(const std::string& text) {
+  std::istringstream in(text);
+  std::string title;
+  std::getline(in, title);
+  PutCosts out;
+  std::size_t count = 0;
+  bool good = title == kTitle && in >> out.copy_node_us >> count && count >= 1 && count <= 1000;
+  for (std::size_t i = 0; good && i < count; ++i) {
+    Row row{};
+    good = static_cast<bool>(in >> row.nbytes >> row.inline_us >> row.kernel_us >> row.copy_us) &&
+           row.inline_us >= 0 && row.kernel_us > 0 && row.copy_us > 0 &&
+           (out.rows.empty() || row.nbytes > out.rows.back().nbytes);
+    out.rows.push_back(row);
+  }
+  if (!good) throw InvalidArgument("this is no table of put costs");
+  return out;
+}
+
+}  // namespace asyncdiff

@@ -1,0 +1,42 @@
+"""The benchmark's worker with one rank a process, on the CPU: gloo stands for NCCL.
+
+python exchange_worker.py JOB RANK
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import pytest
+import torch.distributed as dist
+
+from asyncdiff.bench import cuda_world, worker
+from asyncdiff.bench.cases import exposed
+from asyncdiff.bench.machine import Machine
+
+
+def main() -> None:
+    patch = pytest.MonkeyPatch()
+    fake_cuda.install(patch)
+    patch.setattr(Machine, "cuda", True)
+    patch.setattr(Machine, "shared", False)
+    # Calls of gloo block: they cannot be captured and replayed here.
+    patch.setattr(cuda_world.CudaWorld, "launches", lambda self: ("eager",))
+    patch.setattr(exposed, "_WIDTH", 32)
+    patch.setattr(exposed, "_TICK", 1e-4)
+    start = dist.init_process_group
+
+    def with_gloo(backend: str, **options: Any) -> None:
+        assert backend == "nccl"
+        del options["device_id"]
+        start("gloo", **options)
+
+    patch.setattr(dist, "init_process_group", with_gloo)
+    worker.run(worker.Job.read(Path(sys.argv[1])), int(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
