@@ -100,7 +100,7 @@ def linearize(
 
 
 class Samplers:
-    """Remembers what :func:`linearize` found, which takes about 1 ms a step to find."""
+    """Remembers what :func:`linearize` found, which takes a few ms a step to find."""
 
     def __init__(self, kept: int = 8) -> None:
         self._kept = kept
