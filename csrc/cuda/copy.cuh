@@ -8,17 +8,21 @@
 
 namespace asyncdiff {
 
-constexpr int kThreads = 512;           // of a block that moves data
-constexpr std::uint64_t kTile = 16384;  // bytes that a block copies at a time
-// The same of inline bundles: 8 a thread, so that small bundles occupy several blocks.
-constexpr std::uint64_t kInlineTile = kThreads * 8;
+constexpr int kThreads = 512;                        // of a block that moves data
+constexpr std::uint64_t kInlineTile = kThreads * 8;  // bytes that a block moves inline at a time
+
+// The same of flagged bundles. Small ones are to occupy several blocks; in large ones a thread is
+// to have several loads under way.
+__device__ inline std::uint64_t tile_of(std::uint64_t slot_nbytes) {
+  return slot_nbytes <= (std::uint64_t{1} << 20) ? 16384 : 32768;
+}
 
 // Loads each word once and gives it to store(offset, word). Several loads are under way at a time:
 // what waits for memory is what limits a few blocks.
 template <class Word, class Store>
 __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uint64_t to,
                            Store store) {
-  constexpr int kAtOnce = kTile / kThreads / sizeof(uint4);
+  constexpr int kAtOnce = 4;
   constexpr std::uint64_t kStep = kThreads * sizeof(Word);
   for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kAtOnce * kStep) {
     Word words[kAtOnce];
@@ -33,7 +37,7 @@ __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uin
   }
 }
 
-// The bytes [from, to); `from` is a multiple of kTile. `address` is the less aligned one of both
+// The bytes [from, to); `from` is a multiple of 16. `address` is the less aligned one of both
 // ends; slots are always aligned.
 template <class Store>
 __device__ void copy_part(const std::byte* source, const std::byte* address, std::uint64_t from,

@@ -247,14 +247,12 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
     return;
   }
   const DeviceGuard guard(sender_device());
-  OnePut one;
-  if (add_to(one, tensors, slot)) {
-    launch_put(one, as_stream(stream));
-    return;
-  }
-  ManyPuts many;
-  add_to(many, tensors, slot);
-  launch_put(many, as_stream(stream));
+  const auto launched = [&](auto puts) {
+    if (!add_to(puts, tensors, slot)) return false;
+    launch_put(puts, as_stream(stream));
+    return true;
+  };
+  if (!launched(SmallPut()) && !launched(OnePut())) launched(ManyPuts());
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {

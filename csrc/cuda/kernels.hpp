@@ -44,8 +44,10 @@ struct Puts {
   int first_block[kChannels + 1] = {};
   Piece pieces[kPieces];
 };
-using OnePut = Puts<1, 96>;     // up to 4 KiB, which launches fastest
+using SmallPut = Puts<1, 8>;    // the fewer bytes, the faster the launch
+using OnePut = Puts<1, 96>;     // up to 4 KiB
 using ManyPuts = Puts<8, 320>;  // up to 32 KiB
+void launch_put(const SmallPut& put, cudaStream_t stream);
 void launch_put(const OnePut& put, cudaStream_t stream);
 void launch_put(const ManyPuts& puts, cudaStream_t stream);
 // One piece of a bundle that has begun. Inline channels only: others are copied by copy engines.

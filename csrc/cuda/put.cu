@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(kThreads) put_kernel(const __grid_constant__ P
   if (!start_put(sender, slot, turn)) return;  // aborted: nothing counts until the next reset
 
   const int first = puts.first_piece[c];
-  deal(puts.pieces + first, puts.first_piece[c + 1] - first, inlined ? kInlineTile : kTile, block,
-       blocks, [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
+  deal(puts.pieces + first, puts.first_piece[c + 1] - first,
+       inlined ? kInlineTile : tile_of(sender.slot_nbytes), block, blocks,
+       [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
          if (inlined) {
            put_part_inline(sender, piece, slot, turn.epoch, from, to);
          } else {
@@ -118,6 +119,7 @@ void launch(const P& puts, cudaStream_t stream) {
 
 }  // namespace
 
+void launch_put(const SmallPut& put, cudaStream_t stream) { launch(put, stream); }
 void launch_put(const OnePut& put, cudaStream_t stream) { launch(put, stream); }
 void launch_put(const ManyPuts& puts, cudaStream_t stream) { launch(puts, stream); }
 
@@ -129,6 +131,7 @@ void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot
 }
 
 void preload_put() {
+  preload(put_kernel<SmallPut>);
   preload(put_kernel<OnePut>);
   preload(put_kernel<ManyPuts>);
   preload(push_inline_kernel);

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
     if (__syncthreads_and(good) == 0) return;  // aborted: nothing counts until the next reset
   }
   const std::byte* source = receiver.source + receiver.slot_nbytes * slot;
-  deal(unpack.pieces, unpack.count, inlined ? kInlineTile : kTile, blockIdx.x, gridDim.x,
-       [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
+  deal(unpack.pieces, unpack.count, inlined ? kInlineTile : tile_of(receiver.slot_nbytes),
+       blockIdx.x, gridDim.x, [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
          if (inlined) {
            unpack_part_inline(receiver, piece, slot, turn.epoch, from, to);
            return;

@@ -51,18 +51,24 @@ class Pair:
     def load_kernels(self) -> None:
         """Loading a kernel, or allocating for a stream, for the first time may wait for the device.
 
-        Which then waits for what comes after it.
+        Which then waits for what comes after it. Of the same tensors: which kernel an operation
+        takes depends on sizes and alignment.
         """
-        for device, stream in zip(self.devices, self.streams, strict=True):
-            with torch.cuda.device(device), torch.cuda.stream(stream):
-                torch.cuda._sleep(1)
-                for n in SIZES:
-                    number = torch.zeros((), dtype=torch.int64, device="cuda")
-                    number.add_(1)
-                    room = torch.zeros(n, dtype=torch.int64, device="cuda")
-                    room.copy_(number)
-                    number.add_((room != number).sum())
+        with torch.cuda.device(self.devices[0]), torch.cuda.stream(self.streams[0]):
+            torch.cuda._sleep(1)
+            for number, room in zip(self.numbers, self.room, strict=True):
+                number.add_(0)
+                room.copy_(number)
+        with torch.cuda.device(self.devices[1]), torch.cuda.stream(self.streams[1]):
+            torch.cuda._sleep(1)
+            for i, expected in enumerate(self.expected):
+                expected.add_(0)
+                for slot in range(self.channels[i].slots):
+                    self.check(i, slot)
+        for device in self.devices:
             torch.cuda.synchronize(device)
+        self.wrong.zero_()
+        torch.cuda.synchronize(self.devices[1])
 
     def order(self) -> list[tuple[int, bool, bool]]:
         """Channels in random order, each an even number of times: replays keep their slots."""
