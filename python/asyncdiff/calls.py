@@ -121,6 +121,21 @@ def parse(
     return Call(signature, values, tuple(leaves), spec)
 
 
+def argument_names(
+    module: nn.Module, latents: str | None = None, timestep: str | None = None
+) -> tuple[str, str | None]:
+    """The names under which a denoiser takes its latents and, if it does, its timestep."""
+    names = list(inspect.signature(module.forward).parameters)
+    found = latents or next((n for n in LATENTS if n in names), None)
+    if found is None:
+        if not names:
+            raise InputError(f"{type(module).__name__}.forward has no arguments for latents")
+        found = names[0]
+    others = [n for n in names if n != found]
+    time = timestep or next((n for n in TIMESTEP if n in others), None)
+    return found, time
+
+
 def _bind(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(module.forward)
     try:

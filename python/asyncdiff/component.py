@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,9 @@ class Caller:
 
 
 @dataclass
-class _Captured:
+class Recorded:
+    """A CUDA graph of work on one rank, and what it leaves behind."""
+
     graph: torch.cuda.CUDAGraph
     outputs: list[Any]
     computed: Any  # events: the last computation is done; the boundary is delivered
@@ -84,8 +86,8 @@ class Worker:
     graphs: bool = True
     _pushes: int = 0
     _spent: float = 0.0
-    _captured: dict[Slots, _Captured] = field(default_factory=dict)
-    _last: _Captured | None = None
+    _captured: dict[Hashable, Recorded] = field(default_factory=dict)
+    _last: Recorded | None = None
     _pool: Any = None
 
     @classmethod
@@ -171,28 +173,52 @@ class Worker:
 
     def prepare(self, slots: Slots) -> None:
         """Capture the graph for these slots, if it is still missing."""
-        if not self.graphs or slots in self._captured:
+        self.record(self._captured, slots, lambda: self.execute(slots))
+
+    def run(self, slots: Slots) -> list[Any]:
+        """Issue one run. The outputs are valid until the next run, in order of the stream."""
+        return self.issue(self._captured, slots, lambda: self.execute(slots))
+
+    def record(
+        self, graphs: dict[Hashable, Recorded], key: Hashable, work: Callable[[], list[Any]]
+    ) -> None:
+        """Capture ``work`` as ``graphs[key]``, if it is still missing and graphs are used."""
+        if not self.graphs or key in graphs:
             return
         try:
             with torch.no_grad(), self.current():
-                self._captured[slots] = self._capture(slots)
+                graphs[key] = self._capture(work)
         except Exception as e:  # whatever the model does that a capture forbids
             self.graphs = False
-            self._captured.clear()
+            graphs.clear()
             log.warning(
                 "rank %d runs without CUDA graphs, which is slower: %s", self.rank, _reason(e)
             )
 
-    def run(self, slots: Slots) -> list[Any]:
-        """Issue one run. The outputs are valid until the next run, in order of the stream."""
+    def issue(
+        self, graphs: dict[Hashable, Recorded], key: Hashable, work: Callable[[], list[Any]]
+    ) -> list[Any]:
+        """Issue ``work``: replay its graph, recorded now if need be, or run it."""
         with torch.no_grad(), self.current():
-            if self.graphs:
-                self.prepare(slots)
-            if self.graphs:
-                self._last = self._captured[slots]
-                self._last.graph.replay()
-                return self._last.outputs
-            return self._execute(slots)
+            self.record(graphs, key, work)
+            if not self.graphs:
+                return work()
+            captured = graphs[key]
+            if captured.computed is not None or self._last is None:
+                self._last = captured
+            captured.graph.replay()
+            return captured.outputs
+
+    def execute(self, slots: Slots) -> list[Any]:
+        """Run the component on the current stream, and push its boundary; returns the outputs."""
+        read, write = slots
+        reads = {source: self.mailbox[source, slot] for source, slot in read}
+        push = None if write is None or not self.senders else _Push(self, write)
+        self._emit.hook = push
+        outputs = self.program(*self._arguments(reads))
+        if push is not None:
+            push.finish()
+        return outputs
 
     def exposed_ms(self) -> float | None:
         """How long a run's pushes outlast its computation; None where not measured.
@@ -228,28 +254,19 @@ class Worker:
         values = [self.static[i] for i in self.inputs]
         return [*values, *(v for bundle in reads.values() for v in bundle), *self.kept]
 
-    def _execute(self, slots: Slots) -> list[Any]:
-        read, write = slots
-        reads = {source: self.mailbox[source, slot] for source, slot in read}
-        push = None if write is None or not self.senders else _Push(self, write)
-        self._emit.hook = push
-        outputs = self.program(*self._arguments(reads))
-        if push is not None:
-            push.finish()
-        return outputs
-
-    def _capture(self, slots: Slots) -> _Captured:
+    def _capture(self, work: Callable[[], list[Any]]) -> Recorded:
         graph = torch.cuda.CUDAGraph()
         assert self.stream is not None
+        self._emit.hook = None
         # "thread_local": other threads and devices may work on meanwhile.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
         ):
-            outputs = self._execute(slots)
+            outputs = work()
         push = self._emit.hook
         events = (push.computed, push.delivered) if isinstance(push, _Push) else (None, None)
         self._emit.hook = None
-        return _Captured(graph, outputs, *events)
+        return Recorded(graph, outputs, *events)
 
 
 class _Push:

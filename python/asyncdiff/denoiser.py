@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from .capture import capture
 from .cost import link_speed, measure
 from .engine import Engine, check_inputs
 from .errors import InputError, PartitionError
+from .generate import Callback, Request, generate
 from .generation import Generation, GenerationReport
 from .partition import Partition, Split, partition
 from .plan import Plan, build, check_numbers
+from .sampler import Samplers
 from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
@@ -85,7 +87,9 @@ class AsyncDenoiser:
         self.warmup = warmup
         self.split = split
         self.time_shift = time_shift
-        self._names = {"latents": latents, "timestep": timestep}
+        self.names = {"latents": latents, "timestep": timestep}
+        #: schedulers whose steps the ranks can take
+        self.samplers = Samplers()
         self._deadline = deadline
         self._weights = Weights(module)
         self._engines: OrderedDict[Signature, Engine] = OrderedDict()
@@ -135,14 +139,22 @@ class AsyncDenoiser:
         ``steps``: also record the CUDA graphs of a generation with so many steps.
         """
         with self._lock:
-            call = self._parse(args, kwargs)
+            call = self.parse(args, kwargs)
             self._check(call)
             engine = self._prepared(call)
             if steps is not None:
                 engine.prepare(self.plan(steps))
 
-    def _parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        return parse(self.module, args, kwargs, **self._names)
+    def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """A call of the denoiser, taken apart; raises InputError where it does not fit."""
+        return parse(self.module, args, kwargs, **self.names)
+
+    def prepared(self, call: Call, steps: int) -> tuple[Engine, Plan]:
+        """The engine for calls like this one, and the plan of a generation with so many steps."""
+        check_numbers(self.components, self.stride, self.warmup, steps)
+        self._check(call)
+        engine = self._prepared(call)
+        return engine, self.plan(steps)
 
     def _check(self, call: Call) -> None:
         names = [x.name for x in call.signature.inputs]
@@ -212,7 +224,7 @@ class AsyncDenoiser:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the current generation: what ``module(*args, **kwargs)`` returns."""
-        return self.call(self._parse(args, kwargs))
+        return self.call(self.parse(args, kwargs))
 
     @property
     def step(self) -> int:
@@ -243,6 +255,67 @@ class AsyncDenoiser:
             if generation.done:
                 self._report = generation.report()
             return result
+
+    def generate(
+        self,
+        latents: torch.Tensor,
+        conditioning: Mapping[str, Any],
+        scheduler: Any,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        callback: Callback | None = None,
+        update: str = "auto",
+        timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        step_options: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """A whole generation: the final latents, where and in the dtype that the first ones have.
+
+        Where the scheduler is linear (docs/samplers.md lists which are), its steps and guidance run
+        on the ranks, without the host between two ticks; else its own ``step`` is called, as
+        pipelines do. Both give the same latents (1e-5 relative in float32).
+
+        Args:
+            latents: the first latents, batch first, scaled as the scheduler wants them (a pipeline
+                multiplies noise by ``scheduler.init_noise_sigma``).
+            conditioning: the denoiser's other arguments, by name, the same in every step. With
+                guidance their batch is twice that of the latents, the unconditional half first.
+            scheduler: a diffusers scheduler. It is stepped only where its own ``step`` is used.
+            num_inference_steps, timesteps: passed to ``scheduler.set_timesteps``; with neither, the
+                scheduler's timesteps are used as they were just set.
+            guidance_scale: above 1, classifier-free guidance; else none.
+            guidance_rescale: as in diffusers' ``rescale_noise_cfg``.
+            callback: called as ``callback(step, timestep, latents)`` after each step; may return
+                other latents. The scheduler's own ``step`` is then used.
+            update: "auto", or "linear" or "scheduler" to force one of the two ways.
+            timestep_argument: makes the denoiser's timestep argument of a scheduler's timestep, if
+                it is not that itself: ``lambda t: (t / 1000).expand(batch)``.
+            step_options: further arguments of ``scheduler.step``, such as ``eta``.
+
+        Raises PlanError, SchedulerError, InputError and RankError, each saying what to change.
+        """
+        request = Request(
+            latents,
+            conditioning,
+            scheduler,
+            num_inference_steps,
+            timesteps,
+            guidance_scale,
+            guidance_rescale,
+            callback,
+            update,
+            timestep_argument,
+            dict(step_options or {}),
+        )
+        with self._lock:
+            self.stop()
+            return generate(self, request)
+
+    def keep_report(self, report: GenerationReport) -> None:
+        """What :meth:`report` tells from now on."""
+        self._report = report
 
     def report(self) -> GenerationReport:
         """What the last finished generation did. Raises InputError if there was none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -79,6 +79,9 @@ class Engine:
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
+        #: Whole generations prepared on this engine, and their channels: see :mod:`asyncdiff.loop`.
+        self.loops: dict[Hashable, Any] = {}
+        self.predictions: Any = None
 
     # ---- preparation -------------------------------------------------------------------------
 
@@ -164,8 +167,7 @@ class Engine:
     def _tick(
         self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
     ) -> dict[int, list[Any]]:
-        self._crew.check()
-        self._check_exchange()
+        self.check()
         fresh = self._changed_conditioning(tensors)
         if not self.cuda:
             # The ranks' threads may still read these after the caller went on to change them.
@@ -194,6 +196,19 @@ class Engine:
             results[step] = future.result()
         self._crew.check()
         return results
+
+    def submit(self, rank: int, work: Callable[[], Any]) -> None:
+        """Issue work of a rank that is not part of a :meth:`tick`."""
+        self._crew.submit(rank, work)
+
+    def check(self) -> None:
+        """Raise RankError for what is known to have gone wrong, without waiting."""
+        self._crew.check()
+        self._check_exchange()
+
+    def channel(self, source: int, target: int) -> core.Channel:
+        """The channel from one component to another."""
+        return self._channels[source, target]
 
     def finish(self) -> None:
         """Wait for the generation's last work and raise what went wrong."""
@@ -241,6 +256,8 @@ class Engine:
         """Free threads, mailboxes and graphs."""
         self._crew.close()
         self.synchronize()
+        self.loops.clear()
+        self.predictions = None
         for worker in self.workers:
             worker.close()
         self._channels.clear()

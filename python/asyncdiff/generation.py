@@ -20,7 +20,8 @@ class GenerationReport:
 
     Milliseconds are wall time from the first step's call to the end of the last step's
     computation, without preparation. ``exchange_bytes`` is all that ranks sent to others,
-    ``exposed_ms`` the part of the exchange that computation did not hide (None if not measured).
+    ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
+    the part of the exchange that computation did not hide (None if not measured).
     """
 
     components: int
@@ -61,6 +62,7 @@ class Generation:
         self.steps = len(timesteps)
         self.engine: Engine | None = None
         self.next_step = 0
+        self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
 
     @property
@@ -97,8 +99,15 @@ class Generation:
         self.next_step += 1
         if self.done:
             self.engine.finish()
-            self._total_ms = (time.perf_counter() - self._started) * 1e3
+            self.end()
         return captured.unflatten(leaves)
+
+    def end(self, prediction_bytes: int = 0) -> None:
+        """Every step was served and the engine has finished; ``prediction_bytes`` is what ranks
+        sent each other besides the boundary."""
+        self.next_step = self.steps
+        self._prediction_bytes = prediction_bytes
+        self._total_ms = (time.perf_counter() - self._started) * 1e3
 
     def abandon(self) -> None:
         """Give up what is left."""
@@ -133,7 +142,7 @@ class Generation:
             ticks=len(plan.ticks),
             total_ms=self._total_ms,
             prepare_s=self._prepare_s,
-            exchange_bytes=sum(sent),
+            exchange_bytes=sum(sent) + self._prediction_bytes,
             exchange_bytes_per_tick=max(steady, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
