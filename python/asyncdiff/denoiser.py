@@ -17,13 +17,15 @@ from . import devices as device_list
 from .assign import check_split
 from .calls import Call, Role, Signature, parse
 from .capture import capture
-from .cost import link_speed, measure
+from .compiled import pays
+from .cost import fused, link_speed, measure
 from .engine import Engine, check_inputs
 from .errors import InputError, PartitionError
 from .generate import Callback, Request, generate
 from .generation import Generation, GenerationReport
 from .partition import Partition, Split, partition
 from .plan import Plan, build, check_numbers
+from .progress import Progress, bar
 from .sampler import Samplers
 from .weights import Weights
 
@@ -46,6 +48,11 @@ class AsyncDenoiser:
             bytes, the same on every machine), one list of module paths for each component, or the
             ``partition.cuts`` of an earlier run.
         latents, timestep: names of those arguments, where they are not the usual ones.
+        compile: compile the components with inductor, which takes a minute or so for inputs of a
+            new shape (results are cached on the disk, where torch keeps them) and makes a step a
+            third faster; None for denoisers of at least 100 million parameters on GPUs.
+        progress: called with (what, done, of how many) while components are compiled; None for a
+            bar where stderr is a terminal.
         deadline: seconds after which a rank that waits for another gives up.
 
     Calls happen inside a generation::
@@ -76,6 +83,8 @@ class AsyncDenoiser:
         time_shift: bool = False,
         latents: str | None = None,
         timestep: str | None = None,
+        compile: bool | None = None,
+        progress: Progress | None = None,
         deadline: float = 10.0,
     ) -> None:
         check_numbers(components, stride, warmup)
@@ -87,10 +96,12 @@ class AsyncDenoiser:
         self.warmup = warmup
         self.split = split
         self.time_shift = time_shift
+        self.compile = pays(module, self.devices) if compile is None else compile
         self.names = {"latents": latents, "timestep": timestep}
         #: schedulers whose steps the ranks can take
         self.samplers = Samplers()
         self._deadline = deadline
+        self._progress = progress
         self._weights = Weights(module)
         self._engines: OrderedDict[Signature, Engine] = OrderedDict()
         self._engine: Engine | None = None
@@ -98,6 +109,8 @@ class AsyncDenoiser:
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         self._bytes_per_ms: float | None = None
+        if self.compile and self.devices[0].type == "cuda":
+            self._weights.channels_last()
         if any(d != self._weights.home for d in self.devices):
             self._weights.offload()
         if example_args or example_kwargs:
@@ -178,6 +191,8 @@ class AsyncDenoiser:
             self._bytes_per_ms = link_speed(self.devices)
         if self.split == "auto" and self.components > 1:
             costs = measure(captured, call.tensors, self.devices[0])
+            if self.compile:
+                costs = fused(captured, costs)
         parts = partition(
             captured,
             self.components,
@@ -185,7 +200,15 @@ class AsyncDenoiser:
             costs=costs,
             bytes_per_ms=self._bytes_per_ms,
         )
-        return Engine(parts, self.devices, self._weights, call.tensors, deadline=self._deadline)
+        with bar(self._progress) if self.compile else contextlib.nullcontext() as progress:
+            return Engine(
+                parts,
+                self.devices,
+                self._weights,
+                call.tensors,
+                deadline=self._deadline,
+                compile=progress,
+            )
 
     # ---- generations -------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from .example_inputs import example_inputs
 from .generation import GenerationReport
 from .partition import Partition, Split, partition
 from .plan import Plan, check_numbers
+from .progress import Progress
 from .timesteps import Times, check_scheduler
 
 
@@ -105,6 +106,8 @@ def parallelize(
     split: Split = "auto",
     time_shift: bool = False,
     *,
+    compile: bool | None = None,
+    progress: Progress | None = None,
     deadline: float = 10.0,
 ) -> Handle:
     """Run the denoiser of a diffusers pipeline on several devices at once.
@@ -122,6 +125,8 @@ def parallelize(
         split: "auto", "estimate", lists of module paths, or cuts; see
             :class:`asyncdiff.AsyncDenoiser`.
         time_shift: pass the timestep one index earlier in asynchronous steps.
+        compile, progress: compile the components with inductor; see
+            :class:`asyncdiff.AsyncDenoiser`.
         deadline: seconds after which a rank that waits for another gives up.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
@@ -148,6 +153,8 @@ def parallelize(
         warmup=warmup,
         split=split,
         time_shift=time_shift,
+        compile=compile,
+        progress=progress,
         deadline=deadline,
     )
     return Handle(pipe, module, denoiser)

@@ -19,7 +19,9 @@ class GenerationReport:
     """What a generation did.
 
     Milliseconds are wall time from the first step's call to the end of the last step's
-    computation, without preparation. ``exchange_bytes`` is all that ranks sent to others,
+    computation, without preparation. ``prepare_s`` are seconds that it was prepared in, with what
+    was compiled then; ``compile_s`` those that compiling took for such inputs, whenever that was.
+    ``exchange_bytes`` is all that ranks sent to others,
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
     the part of the exchange that computation did not hide (None if not measured).
     """
@@ -37,6 +39,8 @@ class GenerationReport:
     exposed_ms: float | None
     exposed_ms_per_tick: float | None
     cuda_graphs: bool
+    compiled: bool
+    compile_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -147,6 +151,8 @@ class Generation:
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
             cuda_graphs=all(w.graphs for w in engine.workers),
+            compiled=all(w.compiled for w in engine.workers),
+            compile_s=engine.compile_s,
         )
 
     def _sent(self, tick: Tick) -> int:
