@@ -130,18 +130,29 @@ def _denoise_table(figures: dict[str, Any]) -> str:
         rows.append([name, *(cell(m) for m in figures.values())])
 
     row("one GPU, eager, ms a step", lambda m: _median(m["eager"]["ms_a_step"]))
-    row("one GPU, one CUDA graph, ms a step", lambda m: _median(m["graph"]["ms_a_step"]))
-    schedules = [k for k in next(iter(figures.values())) if k.startswith("N=")]
+    first = next(iter(figures.values()))
+    modes = {"graph": "one CUDA graph", "compiled": "compiled, one CUDA graph"}
+    for mode in (m for m in modes if m in first):
+        name = f"one GPU, {modes[mode]}, ms a step"
+        row(name, lambda m, k=mode: _median(m[k]["ms_a_step"]))
+    schedules = [k for k in first if k.startswith("N=")]
     for key in schedules:
-        shared = next(iter(figures.values()))[key]["shared_gpus"]
+        shared, mode = first[key]["shared_gpus"], first[key]["mode"]
         where = "ranks sharing the GPU" if shared else "a GPU for each rank"
         row(f"asyncdiff {key}, {where}, ms a step", lambda m, k=key: _median(m[k]["ms_a_step"]))
         row(
             "— its components alone, ms",
             lambda m, k=key: " + ".join(f"{t:.2f}" for t in m[k]["component_ms_alone"]),
         )
+        row(
+            "— one GPU's share over the slowest of them",
+            lambda m, k=key: f"{m[k]['efficiency_alone']:.3f}",
+        )
         if not shared:
-            row("— times the graph's speed", lambda m, k=key: _ratio(m[k]["speedup_over_graph"]))
+            row(
+                f"— times the speed of one GPU, {modes[mode]}",
+                lambda m, k=key, b=mode: _ratio(m[k][f"speedup_over_{b}"]),
+            )
             row("— times eager's speed", lambda m, k=key: _ratio(m[k]["speedup_over_eager"]))
         row("— exchange, MiB a tick", lambda m, k=key: f"{m[k]['exchange_mib_per_tick']:.1f}")
         row(

@@ -2,11 +2,15 @@
 
     python benchmarks/denoise/run.py                    # SD 2.1 and SDXL, N=2 on two GPUs
     python benchmarks/denoise/run.py --models flux --schedules 2,1,1 2,2,1 --rounds 3
+    python benchmarks/denoise/run.py --modes graph      # without what is compiled
 
 Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
-Each round runs (a) eager on one GPU, (b) one GPU with the whole denoiser in a CUDA graph, and (c)
-asyncdiff with each schedule, one after another; a ratio is taken within a round. Reported: medians,
-with the smallest and the largest. Memory is measured while nothing else lies on the GPUs.
+Each round runs, on one GPU, (a) eager, (b) the whole denoiser in a CUDA graph, (c) the same
+compiled by torch.compile; and (d) asyncdiff with each schedule, with and without compiled
+components; one after another. A ratio is taken within a round, against the single GPU in the same
+mode and against eager. Reported: medians, with the smallest and the largest. Memory is measured
+while nothing else lies on the GPUs. ``efficiency_alone`` is the single GPU's time over N times the
+slowest component's, each alone in a CUDA graph: what the partition allows, before any exchange.
 
 With fewer GPUs than ranks the ranks share them: the exchange is then tested, and the components'
 own times are still measured, but no speedup is reported.
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import statistics
 import sys
@@ -32,6 +37,8 @@ from denoise.loop import Loop
 from denoise.models import MODELS, Published
 from denoise.ways import Asynchronous, Eager, Graphed, component_times
 
+#: How (b), (c) and (d) run, and what is added to the names of schedules.
+SUFFIX = {"graph": "", "compiled": ", compiled"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 
 
@@ -92,6 +99,7 @@ def run_model(
     steps: int,
     rounds: int,
     dtype: torch.dtype,
+    modes: list[str],
 ) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     home = "cuda:0"
@@ -101,8 +109,8 @@ def run_model(
     print(f"== {model.title}: {steps} steps, {rounds} rounds", flush=True)
 
     memory: dict[str, Any] = {}
-    for n, s, w in schedules:
-        name = f"N={n} S={s} w={w}"
+    for (n, s, w), mode in itertools.product(schedules, modes):
+        name = f"N={n} S={s} w={w}" + SUFFIX[mode]
         ranks = n + s - 1
         module = model.build(home, dtype)
         inputs = model.inputs(module)
@@ -110,7 +118,15 @@ def run_model(
         before = Memory()
         begun = time.perf_counter()
         devices = [f"cuda:{r % gpus}" for r in range(ranks)]
-        way = Asynchronous(module, inputs, devices=devices, components=n, stride=s, warmup=w)
+        way = Asynchronous(
+            module,
+            inputs,
+            devices=devices,
+            components=n,
+            stride=s,
+            warmup=w,
+            compile=mode == "compiled",
+        )
         loop = Loop(inputs, steps)
         way.run(loop)
         synchronize()
@@ -123,7 +139,10 @@ def run_model(
             "devices": devices,
             "shared_gpus": gpus < ranks,
             "first_generation_s": round(seconds, 1),
+            "mode": mode,
             "cuda_graphs": report.cuda_graphs,
+            "compiled": report.compiled,
+            "compile_s": round(report.compile_s, 1),
             "exchange_mib_per_tick": round(report.exchange_bytes_per_tick / 2**20, 2),
             "partition": partition.to_dict(),
         }
@@ -135,9 +154,12 @@ def run_model(
     ways["eager"] = Eager(module)
     ways["eager"].run(loop)
     memory["eager"] = before.taken()
-    ways["graph"] = Graphed(module, loop.inputs)
-    ways["graph"].run(loop)
-    order = ["eager", "graph", *(k for k in ways if k not in ("eager", "graph"))]
+    for mode in modes:
+        begun = time.perf_counter()
+        ways[mode] = Graphed(module, loop.inputs, compile=mode == "compiled")
+        ways[mode].run(loop)
+        figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
+    order = ["eager", *modes, *(k for k in ways if k not in ("eager", *modes))]
 
     times: dict[str, list[float]] = {name: [] for name in order}
     exposed: dict[str, list[float]] = {name: [] for name in order}
@@ -157,16 +179,18 @@ def run_model(
         entry["memory_mib"] = memory.get(name)
         if exposed[name]:
             entry["exposed_ms_per_tick"] = spread(exposed[name])
-        for base in ("eager", "graph"):
+        for base in dict.fromkeys(("eager", entry.get("mode", "eager"))):
             if name != base and not entry.get("shared_gpus"):
                 ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
                 entry[f"speedup_over_{base}"] = spread(ratios)
         if isinstance(ways[name], Asynchronous):
-            entry["component_ms_alone"] = [
-                round(t, 3) for t in component_times(ways[name].denoiser)
-            ]
-        a, b = result[name].double(), result["graph"].double()
-        entry["distance_to_graph"] = float((a - b).norm() / b.norm())
+            alone = component_times(ways[name].denoiser)
+            parts = max(alone[: ways[name].denoiser.components])
+            entry["component_ms_alone"] = [round(t, 3) for t in alone]
+            best = statistics.median(times[entry["mode"]])
+            entry["efficiency_alone"] = round(best / parts / ways[name].denoiser.components, 3)
+        a, b = result[name].double(), result["eager"].double()
+        entry["distance_to_eager"] = float((a - b).norm() / b.norm())
         print(f"   {name}: " + "  ".join(f"{k} {v}" for k, v in entry.items() if k != "partition"))
     sys.stdout.flush()
     for way in ways.values():
@@ -185,6 +209,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--out", type=Path, default=OUT / "denoise.json")
     args = parser.parse_args()
@@ -194,7 +219,7 @@ def main() -> None:
     figures = {}
     for key in args.models:
         figures[key] = run_model(
-            MODELS[key], schedules, args.steps, args.rounds, getattr(torch, args.dtype)
+            MODELS[key], schedules, args.steps, args.rounds, getattr(torch, args.dtype), args.modes
         )
         results_file.write(args.out, figures)
         gc.collect()

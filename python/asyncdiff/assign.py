@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx, nn
 
 from .balance import cut
-from .capture import Captured, tensors_of
+from .capture import Captured, nbytes_of
 from .cost import Costs
 from .errors import PartitionError
 
@@ -45,7 +45,7 @@ def balanced(captured: Captured, costs: Costs, components: int, bytes_per_ms: fl
             here = position[unit]
             for v in sources:
                 last_use[v] = max(last_use[v], here)
-            nbytes[here] += sum(t.numel() * t.element_size() for t in tensors_of(node))
+            nbytes[here] += nbytes_of(node)
             sources = {here}
         carried[node] = sources
     for output in captured.outputs:

@@ -167,6 +167,11 @@ def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     return [v for v in values if isinstance(v, torch.Tensor)]
 
 
+def nbytes_of(node: fx.Node) -> int:
+    """Bytes of the tensors that a node produces."""
+    return sum(t.numel() * t.element_size() for t in tensors_of(node))
+
+
 def _mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 

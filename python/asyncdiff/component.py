@@ -16,6 +16,7 @@ import asyncdiff_core as core
 
 from .bundle import as_laid_out, dense, moved_on
 from .calls import Role
+from .compiled import compile_program
 from .hoist import hoist, store
 from .partition import Partition
 from .program import Emit
@@ -87,6 +88,7 @@ class Worker:
     extrapolate: float = 0.0
     #: CUDA graphs are used until one cannot be captured.
     graphs: bool = True
+    compiled: bool = False
     _pushes: int = 0
     _spent: float = 0.0
     _captured: dict[Hashable, Recorded] = field(default_factory=dict)
@@ -173,6 +175,23 @@ class Worker:
             outputs = self.program(*self._arguments(reads))
         self.synchronize()
         return sent, outputs
+
+    def compile(
+        self, reads: dict[int, list[torch.Tensor]], progress: Callable[[int, int], None]
+    ) -> None:
+        """Compile the program for inputs, and bundles by source, like those that are there.
+
+        ``progress`` is told how many of how many segments are compiled. Runs it once, without
+        channels. Keeps the program as it is where inductor cannot compile it.
+        """
+        self._emit.hook = None
+        try:
+            with torch.no_grad(), self.current():
+                self.program = compile_program(self.program, self._arguments(reads), progress)
+            self.compiled = True
+        except Exception as e:  # whatever the model does that inductor cannot take
+            log.warning("rank %d runs uncompiled, which is slower: %s", self.rank, _reason(e))
+        self.synchronize()
 
     def prepare(self, slots: Slots) -> None:
         """Capture the graph for these slots, if it is still missing."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from .capture import Captured, tensors_of
+from .capture import Captured, nbytes_of, tensors_of
 from .program import on_device, resolve
 
 #: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
@@ -42,13 +42,76 @@ def estimate(captured: Captured) -> Costs:
         if node in captured.views:
             ms[node] = 0.0
             continue
-        touched = [t for source in node.all_input_nodes for t in tensors_of(source)]
-        touched += tensors_of(node)
-        moved = sum(t.numel() * t.element_size() for t in touched)
+        moved = nbytes_of(node) + sum(nbytes_of(source) for source in node.all_input_nodes)
         dtype = next((t.dtype for t in tensors_of(node)), torch.float32)
         rate = _FLOPS_PER_MS.get(dtype, _FLOPS_PER_MS[torch.float32])
         ms[node] = max(2 * macs[node] / rate, moved / _BYTES_PER_MS)
     return Costs(ms, macs, "estimated")
+
+
+def fused(captured: Captured, costs: Costs) -> Costs:
+    """Measured costs as they are once a compiler has fused what only moves memory.
+
+    Matrix products, convolutions and attention keep their times, without the pass that adds a
+    convolution's bias. Of all else what counts is the memory that still has to be read and written:
+    a chain of such nodes reads what heavy nodes and normalisations left, and writes what they need.
+    The memory's speed is that of the measured nodes of this kind.
+    """
+    light = {n for n in captured.nodes if n not in captured.views and not costs.macs[n]}
+    readers = _readers(captured)
+    # Written to memory: what a heavy node made or needs, or what a normalisation has to read twice.
+    written = {
+        n
+        for n in captured.nodes
+        if n not in captured.views
+        and (n not in light or any(r not in light or _reduces(r) for r in readers[n]))
+    }
+    speed = _memory_speed(costs, [n for n in light if not _reduces(n)])
+    ms = dict(costs.ms)
+    for node in captured.nodes:
+        if node in captured.views:
+            continue
+        size = nbytes_of(node)
+        if node not in light:
+            if "conv" in str(node.target) and node.args[2:3] != (None,):
+                ms[node] = max(ms[node] - 2 * size / speed, ms[node] / 2)
+            continue
+        moved = size if node in written else 0
+        for source in node.all_input_nodes:
+            base = _base(captured, source)
+            if base in written or base.op == "placeholder":
+                moved += nbytes_of(base) * (2 if _reduces(node) else 1)
+        ms[node] = min(ms[node], moved / speed)
+    return Costs(ms, costs.macs, f"{costs.source}, as if fused")
+
+
+def _memory_speed(costs: Costs, nodes: Sequence[fx.Node]) -> float:
+    """Bytes a millisecond that large nodes move which do nothing else (median)."""
+    large = [n for n in nodes if nbytes_of(n) > 1 << 22 and costs.ms[n] > 0]
+    rates = [
+        (nbytes_of(n) + sum(nbytes_of(s) for s in n.all_input_nodes)) / costs.ms[n] for n in large
+    ]
+    return statistics.median(rates) if rates else _BYTES_PER_MS
+
+
+def _readers(captured: Captured) -> dict[fx.Node, set[fx.Node]]:
+    """Who reads a node's value, through views."""
+    out: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(captured.nodes):
+        users = [u for u in node.users if u.op == "call_function"]
+        out[node] = {r for u in users for r in (out[u] if u in captured.views else {u})}
+    return out
+
+
+def _base(captured: Captured, node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node in captured.views:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _reduces(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("norm", "softmax", "mean"))
 
 
 def count_macs(captured: Captured) -> dict[fx.Node, int]:

@@ -7,7 +7,9 @@ nothing of samplers: it is given latents and times for a step, and returns noise
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -23,6 +25,7 @@ from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
 from .plan import Action, Kind, Plan, Tick
+from .progress import Progress
 from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
@@ -39,6 +42,7 @@ class Engine:
     ``devices`` has one entry a rank: N + S − 1 (waves: N). ``tensors`` are the inputs of a call,
     in the order of the signature; their values are used for a first run, which fixes how values lie
     in memory. ``slots`` and ``extrapolate`` are those of the plans that will be run.
+    ``compile``: compile the components, and tell it how far that is.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Engine:
         slots: int = 2,
         extrapolate: float = 0.0,
         deadline: float = 10.0,
+        compile: Progress | None = None,
     ) -> None:
         self.partition = partition
         self.devices = list(devices)
@@ -80,6 +85,10 @@ class Engine:
         else:
             self.fabric = core.HostFabric(len(self.devices), deadline=deadline)
         self._connect(self._first_run())
+        #: seconds that compiling took
+        self.compile_s = 0.0
+        if compile is not None:
+            self._compile(compile)
         self._crew = Crew(Inline() if self.cuda else Threads(len(self.devices)), self.fabric.abort)
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
@@ -132,6 +141,15 @@ class Engine:
             (w.index, s.target): s.channel for w in self.workers[:count] for s in w.senders
         }
 
+    def _compile(self, progress: Progress) -> None:
+        started = time.perf_counter()
+        for worker in self.workers:
+            what = f"compiling rank {worker.rank}"
+            sources = [b.source for b in self.partition.components[worker.index].reads]
+            reads = {s: worker.mailbox[s, 0] for s in sources}
+            worker.compile(reads, functools.partial(progress, what))
+        self.compile_s = time.perf_counter() - started
+
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay."""
         if not self.cuda:
@@ -167,7 +185,8 @@ class Engine:
 
         Runs of earlier steps take latents, and whatever else changes from step to step, from
         ``inputs_of``, which nobody may write to any more; without it all take them from
-        ``tensors``. On CUDA the results are ready in order of the current stream of the latents' device.
+        ``tensors``. On CUDA the results are ready in order of the current stream of the latents'
+        device.
         """
         try:
             return self._tick(tick, tensors, time_of, inputs_of)

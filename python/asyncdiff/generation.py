@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from .calls import Call, Role, Signature
+from .calls import RESIDUALS, Call, Role, Signature
 from .engine import Engine
 from .errors import InputError, SchedulerError
 from .plan import Plan, Tick
+from .predictor import Predictor
+from .wavefront import delay
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,9 @@ class GenerationReport:
     """What a generation did.
 
     Milliseconds are wall time from the first step's call to the end of the last step's
-    computation, without preparation. ``exchange_bytes`` is all that ranks sent to others,
+    computation, without preparation. ``prepare_s`` are seconds that it was prepared in, with what
+    was compiled then; ``compile_s`` those that compiling took for such inputs, whenever that was.
+    ``exchange_bytes`` is all that ranks sent to others,
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
     the part of the exchange that computation did not hide (None if not measured).
     """
@@ -37,6 +41,8 @@ class GenerationReport:
     exposed_ms: float | None
     exposed_ms_per_tick: float | None
     cuda_graphs: bool
+    compiled: bool
+    compile_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -55,15 +61,22 @@ class GenerationReport:
 
 
 class Generation:
-    """Serves the steps of one generation, in order, from the ticks of a plan."""
+    """Serves the steps of one generation, in order, from the ticks of a plan.
 
-    def __init__(self, timesteps: torch.Tensor) -> None:
+    With ``predictor`` the plan is of waves: their predictions come late, and it says what the
+    sampler is given until then.
+    """
+
+    def __init__(self, timesteps: torch.Tensor, predictor: Predictor | None = None) -> None:
         self.timesteps = timesteps
         self.steps = len(timesteps)
         self.engine: Engine | None = None
         self.next_step = 0
         self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
+        self._predictor = predictor
+        #: what changes from step to step, of the calls whose waves are under way
+        self._inputs: dict[int, list[torch.Tensor]] = {}
 
     @property
     def done(self) -> bool:
@@ -91,16 +104,47 @@ class Generation:
                 "may change between generations only"
             )
         step = self.next_step
-        if step not in self._held:
-            self._held = self.engine.tick(
-                self._ticks[step], call.tensors, lambda index: self._time(index, call)
-            )
-        leaves = self._held.pop(step)
+        if self._predictor is not None:
+            leaves = self._by_waves(step, call, self._predictor)
+        else:
+            if step not in self._held:
+                self._held = self.engine.tick(
+                    self._ticks[step], call.tensors, lambda index: self._time(index, call)
+                )
+            leaves = self._held.pop(step)
         self.next_step += 1
         if self.done:
             self.engine.finish()
             self.end()
         return captured.unflatten(leaves)
+
+    def _by_waves(self, step: int, call: Call, predictor: Predictor) -> list[Any]:
+        """The denoiser's outputs for a step, from the waves that have arrived."""
+        assert self.engine is not None
+        names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
+        latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
+        moving = [call.tensors[i] for i in call.indices(Role.LATENTS)]
+        tick = self._ticks[step]
+        if step == tick.serves[0]:
+            # The caller may go on to change its own.
+            self._inputs[step] = [t.clone() for t in moving]
+            results = self.engine.tick(
+                tick,
+                call.tensors,
+                lambda index: self._time(index, call),
+                self._inputs.__getitem__,
+            )
+            for wave in sorted(results):
+                predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
+                self._held = {-1: results[wave]}
+            oldest = step - delay(self.plan.components, self.plan.stride)
+            self._inputs = {k: v for k, v in self._inputs.items() if k > oldest}
+            if tick.exact:
+                return results[step]
+        # Further outputs, where a denoiser has any, are those of the newest wave.
+        newest = self._held[-1]
+        prediction = predictor.predict(step, moving[latents], newest[0].dtype)
+        return [prediction, *newest[1:]]
 
     def end(self, prediction_bytes: int = 0) -> None:
         """Every step was served and the engine has finished; ``prediction_bytes`` is what ranks
@@ -147,6 +191,8 @@ class Generation:
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
             cuda_graphs=all(w.graphs for w in engine.workers),
+            compiled=all(w.compiled for w in engine.workers),
+            compile_s=engine.compile_s,
         )
 
     def _sent(self, tick: Tick) -> int:

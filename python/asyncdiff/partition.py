@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .assign import Owners, balanced, by_cuts, by_modules
-from .capture import Captured, tensors_of
+from .capture import Captured, nbytes_of
 from .cost import Costs, estimate
 from .errors import PartitionError
 from .plan import Exchange
@@ -32,7 +32,7 @@ class Boundary:
     @property
     def nbytes(self) -> int:
         """Bytes of one bundle, without padding."""
-        return sum(_nbytes(v) for v in self.values)
+        return sum(nbytes_of(v) for v in self.values)
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Partition:
         for (i, j), b in self.boundaries.items():
             # What is pushed after the component's last computation has nothing to hide behind.
             last = self.components[i].owned[-1]
-            tail = sum(_nbytes(v) for v in b.values if v is last)
+            tail = sum(nbytes_of(v) for v in b.values if v is last)
             boundaries.append(BoundaryReport(i, j, b.nbytes, len(b.values), tail))
         return PartitionReport(components, boundaries, costs.source, self.cuts)
 
@@ -234,7 +234,3 @@ def _exact_order(components: list[Component], outputs: list[Any]) -> tuple[int, 
         else:
             raise PartitionError("the components of this split wait for each other in a circle")
     return tuple(order)
-
-
-def _nbytes(node: fx.Node) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_of(node))

@@ -19,13 +19,20 @@ from .errors import InputError, PlanError
 REACH = 4.0
 
 
-def check_order(order: float | None) -> None:
+def check_order(order: float | None, schedule: str) -> None:
     """Raise PlanError for an order that there is not."""
+    if order is not None and schedule != "wavefront":
+        raise PlanError("order belongs to schedule='wavefront': it extrapolates clean images")
     if order is not None and not 0 <= order <= 1:
         raise PlanError(
             f"order={order!r}: take 0 (the newest known clean image is held) to 1 (a straight "
             "line through the two newest), or None"
         )
+
+
+def default_order(components: int, stride: int) -> float:
+    """TODO"""
+    return 1.0 if components == 2 and stride == 1 else 0.5
 
 
 def weights(known: Sequence[int], step: int, order: float) -> list[tuple[int, float]]:

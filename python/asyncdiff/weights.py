@@ -21,6 +21,17 @@ class Weights:
             weakref.WeakValueDictionary()
         )
         self._offloaded = False
+        self._channels_last: list[torch.Tensor] = []
+
+    def channels_last(self) -> None:
+        """Lay the module's convolution kernels out with channels last, as tensor cores want them.
+
+        All that a convolution makes of them lies in memory in that way, too.
+        """
+        for weight in [*self.module.parameters(), *self.module.buffers()]:
+            if weight.dim() == 4 and weight.is_contiguous():
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                self._channels_last.append(weight)
 
     def offload(self) -> None:
         """Move the module's own copy to host memory, so that a device holds its component only."""
@@ -29,7 +40,10 @@ class Weights:
             self._offloaded = True
 
     def restore(self) -> None:
-        """Put the module back where it was."""
+        """Put the module back where it was, and as it was."""
+        for weight in self._channels_last:
+            weight.data = weight.data.contiguous()
+        self._channels_last.clear()
         if self._offloaded:
             nn.Module.to(self.module, self.home)
             self._offloaded = False
