@@ -58,20 +58,20 @@ def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
     count = len(check_scheduler(scheduler))
     name = type(scheduler).__name__
     sigmas = getattr(scheduler, "sigmas", None)
-    per_step = isinstance(sigmas, torch.Tensor) and len(sigmas) in (count, count + 1)
+    levels = None  # of noise, one a step
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) in (count, count + 1):
+        levels = sigmas[:count].double().cpu()
     config = scheduler.config
     kind = str(config.get("prediction_type", "epsilon")).removeprefix("original_")
-    if config.get("sigma_data") is not None and per_step:
-        return _checked(name, *_preconditioned(sigmas[:count], float(config["sigma_data"]), kind))
+    if levels is not None and config.get("sigma_data") is not None:
+        return _checked(name, *_preconditioned(levels, float(config["sigma_data"]), kind))
     straight = any("FlowMatch" in c.__name__ for c in type(scheduler).__mro__)
-    if (straight or config.get("use_flow_sigmas")) and per_step:
-        sigma = sigmas[:count].double().cpu()
-        alpha = 1 - sigma
+    if levels is not None and (straight or config.get("use_flow_sigmas")):
+        alpha, sigma = 1 - levels, levels
         kind = "flow_prediction" if straight else kind
-    elif per_step:  # noise of this size on an image of size one, scaled to variance one
-        ratio = sigmas[:count].double().cpu()
-        alpha = 1 / (1 + ratio**2).sqrt()
-        sigma = ratio * alpha
+    elif levels is not None:  # noise of this size on an image of size one, scaled to variance one
+        alpha = 1 / (1 + levels**2).sqrt()
+        sigma = levels * alpha
     elif isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
         kept = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.long().cpu()]
         alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
@@ -108,10 +108,9 @@ _MIXES = {
 
 
 def _preconditioned(
-    sigmas: torch.Tensor, data: float, kind: str
+    sigma: torch.Tensor, data: float, kind: str
 ) -> tuple[list[float], list[float], list[float]]:
     """Karras et al. 2022, table 1, row EDM: x0 = c_skip · x + c_out · F(c_in · x)."""
-    sigma = sigmas.double().cpu()
     both = (sigma**2 + data**2).sqrt()
     out = sigma * data / both
     if kind == "v_prediction":  # as diffusers has it

@@ -130,7 +130,8 @@ def parallelize(
     Args:
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
         devices: one entry a rank, components + stride − 1 of them (with schedule="wavefront" as
-            many as components), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``). None takes all GPUs, else the CPU.
+            many as components), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``).
+            None takes all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = steps gives the pipeline's own result.

@@ -218,9 +218,7 @@ class Engine:
                 if inputs_of is not None and action.latents not in tick.serves[:1]:
                     assert action.latents is not None
                     mine = list(tensors)
-                    for i, value in zip(
-                        self._latents, inputs_of(action.latents), strict=True
-                    ):
+                    for i, value in zip(self._latents, inputs_of(action.latents), strict=True):
                         mine[i] = value
                 work = self._run_work(action, mine, time_of, fresh, caller if first else None)
             else:

@@ -353,9 +353,7 @@ class _Builder:
         for o in range(self.stride - 1):
             if k + o < end:
                 time = _shifted(k + o, time_shift)
-                actions.append(
-                    self.run(self.n + o, k, time, k + o, sends=False, read=self.held)
-                )
+                actions.append(self.run(self.n + o, k, time, k + o, sends=False, read=self.held))
         for rank in self.got:
             actions += self.give_back(rank, keep=self.held - 1)
         return Tick(index, False, serves, tuple(actions))

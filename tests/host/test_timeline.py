@@ -181,9 +181,7 @@ def test_what_holds_for_every_plan(case):
 def test_waves_of_equal_components_in_closed_form(args, tail, drain, cost):
     """An asynchronous tick costs one component's time as long as any wave is under way."""
     n, s, w, more = args
-    plan = P.build(
-        n, s, w, w + more + tail, schedule="wavefront", exact_tail=tail, drain=drain
-    )
+    plan = P.build(n, s, w, w + more + tail, schedule="wavefront", exact_tail=tail, drain=drain)
     t = predict(plan, Timing((float(cost),) * n, update_ms=0.5))
     busy = sum(bool(tick.runs) for tick in plan.ticks if not tick.exact)
     want = (w + tail) * n * cost + busy * cost + (w + more + tail) * 0.5
