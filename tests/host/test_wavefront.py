@@ -14,7 +14,7 @@ from wave_emulation import generate
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
-from asyncdiff.predictor import REACH, weights
+from asyncdiff.predictor import REACH, default_order, weights
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 SPLITS = {
@@ -150,26 +150,41 @@ def test_any_scheduler(shared: Any, name: str, guidance: float) -> None:
 
 def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
     """Times that begin in the middle of the schedule, as image-to-image pipelines have them."""
-    plain = reference.pipeline(SPEC)
-    results = []
-    for pipe in (plain, shared):
-        scheduler = diffusers.EulerDiscreteScheduler.from_config(
-            plain.scheduler.config, prediction_type="v_prediction"
-        )
-        pipe.scheduler = scheduler
-        scheduler.set_timesteps(20)
-        scheduler.set_begin_index(8)
-        call = reference.inputs(SPEC)
-        text = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
-        x = call["latents"]
-        for t in scheduler.timesteps[8:]:
-            z = scheduler.scale_model_input(torch.cat([x, x]), t)
-            noise = pipe.unet(z, t, encoder_hidden_states=text, return_dict=False)[0]
-            first, second = noise.chunk(2)
-            x = scheduler.step(first + 3 * (second - first), t, x, return_dict=False)[0]
-        results.append(x)
-    shared.unet.__dict__["_asyncdiff"].denoiser.stop()
-    assert 0 < reference.distance(results[1], results[0]) < 0.1
+    unet = reference.denoiser(SPEC["denoiser"])
+    call = reference.inputs(SPEC)
+    text = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
+    scheduler = diffusers.DDIMScheduler.from_config(
+        reference.pipeline(SPEC).scheduler.config, prediction_type="v_prediction"
+    )
+    scheduler.set_timesteps(20)
+    shared.scheduler = scheduler
+    times = scheduler.timesteps[8:]
+
+    def guided(denoiser: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        z = torch.cat([x, x])
+        out = denoiser(z, t, encoder_hidden_states=text, return_dict=False)[0]
+        first, second = out.chunk(2)
+        return first + 3 * (second - first)
+
+    got = call["latents"]
+    for t in times:
+        v = guided(shared.unet, got, t)
+        got = scheduler.step(v, t, got, return_dict=False)[0]
+    kept = scheduler.alphas_cumprod.double()[times]
+    alphas, sigmas = kept.sqrt().tolist(), (1 - kept).sqrt().tolist()
+
+    def noise(x: torch.Tensor, k: int) -> torch.Tensor:
+        return alphas[k] * guided(unet, x.float(), times[k]).double() + sigmas[k] * x
+
+    def step(x: torch.Tensor, e: torch.Tensor, k: int) -> torch.Tensor:
+        v = (e - sigmas[k] * x) / alphas[k]
+        return scheduler.step(v, times[k], x, return_dict=False)[0]
+
+    want = generate(
+        noise, step, call["latents"].double(), alphas, sigmas, components=2, stride=1, warmup=4,
+        order=default_order(2, 1), reach=REACH,
+    )  # fmt: skip
+    assert reference.distance(got, want) < 1e-4
 
 
 def test_extrapolation_is_a_line_with_a_bound() -> None:
