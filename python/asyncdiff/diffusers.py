@@ -106,6 +106,8 @@ def parallelize(
     split: Split = "auto",
     time_shift: bool = False,
     *,
+    guidance: str = "batched",
+    warmup_mode: str = "chain",
     compile: bool | None = None,
     progress: Progress | None = None,
     deadline: float = 10.0,
@@ -125,6 +127,8 @@ def parallelize(
         split: "auto", "estimate", lists of module paths, or cuts; see
             :class:`asyncdiff.AsyncDenoiser`.
         time_shift: pass the timestep one index earlier in asynchronous steps.
+        guidance, warmup_mode: "batched" and "chain", or "split"; see
+            :class:`asyncdiff.AsyncDenoiser`.
         compile, progress: compile the components with inductor; see
             :class:`asyncdiff.AsyncDenoiser`.
         deadline: seconds after which a rank that waits for another gives up.
@@ -153,6 +157,8 @@ def parallelize(
         warmup=warmup,
         split=split,
         time_shift=time_shift,
+        guidance=guidance,
+        warmup_mode=warmup_mode,
         compile=compile,
         progress=progress,
         deadline=deadline,
