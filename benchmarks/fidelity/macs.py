@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,3 +39,14 @@ def balanced(pipe: Any, components: int) -> Partition:
     """The denoiser split so that the largest component has as few MACs as possible."""
     captured, costs = _of(pipe)
     return partition(captured, components, "auto", costs=costs, bytes_per_ms=float("inf"))
+
+
+def within(pipe: Any, paths: Sequence[str]) -> int:
+    """MACs of one call inside the modules at these paths, without what the prompt alone decides."""
+    captured, costs = _of(pipe)
+    prefixes = tuple(f"{path}." for path in paths)
+    return sum(
+        costs.macs[n]
+        for n in captured.nodes
+        if n not in captured.once and f"{captured.module_path(n)}.".startswith(prefixes)
+    )
