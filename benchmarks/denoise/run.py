@@ -159,6 +159,7 @@ def run_model(
         ways[mode] = Graphed(module, loop.inputs, compile=mode == "compiled")
         ways[mode].run(loop)
         figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
+        print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
     order = ["eager", *modes, *(k for k in ways if k not in ("eager", *modes))]
 
     times: dict[str, list[float]] = {name: [] for name in order}

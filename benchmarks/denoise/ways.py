@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ class Graphed:
 
     def __init__(self, module: nn.Module, inputs: dict[str, Any], compile: bool = False) -> None:
         if compile:
+            # Not in place: other CUDA graphs read the module's weights where they lie.
+            module = copy.deepcopy(module)
             for weight in module.parameters():
                 if weight.dim() == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             module = torch.compile(module, fullgraph=True, dynamic=False)
+        self._module = module  # its weights and kernels are what the graph uses
         leaves, self._spec = pytree.tree_flatten(inputs)
         self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         kwargs = pytree.tree_unflatten(self._static, self._spec)

@@ -273,6 +273,12 @@ void CudaChannel::get(int rank, int slot, Stream stream) {
   }
 }
 
+const ReceiverDevice& CudaChannel::receiver_device(int rank) const {
+  const Receiver& receiver = receivers_[place_of(rank)];
+  check_end(rank, 0);
+  return receiver.handle;
+}
+
 void CudaChannel::release(int rank, int slot, Stream stream) {
   const nvtx::Range range("release", *this, rank, slot);
   const Receiver& receiver = receivers_[place_of(rank)];

@@ -28,6 +28,8 @@ class CudaChannel final : public Channel {
   void release(int receiver, int slot, Stream stream) override;
   void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
 
+  // What kernels need of a receiver that this process runs.
+  const ReceiverDevice& receiver_device(int receiver) const;
   bool of(const CudaFabric::Shared& fabric) const { return shared_.get() == &fabric; }
   // Adds this channel's next bundle to a fused put. False, and nothing added, without room.
   template <class P>

@@ -15,6 +15,18 @@
 
 namespace asyncdiff {
 
+namespace {
+
+const CudaChannel& of_this_fabric(const Channel& channel, const CudaFabric::Shared& shared) {
+  const auto* ours = dynamic_cast<const CudaChannel*>(&channel);
+  if (ours == nullptr || !ours->of(shared)) {
+    throw InvalidArgument("channel '" + channel.name() + "' belongs to another fabric");
+  }
+  return *ours;
+}
+
+}  // namespace
+
 Transport transport_from(const std::string& name) {
   if (name == "auto") return Transport::kAuto;
   if (name == "peer") return Transport::kPeer;
@@ -81,12 +93,7 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
 void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
   check_together(puts);
   if (puts.empty()) return;
-  for (const Put& put : puts) {
-    auto* channel = dynamic_cast<CudaChannel*>(put.channel.get());
-    if (channel == nullptr || !channel->of(*shared_)) {
-      throw InvalidArgument("channel '" + put.channel->name() + "' belongs to another fabric");
-    }
-  }
+  for (const Put& put : puts) of_this_fabric(*put.channel, *shared_);
   const auto sender = static_cast<std::size_t>(puts.front().channel->sender());
   const DeviceGuard guard(shared_->devices[sender]);
   ManyPuts many;
@@ -101,6 +108,10 @@ void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
     if (!channel.add_to(many, put.tensors, put.slot)) channel.put(put.tensors, put.slot, stream);
   }
   launch();
+}
+
+ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver) const {
+  return of_this_fabric(channel, *shared_).receiver_device(receiver);
 }
 
 void CudaFabric::abort(int rank, const std::string& reason) {

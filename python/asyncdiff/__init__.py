@@ -10,10 +10,12 @@ from .errors import (
     CaptureError,
     DeviceError,
     InputError,
+    MetricError,
     PartitionError,
     PlanError,
     RankError,
     SchedulerError,
+    TuneError,
 )
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ __all__ = [
     "CaptureError",
     "DeviceError",
     "InputError",
+    "MetricError",
     "PartitionError",
     "PlanError",
     "RankError",
     "SchedulerError",
+    "TuneError",
     "errors",
     "parallelize",
 ]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .cost import fused, link_speed, measure
 from .engine import Engine, check_inputs
-from .errors import InputError, PartitionError, SchedulerError
+from .errors import InputError, PartitionError, PlanError, SchedulerError
 from .generate import Callback, Request, generate
-from .generation import Generation, GenerationReport
+from .generation import Generation, GenerationReport, Phase
+from .groups import GROUPS, Groups, part
 from .partition import Partition, Split, partition
 from .plan import Plan, build, check_numbers, check_schedule, rank_count, ring
 from .predictor import Predictor, check_order, default_order
@@ -44,8 +46,8 @@ class AsyncDenoiser:
         module: a denoiser in eval mode; any module that torch.export can export.
         example_args, example_kwargs: a call of it. With one, everything is prepared now; without,
             at the first call.
-        devices: one entry a rank (N + S − 1; waves: N), which may repeat; None for all GPUs, else
-            the CPU.
+        devices: one entry a rank (N + S − 1, waves N; twice that with guidance="split"), which may
+            repeat; None for all GPUs, else the CPU.
         components, stride, warmup, time_shift: N, S, w and the time shift of the schedule.
         split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
             bytes, the same on every machine), one list of module paths for each component, or the
@@ -59,6 +61,11 @@ class AsyncDenoiser:
         exact_tail: the last so many steps are run exactly, like the first w.
         extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
             of other components are moved on before they are used.
+        guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
+            first half of the ranks takes the first condition, the others the second one.
+        warmup_mode: "chain" (exact steps run one component after another), or "split": the exact
+            steps but the last run whole on two devices, a condition each. Those hold the whole
+            denoiser then.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape (results are cached on the disk, where torch keeps them) and makes a step a
             third faster; None for denoisers of at least 100 million parameters on GPUs.
@@ -98,6 +105,8 @@ class AsyncDenoiser:
         order: float | None = None,
         exact_tail: int = 0,
         extrapolate: float = 0.0,
+        guidance: str = "batched",
+        warmup_mode: str = "chain",
         compile: bool | None = None,
         progress: Progress | None = None,
         deadline: float = 10.0,
@@ -108,7 +117,13 @@ class AsyncDenoiser:
         )
         check_order(order, schedule)
         check_split_argument(module, split, components)
-        self.devices = device_list.resolve(devices, rank_count(components, stride, schedule))
+        ranks = rank_count(components, stride, schedule)
+        _check_modes(guidance, warmup_mode, ranks)
+        if guidance == "split":
+            why = f"2 x {'components' if schedule == 'wavefront' else '(components + stride - 1)'}"
+            self.devices = device_list.resolve(devices, GROUPS * ranks, why)
+        else:
+            self.devices = device_list.resolve(devices, ranks)
         self.module = module
         self.components = components
         self.stride = stride
@@ -119,6 +134,8 @@ class AsyncDenoiser:
         self.order = order
         self.exact_tail = exact_tail
         self.extrapolate = extrapolate
+        self.guidance = guidance
+        self.warmup_mode = warmup_mode
         self.compile = pays(module, self.devices) if compile is None else compile
         self.names = {"latents": latents, "timestep": timestep}
         #: schedulers whose steps the ranks can take
@@ -126,8 +143,8 @@ class AsyncDenoiser:
         self._deadline = deadline
         self._progress = progress
         self._weights = Weights(module)
-        self._engines: OrderedDict[Signature, Engine] = OrderedDict()
-        self._engine: Engine | None = None
+        self._engines: OrderedDict[Signature, _Prepared] = OrderedDict()
+        self._engine: Engine | Groups | None = None
         self._lock = threading.RLock()
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
@@ -156,14 +173,23 @@ class AsyncDenoiser:
             raise InputError("nothing was captured yet: run the denoiser once, or call prepare()")
         return self._engine.partition
 
+    @property
+    def splits(self) -> bool:
+        """Whether conditions are ever split over groups of ranks."""
+        return self.guidance == "split" or self.warmup_mode == "split"
+
     def plan(self, steps: int, *, drain: bool = False) -> Plan:
-        """The plan of a generation with this many steps; ``drain``: its last waves are finished."""
+        """The plan of a generation with this many steps, for each group of ranks; with
+        warmup_mode="split" without the steps before the last exact one. ``drain``: the last waves
+        are finished."""
+        check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
+        before = self._split_steps
         return build(
             self.components,
             self.stride,
-            self.warmup,
-            steps,
+            self.warmup - before,
+            steps - before,
             schedule=self.schedule,
             exact_tail=self.exact_tail,
             time_shift=self.time_shift,
@@ -181,56 +207,91 @@ class AsyncDenoiser:
         with self._lock:
             call = self.parse(args, kwargs)
             self._check(call)
-            engine = self._prepared(call)
+            prepared = self._prepared(call)
             if steps is not None:
-                engine.prepare(self.plan(steps))
+                self._phases(prepared, steps)
 
     def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
         return parse(self.module, args, kwargs, **self.names)
 
     def prepared(self, call: Call, steps: int, *, drain: bool = False) -> tuple[Engine, Plan]:
-        """The engine for calls like this one, and the plan of a generation with so many steps."""
+        """The engine for calls like this one, and the plan of a generation with so many steps.
+        Only where all of it is served by one engine."""
         check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
         self._check(call)
-        engine = self._prepared(call)
+        engine = self._prepared(call).engine
+        assert isinstance(engine, Engine)
         return engine, self.plan(steps, drain=drain)
+
+    @property
+    def _split_steps(self) -> int:
+        """Exact steps that run split. The last one fills the mailboxes: it runs as a chain."""
+        return self.warmup - 1 if self.warmup_mode == "split" else 0
+
+    def _phases(self, prepared: _Prepared, steps: int) -> list[Phase]:
+        """Who serves which steps, with every CUDA graph recorded."""
+        before = self._split_steps
+        phases = []
+        if prepared.whole is not None and before:
+            phases.append(Phase(prepared.whole, build(1, 1, before, before, exchanges=())))
+        phases.append(Phase(prepared.engine, self.plan(steps), before))
+        for phase in phases:
+            phase.engine.prepare(phase.plan)
+        return phases
 
     def _check(self, call: Call) -> None:
         names = [x.name for x in call.signature.inputs]
         check_inputs(call.tensors, names, self.devices[0].type == "cuda")
 
-    def _prepared(self, call: Call) -> Engine:
-        engine = self._engines.get(call.signature)
-        if engine is None:
-            engine = self._build(call)
+    def _prepared(self, call: Call) -> _Prepared:
+        prepared = self._engines.get(call.signature)
+        if prepared is None:
+            prepared = self._build(call)
             while len(self._engines) >= _KEPT:
                 self._engines.popitem(last=False)[1].close()
-            self._engines[call.signature] = engine
+            self._engines[call.signature] = prepared
         self._engines.move_to_end(call.signature)
-        self._engine = engine
-        return engine
+        self._engine = prepared.engine
+        return prepared
 
-    def _build(self, call: Call) -> Engine:
-        captured = capture(self.module, call)
-        costs = None
-        if self._bytes_per_ms is None:
-            self._bytes_per_ms = link_speed(self.devices)
-        if self.split == "auto" and self.components > 1:
-            costs = measure(captured, call.tensors, self.devices[0])
-            if self.compile:
-                costs = fused(captured, costs)
-        parts = partition(
-            captured,
-            self.components,
-            self.split,
-            costs=costs,
-            bytes_per_ms=self._bytes_per_ms,
-        )
+    def _build(self, call: Call) -> _Prepared:
+        engine = self._team(call, self.components, self.devices, self.guidance == "split")
+        whole = None
+        if self._split_steps:
+            first = self.devices[0]
+            others = [d for d in self.devices if d != first] or [first]
+            whole = self._team(call, 1, [first, others[0]], True)
+        return _Prepared(engine, whole)
+
+    def _team(
+        self, call: Call, components: int, devices: Sequence[torch.device], split: bool
+    ) -> Engine | Groups:
+        """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
+        one for each condition."""
+        if not split:
+            return self._engine_for(call, components, devices)
+        ranks = len(devices) // GROUPS
+        engines: list[Engine] = []
+        for group in range(GROUPS):
+            mine = part(self.module, call, self.names, group)
+            where = devices[group * ranks : (group + 1) * ranks]
+            parts = engines[0].partition if engines else None
+            engines.append(self._engine_for(mine, components, where, parts))
+        return Groups(engines, call)
+
+    def _engine_for(
+        self,
+        call: Call,
+        components: int,
+        devices: Sequence[torch.device],
+        parts: Partition | None = None,
+    ) -> Engine:
+        parts = parts or self._partition(call, components)
         with bar(self._progress) if self.compile else contextlib.nullcontext() as progress:
             return Engine(
                 parts,
-                self.devices,
+                devices,
                 self._weights,
                 call.tensors,
                 slots=ring(parts.exchanges, self.schedule, self.extrapolate),
@@ -238,6 +299,18 @@ class AsyncDenoiser:
                 deadline=self._deadline,
                 compile=progress,
             )
+
+    def _partition(self, call: Call, components: int) -> Partition:
+        captured = capture(self.module, call)
+        split = self.split if components == self.components else "auto"
+        costs = None
+        if self._bytes_per_ms is None:
+            self._bytes_per_ms = link_speed(self.devices)
+        if split == "auto" and components > 1:
+            costs = measure(captured, call.tensors, self.devices[0])
+            if self.compile:
+                costs = fused(captured, costs)
+        return partition(captured, components, split, costs=costs, bytes_per_ms=self._bytes_per_ms)
 
     # ---- generations -------------------------------------------------------------------------
 
@@ -322,10 +395,8 @@ class AsyncDenoiser:
                 )
             if generation.engine is None:
                 started = time.perf_counter()
-                engine = self._prepared(call)
-                plan = self.plan(generation.steps)
-                engine.prepare(plan)
-                generation.begin(engine, plan, time.perf_counter() - started)
+                phases = self._phases(self._prepared(call), generation.steps)
+                generation.begin(phases, time.perf_counter() - started)
             try:
                 result = generation.step(call)
             except BaseException:
@@ -406,11 +477,36 @@ class AsyncDenoiser:
         """Free the ranks' memory and put the module back on its device."""
         with self._lock:
             self.stop()
-            for engine in self._engines.values():
-                engine.close()
+            for prepared in self._engines.values():
+                prepared.close()
             self._engines.clear()
             self._engine = None
             self._weights.restore()
+
+
+@dataclass
+class _Prepared:
+    """What serves calls of one signature: the asynchronous steps, and exact ones that run split."""
+
+    engine: Engine | Groups
+    whole: Engine | Groups | None = None
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.whole is not None:
+            self.whole.close()
+
+
+def _check_modes(guidance: str, warmup_mode: str, ranks: int) -> None:
+    if guidance not in ("batched", "split"):
+        raise InputError(f"guidance={guidance!r}: write 'batched' or 'split'")
+    if warmup_mode not in ("chain", "split"):
+        raise InputError(f"warmup_mode={warmup_mode!r}: write 'chain' or 'split'")
+    if warmup_mode == "split" and guidance == "batched" and ranks < GROUPS:
+        raise PlanError(
+            "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
+            "warmup_mode='chain'"
+        )
 
 
 def check_split_argument(module: nn.Module, split: Split, components: int) -> None:

@@ -13,8 +13,10 @@ from .errors import DeviceError
 Devices = Sequence[str | int | torch.device] | None
 
 
-def resolve(devices: Devices, ranks: int) -> list[torch.device]:
-    """One ``torch.device`` with an index for each of ``ranks`` ranks.
+def resolve(
+    devices: Devices, ranks: int, why: str = "components + stride - 1"
+) -> list[torch.device]:
+    """One ``torch.device`` with an index for each of ``ranks`` ranks, as ``why`` explains.
 
     None takes all visible GPUs, or the CPU where there is none; where there are fewer GPUs than
     ranks, they are taken round robin. Raises DeviceError, saying what to change, for a list of the
@@ -27,7 +29,7 @@ def resolve(devices: Devices, ranks: int) -> list[torch.device]:
     out = [_device(d) for d in devices]
     if len(out) != ranks:
         raise DeviceError(
-            f"{len(out)} devices for {ranks} ranks: components + stride - 1 = {ranks} entries are "
+            f"{len(out)} devices for {ranks} ranks: {why} = {ranks} entries are "
             f"needed (entries may repeat, as in [{str(out[0]) if out else 'cpu'!r}] * {ranks})"
         )
     kinds = {d.type for d in out}

@@ -118,6 +118,8 @@ def parallelize(
     order: float | None = None,
     exact_tail: int = 0,
     extrapolate: float = 0.0,
+    guidance: str = "batched",
+    warmup_mode: str = "chain",
     compile: bool | None = None,
     progress: Progress | None = None,
     deadline: float = 10.0,
@@ -143,6 +145,8 @@ def parallelize(
             took on predictions are not taken again when the exact ones arrive;
             :meth:`asyncdiff.AsyncDenoiser.generate` can (``correct``).
         order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
+        guidance, warmup_mode: "batched" and "chain", or "split"; see
+            :class:`asyncdiff.AsyncDenoiser`.
         compile, progress: compile the components with inductor; see
             :class:`asyncdiff.AsyncDenoiser`.
         deadline: seconds after which a rank that waits for another gives up.
@@ -175,6 +179,8 @@ def parallelize(
         order=order,
         exact_tail=exact_tail,
         extrapolate=extrapolate,
+        guidance=guidance,
+        warmup_mode=warmup_mode,
         compile=compile,
         progress=progress,
         deadline=deadline,

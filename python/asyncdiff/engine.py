@@ -58,6 +58,7 @@ class Engine:
         compile: Progress | None = None,
     ) -> None:
         self.partition = partition
+        self.signature = partition.captured.signature
         self.devices = list(devices)
         self.slots = slots
         self.cuda = self.devices[0].type == "cuda"

@@ -35,6 +35,14 @@ class BenchError(AsyncDiffError, ValueError):
     """A benchmark was asked for what does not exist, or measured what cannot be right."""
 
 
+class MetricError(AsyncDiffError, RuntimeError):
+    """A measure of pictures cannot be computed here; the message says what is missing."""
+
+
+class TuneError(AsyncDiffError, ValueError):
+    """No setting that was tried keeps what was asked for; the message names the best."""
+
+
 class RankError(AsyncDiffError, RuntimeError):
     """A rank failed in the middle of a generation. ``rank`` says which; ``__cause__`` says why."""
 

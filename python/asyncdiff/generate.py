@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Call, Role, argument_names
 from .errors import InputError, SchedulerError
-from .generation import Generation
+from .generation import Generation, Phase
 from .loop import Settings, Start, loop_for
 from .sampler import LinearSampler
 from .timesteps import check_scheduler
@@ -95,6 +95,13 @@ def _set_timesteps(request: Request) -> None:
 def _sampler(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
     """The scheduler's steps, or None where its own ``step`` is to be called."""
     if request.update == "scheduler" or request.callback is not None:
+        return None
+    if denoiser.splits:
+        if request.update == "linear":
+            raise InputError(
+                "update='linear' runs on one group of ranks: take guidance='batched' and "
+                "warmup_mode='chain', or leave update at 'auto'"
+            )
         return None
     try:
         return denoiser.samplers.get(request.scheduler, request.step_options)
@@ -186,7 +193,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
         dtype = call.tensors[index[0]].dtype
         values = torch.stack([t.reshape(-1)[0] for t in times]).to("cpu", dtype)
     generation = Generation(values if values is not None else torch.arange(len(times)))
-    generation.begin(engine, plan, time.perf_counter() - started)
+    generation.begin([Phase(engine, plan)], time.perf_counter() - started)
     try:
         result = loop.run(
             Start(

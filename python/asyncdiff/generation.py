@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from .calls import RESIDUALS, Call, Role, Signature
 from .engine import Engine
 from .errors import InputError, SchedulerError
+from .groups import Groups
 from .plan import Plan, Tick
 from .predictor import Predictor
 from .wavefront import delay
@@ -60,17 +62,26 @@ class GenerationReport:
         )
 
 
-class Generation:
-    """Serves the steps of one generation, in order, from the ticks of a plan.
+@dataclass(frozen=True)
+class Phase:
+    """Steps that one engine serves, by a plan of its own: ``plan.steps`` from ``first`` on."""
 
-    With ``predictor`` the plan is of waves: their predictions come late, and it says what the
+    engine: Engine | Groups
+    plan: Plan
+    first: int = 0
+
+
+class Generation:
+    """Serves the steps of one generation, in order, from the ticks of its phases' plans.
+
+    With ``predictor`` the plans are of waves: their predictions come late, and it says what the
     sampler is given until then.
     """
 
     def __init__(self, timesteps: torch.Tensor, predictor: Predictor | None = None) -> None:
         self.timesteps = timesteps
         self.steps = len(timesteps)
-        self.engine: Engine | None = None
+        self.engine: Engine | Groups | None = None
         self.next_step = 0
         self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
@@ -83,24 +94,31 @@ class Generation:
         """Whether every step was served."""
         return self.next_step >= self.steps
 
-    def begin(self, engine: Engine, plan: Plan, prepare_s: float) -> None:
-        """Take the engine for this generation."""
-        self.engine = engine
-        self.plan = plan
-        self._ticks: dict[int, Tick] = {step: t for t in plan.ticks for step in t.serves}
+    def begin(self, phases: Sequence[Phase], prepare_s: float) -> None:
+        """Take the engines for this generation. ``phases`` serve its steps one after another; the
+        one with the most components is what the report tells about."""
+        self._phases = list(phases)
+        self._ticks: dict[int, tuple[Phase, Tick]] = {
+            step + phase.first: (phase, tick)
+            for phase in phases
+            for tick in phase.plan.ticks
+            for step in tick.serves
+        }
+        self._main = max(phases, key=lambda p: (p.plan.components, p.first))
+        self.engine = self._main.engine
         self._prepare_s = prepare_s
-        engine.begin()
+        for engine in self._engines:
+            engine.begin()
         self._started = time.perf_counter()
 
     def step(self, call: Call) -> Any:
         """The denoiser's result for the next step."""
         assert self.engine is not None
-        captured = self.engine.partition.captured
-        if call.signature != captured.signature:
+        if call.signature != self.engine.signature:
             self.abandon()
             raise InputError(
                 f"the inputs changed in step {self.next_step} of a generation: "
-                f"{_difference(captured.signature, call.signature)}. Shapes, dtypes and options "
+                f"{_difference(self.engine.signature, call.signature)}. Shapes, dtypes and options "
                 "may change between generations only"
             )
         step = self.next_step
@@ -108,15 +126,25 @@ class Generation:
             leaves = self._by_waves(step, call, self._predictor)
         else:
             if step not in self._held:
-                self._held = self.engine.tick(
-                    self._ticks[step], call.tensors, lambda index: self._time(index, call)
-                )
+                self._held = self._tick(step, call)
             leaves = self._held.pop(step)
         self.next_step += 1
         if self.done:
-            self.engine.finish()
+            for engine in self._engines:
+                engine.finish()
             self.end()
-        return captured.unflatten(leaves)
+        return self.engine.partition.captured.unflatten(leaves)
+
+    def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
+        """Run the tick that a step begins with; the predictions that come out of it, by step."""
+        phase, tick = self._ticks[step]
+        results = phase.engine.tick(
+            tick,
+            call.tensors,
+            lambda index: self._time(index + phase.first, call),
+            None if self._predictor is None else lambda k: self._inputs[k + phase.first],
+        )
+        return {k + phase.first: leaves for k, leaves in results.items()}
 
     def _by_waves(self, step: int, call: Call, predictor: Predictor) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
@@ -124,20 +152,15 @@ class Generation:
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
         moving = [call.tensors[i] for i in call.indices(Role.LATENTS)]
-        tick = self._ticks[step]
-        if step == tick.serves[0]:
+        phase, tick = self._ticks[step]
+        if step == phase.first + tick.serves[0]:
             # The caller may go on to change its own.
             self._inputs[step] = [t.clone() for t in moving]
-            results = self.engine.tick(
-                tick,
-                call.tensors,
-                lambda index: self._time(index, call),
-                self._inputs.__getitem__,
-            )
+            results = self._tick(step, call)
             for wave in sorted(results):
                 predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
                 self._held = {-1: results[wave]}
-            oldest = step - delay(self.plan.components, self.plan.stride)
+            oldest = step - delay(phase.plan.components, phase.plan.stride)
             self._inputs = {k: v for k, v in self._inputs.items() if k > oldest}
             if tick.exact:
                 return results[step]
@@ -156,7 +179,8 @@ class Generation:
     def abandon(self) -> None:
         """Give up what is left."""
         if self.engine is not None and not self.done:
-            self.engine.abandon()
+            for engine in self._engines:
+                engine.abandon()
         self.next_step = self.steps
 
     def _time(self, index: int, call: Call) -> torch.Tensor | None:
@@ -173,17 +197,18 @@ class Generation:
     def report(self) -> GenerationReport:
         """What this generation did; call it once it is done."""
         assert self.engine is not None
-        engine, plan = self.engine, self.plan
-        sent = [self._sent(tick) for tick in plan.ticks]
-        steady = [b for tick, b in zip(plan.ticks, sent, strict=True) if not tick.exact]
+        engine, plan = self.engine, self._main.plan
+        ticks = [(phase, tick) for phase in self._phases for tick in phase.plan.ticks]
+        sent = [_sent(phase, tick) for phase, tick in ticks]
+        steady = [b for (_, tick), b in zip(ticks, sent, strict=True) if not tick.exact]
         exposed = engine.exposed_ms()
         return GenerationReport(
             components=plan.components,
             stride=plan.stride,
-            warmup=plan.warmup,
+            warmup=self._main.first + plan.warmup,
             devices=[str(d) for d in engine.devices],
-            steps=plan.steps,
-            ticks=len(plan.ticks),
+            steps=self.steps,
+            ticks=len(ticks),
             total_ms=self._total_ms,
             prepare_s=self._prepare_s,
             exchange_bytes=sum(sent) + self._prediction_bytes,
@@ -195,15 +220,21 @@ class Generation:
             compile_s=engine.compile_s,
         )
 
-    def _sent(self, tick: Tick) -> int:
-        assert self.engine is not None
-        total = 0
-        for run in tick.runs:
-            if run.put is not None:
-                for (source, target), nbytes in self.engine.bundle_bytes.items():
-                    if source == run.component:
-                        total += nbytes * len(self.plan.ranks_of(target))
-        return total
+    @property
+    def _engines(self) -> list[Engine | Groups]:
+        """Every engine once."""
+        return list({id(p.engine): p.engine for p in self._phases}.values())
+
+
+def _sent(phase: Phase, tick: Tick) -> int:
+    """Bytes of the boundary that ranks send to others in a tick."""
+    total = 0
+    for run in tick.runs:
+        if run.put is not None:
+            for (source, target), nbytes in phase.engine.bundle_bytes.items():
+                if source == run.component:
+                    total += nbytes * len(phase.plan.ranks_of(target))
+    return total
 
 
 def _difference(old: Signature, new: Signature) -> str:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cmake_build import ROOT, build, run
 
 import asyncdiff_core as core
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*command: object) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(autouse=True)
 def tools() -> None:
     if not (ROOT / "CMakeLists.txt").exists() or shutil.which("cmake") is None:
         pytest.skip("no sources or no CMake here")
-
-
-def build(source: Path, folder: Path, *options: str) -> None:
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    run("cmake", "-S", source, "-B", folder, *generator, *options)
-    run("cmake", "--build", folder)
 
 
 def test_paths_on_the_command_line() -> None:
@@ -48,8 +34,14 @@ def test_example_against_the_installed_package(tmp_path: Path) -> None:
     build(ROOT / "examples" / "cpp", tmp_path, cmake)
     out = run(tmp_path / "exchange")
     assert "host: 10 bundles" in out
-    if core.cuda_built():
-        assert "no GPU" in out if core.cuda_devices() == 0 else "CUDA devices" in out
+    if not core.cuda_built():
+        return
+    fused = run(tmp_path / "fused_get")
+    if core.cuda_devices() == 0:
+        assert "no GPU" in out and "no GPU" in fused
+    else:
+        assert "CUDA devices" in out
+        assert "fused get (kernel): 10 bundles" in fused and "fused get (copy)" in fused
 
 
 def test_cmake_build_tests_and_install(tmp_path: Path) -> None:

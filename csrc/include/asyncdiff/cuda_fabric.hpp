@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/channel_device.hpp"
 #include "asyncdiff/fabric.hpp"
 #include "asyncdiff/put_costs.hpp"
 #include "asyncdiff/rendezvous.hpp"
@@ -54,6 +55,10 @@ class CudaFabric final : public Fabric {
                                    Mode mode = Mode::kAuto) override;
   // As many launches as needed where there are more than 8 channels or 320 tensors.
   void put_together(const std::vector<Put>& puts, Stream stream) override;
+  // A receiver's end of one of this fabric's channels, for a kernel of one's own that consumes
+  // bundles itself (channel_kernel.hpp); good as long as the fabric is open. Throws InvalidArgument
+  // for a channel of another fabric, and for a rank that does not receive from it here.
+  ReceiverDevice receiver_device(const Channel& channel, int receiver) const;
   void abort(int rank, const std::string& reason) override;
   void check() override;
   void reset(std::uint64_t first_bundle = 0) override;

@@ -11,6 +11,7 @@ from .demo import demo
 from .doctor import doctor
 from .generate import generate
 from .plan import plan
+from .tune import tune
 
 app = typer.Typer(
     name="asyncdiff",
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(plan)
+app.command()(tune)
 app.command()(doctor)
 app.add_typer(bench)
 

@@ -6,7 +6,7 @@ from .console import remark
 from .options import read_devices
 
 
-def pick(text: str | None, components: int, stride: int) -> list[str]:
+def pick(text: str | None, components: int, stride: int, groups: int = 1) -> list[str]:
     """One device a rank, from ``--devices`` or by default (all GPUs in turn, else the CPU).
 
     Says so where ranks share a device: that is correct and not faster, and nobody should be left
@@ -14,7 +14,7 @@ def pick(text: str | None, components: int, stride: int) -> list[str]:
     """
     from ..devices import resolve
 
-    ranks = components + stride - 1
+    ranks = groups * (components + stride - 1)
     devices = [str(d) for d in resolve(read_devices(text, ranks), ranks)]
     if len(set(devices)) < len(devices):
         shared = "the CPU" if set(devices) == {"cpu"} else ", ".join(sorted(set(devices)))

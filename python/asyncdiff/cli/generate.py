@@ -31,6 +31,9 @@ def generate(
         str | None, typer.Option(help="float32, float16 or bfloat16 (default: float16 on GPUs).")
     ] = None,
     time_shift: opt.TimeShift = False,
+    compile: opt.Compile = None,
+    split_guidance: opt.SplitGuidance = False,
+    split_warmup: opt.SplitWarmup = False,
     with_compare: Annotated[
         bool, typer.Option("--compare", help="Also draw on one device, and compare.")
     ] = False,
@@ -46,9 +49,9 @@ def generate(
     opt.writable(out)
     from .. import compare
     from .devices import pick
-    from .running import noise, picture, quiet
+    from .running import Preparing, noise, picture, quiet
 
-    ranks = pick(devices, components, stride)
+    ranks = pick(devices, components, stride, 2 if split_guidance else 1)
     pipe = load(model, dtype or ("float32" if ranks[0] == "cpu" else "float16"))
     place(pipe, ranks[0])
     quiet(pipe)
@@ -61,8 +64,11 @@ def generate(
     call: dict[str, Any] = {"prompt": prompt, "num_inference_steps": steps}
     call |= {k: v for k, v in asked.items() if v is not None}
 
+    preparing = Preparing()
+
     def draw(name: str) -> tuple[Any, float]:
         with console.progress() as bar:
+            preparing.within(bar)
             task = bar.add_task(name, total=steps)
             return picture(pipe, bar, task, generator=noise(seed), **call)
 
@@ -75,7 +81,8 @@ def generate(
 
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift,
+        time_shift=time_shift, guidance="split" if split_guidance else "batched",
+        warmup_mode="split" if split_warmup else "chain", compile=compile, progress=preparing,
     )  # fmt: skip
     try:
         if with_compare:

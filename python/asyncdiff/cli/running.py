@@ -15,6 +15,26 @@ def quiet(pipe: Any) -> None:
         pipe.set_progress_bar_config(disable=True)
 
 
+class Preparing:
+    """Shows how far preparations are in whatever bar is open; see :mod:`asyncdiff.progress`."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def within(self, bar: Progress) -> None:
+        """Use this bar from now on."""
+        self._bar = bar
+        self._tasks.clear()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done)
+
+
 def picture(pipe: Any, bar: Progress, task: TaskID, **call: Any) -> tuple[Any, float]:
     """One generation: its first image (of a video the first frame) and its milliseconds.
 

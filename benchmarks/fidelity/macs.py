@@ -1,0 +1,52 @@
+"""Multiply-accumulates of a pipeline's denoiser, for a batch of two conditions of one picture."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from asyncdiff.calls import parse
+from asyncdiff.capture import Captured, capture
+from asyncdiff.cost import Costs, count_macs
+from asyncdiff.diffusers import find_denoiser
+from asyncdiff.example_inputs import example_inputs
+from asyncdiff.partition import Partition, partition
+
+_captured: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Captured, Costs]]
+_captured = weakref.WeakKeyDictionary()
+
+
+def _of(pipe: Any) -> tuple[Captured, Costs]:
+    module = find_denoiser(pipe)
+    if module not in _captured:
+        inputs = example_inputs(module, scale=getattr(pipe, "vae_scale_factor", 1))
+        captured = capture(module, parse(module, (), inputs))
+        macs = count_macs(captured)
+        # As times: what balances them balances MACs.
+        _captured[module] = captured, Costs({n: float(m) for n, m in macs.items()}, macs, "MACs")
+    return _captured[module]
+
+
+def total(pipe: Any) -> int:
+    """MACs of one call, without what depends on the prompt alone."""
+    return sum(c.macs for c in balanced(pipe, 1).report().components)
+
+
+def balanced(pipe: Any, components: int) -> Partition:
+    """The denoiser split so that the largest component has as few MACs as possible."""
+    captured, costs = _of(pipe)
+    return partition(captured, components, "auto", costs=costs, bytes_per_ms=float("inf"))
+
+
+def within(pipe: Any, paths: Sequence[str]) -> int:
+    """MACs of one call inside the modules at these paths, without what the prompt alone decides."""
+    captured, costs = _of(pipe)
+    prefixes = tuple(f"{path}." for path in paths)
+    return sum(
+        costs.macs[n]
+        for n in captured.nodes
+        if n not in captured.once and f"{captured.module_path(n)}.".startswith(prefixes)
+    )

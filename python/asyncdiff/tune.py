@@ -1,0 +1,222 @@
+"""The fastest setting that keeps a wanted fidelity, for a pipeline and prompts of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .cost import link_speed
+from .devices import Devices, resolve
+from .diffusers import parallelize, plan_partition
+from .errors import InputError, TuneError
+from .fidelity import Fidelity, Learned, fidelity, lpips
+from .plan import build
+from .progress import Progress
+from .timeline import Timing, predict
+
+#: Exact steps that are tried.
+WARMUPS = (1, 2, 3, 5, 7, 9, 13, 17, 25, 33)
+#: Microseconds that a message takes from one GPU to another; it hardly matters.
+_LATENCY_US = 5.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings that differ in the number of exact steps only."""
+
+    components: int
+    stride: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it takes."""
+        return self.components + self.stride - 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that was tried: arguments of ``parallelize``, and what they gave.
+
+    ``speedup`` is predicted from the components' measured times and the links' speed, over the
+    plain pipeline's denoiser on one device.
+    """
+
+    arguments: dict[str, Any]
+    speedup: float
+    fidelity: Fidelity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+        learned = "".join(f", {k} {v:.4f}" for k, v in self.fidelity.learned.items())
+        return (
+            f"{settings}: {self.speedup:.2f} times the speed, {self.fidelity.psnr_db:.1f} dB, "
+            f"SSIM {self.fidelity.ssim:.3f}{learned}"
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen, and everything that was tried, in order."""
+
+    chosen: Trial
+    tried: list[Trial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"chosen": self.chosen.to_dict(), "tried": [t.to_dict() for t in self.tried]}
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    psnr_db: float | None = None,
+    max_lpips: float | None = None,
+    devices: Devices = None,
+    ranks: int | None = None,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """The fastest setting of :func:`asyncdiff.parallelize` that keeps a wanted fidelity.
+
+    Draws ``prompts`` plainly, then with one setting after another; fidelity is that of the
+    pictures to the plain ones from the same noise. Of each family of settings (components, stride,
+    schedule) the fewest exact steps that are enough are found by bisection, which takes fidelity to
+    grow with them. Families that cannot be faster than what was found are not tried.
+
+    Args:
+        pipe: a diffusers pipeline with a denoiser that :func:`parallelize` can split.
+        prompts: drawn as one batch.
+        psnr_db, max_lpips: keep at least this mean PSNR, in dB, or at most this mean LPIPS; one.
+        devices: where ranks run while this tries; they may share one: the pictures are the same.
+            Default: all GPUs in turn, else the CPU.
+        ranks: how many devices the setting may use; default: the different ones of ``devices``,
+            but at least two.
+        num_inference_steps, seed: of the generations.
+        call: further arguments of the pipeline's call.
+        progress: called with (what, done, of how many).
+
+    Raises TuneError, which names the best setting tried, where none is good enough; InputError for
+    targets that make no sense, MetricError where LPIPS cannot be computed here.
+    """
+    good, learned = _target(psnr_db, max_lpips)
+    if not prompts:
+        raise InputError("tune() needs prompts: those that you care for")
+    where = resolve(devices, len(devices) if devices is not None else 2)
+    ranks = ranks or max(2, len(set(where)))
+    if ranks < 2:
+        raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
+
+    def draw() -> torch.Tensor:
+        noise = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+        arguments = {"prompt": list(prompts), "generator": noise, **dict(call or {})}
+        arguments |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+        with torch.no_grad():
+            images: torch.Tensor = pipe(**arguments).images
+        return images.float().cpu()
+
+    reference = draw()
+    families = _families(ranks)
+    links = link_speed(where)
+    speeds = {id(f): _speedups(pipe, f, num_inference_steps, where[0], links) for f in families}
+    families.sort(key=lambda f: -max(speeds[id(f)].values()))
+    tried: list[Trial] = []
+    best: Trial | None = None
+    for number, family in enumerate(families):
+        warmups = sorted(speeds[id(family)])
+        low, high = 0, len(warmups)
+        while low < high:
+            middle = (low + high) // 2
+            w = warmups[middle]
+            speedup = speeds[id(family)][w]
+            if best is not None and speedup <= best.speedup:
+                high = middle  # too slow to be of use, and with more exact steps slower still
+                continue
+            trial = _try(pipe, family, w, speedup, where, draw, reference, prompts, learned)
+            tried.append(trial)
+            if good(trial.fidelity):
+                best, high = trial, middle
+            else:
+                low = middle + 1
+            if progress is not None:
+                progress(f"trying settings, {len(tried)} so far", number, len(families))
+    if best is None:
+        closest = max(tried, key=lambda t: t.fidelity.psnr_db)
+        wanted = f"{psnr_db} dB" if psnr_db is not None else f"LPIPS {max_lpips}"
+        raise TuneError(
+            f"no setting on {ranks} devices keeps {wanted}; the best of {len(tried)} tried is "
+            f"{closest}. Ask for less, or take more steps or fewer devices"
+        )
+    return Tuned(best, tried)
+
+
+def _target(
+    psnr_db: float | None, max_lpips: float | None
+) -> tuple[Callable[[Fidelity], bool], dict[str, Learned]]:
+    if (psnr_db is None) == (max_lpips is None):
+        raise InputError("say what to keep: psnr_db or max_lpips, one of them")
+    if psnr_db is not None:
+        if not psnr_db > 0 or math.isinf(psnr_db):
+            raise InputError(f"psnr_db={psnr_db}: a PSNR in dB, such as 30")
+        return lambda f: f.psnr_db >= psnr_db, {}
+    assert max_lpips is not None
+    if not max_lpips > 0:
+        raise InputError(f"max_lpips={max_lpips}: a distance above 0, such as 0.1")
+    return lambda f: f.learned["lpips"] <= max_lpips, {"lpips": lpips()}
+
+
+def _families(ranks: int) -> list[Family]:
+    """All shapes that ``ranks`` devices allow."""
+    return [Family(n, s) for n in range(2, ranks + 1) for s in (1, 2) if n + s - 1 <= ranks]
+
+
+def _speedups(
+    pipe: Any, family: Family, steps: int, device: torch.device, bytes_per_ms: float
+) -> dict[int, float]:
+    """Predicted speed-up by number of exact steps."""
+    parts = plan_partition(pipe, family.components, device=device)
+    report = parts.report().to_dict()
+    links = {"link_gb_per_s": bytes_per_ms / 1e6, "link_latency_us": _LATENCY_US}
+    timing = Timing.from_report(report, **links)
+    out = {}
+    for w in (w for w in WARMUPS if w < steps):
+        plan = build(family.components, family.stride, w, steps, exchanges=parts.exchanges)
+        out[w] = predict(plan, timing).speedup
+    return out
+
+
+def _try(
+    pipe: Any,
+    family: Family,
+    warmup: int,
+    speedup: float,
+    where: Sequence[torch.device],
+    draw: Callable[[], torch.Tensor],
+    reference: torch.Tensor,
+    prompts: Sequence[str],
+    learned: dict[str, Learned],
+) -> Trial:
+    arguments = {
+        "components": family.components,
+        "stride": family.stride,
+        "warmup": warmup,
+        **family.settings,
+    }
+    devices = [where[r % len(where)] for r in range(family.ranks)]
+    handle = parallelize(pipe, devices, compile=False, split="estimate", **arguments)
+    try:
+        images = draw()
+    finally:
+        handle.restore()
+    return Trial(arguments, speedup, fidelity(images, reference, prompts, learned))
