@@ -41,27 +41,44 @@ def generate(
     order: float,
     reach: float,
     exact_tail: int = 0,
+    correct: bool = False,
+    drain: bool = False,
 ) -> torch.Tensor:
-    """The final latents of a sampler that scales no inputs, for noise predictions, uncorrected."""
+    """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
+    for noise predictions."""
     steps = len(alphas)
+    end = steps - exact_tail
     known: dict[int, torch.Tensor] = {}
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
+    path = [x]  # latents before every step, those of steps that were taken again corrected
 
-    def exact(x: torch.Tensor, k: int) -> torch.Tensor:
-        noise = denoise(x, k)
-        known[k] = (x - sigmas[k] * noise) / alphas[k]
-        return step(x, noise, k)
+    def exact(k: int) -> None:
+        noise = denoise(path[k], k)
+        known[k] = (path[k] - sigmas[k] * noise) / alphas[k]
+        path.append(step(path[k], noise, k))
+
+    def walk(first: int, last: int) -> None:
+        del path[first + 1 :]
+        for j in range(first, last):
+            x0 = line(known, j, order, reach)
+            path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
 
     for k in range(warmup):
-        x = exact(x, k)
-    for tick, k in enumerate(range(warmup, steps - exact_tail, stride)):
-        waves[tick + components - 1] = (k, (x - sigmas[k] * denoise(x, k)) / alphas[k])
+        exact(k)
+    for tick, k in enumerate(range(warmup, end, stride)):
+        start = path[k]
+        waves[tick + components - 1] = k, (start - sigmas[k] * denoise(start, k)) / alphas[k]
+        first = k
         if tick in waves:
             arrived, x0 = waves.pop(tick)
             known[arrived] = x0
-        for j in range(k, min(k + stride, steps - exact_tail)):
-            x0 = line(known, j, order, reach)
-            x = step(x, (x - alphas[j] * x0) / sigmas[j], j)
-    for k in range(steps - exact_tail, steps):
-        x = exact(x, k)
-    return x
+            first = arrived if correct else k
+        walk(first, min(k + stride, end))
+    if drain:
+        for tick in sorted(waves):
+            arrived, x0 = waves[tick]
+            known[arrived] = x0
+            walk(arrived, end)
+    for k in range(end, steps):
+        exact(k)
+    return path[-1]

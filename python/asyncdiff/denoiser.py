@@ -356,11 +356,14 @@ class AsyncDenoiser:
             predictor = None
             if self.schedule == "wavefront":
                 assert clean is not None
-                order = self.order
-                if order is None:
-                    order = default_order(self.components, self.stride)
-                predictor = Predictor(clean, order)
+                predictor = Predictor(clean, self.order_of(clean))
             self._generation = Generation(torch.as_tensor(timesteps), predictor)
+
+    def order_of(self, clean: CleanImage) -> float:
+        """How far waves extrapolate clean images of these steps."""
+        if self.order is not None:
+            return self.order
+        return default_order(clean, self.components, self.stride)
 
     def stop(self) -> None:
         """Give up the current generation, if one is unfinished."""
@@ -420,6 +423,8 @@ class AsyncDenoiser:
         update: str = "auto",
         timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None,
         step_options: Mapping[str, Any] | None = None,
+        correct: bool | None = None,
+        drain: bool | None = None,
     ) -> torch.Tensor:
         """A whole generation: the final latents, where and in the dtype that the first ones have.
 
@@ -443,6 +448,10 @@ class AsyncDenoiser:
             timestep_argument: makes the denoiser's timestep argument of a scheduler's timestep, if
                 it is not that itself: ``lambda t: (t / 1000).expand(batch)``.
             step_options: further arguments of ``scheduler.step``, such as ``eta``.
+            correct: of waves only: when an exact prediction arrives, take the steps since its own
+                again with it (None: no, which measured better).
+            drain: of waves only: at the end, finish the waves under way and take their steps again;
+                costs N − 1 ticks (None: wherever steps run on the ranks).
 
         Raises PlanError, SchedulerError, InputError and RankError, each saying what to change.
         """
@@ -458,6 +467,8 @@ class AsyncDenoiser:
             update,
             timestep_argument,
             dict(step_options or {}),
+            correct,
+            drain,
         )
         with self._lock:
             self.stop()

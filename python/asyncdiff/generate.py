@@ -17,11 +17,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Role, argument_names
+from .clean_image import clean_image
 from .errors import InputError, SchedulerError
 from .generation import Generation, Phase
 from .loop import Settings, Start, loop_for
 from .sampler import LinearSampler
 from .timesteps import check_scheduler
+from .wave_sampler import wave_samplers
 
 if TYPE_CHECKING:
     from .denoiser import AsyncDenoiser
@@ -48,6 +50,8 @@ class Request:
     update: str = "auto"
     timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None
     step_options: Mapping[str, Any] = field(default_factory=dict)
+    correct: bool | None = None
+    drain: bool | None = None
 
     @property
     def copies(self) -> int:
@@ -64,6 +68,8 @@ def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
             "a callback sees latents between steps, which update='linear' keeps on the ranks: "
             "leave update at 'auto'"
         )
+    if denoiser.schedule != "wavefront" and (request.correct or request.drain):
+        raise InputError("correct and drain belong to schedule='wavefront'")
     # Memory made in inference mode could not be written to in later generations without it.
     with torch.inference_mode(False), torch.no_grad():
         _set_timesteps(request)
@@ -94,6 +100,17 @@ def _set_timesteps(request: Request) -> None:
 
 def _sampler(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
     """The scheduler's steps, or None where its own ``step`` is to be called."""
+    sampler = _linear(denoiser, request)
+    if sampler is None and (request.correct or request.drain):
+        raise SchedulerError(
+            "correct and drain take steps again, which only linear steps on the ranks can: take a "
+            "scheduler that docs/samplers.md lists, without callback, guidance='split', "
+            "warmup_mode='split' and update='scheduler'; or leave both at None"
+        )
+    return sampler
+
+
+def _linear(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
     if request.update == "scheduler" or request.callback is not None:
         return None
     if denoiser.splits:
@@ -175,13 +192,26 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     sample = torch.cat([sampler.scales[0].to(wide) * wide] * request.copies)
     call = denoiser.parse((), arguments.call(sample, times[0]))
     _check_call(call)
-    engine, plan = denoiser.prepared(call, len(times))
+    waves = denoiser.schedule == "wavefront"
+    drain = waves and request.drain is not False
+    engine, plan = denoiser.prepared(call, len(times), drain=drain)
     _check_prediction(request, engine.partition.captured.outputs[0].meta["val"].shape)
+    samplers = [sampler] * plan.ranks
+    if waves:
+        try:
+            clean = clean_image(request.scheduler)
+            order = denoiser.order_of(clean)
+            samplers = wave_samplers(sampler, clean, plan, order, bool(request.correct))
+        except SchedulerError as e:
+            if request.update == "linear" or request.correct or request.drain:
+                raise
+            log.info("the scheduler's own steps are used: %s", e)
+            return _by_scheduler(denoiser, request)
     settings = Settings(
         plan,
         tuple(latents.shape),
         latents.dtype,
-        sampler.width,
+        samplers[0].width,
         guided=request.copies > 1,
         rescaled=request.copies > 1 and request.guidance_rescale > 0,
     )
@@ -197,7 +227,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     try:
         result = loop.run(
             Start(
-                sampler,
+                samplers,
                 latents,
                 call.tensors,
                 values,
@@ -220,7 +250,8 @@ def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
     times = arguments.times(timesteps)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     dtype = latents.dtype
-    with denoiser.generation(torch.stack([t.reshape(-1)[0] for t in times])):
+    arriving = torch.stack([t.reshape(-1)[0] for t in times])
+    with denoiser.generation(arriving, scheduler):
         for k, (t, time_) in enumerate(zip(timesteps, times, strict=True)):
             sample = scale(torch.cat([latents] * request.copies), t)
             call = denoiser.parse((), arguments.call(sample, time_))

@@ -59,9 +59,10 @@ class _Seat:
 @dataclass(frozen=True)
 class Start:
     """A generation: ``tensors`` of the first call, ``times`` the timestep argument of every step
-    (on the CPU), and what the sampler needs."""
+    (on the CPU), and what the sampler needs. ``samplers``: every rank's; all the same, but for
+    waves."""
 
-    sampler: LinearSampler
+    samplers: Sequence[LinearSampler]
     latents: torch.Tensor
     tensors: Sequence[torch.Tensor]
     times: torch.Tensor | None
@@ -79,7 +80,10 @@ class Loop:
         self._prepared = False
         plan = settings.plan
         #: the first step of every tick, and of what follows the last one, for profilers
-        self._first_steps = [*(tick.serves[0] for tick in plan.ticks), plan.steps]
+        self._first_steps = [
+            *(tick.serves[0] if tick.serves else plan.steps for tick in plan.ticks),
+            plan.steps,
+        ]
         self._seats = [self._seat(worker) for worker in engine.workers]
         #: numbers of distinct segments: equal ones share a CUDA graph
         self._numbers: dict[Segment, int] = {}
@@ -98,7 +102,7 @@ class Loop:
                 settings.shape,
                 settings.dtype,
                 worker.device,
-                plan.steps,
+                len(plan.ticks) if plan.schedule == "wavefront" else plan.steps,
                 settings.width,
                 guided=settings.guided,
                 rescaled=settings.rescaled,
@@ -163,7 +167,10 @@ class Loop:
             seat.clock.load(self._times(worker.rank, start.times))
             if seat.update is not None:
                 seat.update.load(
-                    start.sampler, start.latents, start.guidance_scale, start.guidance_rescale
+                    start.samplers[worker.rank],
+                    start.latents,
+                    start.guidance_scale,
+                    start.guidance_rescale,
                 )
 
     def _times(self, rank: int, times: torch.Tensor | None) -> torch.Tensor | None:
@@ -207,7 +214,7 @@ class Loop:
             if seat.into is not None and seat.into is not seat.static:
                 assert seat.static is not None
                 seat.static.copy_(seat.into)
-        seat.clock.advance(len(predictions))
+        seat.clock.advance(max(1, len(predictions)))  # no predictions: see Update.advance
 
     def _do(self, worker: Worker, op: Op) -> list[Any]:
         if op.kind is Kind.RUN:

@@ -8,15 +8,19 @@ step's own latents.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from .clean_image import CleanImage
 from .errors import InputError, PlanError
+from .wavefront import delay
 
 #: The most that is extrapolated: so many times the distance of the two known steps.
 REACH = 4.0
+#: Steps in log-SNR, ln(α/σ): up to the first they are small, from the second on large.
+SMALL_STEP, LARGE_STEP = 0.14, 0.26
 
 
 def check_order(order: float | None, schedule: str) -> None:
@@ -30,9 +34,17 @@ def check_order(order: float | None, schedule: str) -> None:
         )
 
 
-def default_order(components: int, stride: int) -> float:
-    """TODO"""
-    return 1.0 if components == 2 and stride == 1 else 0.5
+def default_order(clean: CleanImage, components: int, stride: int) -> float:
+    """The order that measured best for such steps (docs/wavefront.md has the figures).
+
+    The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
+    it amplifies what it is fed back.
+    """
+    late = delay(components, stride)
+    gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
+    middle = gaps[len(gaps) // 2] if gaps else 0.0
+    fine = min(1.0, max(0.0, (LARGE_STEP - middle) / (LARGE_STEP - SMALL_STEP)))
+    return 0.75 / late * fine if late else 0.0
 
 
 def weights(known: Sequence[int], step: int, order: float) -> list[tuple[int, float]]:

@@ -93,7 +93,7 @@ def linearize(
     check_scheduler(scheduler)
     known = {k: v for k, v in (options or {}).items() if k != "generator"}
     weights, scales = _weights(scheduler, times, known)
-    steps = _realise(weights, name)
+    steps = realise(weights, name)
     sampler = LinearSampler(name, times, scales, steps, 0.0)
     error = _check(scheduler, sampler, known)
     return LinearSampler(name, times, scales, steps, error)
@@ -205,7 +205,7 @@ def _weights(
 # ---- from weights to steps -----------------------------------------------------------------------
 
 
-def _realise(weights: torch.Tensor, name: str) -> torch.Tensor:
+def realise(weights: torch.Tensor, name: str) -> torch.Tensor:
     """Steps with the least memory that give these weights: T × width × (width + 1)."""
     if not bool(weights.isfinite().all()):
         raise SchedulerError(

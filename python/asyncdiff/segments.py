@@ -35,7 +35,8 @@ class Segment:
     """What a rank issues at once; equal segments are one CUDA graph.
 
     ``advance``: None, or go on to this tick first. A rank that reads latents then takes one step
-    for each prediction, which came from (rank, slot); the others only set their time.
+    for each prediction, which came from (rank, slot); the others only set their time. Between waves
+    it is one step a tick, whether a prediction came or none.
     """
 
     rank: int
@@ -74,7 +75,7 @@ def segments(plan: Plan, readers: Collection[int]) -> list[list[Segment]]:
                     found[action.step] = (rank, slot)
             if ops or advance is not None:
                 issued.append(Segment(rank, advance, tuple(ops)))
-        sources = tuple(found[step] for step in tick.serves)
+        sources = tuple(found[step] for step in tick.delivers)
         out.append(issued)
     out.append([Segment(rank, sources, ()) for rank in sorted(readers)])
     return out

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ class Update:
         self.table = make(steps, width, width + 1)
         self.scales = make(steps + 1)
         self.guidance = make(2)  # scale, rescale
+        # Weighed with zero where a tick has no prediction. It varies, or rescaling would divide 0
+        # by 0.
+        batch, *rest = shape
+        nothing = torch.linspace(-1, 1, math.prod(shape), dtype=compute, device=device)
+        self._nothing = nothing.view(batch, *rest).repeat(2 if guided else 1, *(1 for _ in rest))
         #: the next step, on the device
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._kernels = kernels(device, triton)
@@ -87,6 +93,7 @@ class Update:
 
     def advance(self, predictions: Sequence[torch.Tensor], into: torch.Tensor | None) -> None:
         """Take one step for each prediction; then the denoiser's next input ``into`` a tensor.
+        Without any, take one step whose weight for its prediction is zero.
 
         All are contiguous, and have the latents' batch, or twice that if guided. The step counter
         stays: the clock advances it.
@@ -98,7 +105,7 @@ class Update:
             self.scales,
             self.step,
             self.guidance,
-            list(predictions),
+            list(predictions) or [self._nothing],
             into,
             dtype=self.dtype,
             guided=self.guided,

@@ -23,6 +23,8 @@ def simulate(plan: P.Plan, readers: set[int]) -> None:
     put: Counter[tuple[object, int]] = Counter()  # bundles by (sender, receiving rank)
     got: Counter[tuple[object, int]] = Counter()
     freed: Counter[tuple[object, int]] = Counter()
+    waves = plan.schedule == "wavefront"
+    # Waves: one update a tick. Else: one a step.
     steps = Counter(dict.fromkeys(readers, 0))
     waiting: dict[tuple[int, int], list[int]] = {}  # (rank, sender) -> steps of predictions
 
@@ -50,14 +52,21 @@ def simulate(plan: P.Plan, readers: set[int]) -> None:
                 assert rank not in advanced and done[rank] == 0
                 advanced.add(rank)
                 if rank in readers:
-                    assert segment.advance
+                    assert segment.advance or waves
+                    if waves:
+                        delivered = plan.ticks[index - 1].delivers
+                        assert len(segment.advance) == len(delivered) <= 1
+                        steps[rank] += 1
                 for sender, slot in segment.advance:
                     if sender != rank:
                         take(("prediction", sender), rank, slot)
                         freed[("prediction", sender), rank] += 1
                     step = waiting[rank, sender].pop(0)
-                    assert step == steps[rank], "steps out of order"
-                    steps[rank] += 1
+                    if waves:
+                        assert (step,) == plan.ticks[index - 1].delivers
+                    else:
+                        assert step == steps[rank], "steps out of order"
+                        steps[rank] += 1
             for op in segment.ops:
                 assert tick is not None
                 action = by_rank[rank][done[rank]]
@@ -72,11 +81,12 @@ def simulate(plan: P.Plan, readers: set[int]) -> None:
                     freed[key] += 1
                 else:
                     if rank in readers:
-                        assert steps[rank] == action.latents, "latents of another step"
+                        now = index if waves else action.latents
+                        assert steps[rank] == now, "latents of another step"
                     for source, slot in op.reads:
                         if got[source, rank]:
-                            assert freed[source, rank] < got[source, rank]
-                            assert (got[source, rank] - 1) % plan.slots == slot
+                            held = range(freed[source, rank], got[source, rank])
+                            assert slot in {ordinal % plan.slots for ordinal in held}
                     if op.slot is not None:
                         for exchange in plan.exchanges:
                             if exchange.source == op.component:
@@ -96,7 +106,7 @@ def simulate(plan: P.Plan, readers: set[int]) -> None:
             assert all(done[r] == len(a) for r, a in by_rank.items()), "an action was lost"
             if index > 0:
                 assert advanced == set(range(plan.ranks))
-    assert all(count == plan.steps for count in steps.values())
+    assert all(count == (len(plan.ticks) if waves else plan.steps) for count in steps.values())
     assert put == got == freed
 
 
@@ -105,6 +115,29 @@ def simulate(plan: P.Plan, readers: set[int]) -> None:
 def test_any_plan(args: tuple[int, int, int, int, bool], data: st.DataObject) -> None:
     n, s, w, more, shift = args
     plan = P.build(n, s, w, w + more, time_shift=shift)
+    ranks = st.sets(st.integers(0, plan.ranks - 1), min_size=1)
+    simulate(plan, data.draw(ranks))
+
+
+@settings(max_examples=150, deadline=None)
+@given(numbers, st.integers(0, 3), st.booleans(), st.data())
+def test_any_plan_of_waves(
+    args: tuple[int, int, int, int, bool], tail: int, drain: bool, data: st.DataObject
+) -> None:
+    n, s, w, more, _ = args
+    steps = w + more + tail
+    plan = P.build(n, s, w, steps, schedule="wavefront", exact_tail=tail, drain=drain)
+    ranks = st.sets(st.integers(0, plan.ranks - 1), min_size=1)
+    simulate(plan, data.draw(ranks))
+
+
+@settings(max_examples=100, deadline=None)
+@given(numbers, st.integers(0, 3), st.data())
+def test_any_plan_with_a_tail_and_extrapolation(
+    args: tuple[int, int, int, int, bool], tail: int, data: st.DataObject
+) -> None:
+    n, s, w, more, _ = args
+    plan = P.build(n, s, w, w + more + tail, exact_tail=tail, extrapolate=1.0)
     ranks = st.sets(st.integers(0, plan.ranks - 1), min_size=1)
     simulate(plan, data.draw(ranks))
 

@@ -14,7 +14,7 @@ from wave_emulation import generate
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
-from asyncdiff.predictor import REACH, default_order, weights
+from asyncdiff.predictor import REACH, weights
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 SPLITS = {
@@ -158,6 +158,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
     )
     scheduler.set_timesteps(20)
     shared.scheduler = scheduler
+    shared.unet.__dict__["_asyncdiff"].denoiser.order = 0.75
     times = scheduler.timesteps[8:]
 
     def guided(denoiser: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -182,7 +183,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
 
     want = generate(
         noise, step, call["latents"].double(), alphas, sigmas, components=2, stride=1, warmup=4,
-        order=default_order(2, 1), reach=REACH,
+        order=0.75, reach=REACH,
     )  # fmt: skip
     assert reference.distance(got, want) < 1e-4
 
@@ -277,3 +278,116 @@ def test_extrapolated_crossing_values(components: int, stride: int) -> None:
         distances.append(reference.distance(y, got))
         denoiser.close()
     assert distances[1] < distances[0]
+
+
+# ---- generate(): the sampler's steps on the ranks ------------------------------------------------
+
+
+@pytest.mark.parametrize("components", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_generate_equals_the_simulation(components: int, stride: int) -> None:
+    """Corrected and drained too; also where a later component reads the latents."""
+    call = toy_call()
+    for module in (toy(), residual()):
+        denoiser = AsyncDenoiser(
+            module,
+            devices=["cpu"] * components,
+            components=components,
+            stride=stride,
+            split=SPLITS[components],
+            schedule="wavefront",
+        )
+        choices = itertools.product((1, 3), (0, 2), (0, 0.5, 1), (False, True), (False, True))
+        for warmup, tail, order, correct, drain in choices:
+            if (tail == 2) and order:  # enough
+                continue
+            denoiser.warmup, denoiser.exact_tail, denoiser.order = warmup, tail, order
+            got = denoiser.generate(
+                call["sample"],
+                {"encoder_hidden_states": call["encoder_hidden_states"]},
+                ddim(),
+                correct=correct,
+                drain=drain,
+                update="linear",
+            )
+            want = oracle(
+                module, components=components, stride=stride, warmup=warmup, order=order,
+                exact_tail=tail, correct=correct, drain=drain,
+            )  # fmt: skip
+            # The oracle steps with the scheduler, whose α are float32; differences are amplified.
+            assert reference.distance(got, want) < 1e-5
+        denoiser.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+@pytest.mark.parametrize(("components", "stride"), [(2, 1), (3, 1), (3, 2)])
+def test_generate_equals_the_schedulers_own_steps(name: str, components: int, stride: int) -> None:
+    """On the ranks after guidance, or on the host before it: the same but for rounding."""
+    call = toy_call(batch=4)
+    denoiser = AsyncDenoiser(
+        toy(),
+        devices=["cpu"] * components,
+        components=components,
+        stride=stride,
+        warmup=2,
+        split=SPLITS[components],
+        schedule="wavefront",
+    )
+    for order, guidance in ((None, 1.0), (0.5, 4.0)):
+        denoiser.order = order
+        latents = call["sample"][: 4 if guidance == 1 else 2]
+        results = [
+            denoiser.generate(
+                latents,
+                {"encoder_hidden_states": call["encoder_hidden_states"]},
+                getattr(diffusers, name)(),
+                num_inference_steps=STEPS,
+                guidance_scale=guidance,
+                update=update,
+                drain=False if update == "linear" else None,
+            )
+            for update in ("linear", "scheduler")
+        ]
+        assert reference.distance(*results) < 2e-5
+    denoiser.close()
+
+
+def test_rescaled_guidance_while_no_prediction_has_arrived() -> None:
+    call = toy_call(batch=4)
+    denoiser = AsyncDenoiser(
+        toy(), devices=["cpu"] * 3, components=3, split=SPLITS[3], schedule="wavefront"
+    )
+    got = denoiser.generate(
+        call["sample"][:2],
+        {"encoder_hidden_states": call["encoder_hidden_states"]},
+        ddim(),
+        guidance_scale=4.0,
+        guidance_rescale=0.7,
+        update="linear",
+    )
+    assert bool(got.isfinite().all())
+    report = denoiser.report()
+    assert (report.steps, report.ticks) == (STEPS, STEPS + 2)  # drained
+    denoiser.close()
+
+
+def test_correct_and_drain_are_refused_where_they_cannot_be() -> None:
+    call = toy_call()
+    text = {"encoder_hidden_states": call["encoder_hidden_states"]}
+    published = AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLITS[2])
+    waves = AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLITS[2], schedule="wavefront")
+    for options in ({"correct": True}, {"drain": True}):
+        with pytest.raises(InputError, match="belong to schedule='wavefront'"):
+            published.generate(call["sample"], text, ddim(), **options)
+        with pytest.raises(SchedulerError, match="linear steps on the ranks"):
+            waves.generate(call["sample"], text, ddim(), update="scheduler", **options)
+    published.close()
+    waves.close()
