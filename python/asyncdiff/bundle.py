@@ -65,3 +65,13 @@ def tensors_in(memory: torch.Tensor, layout: core.Layout) -> list[torch.Tensor]:
         part = memory[offset : offset + spec.nbytes].view(dtype)
         out.append(part.as_strided(spec.shape, spec.strides))
     return out
+
+
+def moved_on(
+    new: Sequence[torch.Tensor], old: Sequence[torch.Tensor], share: float
+) -> list[torch.Tensor]:
+    """``share`` of the change between two bundles of a channel, added to the newer one."""
+    return [
+        torch.lerp(b, a, 1 + share) if a.is_floating_point() else a
+        for a, b in zip(new, old, strict=True)
+    ]

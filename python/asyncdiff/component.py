@@ -14,7 +14,7 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from .bundle import as_laid_out, dense
+from .bundle import as_laid_out, dense, moved_on
 from .calls import Role
 from .compiled import compile_program
 from .hoist import hoist, store
@@ -23,7 +23,8 @@ from .program import Emit
 
 log = logging.getLogger("asyncdiff")
 
-#: Slots of the bundles that a run reads, by sending component, and of the one that it writes.
+#: Slots of the bundles that a run reads, by sending component (with extrapolation two, the newer
+#: one first), and of the one that it writes.
 Slots = tuple[tuple[tuple[int, int], ...], int | None]
 
 
@@ -83,6 +84,8 @@ class Worker:
     mailbox: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     #: what the program needs and is computed once a generation
     kept: list[torch.Tensor] = field(default_factory=list)
+    #: of the last change of crossing values, how much is added to them
+    extrapolate: float = 0.0
     #: CUDA graphs are used until one cannot be captured.
     graphs: bool = True
     compiled: bool = False
@@ -231,7 +234,12 @@ class Worker:
     def execute(self, slots: Slots) -> list[Any]:
         """Run the component on the current stream, and push its boundary; returns the outputs."""
         read, write = slots
-        reads = {source: self.mailbox[source, slot] for source, slot in read}
+        reads: dict[int, list[torch.Tensor]] = {}
+        for source, slot in read:
+            bundle = self.mailbox[source, slot]
+            if source in reads:
+                bundle = moved_on(reads[source], bundle, self.extrapolate)
+            reads[source] = bundle
         push = None if write is None or not self.senders else _Push(self, write)
         self._emit.hook = push
         outputs = self.program(*self._arguments(reads))

@@ -18,15 +18,17 @@ from . import devices as device_list
 from .assign import check_split
 from .calls import Call, Role, Signature, parse
 from .capture import capture
+from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .cost import fused, link_speed, measure
 from .engine import Engine, check_inputs
-from .errors import InputError, PartitionError, PlanError
+from .errors import InputError, PartitionError, PlanError, SchedulerError
 from .generate import Callback, Request, generate
 from .generation import Generation, GenerationReport, Phase
 from .groups import GROUPS, Groups, part
 from .partition import Partition, Split, partition
-from .plan import Plan, build, check_numbers
+from .plan import Plan, build, check_numbers, check_schedule, rank_count, ring
+from .predictor import Predictor, check_order, default_order
 from .progress import Progress, bar
 from .sampler import Samplers
 from .weights import Weights
@@ -44,18 +46,26 @@ class AsyncDenoiser:
         module: a denoiser in eval mode; any module that torch.export can export.
         example_args, example_kwargs: a call of it. With one, everything is prepared now; without,
             at the first call.
-        devices: one entry a rank (N + S − 1, twice that with guidance="split"), which may repeat;
-            None for all GPUs, else the CPU.
+        devices: one entry a rank (N + S − 1; waves: N; twice that with guidance="split"), which
+            may repeat; None for all GPUs, else the CPU.
         components, stride, warmup, time_shift: N, S, w and the time shift of the schedule.
         split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
             bytes, the same on every machine), one list of module paths for each component, or the
             ``partition.cuts`` of an earlier run.
         latents, timestep: names of those arguments, where they are not the usual ones.
+        schedule: ``"asyncdiff"``, as published, or ``"wavefront"``: an evaluation passes through
+            the components in successive ticks, nothing inside it is stale, and the sampler goes on
+            with an extrapolated clean image until it arrives (docs/wavefront.md).
+        order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
+            straight line); None for what measured best for N and S.
+        exact_tail: the last so many steps are run exactly, like the first w.
+        extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
+            of other components are moved on before they are used.
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
             first half of the ranks takes the first condition, the others the second one.
         warmup_mode: "chain" (exact steps run one component after another), or "split": the exact
-            steps but the last run whole on two devices, a condition each. Those hold the whole
-            denoiser then.
+            steps but the last of the first ones run whole on two devices, a condition each. Those
+            hold the whole denoiser then.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape (results are cached on the disk, where torch keeps them) and makes a step a
             third faster; None for denoisers of at least 100 million parameters on GPUs.
@@ -91,6 +101,10 @@ class AsyncDenoiser:
         time_shift: bool = False,
         latents: str | None = None,
         timestep: str | None = None,
+        schedule: str = "asyncdiff",
+        order: float | None = None,
+        exact_tail: int = 0,
+        extrapolate: float = 0.0,
         guidance: str = "batched",
         warmup_mode: str = "chain",
         compile: bool | None = None,
@@ -98,8 +112,12 @@ class AsyncDenoiser:
         deadline: float = 10.0,
     ) -> None:
         check_numbers(components, stride, warmup)
+        check_schedule(
+            schedule, time_shift=time_shift, extrapolate=extrapolate, exact_tail=exact_tail
+        )
+        check_order(order, schedule)
         check_split_argument(module, split, components)
-        ranks = components + stride - 1
+        ranks = rank_count(components, stride, schedule)
         _check_modes(guidance, warmup_mode, ranks)
         if guidance == "split":
             why = "2 x (components + stride - 1)"
@@ -112,6 +130,10 @@ class AsyncDenoiser:
         self.warmup = warmup
         self.split = split
         self.time_shift = time_shift
+        self.schedule = schedule
+        self.order = order
+        self.exact_tail = exact_tail
+        self.extrapolate = extrapolate
         self.guidance = guidance
         self.warmup_mode = warmup_mode
         self.compile = pays(module, self.devices) if compile is None else compile
@@ -156,18 +178,23 @@ class AsyncDenoiser:
         """Whether conditions are ever split over groups of ranks."""
         return self.guidance == "split" or self.warmup_mode == "split"
 
-    def plan(self, steps: int) -> Plan:
+    def plan(self, steps: int, *, drain: bool = False) -> Plan:
         """The plan of a generation with this many steps, for each group of ranks; with
-        warmup_mode="split" without the steps before the last exact one."""
-        check_numbers(self.components, self.stride, self.warmup, steps)
+        warmup_mode="split" without the exact steps that run split. ``drain``: its last waves are
+        finished."""
+        check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
-        before = self._split_steps
+        before, after = self._split_steps
         return build(
             self.components,
             self.stride,
             self.warmup - before,
-            steps - before,
+            steps - before - after,
+            schedule=self.schedule,
+            exact_tail=self.exact_tail - after,
             time_shift=self.time_shift,
+            extrapolate=self.extrapolate,
+            drain=drain,
             exchanges=order.exchanges if order else None,
             exact_order=order.exact_order if order else None,
         )
@@ -188,27 +215,32 @@ class AsyncDenoiser:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
         return parse(self.module, args, kwargs, **self.names)
 
-    def prepared(self, call: Call, steps: int) -> tuple[Engine, Plan]:
+    def prepared(self, call: Call, steps: int, *, drain: bool = False) -> tuple[Engine, Plan]:
         """The engine for calls like this one, and the plan of a generation with so many steps.
         Only where all of it is served by one engine."""
-        check_numbers(self.components, self.stride, self.warmup, steps)
+        check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
         self._check(call)
         engine = self._prepared(call).engine
         assert isinstance(engine, Engine)
-        return engine, self.plan(steps)
+        return engine, self.plan(steps, drain=drain)
 
     @property
-    def _split_steps(self) -> int:
-        """Exact steps that run split. The last one fills the mailboxes: it runs as a chain."""
-        return self.warmup - 1 if self.warmup_mode == "split" else 0
+    def _split_steps(self) -> tuple[int, int]:
+        """Exact steps at both ends that run split. The last one of the warm-up fills the mailboxes:
+        it runs as a chain."""
+        return (self.warmup - 1, self.exact_tail) if self.warmup_mode == "split" else (0, 0)
 
     def _phases(self, prepared: _Prepared, steps: int) -> list[Phase]:
         """Who serves which steps, with every CUDA graph recorded."""
-        before = self._split_steps
+        before, after = self._split_steps
         phases = []
-        if prepared.whole is not None and before:
-            phases.append(Phase(prepared.whole, build(1, 1, before, before, exchanges=())))
+        if before:
+            assert prepared.whole is not None
+            phases.append(Phase(prepared.whole, _exact(before), main=False))
         phases.append(Phase(prepared.engine, self.plan(steps), before))
+        if after:
+            assert prepared.whole is not None
+            phases.append(Phase(prepared.whole, _exact(after), steps - after, main=False))
         for phase in phases:
             phase.engine.prepare(phase.plan)
         return phases
@@ -231,7 +263,7 @@ class AsyncDenoiser:
     def _build(self, call: Call) -> _Prepared:
         engine = self._team(call, self.components, self.devices, self.guidance == "split")
         whole = None
-        if self._split_steps:
+        if any(self._split_steps):
             first = self.devices[0]
             others = [d for d in self.devices if d != first] or [first]
             whole = self._team(call, 1, [first, others[0]], True)
@@ -267,6 +299,8 @@ class AsyncDenoiser:
                 devices,
                 self._weights,
                 call.tensors,
+                slots=ring(parts.exchanges, self.schedule, self.extrapolate),
+                extrapolate=self.extrapolate,
                 deadline=self._deadline,
                 compile=progress,
             )
@@ -286,25 +320,52 @@ class AsyncDenoiser:
     # ---- generations -------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def generation(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Generation]:
+    def generation(
+        self, timesteps: Sequence[Any] | torch.Tensor, scheduler: Any = None
+    ) -> Iterator[Generation]:
         """A generation whose k-th call has ``timesteps[k]`` as the denoiser's timestep argument.
 
-        Raises PlanError where warmup exceeds the number of steps.
+        ``scheduler``: the diffusers scheduler that takes the steps, its timesteps set; the last
+        step is its last. Waves need it, to tell clean images.
+
+        Raises PlanError where warmup exceeds the number of steps, SchedulerError where waves have
+        no scheduler, or one whose α and σ cannot be had.
         """
         with self._lock:
-            self.start(timesteps)
+            clean = None
+            if self.schedule == "wavefront":
+                if scheduler is None:
+                    raise SchedulerError(
+                        "schedule='wavefront' has to know α and σ of every step: pass the "
+                        "scheduler, generation(timesteps, scheduler)"
+                    )
+                whole = clean_image(scheduler)
+                clean = whole.from_step(len(whole.of_input) - len(timesteps))
+            self.start(timesteps, clean)
             assert self._generation is not None
             try:
                 yield self._generation
             finally:
                 self.stop()
 
-    def start(self, timesteps: Sequence[Any] | torch.Tensor) -> None:
-        """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`."""
-        check_numbers(self.components, self.stride, self.warmup, len(timesteps))
+    def start(
+        self, timesteps: Sequence[Any] | torch.Tensor, clean: CleanImage | None = None
+    ) -> None:
+        """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
+
+        ``clean`` tells the clean images of these steps; waves need it.
+        """
+        check_numbers(self.components, self.stride, self.warmup, len(timesteps), self.exact_tail)
         with self._lock:
             self.stop()
-            self._generation = Generation(torch.as_tensor(timesteps))
+            predictor = None
+            if self.schedule == "wavefront":
+                assert clean is not None
+                order = self.order
+                if order is None:
+                    order = default_order(self.components, self.stride)
+                predictor = Predictor(clean, order)
+            self._generation = Generation(torch.as_tensor(timesteps), predictor)
 
     def stop(self) -> None:
         """Give up the current generation, if one is unfinished."""
@@ -439,6 +500,11 @@ class _Prepared:
         self.engine.close()
         if self.whole is not None:
             self.whole.close()
+
+
+def _exact(steps: int) -> Plan:
+    """The plan of exact steps on a rank that has the whole denoiser."""
+    return build(1, 1, steps, steps, exchanges=())
 
 
 def _check_modes(guidance: str, warmup_mode: str, ranks: int) -> None:

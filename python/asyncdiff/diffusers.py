@@ -16,6 +16,7 @@ from torch import nn
 
 from .calls import parse
 from .capture import capture
+from .clean_image import CleanImage, clean_image
 from .cost import measure as measure_costs
 from .denoiser import AsyncDenoiser, check_split_argument, time_value
 from .devices import Devices
@@ -75,7 +76,7 @@ class Handle:
             new = self._times is None or not self.denoiser.active
             if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
                 self._times = Times(scheduler, time)
-                self.denoiser.start(self._times.values)
+                self.denoiser.start(self._times.values, self._clean(scheduler))
             assert self._times is not None
             try:
                 self._times.check(self.denoiser.step, time)
@@ -86,6 +87,13 @@ class Handle:
                 self.denoiser.stop()
                 raise
             return result
+
+    def _clean(self, scheduler: Any) -> CleanImage | None:
+        if self.denoiser.schedule != "wavefront":
+            return None
+        assert self._times is not None
+        whole = clean_image(scheduler, backwards=self._times.backwards)
+        return whole.from_step(self._times.start)
 
     def _run(self, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
@@ -106,6 +114,10 @@ def parallelize(
     split: Split = "auto",
     time_shift: bool = False,
     *,
+    schedule: str = "asyncdiff",
+    order: float | None = None,
+    exact_tail: int = 0,
+    extrapolate: float = 0.0,
     guidance: str = "batched",
     warmup_mode: str = "chain",
     compile: bool | None = None,
@@ -119,14 +131,20 @@ def parallelize(
 
     Args:
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
-        devices: one entry a rank, components + stride − 1 of them, which may repeat
-            (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``). None takes all GPUs, else the CPU.
+        devices: one entry a rank, components + stride − 1 of them (with schedule="wavefront" as
+            many as components), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``).
+            None takes all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = steps gives the pipeline's own result.
         split: "auto", "estimate", lists of module paths, or cuts; see
             :class:`asyncdiff.AsyncDenoiser`.
         time_shift: pass the timestep one index earlier in asynchronous steps.
+        schedule: "asyncdiff", as published, or "wavefront": closer to the sequential result, at the
+            same speed (docs/wavefront.md). The pipeline owns the latents, so that steps which it
+            took on predictions are not taken again when the exact ones arrive;
+            :meth:`asyncdiff.AsyncDenoiser.generate` can (``correct``).
+        order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
         guidance, warmup_mode: "batched" and "chain", or "split"; see
             :class:`asyncdiff.AsyncDenoiser`.
         compile, progress: compile the components with inductor; see
@@ -157,6 +175,10 @@ def parallelize(
         warmup=warmup,
         split=split,
         time_shift=time_shift,
+        schedule=schedule,
+        order=order,
+        exact_tail=exact_tail,
+        extrapolate=extrapolate,
         guidance=guidance,
         warmup_mode=warmup_mode,
         compile=compile,

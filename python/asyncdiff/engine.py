@@ -32,13 +32,16 @@ log = logging.getLogger("asyncdiff")
 
 #: The value of the denoiser's timestep argument for a time index of the plan.
 TimeOf = Callable[[int], torch.Tensor | None]
+#: The inputs of an earlier step's call, for runs that are behind (None: there are none).
+InputsOf = Callable[[int], Sequence[torch.Tensor]]
 
 
 class Engine:
     """Workers and channels for one partition on given devices.
 
-    ``devices`` has one entry a rank: N + S − 1. ``tensors`` are the inputs of a call, in the order
-    of the signature; their values are used for a first run, which fixes how values lie in memory.
+    ``devices`` has one entry a rank: N + S − 1 (waves: N). ``tensors`` are the inputs of a call,
+    in the order of the signature; their values are used for a first run, which fixes how values lie
+    in memory. ``slots`` and ``extrapolate`` are those of the plans that will be run.
     ``compile``: compile the components, and tell it how far that is.
     """
 
@@ -50,6 +53,7 @@ class Engine:
         tensors: Sequence[torch.Tensor],
         *,
         slots: int = 2,
+        extrapolate: float = 0.0,
         deadline: float = 10.0,
         compile: Progress | None = None,
     ) -> None:
@@ -74,6 +78,7 @@ class Engine:
             # A program holds its emit hook, so every rank has its own; weights are shared.
             program = partition.program(index, device, weight)
             self.workers.append(Worker.create(partition, rank, index, device, program, tensors))
+            self.workers[-1].extrapolate = extrapolate
         if self.cuda:
             self.fabric: core.Fabric = core.CudaFabric(
                 [d.index for d in self.devices], deadline=deadline
@@ -171,20 +176,31 @@ class Engine:
         self._clean = False
 
     def tick(
-        self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        time_of: TimeOf,
+        inputs_of: InputsOf | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.
 
-        On CUDA the results are ready in order of the current stream of the latents' device.
+        Runs of earlier steps take latents, and whatever else changes from step to step, from
+        ``inputs_of``, which nobody may write to any more; without it all take them from
+        ``tensors``. On CUDA the results are ready in order of the current stream of the latents'
+        device.
         """
         try:
-            return self._tick(tick, tensors, time_of)
+            return self._tick(tick, tensors, time_of, inputs_of)
         except BaseException:
             self.abandon()
             raise
 
     def _tick(
-        self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        time_of: TimeOf,
+        inputs_of: InputsOf | None,
     ) -> dict[int, list[Any]]:
         self.check()
         fresh = self._changed_conditioning(tensors)
@@ -199,7 +215,13 @@ class Engine:
             if action.kind is Kind.RUN:
                 first = action.rank not in started
                 started.add(action.rank)
-                work = self._run_work(action, tensors, time_of, fresh, caller if first else None)
+                mine = tensors
+                if inputs_of is not None and action.latents not in tick.serves[:1]:
+                    assert action.latents is not None
+                    mine = list(tensors)
+                    for i, value in zip(self._latents, inputs_of(action.latents), strict=True):
+                        mine[i] = value
+                work = self._run_work(action, mine, time_of, fresh, caller if first else None)
             else:
                 work = self._channel_work(action)
             future = self._crew.submit(action.rank, work)

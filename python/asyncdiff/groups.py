@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Role, Signature, parse
-from .engine import Engine, TimeOf
+from .engine import Engine, InputsOf, TimeOf
 from .errors import InputError
 from .partition import Partition
 from .plan import Plan, Tick
@@ -33,6 +33,7 @@ class Groups:
         self.engines = list(engines)
         self.signature: Signature = call.signature
         self._batched = _batched(call)
+        self._moving = call.indices(Role.LATENTS)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
         self._parts: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -74,13 +75,17 @@ class Groups:
             engine.begin()
 
     def tick(
-        self, tick: Tick, tensors: Sequence[torch.Tensor], time_of: TimeOf
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        time_of: TimeOf,
+        inputs_of: InputsOf | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._split(i, t) for i, t in enumerate(tensors)]
         try:
             results = [
-                engine.tick(tick, [p[g] for p in parts], time_of)
+                engine.tick(tick, [p[g] for p in parts], time_of, self._part_of(g, inputs_of))
                 for g, engine in enumerate(self.engines)
             ]
         except BaseException:
@@ -114,6 +119,17 @@ class Groups:
         """Free all."""
         for engine in self.engines:
             engine.close()
+
+    def _part_of(self, group: int, inputs_of: InputsOf | None) -> InputsOf | None:
+        """A group's part of the inputs of earlier steps."""
+        if inputs_of is None:
+            return None
+
+        def mine(step: int) -> list[torch.Tensor]:
+            pairs = zip(self._moving, inputs_of(step), strict=True)
+            return [t.chunk(len(self.engines))[group] if self._batched[i] else t for i, t in pairs]
+
+        return mine
 
     def _split(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         if not self._batched[index]:

@@ -7,77 +7,37 @@ This file imports neither torch nor devices; it can be tested, printed and studi
 Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps.
 Rank i < N runs component i; rank N+o (o = 0 … S−2) runs a copy of the last component.
 
-The schedule is that of AsyncDiff (Chen et al., NeurIPS 2024), with stride denoising as the paper
-describes it.
+The schedule "asyncdiff" is that of AsyncDiff (Chen et al., NeurIPS 2024), with stride denoising as
+the paper describes it; "wavefront" is in wavefront.py, and needs no copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
+from .actions import Action, Exchange, Kind, Tick
 from .errors import PlanError
+from .wavefront import Builder as Waves
+from .wavefront import lagged
 
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Exchange",
+    "Kind",
+    "Plan",
+    "Tick",
+    "build",
+    "chain",
+    "check_numbers",
+    "check_schedule",
+    "rank_count",
+    "ring",
+]
 
-class Kind(str, Enum):
-    """What an action does on its rank."""
-
-    GET = "G"  #: wait for the next bundle from a component
-    RUN = "R"  #: run the rank's component, then push its boundary
-    RELEASE = "L"  #: give the oldest held bundle back to its sender
-
-
-@dataclass(frozen=True)
-class Action:
-    """One thing that one rank does.
-
-    ``component`` is the component that runs (RUN) or whose bundle is taken or given back (GET,
-    RELEASE). The other fields belong to RUN: ``latents`` is the step whose latents are the input,
-    ``time`` the index of the timestep, ``step`` the step whose noise prediction this run delivers
-    (None if its output is not used), ``put`` the ordinal of the bundle that it sends (None for
-    runs that send nothing), ``reads`` the ordinals of the bundles read, by sending component.
-    """
-
-    kind: Kind
-    rank: int
-    component: int
-    latents: int | None = None
-    time: int | None = None
-    step: int | None = None
-    put: int | None = None
-    reads: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A batch of runs: one after another (``exact``) or all at once.
-
-    ``serves`` are the sampler steps whose noise predictions come out of it.
-    """
-
-    index: int
-    exact: bool
-    serves: tuple[int, ...]
-    actions: tuple[Action, ...]
-
-    @property
-    def runs(self) -> tuple[Action, ...]:
-        """The runs of this tick, in issue order."""
-        return tuple(a for a in self.actions if a.kind is Kind.RUN)
-
-    def of_rank(self, rank: int) -> tuple[Action, ...]:
-        """The actions of one rank, in order."""
-        return tuple(a for a in self.actions if a.rank == rank)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Bundles from component ``source`` to ``target``, used ``lag`` ticks after they were made."""
-
-    source: int
-    target: int
-    lag: int = 1
+#: "asyncdiff": that of AsyncDiff, as published. "wavefront": see :mod:`asyncdiff.wavefront`.
+SCHEDULES = ("asyncdiff", "wavefront")
 
 
 @dataclass(frozen=True)
@@ -92,11 +52,15 @@ class Plan:
     slots: int
     exchanges: tuple[Exchange, ...]
     ticks: tuple[Tick, ...]
+    schedule: str = "asyncdiff"
+    exact_tail: int = 0
+    extrapolate: float = 0.0
+    drain: bool = False
 
     @property
     def ranks(self) -> int:
-        """World size N + S − 1."""
-        return self.components + self.stride - 1
+        """World size: N + S − 1, for waves N."""
+        return rank_count(self.components, self.stride, self.schedule)
 
     def component_of(self, rank: int) -> int:
         """The component that ``rank`` holds; copies hold the last one."""
@@ -113,7 +77,7 @@ class Plan:
         return tuple(e.source for e in self.exchanges if e.target == component)
 
     def tick_of_step(self, step: int) -> Tick:
-        """The tick that delivers the noise prediction of ``step``."""
+        """The tick after which the sampler takes ``step``."""
         for tick in self.ticks:
             if step in tick.serves:
                 return tick
@@ -125,7 +89,55 @@ def chain(components: int) -> tuple[Exchange, ...]:
     return tuple(Exchange(i, j) for j in range(components) for i in range(j))
 
 
-def check_numbers(components: int, stride: int, warmup: int, steps: int | None = None) -> None:
+def rank_count(components: int, stride: int, schedule: str) -> int:
+    """World size: copies of the last component serve the published schedule's stride."""
+    return components if schedule == "wavefront" else components + stride - 1
+
+
+def ring(
+    exchanges: Sequence[Exchange], schedule: str = "asyncdiff", extrapolate: float = 0.0
+) -> int:
+    """Slots of the rings that a schedule needs: a bundle is kept until its reader has used it.
+
+    One depth for all channels: then the slots that a rank uses repeat after so many ticks, and a
+    CUDA graph is recorded for each of them, not for every combination of several depths.
+    """
+    if schedule == "wavefront":
+        return max([2, *(e.lag + 1 for e in lagged(exchanges))])
+    return 3 if extrapolate else 2
+
+
+def check_schedule(
+    schedule: str,
+    *,
+    time_shift: bool = False,
+    extrapolate: float = 0.0,
+    drain: bool = False,
+    exact_tail: int = 0,
+) -> None:
+    """Raise :class:`PlanError` for an unknown schedule, or options that it does not have."""
+    if schedule not in SCHEDULES:
+        raise PlanError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
+    if not isinstance(exact_tail, int) or isinstance(exact_tail, bool) or exact_tail < 0:
+        raise PlanError(f"exact_tail must be a whole number of at least 0, not {exact_tail!r}")
+    if not 0 <= extrapolate <= 2:
+        raise PlanError(f"extrapolate={extrapolate!r}: take 0 (off) to 2; 1 is a straight line")
+    if schedule == "wavefront" and time_shift:
+        raise PlanError(
+            "time_shift belongs to schedule='asyncdiff': a wave runs at its own timestep"
+        )
+    if schedule == "wavefront" and extrapolate:
+        raise PlanError(
+            "extrapolate belongs to schedule='asyncdiff': no value inside a wave is stale. What a "
+            "wavefront extrapolates is the clean image: see order"
+        )
+    if schedule == "asyncdiff" and drain:
+        raise PlanError("drain belongs to schedule='wavefront': here no wave is left over")
+
+
+def check_numbers(
+    components: int, stride: int, warmup: int, steps: int | None = None, exact_tail: int = 0
+) -> None:
     """Raise :class:`PlanError` if no plan has these numbers (``steps=None``: not known yet)."""
     for name, value in (("components", components), ("stride", stride), ("warmup", warmup)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -139,6 +151,11 @@ def check_numbers(components: int, stride: int, warmup: int, steps: int | None =
             f"warmup={warmup} exceeds the {steps} steps of this generation: "
             f"take warmup <= {steps} (warmup = steps runs every step exactly), or more steps"
         )
+    if warmup + exact_tail > steps:
+        raise PlanError(
+            f"warmup={warmup} and exact_tail={exact_tail} exceed the {steps} steps of this "
+            f"generation: take exact_tail <= {steps - warmup}, or more steps"
+        )
 
 
 def build(
@@ -147,65 +164,101 @@ def build(
     warmup: int = 1,
     steps: int = 50,
     *,
+    schedule: str = "asyncdiff",
+    exact_tail: int = 0,
     time_shift: bool = False,
+    extrapolate: float = 0.0,
+    drain: bool = False,
     exchanges: Sequence[Exchange] | None = None,
     exact_order: Sequence[int] | None = None,
-    slots: int = 2,
 ) -> Plan:
-    """The published schedule for N = ``components``, S = ``stride``, w = ``warmup``, T = ``steps``.
+    """The plan for N = ``components``, S = ``stride``, w = ``warmup``, T = ``steps``.
 
-    ``exchanges`` says which components send to which (default: each to all later ones).
+    ``exact_tail``: the last so many steps are run exactly, like the first w.
+    ``exchanges`` says which components send to which (default: each to all later ones); their lags
+    are the schedule's.
     ``exact_order`` is the order of runs of an exact step (default 0 … N−1). Where components
     depend on each other in a circle, as hand-made splits may, it names some more than once: a
     later run of the same component finds what it lacked the first time.
 
-    Raises PlanError for numbers that no plan has.
+    Of schedule "asyncdiff" only: ``time_shift``; ``extrapolate``, by how much of the last change
+    the values of other components are moved on before they are used (0: they are used as they
+    came). Of "wavefront" only: ``drain``, whether the waves still under way after the last
+    asynchronous step are finished.
+
+    Raises PlanError for numbers and options that no plan has.
     """
-    check_numbers(components, stride, warmup, steps)
+    check_schedule(
+        schedule,
+        time_shift=time_shift,
+        extrapolate=extrapolate,
+        drain=drain,
+        exact_tail=exact_tail,
+    )
+    check_numbers(components, stride, warmup, steps, exact_tail)
     edges = tuple(chain(components) if exchanges is None else exchanges)
     order = tuple(range(components) if exact_order is None else exact_order)
-    _check_edges(components, edges, order, slots)
-    builder = _Builder(components, stride, edges, slots)
-    ticks: list[Tick] = []
+    _check_edges(components, edges, order)
+    if extrapolate and len(order) > components:
+        raise PlanError(
+            "extrapolate needs components that follow each other: these depend on each other in a "
+            "circle. Split by cuts (split='auto' or 'estimate'), or leave extrapolate at 0"
+        )
+    slots = ring(edges, schedule, extrapolate)
+    if schedule == "wavefront":
+        edges = lagged(edges)
+        ticks = _waves(components, stride, edges, warmup, steps, exact_tail, drain)
+    else:
+        builder = _Builder(components, stride, edges, 2 if extrapolate else 1)
+        ticks = builder.ticks(warmup, steps, exact_tail, order, time_shift)
+    return Plan(
+        components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks),
+        schedule, exact_tail, float(extrapolate), drain,
+    )  # fmt: skip
+
+
+def _waves(
+    components: int,
+    stride: int,
+    edges: tuple[Exchange, ...],
+    warmup: int,
+    steps: int,
+    exact_tail: int,
+    drain: bool,
+) -> list[Tick]:
+    builder = Waves(components, stride, edges)
     for k in range(warmup):
-        ticks.append(builder.exact_tick(len(ticks), k, order))
-    k = warmup
-    while k < steps:
-        ticks.append(builder.tick(len(ticks), k, min(k + stride, steps), time_shift))
-        k += stride
-    if ticks:
-        last = ticks[-1]
-        ticks[-1] = Tick(last.index, last.exact, last.serves, last.actions + builder.drain())
-    return Plan(components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks))
+        builder.exact(k)
+    builder.asynchronous(warmup, steps - exact_tail, drain)
+    for k in range(steps - exact_tail, steps):
+        builder.exact(k)
+    return builder.ticks
 
 
 def _shifted(time: int, time_shift: bool) -> int:
     return time - 1 if time_shift else time
 
 
-def _check_edges(
-    components: int, edges: Iterable[Exchange], order: Sequence[int], slots: int
-) -> None:
+def _check_edges(components: int, edges: Iterable[Exchange], order: Sequence[int]) -> None:
     for e in edges:
         if not (0 <= e.source < components and 0 <= e.target < components) or e.source == e.target:
             raise PlanError(f"exchange {e.source}->{e.target} does not fit {components} components")
-        if e.lag != 1:
-            raise PlanError(f"exchange {e.source}->{e.target}: this schedule has lag 1 only")
     if set(order) != set(range(components)):
         raise PlanError(f"exact_order {tuple(order)} must name each of {components} components")
-    if slots < 2:
-        raise PlanError(f"slots={slots}: a mailbox needs at least two slots")
 
 
 class _Builder:
-    """Emits ticks and keeps count of what was put, taken and given back."""
+    """Emits the published schedule's ticks; keeps count of what was put, taken and given back.
+
+    ``held`` bundles of every source are kept for a run: the newest ones.
+    """
 
     def __init__(
-        self, components: int, stride: int, edges: tuple[Exchange, ...], slots: int
+        self, components: int, stride: int, edges: tuple[Exchange, ...], held: int
     ) -> None:
         self.n = components
         self.stride = stride
-        self.slots = slots
+        self.held = held
         self.sources = {c: [e.source for e in edges if e.target == c] for c in range(components)}
         self.senders = {e.source for e in edges}
         self.puts = [0] * components  # bundles sent so far, by component
@@ -213,38 +266,66 @@ class _Builder:
         self.got = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
         self.freed = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
 
+    def ticks(
+        self, warmup: int, steps: int, exact_tail: int, order: tuple[int, ...], time_shift: bool
+    ) -> list[Tick]:
+        out: list[Tick] = []
+        for k in range(warmup):
+            out.append(self.exact_tick(len(out), k, order))
+        end = steps - exact_tail
+        for k in range(warmup, end, self.stride):
+            out.append(self.tick(len(out), k, min(k + self.stride, end), time_shift))
+        for k in range(end, steps):
+            out.append(self.exact_tick(len(out), k, order))
+        last = out[-1]
+        out[-1] = Tick(last.index, last.exact, last.serves, last.actions + self.drain())
+        return out
+
     def component(self, rank: int) -> int:
         return min(rank, self.n - 1)
 
     def catch_up(self, rank: int) -> list[Action]:
-        """Give back what is older, and take, every bundle sent so far: the newest one is held."""
+        """Give back what is older, and take, every bundle sent so far: the newest are held."""
         out = []
         for source in self.sources[self.component(rank)]:
             while self.got[rank][source] < self.puts[source]:
-                if self.freed[rank][source] < self.got[rank][source]:
+                if self.got[rank][source] - self.freed[rank][source] >= self.held:
                     out.append(Action(Kind.RELEASE, rank, source))
                     self.freed[rank][source] += 1
                 out.append(Action(Kind.GET, rank, source))
                 self.got[rank][source] += 1
         return out
 
-    def give_back(self, rank: int) -> list[Action]:
+    def give_back(self, rank: int, keep: int = 0) -> list[Action]:
+        """Give back all but the newest ``keep`` bundles."""
         out = []
         for source in self.sources[self.component(rank)]:
-            while self.freed[rank][source] < self.got[rank][source]:
+            while self.freed[rank][source] < self.got[rank][source] - keep:
                 out.append(Action(Kind.RELEASE, rank, source))
                 self.freed[rank][source] += 1
         return out
 
-    def run(self, rank: int, latents: int, time: int, step: int | None, sends: bool) -> Action:
+    def run(
+        self,
+        rank: int,
+        latents: int,
+        time: int,
+        step: int | None,
+        sends: bool,
+        read: int = 1,
+    ) -> Action:
         component = self.component(rank)
-        # got - 1 is the newest bundle held; -1 where none was ever sent (first run in a circle)
-        reads = tuple((s, self.got[rank][s] - 1) for s in self.sources[component])
+        reads = []
+        for s in self.sources[component]:
+            # got - 1 is the newest bundle held; -1 where none was ever sent (first run in a circle)
+            newest = self.got[rank][s] - 1
+            oldest = max(newest - read + 1, min(newest, 0))
+            reads += [(s, ordinal) for ordinal in range(newest, oldest - 1, -1)]
         put = None
         if sends and component in self.senders:
             put = self.puts[component]
             self.puts[component] += 1
-        return Action(Kind.RUN, rank, component, latents, time, step, put, reads)
+        return Action(Kind.RUN, rank, component, latents, time, step, put, tuple(reads))
 
     def exact_tick(self, index: int, k: int, order: tuple[int, ...]) -> Tick:
         actions: list[Action] = []
@@ -268,13 +349,13 @@ class _Builder:
             time = _shifted(k + self.stride - 1, time_shift)
             for rank in range(self.n):
                 step = end - 1 if rank == self.n - 1 else None
-                actions.append(self.run(rank, k, time, step, sends=True))
+                actions.append(self.run(rank, k, time, step, sends=True, read=self.held))
         for o in range(self.stride - 1):
             if k + o < end:
                 time = _shifted(k + o, time_shift)
-                actions.append(self.run(self.n + o, k, time, k + o, sends=False))
+                actions.append(self.run(self.n + o, k, time, k + o, sends=False, read=self.held))
         for rank in self.got:
-            actions += self.give_back(rank)
+            actions += self.give_back(rank, keep=self.held - 1)
         return Tick(index, False, serves, tuple(actions))
 
     def drain(self) -> tuple[Action, ...]:

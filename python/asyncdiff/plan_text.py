@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from .errors import PlanError
 from .plan import Action, Exchange, Kind, Plan, Tick
 
+#: What a header may have besides, and how to read it.
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "schedule": str,
+    "exact_tail": int,
+    "extrapolate": float,
+    "drain": lambda text: bool(int(text)),
+}
 _RUN = re.compile(r"r(\d+) R(\d+) x(\d+) t(\d+)(?: e(\d+))?(?: p(\d+))?(?: <(\S+))?$")
 _WAIT = re.compile(r"r(\d+) ([GL])(\d+)$")
 
@@ -24,9 +32,13 @@ def to_text(plan: Plan) -> str:
         f"plan N={plan.components} S={plan.stride} w={plan.warmup} T={plan.steps} "
         f"time_shift={int(plan.time_shift)} slots={plan.slots} exchanges={edges}"
     )
+    for name in _OPTIONS:  # written where they are not at their defaults
+        value = getattr(plan, name)
+        if value != Plan.__dataclass_fields__[name].default:
+            head += f" {name}={int(value) if isinstance(value, bool) else value}"
     lines = [head]
     for tick in plan.ticks:
-        serves = ",".join(map(str, tick.serves))
+        serves = ",".join(map(str, tick.serves)) or "-"
         actions = "; ".join(map(_action_text, tick.actions))
         lines.append(f"{tick.index} {'exact' if tick.exact else 'async'} {serves} | {actions}")
     return "\n".join(lines) + "\n"
@@ -63,6 +75,7 @@ def from_text(text: str) -> Plan:
         return Plan(
             int(head["N"]), int(head["S"]), int(head["w"]), int(head["T"]),
             bool(int(head["time_shift"])), int(head["slots"]), exchanges, tuple(ticks),
+            **{name: read(head[name]) for name, read in _OPTIONS.items() if name in head},
         )  # fmt: skip
     except (IndexError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, PlanError):
@@ -71,12 +84,13 @@ def from_text(text: str) -> Plan:
 
 
 def _tick_from_text(line: str) -> Tick:
-    head, _, body = line.partition(" | ")
+    head, _, body = line.partition(" |")
     index, kind, serves = head.split()
     if kind not in ("exact", "async"):
         raise ValueError(kind)
-    actions = tuple(_action_from_text(part) for part in body.split("; ") if part)
-    return Tick(int(index), kind == "exact", tuple(map(int, serves.split(","))), actions)
+    actions = tuple(_action_from_text(part) for part in body.strip().split("; ") if part)
+    steps = () if serves == "-" else tuple(map(int, serves.split(",")))
+    return Tick(int(index), kind == "exact", steps, actions)
 
 
 def _action_from_text(text: str) -> Action:
@@ -116,6 +130,8 @@ def from_json(text: str) -> Plan:
 def grid(plan: Plan) -> str:
     """Rows are ranks, columns ticks; a cell is the time index, with ``*`` where the run delivers.
 
+    A column is headed by the sampler steps that follow the tick (``-`` where it only drains).
+
     Runs of an exact step follow each other (columns marked ``x``); those of a tick run at once.
     """
     cells = [[""] * len(plan.ticks) for _ in range(plan.ranks)]
@@ -123,7 +139,7 @@ def grid(plan: Plan) -> str:
         for a in tick.runs:
             mark = f"t{a.time}" + ("*" if a.step is not None else "")
             cells[a.rank][column] = (cells[a.rank][column] + " " + mark).strip()
-    heads = [("x" if t.exact else "") + ",".join(map(str, t.serves)) for t in plan.ticks]
+    heads = [("x" if t.exact else "") + (",".join(map(str, t.serves)) or "-") for t in plan.ticks]
     widths = [max(len(heads[c]), *(len(row[c]) for row in cells)) for c in range(len(heads))]
     names = [
         f"rank {r} C{plan.component_of(r)}" + (" copy" if r >= plan.components else "")

@@ -131,7 +131,9 @@ class Timeline:
 
     @property
     def speedup(self) -> float:
-        """Sequential over total. At most N times S: a stride repeats only the last component."""
+        """Sequential over total. At most N times S in the published schedule: a stride repeats only
+        the last component. Waves that nobody waits for are not run, so that short generations of a
+        wavefront may come out a little above."""
         return self.sequential_ms / self.total_ms if self.total_ms else 1.0
 
     def of(self, rank: int, tick: int | None = None) -> tuple[Span, ...]:
@@ -209,6 +211,8 @@ class _Simulation:
         for tick in plan.ticks:
             left = len(tick.runs)
             delivered = 0.0
+            if not left:  # steps that are taken on predictions alone
+                self._update(tick.index, len(tick.serves), delivered)
             for a in tick.actions:
                 if a.kind is Kind.GET:
                     self._get(a)
@@ -312,9 +316,8 @@ def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) ->
     near, far = figure.subplots(2, 1)
     _draw_rows(near, timeline, window, labels=True)
     _draw_rows(far, timeline, whole, labels=False)
-    near.set_title(
-        f"steps {plan.ticks[begin].serves[0]} to {plan.ticks[last].serves[-1]}", loc="left"
-    )
+    shown = [k for t in plan.ticks[begin : last + 1] for k in t.serves]
+    near.set_title(f"steps {shown[0]} to {shown[-1]}", loc="left")
     far.set_title("the whole generation", loc="left")
     far.set_xlabel("milliseconds")
     figure.suptitle(summary(timeline), fontsize=10, ha="left", x=0.01)

@@ -17,6 +17,8 @@ _MAPPINGS: tuple[tuple[str, Callable[[torch.Tensor, float], torch.Tensor]], ...]
     ("1 - t / n", lambda t, n: 1 - t / n),
     ("n - t", lambda t, n: n - t),
 )
+#: Pipelines that pass such times also turn a flow prediction's sign (Lumina 2, Z-Image).
+_BACKWARDS = ("1 - t / n", "n - t")
 
 
 def check_scheduler(scheduler: Any) -> torch.Tensor:
@@ -66,6 +68,8 @@ class Times:
                 f"({', '.join(n for n, _ in _MAPPINGS)}): use asyncdiff.AsyncDenoiser and pass "
                 "the denoiser's timesteps to its generation()"
             )
+        #: whether the denoiser counts time from the other end than the scheduler
+        self.backwards = self.mapping in _BACKWARDS
         self.values = values[self.start :].to(device=first.device, dtype=first.dtype)
         self._exact = values[self.start :]
         self._offset = self.source.storage_offset()

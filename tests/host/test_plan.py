@@ -15,11 +15,19 @@ numbers = st.tuples(
 
 def make(args, **kwargs):
     n, s, w, more, shift = args
-    return P.build(n, s, w, w + more, time_shift=shift, **kwargs)
+    tail = kwargs.get("exact_tail", 0)
+    return P.build(n, s, w, w + more + tail, time_shift=shift, **kwargs)
+
+
+def wave(args, **kwargs):
+    return make((*args[:4], False), schedule="wavefront", **kwargs)
 
 
 def simulate(plan):
     """Walk the actions as issued, with slots that hold ordinals, and check every rule."""
+    waves = plan.schedule == "wavefront"
+    held = 2 if plan.extrapolate else 1
+    wave_of = {}  # (component, ordinal) -> the step and the tick at which it was made
     slots = {}  # (source, receiving rank) -> slot -> ordinal
     got, freed, puts = {}, {}, dict.fromkeys(range(plan.components), 0)
     served = []
@@ -41,8 +49,26 @@ def simulate(plan):
                     k = (source, a.rank)
                     assert freed.get(k, 0) <= ordinal < got[k], "read while not held"
                     assert slots[k][ordinal % plan.slots] == ordinal, "slot reused"
-                    if not tick.exact:
-                        assert ordinal == before[source] - 1, "not the previous tick's value"
+                    if waves:
+                        step, made = wave_of[source, ordinal]
+                        assert step == a.latents == a.time, "a value of another wave"
+                        lag = next(
+                            e.lag for e in plan.exchanges
+                            if (e.source, e.target) == (source, a.component)
+                        )  # fmt: skip
+                        assert tick.exact or tick.index - made == lag
+                    elif not tick.exact:
+                        assert before[source] - held <= ordinal < before[source]
+                if not waves:
+                    newest = {}
+                    for source, ordinal in a.reads:
+                        newest.setdefault(source, []).append(ordinal)
+                    for source, ordinals in newest.items():
+                        if not tick.exact:
+                            top = before[source] - 1
+                            assert ordinals == [top, top - 1][: min(held, top + 1)]
+                        assert len(ordinals) <= held
+                wave_of[a.component, a.put] = a.latents, tick.index
                 if a.put is not None:
                     assert a.put == puts[a.component]
                     puts[a.component] += 1
@@ -54,10 +80,14 @@ def simulate(plan):
                                 slots.setdefault(k, {})[a.put % plan.slots] = a.put
                 if a.step is not None:
                     served.append(a.step)
-                    assert a.step in tick.serves
+                    assert waves or a.step in tick.serves
         if not tick.exact:
             assert len({a.rank for a in tick.runs}) == len(tick.runs)
-    assert sorted(served) == list(range(plan.steps)), "every step from exactly one run"
+    assert [k for t in plan.ticks for k in t.serves] == list(range(plan.steps))
+    if waves:
+        assert served == sorted(set(served))
+    else:
+        assert sorted(served) == list(range(plan.steps)), "every step from exactly one run"
     for k in got:
         assert got[k] == freed[k] == puts[k[0]], "channels end empty"
 
@@ -80,10 +110,52 @@ def test_rules_in_a_circle(args):
             assert last.component == 1 and last.step is not None
 
 
-@given(numbers)
-@settings(max_examples=100, deadline=None)
-def test_text_and_json_round_trip(args):
-    plan = make(args)
+@given(numbers, st.integers(1, 4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_rules_with_an_exact_tail_and_extrapolation(args, tail, extrapolate):
+    plan = make(args, exact_tail=tail, extrapolate=1.0 if extrapolate else 0.0)
+    simulate(plan)
+    assert [t.exact for t in plan.ticks[-tail:]] == [True] * tail
+    assert plan.slots == (3 if extrapolate else 2)
+
+
+@given(numbers, st.integers(0, 4), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_rules_of_waves(args, tail, drain):
+    plan = wave(args, exact_tail=tail, drain=drain)
+    simulate(plan)
+    n, s, w, more, _ = args
+    assert plan.ranks == n and plan.slots == max(2, n)
+    assert all(e.lag == e.target - e.source for e in plan.exchanges)
+    # A wave starts every S steps, and is done N - 1 ticks later; all of them with drain.
+    starts = list(range(w, w + more, s))
+    done = [k for t in plan.ticks if not t.exact for k in t.delivers]
+    assert done == (starts if drain else starts[: max(0, len(starts) - n + 1)])
+    first = w  # the tick at which the first wave starts
+    for tick in plan.ticks:
+        if not tick.exact and tick.delivers:
+            assert tick.delivers == (starts[tick.index - first - (n - 1)],)
+    assert sum(not t.serves for t in plan.ticks) == (n - 1 if drain and more else 0)
+
+
+def test_waves_that_are_all_exact_are_the_published_plan_but_for_the_rings():
+    for n in range(1, 5):
+        waves, published = wave((n, 1, 4, 0)), P.build(n, 1, 4, 4)
+        runs = [[(a.component, a.latents, a.time, a.step) for a in t.runs] for t in waves.ticks]
+        assert runs == [
+            [(a.component, a.latents, a.time, a.step) for a in t.runs] for t in published.ticks
+        ]
+
+
+@given(numbers, st.integers(0, 3), st.sampled_from(["plain", "wave", "drain", "extrapolate"]))
+@settings(max_examples=150, deadline=None)
+def test_text_and_json_round_trip(args, tail, kind):
+    if kind == "extrapolate":
+        plan = make(args, exact_tail=tail, extrapolate=0.5)
+    elif kind == "plain":
+        plan = make(args, exact_tail=tail)
+    else:
+        plan = wave(args, exact_tail=tail, drain=kind == "drain")
     assert plan_text.from_text(plan_text.to_text(plan)) == plan
     assert plan_text.from_json(plan_text.to_json(plan)) == plan
 
@@ -110,6 +182,48 @@ def test_grid():
         "rank 1 C1      | t0* t2* t4*\n"
         "rank 2 C1 copy |     t1* t3*"
     )
+
+
+def test_grid_of_waves():
+    plan = P.build(3, 1, 1, 6, schedule="wavefront", drain=True, exact_tail=1)
+    assert plan_text.grid(plan) == (
+        "steps     |  x0  1  2   3   4   -   -  x5\n"
+        "rank 0 C0 |  t0 t1 t2  t3  t4          t5\n"
+        "rank 1 C1 |  t0    t1  t2  t3  t4      t5\n"
+        "rank 2 C2 | t0*       t1* t2* t3* t4* t5*"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"schedule": "waves"}, "write one of asyncdiff, wavefront"),
+        ({"schedule": "wavefront", "time_shift": True}, "time_shift belongs"),
+        ({"schedule": "wavefront", "extrapolate": 1.0}, "extrapolate belongs"),
+        ({"extrapolate": 3.0}, "0 .off. to 2"),
+        ({"drain": True}, "drain belongs"),
+        ({"exact_tail": -1}, "exact_tail must be"),
+        ({"exact_tail": 5}, "exact_tail <= 4"),
+        (
+            {
+                "schedule": "wavefront",
+                "exchanges": [P.Exchange(1, 0)],
+            },
+            "comes after it",
+        ),
+        (
+            {
+                "extrapolate": 1.0,
+                "exchanges": [P.Exchange(0, 1), P.Exchange(1, 0)],
+                "exact_order": (1, 0, 1),
+            },
+            "circle",
+        ),
+    ],
+)
+def test_options_that_no_plan_has(options, words):
+    with pytest.raises(PlanError, match=words):
+        P.build(2, 1, 1, 5, **options)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ numbers = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.
 @st.composite
 def cases(draw):
     n, s, w, more = draw(numbers)
-    plan = P.build(n, s, w, w + more)
+    tail = draw(st.integers(0, 2))
+    plan = P.build(n, s, w, w + more + tail, exact_tail=tail)
     times = draw(st.lists(st.integers(1, 40), min_size=n, max_size=n))
     size = {(e.source, e.target): draw(st.integers(0, 50)) * 100_000 for e in plan.exchanges}
     tail = {pair: draw(st.integers(0, max(b, 0))) for pair, b in size.items()}
@@ -158,14 +159,13 @@ def test_what_holds_for_every_plan(case):
     slack = 1e-6 * (1 + t.total_ms)
     # the critical path without links: exact steps one after another, then the slowest component
     # of every tick but the last, and every update
-    ticks = len(plan.ticks) - plan.warmup
-    path = plan.warmup * sum(timing.component_ms) + plan.steps * timing.update_ms
+    exact = plan.warmup + plan.exact_tail
+    ticks = len(plan.ticks) - exact
+    path = exact * sum(timing.component_ms) + plan.steps * timing.update_ms
     last = timing.component_ms[-1] if ticks else 0.0
     assert t.total_ms >= path + last - slack
     slowest = max(timing.component_ms)
-    assert t.total_ms >= (
-        plan.warmup * sum(timing.component_ms) + max(0, ticks - 1) * slowest - slack
-    )
+    assert t.total_ms >= exact * sum(timing.component_ms) + max(0, ticks - 1) * slowest - slack
     assert t.speedup <= plan.components * plan.stride + 1e-9
     assert all(0 <= b <= 1 for b in t.busy)
     assert 0 <= t.exposed_ms <= t.total_ms + slack
@@ -174,6 +174,23 @@ def test_what_holds_for_every_plan(case):
         for kinds in ({SpanKind.RUN, SpanKind.UPDATE}, {SpanKind.EXCHANGE}):
             mine = [s for s in t.of(rank) if s.kind in kinds]
             assert all(a.end_ms <= b.start_ms + slack for a, b in pairwise(mine))
+
+
+@settings(max_examples=80, deadline=None)
+@given(numbers, st.integers(0, 2), st.booleans(), st.integers(1, 20))
+def test_waves_of_equal_components_in_closed_form(args, tail, drain, cost):
+    """An asynchronous tick costs one component's time as long as any wave is under way."""
+    n, s, w, more = args
+    plan = P.build(n, s, w, w + more + tail, schedule="wavefront", exact_tail=tail, drain=drain)
+    t = predict(plan, Timing((float(cost),) * n, update_ms=0.5))
+    busy = sum(bool(tick.runs) for tick in plan.ticks if not tick.exact)
+    want = (w + tail) * n * cost + busy * cost + (w + more + tail) * 0.5
+    ticks = math.ceil(more / s)
+    if ticks + (n - 1 if drain else 0) >= 2 * (n - 1):
+        assert t.total_ms == pytest.approx(want)
+    assert t.total_ms <= want + 1e-6  # while only middle components work, nobody waits for them
+    if ticks >= n:
+        assert busy == ticks + (n - 1 if drain else 0)
 
 
 @settings(max_examples=80, deadline=None)
@@ -213,6 +230,15 @@ def test_the_picture_is_written(tmp_path):
     with image.open(tmp_path / "t.png") as picture:
         assert picture.format == "PNG" and picture.width > 800
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_picture_of_waves_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    for steps in (1, 3, 12):
+        plan = P.build(3, 2, 1, steps, schedule="wavefront", drain=True)
+        timing = Timing((2.0, 3.0, 2.5), {(0, 1): 9_000_000, (0, 2): 100}, {}, 10.0)
+        draw(predict(plan, timing), tmp_path / f"{steps}.png")
+        assert (tmp_path / f"{steps}.png").stat().st_size > 10_000
 
 
 # --- golden files: the whole text and grid of a few plans, to be read and reviewed by people
