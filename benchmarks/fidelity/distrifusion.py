@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from fidelity.macs import total
-from fidelity.method import Method, Work
 from torch import nn
 from torch.nn import functional as F
+
+from fidelity.macs import total
+from fidelity.method import Method, Work
 
 
 class DistriFusion(Method):

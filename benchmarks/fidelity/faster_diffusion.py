@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from fidelity.macs import total, within
 from fidelity.method import Method, Work
-from torch import nn
 
 #: The paper's key steps of 50 (its t_key = {50, 49, 48, 47, 45, 40, 35, 25, 15} counts down).
 PAPER = (0, 1, 2, 3, 5, 10, 15, 25, 35)

@@ -15,6 +15,9 @@ from fidelity.simple import FewerSteps, GuidanceSplit
 WARMUPS = (1, 3, 5, 9)
 #: (components, stride).
 SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+WAVES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+#: By how much clean images are extrapolated.
+ORDERS = (1.0, 0.5, 0.0)
 #: Shares of the steps that are left where fewer are taken.
 SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
 
@@ -25,6 +28,12 @@ def methods(device: str, sampler: str, steps: int, quick: bool) -> Iterator[Meth
         for w in WARMUPS[:1] if quick else WARMUPS:
             if w < steps:
                 yield Asynchronous(f"asyncdiff N={n} S={s} w={w}", device, n, s, w)
+    for n, s in WAVES[:1] if quick else WAVES:
+        for order in ORDERS[:1] if quick else ORDERS:
+            for w in WARMUPS[:1] if quick else WARMUPS:
+                if w < steps:
+                    name = f"wavefront, order {order:g} N={n} S={s} w={w}"
+                    yield Asynchronous(name, device, n, s, w, schedule="wavefront", order=order)
     for share in SHARES[1:2] if quick else SHARES:
         yield FewerSteps(max(1, round(share * steps)))
     yield GuidanceSplit()

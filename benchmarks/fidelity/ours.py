@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Any
 
-from fidelity.macs import balanced, total
-from fidelity.method import Method, Work
+import torch
 
 import asyncdiff
 from asyncdiff.partition import Partition
-from asyncdiff.plan import Plan
+from asyncdiff.plan import Plan, build, rank_count
 from asyncdiff.timeline import Timing, predict
+from fidelity.macs import balanced, total
+from fidelity.method import Method, Work
 
 
 class Asynchronous(Method):
@@ -26,27 +27,19 @@ class Asynchronous(Method):
     ) -> None:
         self.name = name
         self.components, self.stride, self.warmup = components, stride, warmup
-        self._device = device
+        self.device = device
+        self.schedule = settings.pop("schedule", "asyncdiff")
         self._settings = settings
-        self.devices = self.ranks = components + stride - 1
+        self.devices = rank_count(components, stride, self.schedule)
 
-    @contextlib.contextmanager
-    def applied(self, pipe: Any, steps: int) -> Iterator[int]:
-        """See :class:`Method`."""
-        handle = asyncdiff.parallelize(
-            pipe,
-            devices=[self._device] * self.ranks,
-            components=self.components,
-            stride=self.stride,
-            warmup=self.warmup,
-            split="estimate" if self.components == 1 else balanced(pipe, self.components).cuts,
-            compile=False,
-            **self._settings,
-        )
-        try:
-            yield steps
-        finally:
-            handle.restore()
+    def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
+        """See :class:`Method`. ``pipe`` itself is left alone: a copy of it runs on the ranks."""
+        spread = _spread(pipe, self)
+        # What a plan is made of may change between generations; what is prepared is kept.
+        spread.denoiser.warmup = self.warmup
+        for name, value in self._settings.items():
+            setattr(spread.denoiser, name, value)
+        return super().run(spread.pipe, call, steps)
 
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
         """MACs of the busiest rank, and of the plan's critical path."""
@@ -55,9 +48,38 @@ class Asynchronous(Method):
 
     def plan(self, parts: Partition, steps: int) -> Plan:
         """The plan that such a generation follows."""
-        return asyncdiff.plan.build(
-            self.components, self.stride, self.warmup, steps, exchanges=parts.exchanges
+        return build(
+            self.components,
+            self.stride,
+            self.warmup,
+            steps,
+            schedule=self.schedule,
+            exchanges=parts.exchanges,
         )
+
+
+_current: list[Any] = []  # the pipeline that is spread, how, and its handle: one at a time
+
+
+def _spread(pipe: Any, method: Asynchronous) -> Any:
+    """A handle of a copy of ``pipe`` for this number of components, stride and schedule."""
+    key = (method.components, method.stride, method.schedule, method.device)
+    if _current and _current[0] is pipe and _current[1] == key:
+        return _current[2]
+    if _current:
+        _current[2].restore()
+    parts = balanced(pipe, method.components)
+    handle = asyncdiff.parallelize(
+        copy.deepcopy(pipe),
+        devices=[method.device] * method.devices,
+        components=method.components,
+        stride=method.stride,
+        schedule=method.schedule,
+        split=parts.cuts or "estimate",
+        compile=False,
+    )
+    _current[:] = [pipe, key, handle]
+    return handle
 
 
 def plan_work(plan: Plan, parts: Partition) -> Work:

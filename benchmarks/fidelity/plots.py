@@ -18,7 +18,8 @@ _COLUMNS = 10
 
 def kind(row: Mapping[str, Any]) -> str:
     """The method of a row without its settings."""
-    return str(row["method"]).split(" N=")[0].split(",")[0]
+    method = str(row["method"])
+    return method.split(" N=")[0] if " N=" in method else method.split(",")[0]
 
 
 def beaten(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -29,13 +29,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fidelity.grid import methods
-from fidelity.ours import plain_work
-from fidelity.plots import beaten, scatter, sheet
-
 import results_file
 from asyncdiff import demo_model
 from asyncdiff.fidelity import fidelity, learned_metrics
+from fidelity.grid import methods
+from fidelity.ours import plain_work
+from fidelity.plots import beaten, scatter, sheet
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 #: Sampler steps that each sampler is usually given.

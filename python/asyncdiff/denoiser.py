@@ -46,8 +46,8 @@ class AsyncDenoiser:
         module: a denoiser in eval mode; any module that torch.export can export.
         example_args, example_kwargs: a call of it. With one, everything is prepared now; without,
             at the first call.
-        devices: one entry a rank (N + S − 1, waves N; twice that with guidance="split"), which may
-            repeat; None for all GPUs, else the CPU.
+        devices: one entry a rank (N + S − 1; waves: N; twice that with guidance="split"), which
+            may repeat; None for all GPUs, else the CPU.
         components, stride, warmup, time_shift: N, S, w and the time shift of the schedule.
         split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
             bytes, the same on every machine), one list of module paths for each component, or the
@@ -64,8 +64,8 @@ class AsyncDenoiser:
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
             first half of the ranks takes the first condition, the others the second one.
         warmup_mode: "chain" (exact steps run one component after another), or "split": the exact
-            steps but the last run whole on two devices, a condition each. Those hold the whole
-            denoiser then.
+            steps but the last of the first ones run whole on two devices, a condition each. Those
+            hold the whole denoiser then.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape (results are cached on the disk, where torch keeps them) and makes a step a
             third faster; None for denoisers of at least 100 million parameters on GPUs.
@@ -180,18 +180,18 @@ class AsyncDenoiser:
 
     def plan(self, steps: int, *, drain: bool = False) -> Plan:
         """The plan of a generation with this many steps, for each group of ranks; with
-        warmup_mode="split" without the steps before the last exact one. ``drain``: the last waves
-        are finished."""
+        warmup_mode="split" without the exact steps that run split. ``drain``: its last waves are
+        finished."""
         check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
-        before = self._split_steps
+        before, after = self._split_steps
         return build(
             self.components,
             self.stride,
             self.warmup - before,
-            steps - before,
+            steps - before - after,
             schedule=self.schedule,
-            exact_tail=self.exact_tail,
+            exact_tail=self.exact_tail - after,
             time_shift=self.time_shift,
             extrapolate=self.extrapolate,
             drain=drain,
@@ -225,17 +225,22 @@ class AsyncDenoiser:
         return engine, self.plan(steps, drain=drain)
 
     @property
-    def _split_steps(self) -> int:
-        """Exact steps that run split. The last one fills the mailboxes: it runs as a chain."""
-        return self.warmup - 1 if self.warmup_mode == "split" else 0
+    def _split_steps(self) -> tuple[int, int]:
+        """Exact steps at both ends that run split. The last one of the warm-up fills the mailboxes:
+        it runs as a chain."""
+        return (self.warmup - 1, self.exact_tail) if self.warmup_mode == "split" else (0, 0)
 
     def _phases(self, prepared: _Prepared, steps: int) -> list[Phase]:
         """Who serves which steps, with every CUDA graph recorded."""
-        before = self._split_steps
+        before, after = self._split_steps
         phases = []
-        if prepared.whole is not None and before:
-            phases.append(Phase(prepared.whole, build(1, 1, before, before, exchanges=())))
+        if before:
+            assert prepared.whole is not None
+            phases.append(Phase(prepared.whole, _exact(before), main=False))
         phases.append(Phase(prepared.engine, self.plan(steps), before))
+        if after:
+            assert prepared.whole is not None
+            phases.append(Phase(prepared.whole, _exact(after), steps - after, main=False))
         for phase in phases:
             phase.engine.prepare(phase.plan)
         return phases
@@ -258,7 +263,7 @@ class AsyncDenoiser:
     def _build(self, call: Call) -> _Prepared:
         engine = self._team(call, self.components, self.devices, self.guidance == "split")
         whole = None
-        if self._split_steps:
+        if any(self._split_steps):
             first = self.devices[0]
             others = [d for d in self.devices if d != first] or [first]
             whole = self._team(call, 1, [first, others[0]], True)
@@ -506,6 +511,11 @@ class _Prepared:
         self.engine.close()
         if self.whole is not None:
             self.whole.close()
+
+
+def _exact(steps: int) -> Plan:
+    """The plan of exact steps on a rank that has the whole denoiser."""
+    return build(1, 1, steps, steps, exchanges=())
 
 
 def _check_modes(guidance: str, warmup_mode: str, ranks: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .calls import RESIDUALS, Call, Role, Signature
-from .engine import Engine
+from .engine import Engine, InputsOf
 from .errors import InputError, SchedulerError
 from .groups import Groups
 from .plan import Plan, Tick
@@ -64,11 +64,13 @@ class GenerationReport:
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps that one engine serves, by a plan of its own: ``plan.steps`` from ``first`` on."""
+    """Steps that one engine serves, by a plan of its own: ``plan.steps`` from ``first`` on.
+    ``main``: the one that a generation is about; others are exact steps run in another way."""
 
     engine: Engine | Groups
     plan: Plan
     first: int = 0
+    main: bool = True
 
 
 class Generation:
@@ -95,8 +97,7 @@ class Generation:
         return self.next_step >= self.steps
 
     def begin(self, phases: Sequence[Phase], prepare_s: float) -> None:
-        """Take the engines for this generation. ``phases`` serve its steps one after another; the
-        one with the most components is what the report tells about."""
+        """Take the engines for this generation, whose steps ``phases`` serve one after another."""
         self._phases = list(phases)
         self._ticks: dict[int, tuple[Phase, Tick]] = {
             step + phase.first: (phase, tick)
@@ -104,7 +105,7 @@ class Generation:
             for tick in phase.plan.ticks
             for step in tick.serves
         }
-        self._main = max(phases, key=lambda p: (p.plan.components, p.first))
+        self._main = next(p for p in phases if p.main)
         self.engine = self._main.engine
         self._prepare_s = prepare_s
         for engine in self._engines:
@@ -135,32 +136,33 @@ class Generation:
             self.end()
         return self.engine.partition.captured.unflatten(leaves)
 
-    def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
-        """Run the tick that a step begins with; the predictions that come out of it, by step."""
+    def _tick(
+        self, step: int, call: Call, inputs_of: InputsOf | None = None
+    ) -> dict[int, list[Any]]:
+        """Issue the tick that serves ``step``; its results by step of the generation."""
         phase, tick = self._ticks[step]
         results = phase.engine.tick(
             tick,
             call.tensors,
             lambda index: self._time(index + phase.first, call),
-            None if self._predictor is None else lambda k: self._inputs[k + phase.first],
+            None if inputs_of is None else lambda k: inputs_of(k + phase.first),
         )
         return {k + phase.first: leaves for k, leaves in results.items()}
 
     def _by_waves(self, step: int, call: Call, predictor: Predictor) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
-        assert self.engine is not None
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
         moving = [call.tensors[i] for i in call.indices(Role.LATENTS)]
         phase, tick = self._ticks[step]
-        if step == phase.first + tick.serves[0]:
+        if step == tick.serves[0] + phase.first:
             # The caller may go on to change its own.
             self._inputs[step] = [t.clone() for t in moving]
-            results = self._tick(step, call)
+            results = self._tick(step, call, self._inputs.__getitem__)
             for wave in sorted(results):
                 predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
                 self._held = {-1: results[wave]}
-            oldest = step - delay(phase.plan.components, phase.plan.stride)
+            oldest = step - delay(self._main.plan.components, self._main.plan.stride)
             self._inputs = {k: v for k, v in self._inputs.items() if k > oldest}
             if tick.exact:
                 return results[step]

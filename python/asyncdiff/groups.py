@@ -33,6 +33,7 @@ class Groups:
         self.engines = list(engines)
         self.signature: Signature = call.signature
         self._batched = _batched(call)
+        self._moving = call.indices(Role.LATENTS)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
         self._parts: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -84,7 +85,7 @@ class Groups:
         parts = [self._split(i, t) for i, t in enumerate(tensors)]
         try:
             results = [
-                engine.tick(tick, [p[g] for p in parts], time_of, self._earlier(inputs_of, g))
+                engine.tick(tick, [p[g] for p in parts], time_of, self._part_of(g, inputs_of))
                 for g, engine in enumerate(self.engines)
             ]
         except BaseException:
@@ -119,18 +120,16 @@ class Groups:
         for engine in self.engines:
             engine.close()
 
-    def _earlier(self, inputs_of: InputsOf | None, group: int) -> InputsOf | None:
+    def _part_of(self, group: int, inputs_of: InputsOf | None) -> InputsOf | None:
+        """A group's part of the inputs of earlier steps."""
         if inputs_of is None:
             return None
-        moving = [i for i, x in enumerate(self.signature.inputs) if x.role is Role.LATENTS]
 
-        def share(step: int) -> list[torch.Tensor]:
-            return [
-                t.chunk(len(self.engines))[group] if self._batched[i] else t
-                for i, t in zip(moving, inputs_of(step), strict=True)
-            ]
+        def mine(step: int) -> list[torch.Tensor]:
+            pairs = zip(self._moving, inputs_of(step), strict=True)
+            return [t.chunk(len(self.engines))[group] if self._batched[i] else t for i, t in pairs]
 
-        return share
+        return mine
 
     def _split(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         if not self._batched[index]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .devices import Devices, resolve
 from .diffusers import parallelize, plan_partition
 from .errors import InputError, TuneError
 from .fidelity import Fidelity, Learned, fidelity, lpips
-from .plan import build
+from .plan import SCHEDULES, build, rank_count
 from .progress import Progress
 from .timeline import Timing, predict
 
@@ -30,12 +30,12 @@ class Family:
 
     components: int
     stride: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str
 
     @property
     def ranks(self) -> int:
         """Ranks that it takes."""
-        return self.components + self.stride - 1
+        return rank_count(self.components, self.stride, self.schedule)
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,9 @@ def _target(
 
 
 def _families(ranks: int) -> list[Family]:
-    """All shapes that ``ranks`` devices allow."""
-    return [Family(n, s) for n in range(2, ranks + 1) for s in (1, 2) if n + s - 1 <= ranks]
+    """All schedules and shapes that ``ranks`` devices allow."""
+    families = [Family(n, s, k) for k in SCHEDULES for n in range(2, ranks + 1) for s in (1, 2)]
+    return [f for f in families if f.ranks <= ranks]
 
 
 def _speedups(
@@ -191,7 +192,14 @@ def _speedups(
     timing = Timing.from_report(report, **links)
     out = {}
     for w in (w for w in WARMUPS if w < steps):
-        plan = build(family.components, family.stride, w, steps, exchanges=parts.exchanges)
+        plan = build(
+            family.components,
+            family.stride,
+            w,
+            steps,
+            schedule=family.schedule,
+            exchanges=parts.exchanges,
+        )
         out[w] = predict(plan, timing).speedup
     return out
 
@@ -207,11 +215,11 @@ def _try(
     prompts: Sequence[str],
     learned: dict[str, Learned],
 ) -> Trial:
-    arguments = {
+    arguments: dict[str, Any] = {
         "components": family.components,
         "stride": family.stride,
         "warmup": warmup,
-        **family.settings,
+        "schedule": family.schedule,
     }
     devices = [where[r % len(where)] for r in range(family.ranks)]
     handle = parallelize(pipe, devices, compile=False, split="estimate", **arguments)

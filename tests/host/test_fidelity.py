@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from fidelity import plots
-from fidelity.macs import balanced, total
-from fidelity.ours import Asynchronous, plain_work
 
 from asyncdiff import InputError, MetricError, TuneError, demo_model
 from asyncdiff import fidelity as measures
 from asyncdiff.fidelity import fidelity, learned_metrics
 from asyncdiff.tune import tune
+from fidelity import plots
+from fidelity.macs import balanced, total
+from fidelity.ours import Asynchronous, plain_work
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["red heart", "cat face"]

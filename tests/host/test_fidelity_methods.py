@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+
+from asyncdiff import demo_model
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.grid import methods
 from fidelity.macs import total
 from fidelity.method import Method
 from fidelity.simple import FewerSteps, GuidanceSplit
-
-from asyncdiff import demo_model
 
 STEPS = 6
 

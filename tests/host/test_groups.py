@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from toys import toy, toy_call
 
 import asyncdiff
@@ -18,11 +19,15 @@ SPLITS = {
     2: [["enter", "down"], ["mix", "up", "leave"]],
     3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
 }
-TIMES = torch.arange(900, 100, -100)
+
+SCHEDULER = DDIMScheduler(clip_sample=False)
+SCHEDULER.set_timesteps(8)
+TIMES = SCHEDULER.timesteps
 
 
 def spread(components: int = 2, **settings: Any) -> AsyncDenoiser:
-    ranks = components + settings.get("stride", 1) - 1
+    stride = 1 if settings.get("schedule") == "wavefront" else settings.get("stride", 1)
+    ranks = components + stride - 1
     ranks *= 2 if settings.get("guidance") == "split" else 1
     split = SPLITS[components]
     return AsyncDenoiser(
@@ -33,7 +38,7 @@ def spread(components: int = 2, **settings: Any) -> AsyncDenoiser:
 def run(denoiser: AsyncDenoiser, batch: int = 2) -> torch.Tensor:
     call = toy_call(batch=batch)
     latents = call["sample"]
-    with denoiser.generation(TIMES):
+    with denoiser.generation(TIMES, SCHEDULER):
         for k, t in enumerate(TIMES):
             (noise,) = denoiser(latents, t, encoder_hidden_states=call["encoder_hidden_states"])
             latents = latents - (0.1 + 0.01 * k) * noise
@@ -52,10 +57,18 @@ def run(denoiser: AsyncDenoiser, batch: int = 2) -> torch.Tensor:
     ],
     ids=["guidance", "warmup", "both"],
 )
-def test_equals_one_group(components: int, stride: int, warmup: int, modes: dict[str, str]) -> None:
-    if components + stride == 2 and "guidance" not in modes:
+@pytest.mark.parametrize(
+    ("schedule", "tail"), [("asyncdiff", 0), ("asyncdiff", 2), ("wavefront", 1)]
+)
+def test_equals_one_group(
+    components: int, stride: int, warmup: int, modes: dict[str, str], schedule: str, tail: int
+) -> None:
+    alone = components == 1 and (stride == 1 or schedule == "wavefront")
+    if alone and "guidance" not in modes:
         pytest.skip("one rank has nobody to split its exact steps with")
-    settings = {"components": components, "stride": stride, "warmup": warmup}
+    tail = min(tail, 8 - warmup)
+    settings = {"components": components, "stride": stride, "warmup": warmup, "exact_tail": tail}
+    settings["schedule"] = schedule
     one, two = spread(**settings), spread(**settings, **modes)
     want = run(one)
     torch.testing.assert_close(run(two), want, rtol=1e-12, atol=1e-12)
@@ -65,7 +78,7 @@ def test_equals_one_group(components: int, stride: int, warmup: int, modes: dict
     assert told.ticks == wanted.ticks
     # A batch sends as many bytes in halves as in one; exact steps that run whole send none.
     assert told.exchange_bytes_per_tick == wanted.exchange_bytes_per_tick
-    if "warmup_mode" in modes and warmup > 1:
+    if "warmup_mode" in modes and warmup + tail > 1:
         assert told.exchange_bytes < wanted.exchange_bytes or components == 1
     else:
         assert told.exchange_bytes == wanted.exchange_bytes
