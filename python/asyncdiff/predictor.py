@@ -44,7 +44,7 @@ def default_order(clean: CleanImage, components: int, stride: int) -> float:
     gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
     middle = gaps[len(gaps) // 2] if gaps else 0.0
     fine = min(1.0, max(0.0, (LARGE_STEP - middle) / (LARGE_STEP - SMALL_STEP)))
-    return 0.75 / late * fine if late else 0.0
+    return 0.75 / late**1.2 * fine if late else 0.0
 
 
 def weights(known: Sequence[int], step: int, order: float) -> list[tuple[int, float]]:

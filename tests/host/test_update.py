@@ -151,3 +151,20 @@ def test_latents_are_rounded_and_memory_is_not() -> None:
     assert torch.equal(update.state[0], noise.half().float())
     assert torch.equal(update.state[1], noise)
     assert update.latents.dtype is torch.float16
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_a_step_without_a_prediction(rescaled: bool) -> None:
+    """Its weight is zero: nothing of what stands in for the prediction reaches the latents."""
+    g = torch.Generator().manual_seed(0)
+    steps = torch.randn(1, 2, 3, generator=g, dtype=torch.float64)
+    steps[:, :, 2] = 0
+    times, scales = torch.arange(1), torch.ones(1, dtype=torch.float64)
+    sampler = LinearSampler("test", times, scales, steps, 0.0)
+    shape = (2, 4, 8, 8)
+    latents = torch.randn(shape, generator=g)
+    device = torch.device("cpu")
+    update = Update(shape, torch.float32, device, 1, 2, guided=True, rescaled=rescaled)
+    update.load(sampler, latents, 5.0, 0.7)
+    update.advance([], None)
+    torch.testing.assert_close(update.latents, float(steps[0, 0, 0]) * latents)

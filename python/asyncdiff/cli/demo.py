@@ -28,19 +28,23 @@ def demo(
     ] = None,
     sampler: Annotated[str, typer.Option("--sampler", help="ddim, dpm or euler.")] = "ddim",
     time_shift: opt.TimeShift = False,
+    schedule: opt.Schedule = "asyncdiff",
+    exact_tail: opt.ExactTail = 0,
     out: opt.Out = Path("out/demo.png"),
     as_json: opt.Json = False,
 ) -> None:
     """Draw with the shipped model: one device and asynchronously, side by side."""
-    from ..plan import check_numbers
+    from ..plan import check_numbers, check_schedule
 
-    check_numbers(components, stride, warmup, steps)
+    check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
+    check_numbers(components, stride, warmup, steps, exact_tail)
     if sampler not in SAMPLERS:
         raise typer.BadParameter(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler}")
     opt.writable(out)
     result = _run(
-        components, stride, warmup, steps, devices, seed, prompt, sampler, time_shift, out
-    )
+        components, stride, warmup, steps, devices, seed, prompt, sampler, time_shift, schedule,
+        exact_tail, out,
+    )  # fmt: skip
     if as_json:
         console.emit_json(result)
     else:
@@ -57,6 +61,8 @@ def _run(
     prompts: list[str] | None,
     sampler: str,
     time_shift: bool,
+    schedule: str,
+    exact_tail: int,
     out: Path,
 ) -> dict[str, Any]:
     import torch
@@ -65,7 +71,7 @@ def _run(
     from .devices import pick
     from .running import noise, picture, quiet
 
-    ranks = pick(devices, components, stride)
+    ranks = pick(devices, components, 1 if schedule == "wavefront" else stride)
     prompts = prompts or spread(list(demo_model.known_prompts()), PICTURES)
     pipe = demo_model.load(ranks[0], torch.float32, scheduler=sampler)
     quiet(pipe)
@@ -88,7 +94,7 @@ def _run(
     plain, plain_ms = draw("sequential")
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift,
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
     )  # fmt: skip
     try:
         fast, fast_ms = draw("asynchronous")
@@ -101,6 +107,8 @@ def _run(
         "stride": stride,
         "warmup": warmup,
         "steps": steps,
+        "schedule": schedule,
+        "exact_tail": exact_tail,
         "sampler": sampler,
         "seed": seed,
         "devices": ranks,

@@ -31,6 +31,8 @@ def generate(
         str | None, typer.Option(help="float32, float16 or bfloat16 (default: float16 on GPUs).")
     ] = None,
     time_shift: opt.TimeShift = False,
+    schedule: opt.Schedule = "asyncdiff",
+    exact_tail: opt.ExactTail = 0,
     compile: opt.Compile = None,
     split_guidance: opt.SplitGuidance = False,
     split_warmup: opt.SplitWarmup = False,
@@ -41,9 +43,10 @@ def generate(
     as_json: opt.Json = False,
 ) -> None:
     """Draw one picture with a diffusers pipeline, asynchronously."""
-    from ..plan import check_numbers
+    from ..plan import check_numbers, check_schedule
 
-    check_numbers(components, stride, warmup, steps)
+    check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
+    check_numbers(components, stride, warmup, steps, exact_tail)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     opt.writable(out)
@@ -51,7 +54,8 @@ def generate(
     from .devices import pick
     from .running import Preparing, noise, picture, quiet
 
-    ranks = pick(devices, components, stride, 2 if split_guidance else 1)
+    copies = 1 if schedule == "wavefront" else stride
+    ranks = pick(devices, components, copies, 2 if split_guidance else 1)
     pipe = load(model, dtype or ("float32" if ranks[0] == "cpu" else "float16"))
     place(pipe, ranks[0])
     quiet(pipe)
@@ -81,7 +85,8 @@ def generate(
 
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift, guidance="split" if split_guidance else "batched",
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
+        guidance="split" if split_guidance else "batched",
         warmup_mode="split" if split_warmup else "chain", compile=compile, progress=preparing,
     )  # fmt: skip
     try:

@@ -18,12 +18,20 @@ Steps = Annotated[int, typer.Option("--steps", "-T", help="Sampler steps of a ge
 TimeShift = Annotated[
     bool, typer.Option("--time-shift", help="Pass the timestep one index earlier in every tick.")
 ]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        "--schedule",
+        help="asyncdiff (as published), or wavefront: nothing is stale inside an evaluation.",
+    ),
+]
+ExactTail = Annotated[int, typer.Option("--exact-tail", help="Last steps, run exactly.")]
 Devices = Annotated[
     str | None,
     typer.Option(
         "--devices",
-        help="One device a rank (components + stride - 1 of them), separated by commas, for "
-        "example cuda:0,cuda:1; may repeat. Left out: all visible GPUs, else the CPU.",
+        help="One device a rank (components + stride - 1; wavefront: components), separated by "
+        "commas, for example cuda:0,cuda:1; may repeat. Left out: all visible GPUs, else the CPU.",
     ),
 ]
 Compile = Annotated[

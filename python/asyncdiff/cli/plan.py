@@ -23,6 +23,8 @@ def plan(
     warmup: opt.Warmup = 1,
     steps: opt.Steps = 50,
     time_shift: opt.TimeShift = False,
+    schedule: opt.Schedule = "asyncdiff",
+    exact_tail: opt.ExactTail = 0,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -53,7 +55,10 @@ def plan(
     from .. import plan_text
     from ..timeline import Timing, draw, predict, summary
 
-    built = plans.build(components, stride, warmup, steps, time_shift=time_shift)
+    built = plans.build(
+        components, stride, warmup, steps,
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
+    )  # fmt: skip
     if model is not None and demo:
         raise typer.BadParameter("give a model or --demo, not both")
     if png is not None:
