@@ -100,6 +100,60 @@ def _other(results: Results) -> str:
     return _markdown(rows) if len(rows) > 1 else ""
 
 
+#: Rows of the fidelity benchmark that the README shows: those that begin so, in this order.
+_SHOWN = (
+    "asyncdiff N=",
+    "wavefront N=",
+    "wavefront, drained N=",
+    "fewer",
+    "guidance",
+    "Faster",
+    "Dist",
+)
+
+
+def fidelity() -> str:
+    """fidelity.json: a table for each sampler, of exact ends where a row has some."""
+    path = RESULTS / "fidelity.json"
+    if not path.exists():
+        return "Nothing was measured yet.\n"
+    document = json.loads(path.read_text())
+    e, settings = document["environment"], document["figures"]["settings"]
+    on = e["gpus"][0] if e["gpus"] else "CPU"
+    parts = [
+        f"{len(settings['prompts'])} prompts, guidance {settings['guidance']:g}, drawn on {on}, "
+        f"torch {e['torch']}. `benchmarks/fidelity/{e['command']}`, "
+        f"[{path.name}](benchmarks/results/{path.name}).\n"
+    ]
+    rows = document["figures"]["rows"]
+    for sampler, steps in dict.fromkeys((r["sampler"], r["steps"]) for r in rows):
+        mine = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
+        parts.append(f"{sampler}, {steps} steps:\n\n" + _fidelity_table(mine))
+    return "\n".join(parts)
+
+
+def _fidelity_table(rows: list[dict[str, Any]]) -> str:
+    ends = ("w=1", "w=5", "w=1 tail=2")
+    table = [["", "devices", *(f"{end}: speed-up, PSNR dB" for end in ends)]]
+    curves: dict[str, dict[str, dict[str, Any]]] = {}
+    place = {r["method"]: [r["method"].startswith(s) for s in _SHOWN] for r in rows}
+    for row in sorted(rows, key=lambda r: place[r["method"]], reverse=True):
+        name, _, end = row["method"].partition(" w=")
+        curves.setdefault(name, {})[f"w={end}" if end else ends[0]] = row
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        psnr = row["psnr_db"]
+        return f"{row['speedup']:.2f}, " + ("exact" if psnr > 90 else f"{psnr:.1f}")
+
+    for name, by_end in curves.items():
+        if name.startswith(_SHOWN):
+            devices = str(next(iter(by_end.values()))["devices"])
+            table.append([name, devices, *(cell(by_end.get(end)) for end in ends)])
+    return _markdown(table)
+
+
 def _rate(figure: Figure, case: str) -> str | None:
     rate = figure.gb_per_s
     return digits(rate) if figure.case == case and rate is not None else None
@@ -137,17 +191,16 @@ def _denoise_table(figures: dict[str, Any]) -> str:
         row(name, lambda m, k=mode: _median(m[k]["ms_a_step"]))
     schedules = [k for k in first if k.startswith("N=")]
     for key in schedules:
-        shared, mode = first[key]["shared_gpus"], first[key]["mode"]
+        shared, mode = first[key]["shared_gpus"], first[key].get("mode", "graph")
         where = "ranks sharing the GPU" if shared else "a GPU for each rank"
         row(f"asyncdiff {key}, {where}, ms a step", lambda m, k=key: _median(m[k]["ms_a_step"]))
         row(
             "— its components alone, ms",
             lambda m, k=key: " + ".join(f"{t:.2f}" for t in m[k]["component_ms_alone"]),
         )
-        row(
-            "— one GPU's share over the slowest of them",
-            lambda m, k=key: f"{m[k]['efficiency_alone']:.3f}",
-        )
+        if "efficiency_alone" in first[key]:
+            name = "— one GPU's share over the slowest of them"
+            row(name, lambda m, k=key: f"{m[k]['efficiency_alone']:.3f}")
         if not shared:
             row(
                 f"— times the speed of one GPU, {modes[mode]}",
@@ -177,7 +230,7 @@ def _memory(entry: dict[str, Any]) -> str:
     return ", ".join(f"{mib:.0f}" for mib in entry["memory_mib"]["device"] if mib)
 
 
-TABLES = {"denoise": denoise, "exchange": exchange}
+TABLES = {"denoise": denoise, "exchange": exchange, "fidelity": fidelity}
 
 if __name__ == "__main__":
     main()

@@ -8,32 +8,33 @@ from collections.abc import Iterator
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.method import Method
-from fidelity.ours import Asynchronous
+from fidelity.ours import Asynchronous, OnRanks
 from fidelity.simple import FewerSteps, GuidanceSplit
 
-#: Exact steps.
-WARMUPS = (1, 3, 5, 9)
+#: Exact steps at the beginning, and at the end.
+ENDS = ((1, 0), (3, 0), (5, 0), (9, 0), (1, 1), (1, 2), (1, 4))
+#: DistriFusion's synchronous steps.
+SYNCHRONOUS = (1, 3, 5, 9)
 #: (components, stride).
 SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
-WAVES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
-#: By how much clean images are extrapolated.
-ORDERS = (1.0, 0.5, 0.0)
+#: Our own rows: what they are called, how they run, and their schedule.
+OURS = (
+    ("asyncdiff", Asynchronous, "asyncdiff"),
+    ("wavefront", Asynchronous, "wavefront"),
+    ("wavefront, drained", OnRanks, "wavefront"),
+)
 #: Shares of the steps that are left where fewer are taken.
 SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
 
 
 def methods(device: str, sampler: str, steps: int, quick: bool) -> Iterator[Method]:
     """Every row for this sampler; ``quick``: one of each kind."""
-    for n, s in SHAPES[:1] if quick else SHAPES:
-        for w in WARMUPS[:1] if quick else WARMUPS:
-            if w < steps:
-                yield Asynchronous(f"asyncdiff N={n} S={s} w={w}", device, n, s, w)
-    for n, s in WAVES[:1] if quick else WAVES:
-        for order in ORDERS[:1] if quick else ORDERS:
-            for w in WARMUPS[:1] if quick else WARMUPS:
-                if w < steps:
-                    name = f"wavefront, order {order:g} N={n} S={s} w={w}"
-                    yield Asynchronous(name, device, n, s, w, schedule="wavefront", order=order)
+    for kind, cls, schedule in OURS:
+        for n, s in SHAPES[:1] if quick else SHAPES:
+            for w, tail in ENDS[:1] if quick else ENDS:
+                drained = cls is OnRanks  # its end is exact as it is
+                if w + tail < steps and not (tail and drained):
+                    yield cls(kind, device, n, s, w, schedule=schedule, tail=tail)
     for share in SHARES[1:2] if quick else SHARES:
         yield FewerSteps(max(1, round(share * steps)))
     yield GuidanceSplit()
@@ -46,7 +47,7 @@ def methods(device: str, sampler: str, steps: int, quick: bool) -> Iterator[Meth
             name = f"Faster Diffusion, {every} devices, every {every} steps"
             yield FasterDiffusion(name, every, keys)
     for patches in (2,) if quick else (2, 4):
-        for synchronous in WARMUPS[:1] if quick else WARMUPS:
+        for synchronous in SYNCHRONOUS[:1] if quick else SYNCHRONOUS:
             if synchronous < steps:
                 yield DistriFusion(patches, synchronous)
 

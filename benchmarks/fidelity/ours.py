@@ -19,27 +19,32 @@ from fidelity.method import Method, Work
 class Asynchronous(Method):
     """``parallelize`` with these settings, all ranks on one device: the same pictures as on many.
 
-    The denoiser is split where it balances MACs.
+    The denoiser is split where it balances MACs. ``tail`` is ``exact_tail``.
     """
 
     def __init__(
-        self, name: str, device: str, components: int, stride: int, warmup: int, **settings: Any
+        self,
+        name: str,
+        device: str,
+        components: int,
+        stride: int,
+        warmup: int,
+        *,
+        schedule: str = "asyncdiff",
+        order: float | None = None,
+        tail: int = 0,
     ) -> None:
-        self.name = name
+        self.name = f"{name} N={components} S={stride} w={warmup}"
+        if tail:
+            self.name += f" tail={tail}"
         self.components, self.stride, self.warmup = components, stride, warmup
+        self.schedule, self.order, self.tail = schedule, order, tail
         self.device = device
-        self.schedule = settings.pop("schedule", "asyncdiff")
-        self._settings = settings
-        self.devices = rank_count(components, stride, self.schedule)
+        self.devices = rank_count(components, stride, schedule)
 
     def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
         """See :class:`Method`. ``pipe`` itself is left alone: a copy of it runs on the ranks."""
-        spread = _spread(pipe, self)
-        # What a plan is made of may change between generations; what is prepared is kept.
-        spread.denoiser.warmup = self.warmup
-        for name, value in self._settings.items():
-            setattr(spread.denoiser, name, value)
-        return super().run(spread.pipe, call, steps)
+        return super().run(_spread(pipe, self).pipe, call, steps)
 
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
         """MACs of the busiest rank, and of the plan's critical path."""
@@ -48,14 +53,46 @@ class Asynchronous(Method):
 
     def plan(self, parts: Partition, steps: int) -> Plan:
         """The plan that such a generation follows."""
+        return self._plan(parts, steps)
+
+    def _plan(self, parts: Partition, steps: int, **more: Any) -> Plan:
         return build(
             self.components,
             self.stride,
             self.warmup,
             steps,
             schedule=self.schedule,
+            exact_tail=self.tail,
             exchanges=parts.exchanges,
+            **more,
         )
+
+
+class OnRanks(Asynchronous):
+    """Waves of the shipped model with ``AsyncDenoiser.generate``, which owns the latents: it
+    finishes the last waves and takes the steps of their predictions again."""
+
+    def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
+        """See :class:`Method`."""
+        handle = _spread(pipe, self)
+        pipe = handle.pipe
+        prompts = list(call["prompt"])
+        pipe.scheduler.set_timesteps(steps, device=self.device)
+        with torch.no_grad():
+            latents = handle.denoiser.generate(
+                pipe.prepare_latents(len(prompts), 64, 64, call["generator"]),
+                {"encoder_hidden_states": pipe.encode_prompt(prompts, True)},
+                pipe.scheduler,
+                num_inference_steps=steps,
+                guidance_scale=call["guidance_scale"],
+                drain=True,
+            )
+            images: torch.Tensor = pipe.decode(latents)
+        return images.cpu()
+
+    def plan(self, parts: Partition, steps: int) -> Plan:
+        """See :class:`Asynchronous`."""
+        return self._plan(parts, steps, drain=True)
 
 
 _current: list[Any] = []  # the pipeline that is spread, how, and its handle: one at a time
@@ -64,22 +101,24 @@ _current: list[Any] = []  # the pipeline that is spread, how, and its handle: on
 def _spread(pipe: Any, method: Asynchronous) -> Any:
     """A handle of a copy of ``pipe`` for this number of components, stride and schedule."""
     key = (method.components, method.stride, method.schedule, method.device)
-    if _current and _current[0] is pipe and _current[1] == key:
-        return _current[2]
-    if _current:
-        _current[2].restore()
-    parts = balanced(pipe, method.components)
-    handle = asyncdiff.parallelize(
-        copy.deepcopy(pipe),
-        devices=[method.device] * method.devices,
-        components=method.components,
-        stride=method.stride,
-        schedule=method.schedule,
-        split=parts.cuts or "estimate",
-        compile=False,
-    )
-    _current[:] = [pipe, key, handle]
-    return handle
+    if not (_current and _current[0] is pipe and _current[1] == key):
+        if _current:
+            _current[2].restore()
+        handle = asyncdiff.parallelize(
+            copy.deepcopy(pipe),
+            devices=[method.device] * method.devices,
+            components=method.components,
+            stride=method.stride,
+            schedule=method.schedule,
+            split=balanced(pipe, method.components).cuts or "estimate",
+            compile=False,
+        )
+        _current[:] = [pipe, key, handle]
+    # What a plan is made of may change between generations; what is prepared is kept.
+    denoiser = _current[2].denoiser
+    denoiser.warmup, denoiser.order = method.warmup, method.order
+    denoiser.exact_tail = method.tail
+    return _current[2]
 
 
 def plan_work(plan: Plan, parts: Partition) -> Work:

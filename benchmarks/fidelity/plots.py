@@ -17,9 +17,9 @@ _COLUMNS = 10
 
 
 def kind(row: Mapping[str, Any]) -> str:
-    """The method of a row without its settings."""
+    """The method of a row without what is varied along its curve."""
     method = str(row["method"])
-    return method.split(" N=")[0] if " N=" in method else method.split(",")[0]
+    return method.split(" w=")[0] if " w=" in method else method.split(",")[0]
 
 
 def beaten(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -77,10 +77,11 @@ def scatter(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def sheet(images: Mapping[str, torch.Tensor], prompts: Sequence[str], path: Path) -> None:
-    """The first pictures of every row beneath the plain ones."""
+    """The first pictures of the fastest row of each curve, beneath the plain ones."""
     count = min(_COLUMNS, len(prompts))
     rows = {
         name: [x.clamp(0, 1).permute(1, 2, 0).numpy() for x in batch[:count]]
         for name, batch in images.items()
+        if " w=" not in name or name.endswith(" w=1")
     }
     compare.sheet(rows, list(prompts[:count]), path, cell=64)

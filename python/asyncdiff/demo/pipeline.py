@@ -113,6 +113,10 @@ class EmojiPipeline(DiffusionPipeline):  # type: ignore[misc]
         scaled: Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         return scaled
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures of final latents: float32 (batch, 3, height, width) in 0 … 1."""
+        return (pixel_shuffle(latents.float(), self.patch) / 2 + 0.5).clamp(0, 1)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -186,7 +190,7 @@ class EmojiPipeline(DiffusionPipeline):  # type: ignore[misc]
         assert latents is not None
         images: Any = latents
         if output_type != "latent":
-            images = (pixel_shuffle(latents.float(), self.patch) / 2 + 0.5).clamp(0, 1)
+            images = self.decode(latents)
         if output_type in ("np", "pil"):
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
