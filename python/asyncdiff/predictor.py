@@ -20,7 +20,7 @@ from .wavefront import delay
 #: The most that is extrapolated: so many times the distance of the two known steps.
 REACH = 4.0
 #: Steps in log-SNR, ln(α/σ): up to the first they are small, from the second on large.
-SMALL_STEP, LARGE_STEP = 0.14, 0.26
+SMALL_STEP, LARGE_STEP = 0.12, 0.23
 
 
 def check_order(order: float | None, schedule: str) -> None:
