@@ -104,11 +104,15 @@ def _other(results: Results) -> str:
 _SHOWN = (
     "asyncdiff N=",
     "wavefront N=",
+    "wavefront, order 0 N=",
     "wavefront, drained N=",
     "fewer",
     "guidance",
-    "Faster",
-    "Dist",
+    "Faster Diffusion, 4 devices, the paper's keys",
+    "Faster Diffusion, 2 devices, every",
+    "Faster Diffusion, 4 devices, every",
+    "DistriFusion, 2 patches, 1 ",
+    "DistriFusion, 4 patches, 1 ",
 )
 
 

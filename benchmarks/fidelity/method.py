@@ -42,6 +42,10 @@ class Method:
         images: torch.Tensor = out.images
         return images.float().cpu()
 
+    def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """What else the result depends on: a row of other settings is not this method's."""
+        return {}
+
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
         """What the method computes in such a generation of ``steps`` steps."""
         raise NotImplementedError

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 import asyncdiff
+from asyncdiff.clean_image import clean_image
 from asyncdiff.partition import Partition
 from asyncdiff.plan import Plan, build, rank_count
+from asyncdiff.predictor import default_order
 from asyncdiff.timeline import Timing, predict
 from fidelity.macs import balanced, total
 from fidelity.method import Method, Work
@@ -50,6 +52,14 @@ class Asynchronous(Method):
         """MACs of the busiest rank, and of the plan's critical path."""
         parts = balanced(pipe, self.components)
         return plan_work(self.plan(parts, steps), parts)
+
+    def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """The order of waves, also where it is the default."""
+        if self.schedule != "wavefront":
+            return {}
+        pipe.scheduler.set_timesteps(steps)
+        order = default_order(clean_image(pipe.scheduler), self.components, self.stride)
+        return {"order": order if self.order is None else self.order}
 
     def plan(self, parts: Partition, steps: int) -> Plan:
         """The plan that such a generation follows."""

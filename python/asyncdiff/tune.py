@@ -18,15 +18,15 @@ from .plan import SCHEDULES, build, rank_count
 from .progress import Progress
 from .timeline import Timing, predict
 
-#: Exact steps that are tried.
-WARMUPS = (1, 2, 3, 5, 7, 9, 13, 17, 25, 33)
+#: Exact steps that are tried: at the beginning, and at the end, where a few do the most.
+ENDS = ((1, 0), (1, 1), (1, 2), (3, 2), (5, 4), (9, 4), (13, 6), (17, 8), (25, 8), (33, 8))
 #: Microseconds that a message takes from one GPU to another; it hardly matters.
 _LATENCY_US = 5.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """Settings that differ in the number of exact steps only."""
+    """Settings that differ in their exact steps only."""
 
     components: int
     stride: int
@@ -130,20 +130,20 @@ def tune(
     families = _families(ranks)
     links = link_speed(where)
     speeds = {id(f): _speedups(pipe, f, num_inference_steps, where[0], links) for f in families}
-    families.sort(key=lambda f: -max(speeds[id(f)].values()))
+    families.sort(key=lambda f: -max(speeds[id(f)].values(), default=0.0))
     tried: list[Trial] = []
     best: Trial | None = None
     for number, family in enumerate(families):
-        warmups = sorted(speeds[id(family)])
-        low, high = 0, len(warmups)
+        ends = list(speeds[id(family)])
+        low, high = 0, len(ends)
         while low < high:
             middle = (low + high) // 2
-            w = warmups[middle]
-            speedup = speeds[id(family)][w]
+            end = ends[middle]
+            speedup = speeds[id(family)][end]
             if best is not None and speedup <= best.speedup:
                 high = middle  # too slow to be of use, and with more exact steps slower still
                 continue
-            trial = _try(pipe, family, w, speedup, where, draw, reference, prompts, learned)
+            trial = _try(pipe, family, end, speedup, where, draw, reference, prompts, learned)
             tried.append(trial)
             if good(trial.fidelity):
                 best, high = trial, middle
@@ -151,6 +151,8 @@ def tune(
                 low = middle + 1
             if progress is not None:
                 progress(f"trying settings, {len(tried)} so far", number, len(families))
+    if not tried:
+        raise InputError(f"{num_inference_steps} steps are too few to leave out anything")
     if best is None:
         closest = max(tried, key=lambda t: t.fidelity.psnr_db)
         wanted = f"{psnr_db} dB" if psnr_db is not None else f"LPIPS {max_lpips}"
@@ -184,30 +186,31 @@ def _families(ranks: int) -> list[Family]:
 
 def _speedups(
     pipe: Any, family: Family, steps: int, device: torch.device, bytes_per_ms: float
-) -> dict[int, float]:
-    """Predicted speed-up by number of exact steps."""
+) -> dict[tuple[int, int], float]:
+    """Predicted speed-up by exact steps at both ends."""
     parts = plan_partition(pipe, family.components, device=device)
     report = parts.report().to_dict()
     links = {"link_gb_per_s": bytes_per_ms / 1e6, "link_latency_us": _LATENCY_US}
     timing = Timing.from_report(report, **links)
     out = {}
-    for w in (w for w in WARMUPS if w < steps):
+    for w, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
         plan = build(
             family.components,
             family.stride,
             w,
             steps,
             schedule=family.schedule,
+            exact_tail=tail,
             exchanges=parts.exchanges,
         )
-        out[w] = predict(plan, timing).speedup
+        out[w, tail] = predict(plan, timing).speedup
     return out
 
 
 def _try(
     pipe: Any,
     family: Family,
-    warmup: int,
+    end: tuple[int, int],
     speedup: float,
     where: Sequence[torch.device],
     draw: Callable[[], torch.Tensor],
@@ -218,7 +221,8 @@ def _try(
     arguments: dict[str, Any] = {
         "components": family.components,
         "stride": family.stride,
-        "warmup": warmup,
+        "warmup": end[0],
+        "exact_tail": end[1],
         "schedule": family.schedule,
     }
     devices = [where[r % len(where)] for r in range(family.ranks)]
