@@ -21,12 +21,14 @@ from .errors import (
 if TYPE_CHECKING:
     from .denoiser import AsyncDenoiser
     from .diffusers import parallelize
+    from .drift import AutoWarmup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncDenoiser",
     "AsyncDiffError",
+    "AutoWarmup",
     "CaptureError",
     "DeviceError",
     "InputError",
@@ -40,7 +42,7 @@ __all__ = [
     "parallelize",
 ]
 
-_LAZY = {"AsyncDenoiser": "denoiser", "parallelize": "diffusers"}
+_LAZY = {"AsyncDenoiser": "denoiser", "AutoWarmup": "drift", "parallelize": "diffusers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from .capture import capture
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .cost import fused, link_speed, measure
+from .drift import AutoWarmup, Drift
 from .engine import Engine, check_inputs
 from .errors import InputError, PartitionError, PlanError, SchedulerError
 from .generate import Callback, Request, generate
@@ -37,6 +38,8 @@ log = logging.getLogger("asyncdiff")
 
 #: Prepared engines kept, by signature of the inputs. Each holds mailboxes and graphs.
 _KEPT = 4
+#: More steps than any generation has, where their number is not known yet.
+_MANY = 1_000_000
 
 
 class AsyncDenoiser:
@@ -48,7 +51,9 @@ class AsyncDenoiser:
             at the first call.
         devices: one entry a rank (N + S − 1; waves: N; twice that with guidance="split"), which
             may repeat; None for all GPUs, else the CPU.
-        components, stride, warmup, time_shift: N, S, w and the time shift of the schedule.
+        components, stride, warmup, time_shift: N, S, w and the time shift of the schedule. A warmup
+            of "auto", or an :class:`asyncdiff.AutoWarmup`, ends when the denoiser's output changes
+            less from step to step than it did.
         split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
             bytes, the same on every machine), one list of module paths for each component, or the
             ``partition.cuts`` of an earlier run.
@@ -96,7 +101,7 @@ class AsyncDenoiser:
         devices: device_list.Devices = None,
         components: int = 2,
         stride: int = 1,
-        warmup: int = 1,
+        warmup: int | str | AutoWarmup = 1,
         split: Split = "auto",
         time_shift: bool = False,
         latents: str | None = None,
@@ -111,14 +116,16 @@ class AsyncDenoiser:
         progress: Progress | None = None,
         deadline: float = 10.0,
     ) -> None:
-        check_numbers(components, stride, warmup)
+        self.warmup = warmup
+        self.exact_tail = exact_tail
         check_schedule(
             schedule, time_shift=time_shift, extrapolate=extrapolate, exact_tail=exact_tail
         )
+        check_numbers(components, stride, self.exact_steps(_MANY))
         check_order(order, schedule)
         check_split_argument(module, split, components)
         ranks = rank_count(components, stride, schedule)
-        _check_modes(guidance, warmup_mode, ranks)
+        _check_modes(guidance, warmup_mode, ranks, self.auto_warmup)
         if guidance == "split":
             why = f"2 x {'components' if schedule == 'wavefront' else '(components + stride - 1)'}"
             self.devices = device_list.resolve(devices, GROUPS * ranks, why)
@@ -127,12 +134,10 @@ class AsyncDenoiser:
         self.module = module
         self.components = components
         self.stride = stride
-        self.warmup = warmup
         self.split = split
         self.time_shift = time_shift
         self.schedule = schedule
         self.order = order
-        self.exact_tail = exact_tail
         self.extrapolate = extrapolate
         self.guidance = guidance
         self.warmup_mode = warmup_mode
@@ -178,17 +183,32 @@ class AsyncDenoiser:
         """Whether conditions are ever split over groups of ranks."""
         return self.guidance == "split" or self.warmup_mode == "split"
 
-    def plan(self, steps: int, *, drain: bool = False) -> Plan:
+    @property
+    def auto_warmup(self) -> AutoWarmup | None:
+        """What decides about exact steps, if their number is not fixed."""
+        if self.warmup == "auto":
+            return AutoWarmup()
+        return self.warmup if isinstance(self.warmup, AutoWarmup) else None
+
+    def exact_steps(self, steps: int) -> int:
+        """With how many exact steps a generation of ``steps`` begins; the most, if that is open."""
+        auto = self.auto_warmup
+        if auto is not None:
+            return auto.bound(steps, self.exact_tail)
+        return cast(int, self.warmup)  # or what check_numbers refuses
+
+    def plan(self, steps: int, *, drain: bool = False, warmup: int | None = None) -> Plan:
         """The plan of a generation with this many steps, for each group of ranks; with
         warmup_mode="split" without the exact steps that run split. ``drain``: its last waves are
-        finished."""
-        check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
+        finished. ``warmup``: with this many exact steps."""
+        warmup = self.exact_steps(steps) if warmup is None else warmup
+        check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
         before, after = self._split_steps
         return build(
             self.components,
             self.stride,
-            self.warmup - before,
+            warmup - before,
             steps - before - after,
             schedule=self.schedule,
             exact_tail=self.exact_tail - after,
@@ -218,7 +238,7 @@ class AsyncDenoiser:
     def prepared(self, call: Call, steps: int, *, drain: bool = False) -> tuple[Engine, Plan]:
         """The engine for calls like this one, and the plan of a generation with so many steps.
         Only where all of it is served by one engine."""
-        check_numbers(self.components, self.stride, self.warmup, steps, self.exact_tail)
+        self._check_steps(steps)
         self._check(call)
         engine = self._prepared(call).engine
         assert isinstance(engine, Engine)
@@ -228,7 +248,9 @@ class AsyncDenoiser:
     def _split_steps(self) -> tuple[int, int]:
         """Exact steps at both ends that run split. The last one of the warm-up fills the mailboxes:
         it runs as a chain."""
-        return (self.warmup - 1, self.exact_tail) if self.warmup_mode == "split" else (0, 0)
+        if self.warmup_mode == "chain":
+            return 0, 0
+        return cast(int, self.warmup) - 1, self.exact_tail
 
     def _phases(self, prepared: _Prepared, steps: int) -> list[Phase]:
         """Who serves which steps, with every CUDA graph recorded."""
@@ -243,7 +265,14 @@ class AsyncDenoiser:
             phases.append(Phase(prepared.whole, _exact(after), steps - after, main=False))
         for phase in phases:
             phase.engine.prepare(phase.plan)
+        if self.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then
+            for warmup in range(1, phases[0].plan.warmup):
+                prepared.engine.prepare(self.plan(steps, warmup=warmup))
         return phases
+
+    def _check_steps(self, steps: int) -> None:
+        warmup = self.exact_steps(steps)
+        check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
 
     def _check(self, call: Call) -> None:
         names = [x.name for x in call.signature.inputs]
@@ -355,14 +384,16 @@ class AsyncDenoiser:
 
         ``clean`` tells the clean images of these steps; waves need it.
         """
-        check_numbers(self.components, self.stride, self.warmup, len(timesteps), self.exact_tail)
+        self._check_steps(len(timesteps))
         with self._lock:
             self.stop()
             predictor = None
             if self.schedule == "wavefront":
                 assert clean is not None
                 predictor = Predictor(clean, self.order_of(clean))
-            self._generation = Generation(torch.as_tensor(timesteps), predictor)
+            auto = self.auto_warmup
+            drift = None if auto is None else Drift(auto)
+            self._generation = Generation(torch.as_tensor(timesteps), predictor, drift)
 
     def order_of(self, clean: CleanImage) -> float:
         """How far waves extrapolate clean images of these steps."""
@@ -404,7 +435,11 @@ class AsyncDenoiser:
             if generation.engine is None:
                 started = time.perf_counter()
                 phases = self._phases(self._prepared(call), generation.steps)
-                generation.begin(phases, time.perf_counter() - started)
+                generation.begin(
+                    phases,
+                    time.perf_counter() - started,
+                    lambda warmup: self.plan(generation.steps, warmup=warmup),
+                )
             try:
                 result = generation.step(call)
             except BaseException:
@@ -518,11 +553,18 @@ def _exact(steps: int) -> Plan:
     return build(1, 1, steps, steps, exchanges=())
 
 
-def _check_modes(guidance: str, warmup_mode: str, ranks: int) -> None:
+def _check_modes(
+    guidance: str, warmup_mode: str, ranks: int, auto_warmup: AutoWarmup | None
+) -> None:
     if guidance not in ("batched", "split"):
         raise InputError(f"guidance={guidance!r}: write 'batched' or 'split'")
     if warmup_mode not in ("chain", "split"):
         raise InputError(f"warmup_mode={warmup_mode!r}: write 'chain' or 'split'")
+    if warmup_mode == "split" and auto_warmup is not None:
+        raise PlanError(
+            "warmup='auto' needs warmup_mode='chain': the last exact step, which fills the "
+            "mailboxes, is not known ahead"
+        )
     if warmup_mode == "split" and guidance == "batched" and ranks < GROUPS:
         raise PlanError(
             "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "

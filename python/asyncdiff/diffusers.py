@@ -20,6 +20,7 @@ from .clean_image import CleanImage, clean_image
 from .cost import measure as measure_costs
 from .denoiser import AsyncDenoiser, check_split_argument, time_value
 from .devices import Devices
+from .drift import AutoWarmup
 from .errors import InputError
 from .example_inputs import example_inputs
 from .generation import GenerationReport
@@ -110,7 +111,7 @@ def parallelize(
     devices: Devices = None,
     components: int = 2,
     stride: int = 1,
-    warmup: int = 1,
+    warmup: int | str | AutoWarmup = 1,
     split: Split = "auto",
     time_shift: bool = False,
     *,
@@ -137,6 +138,7 @@ def parallelize(
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = steps gives the pipeline's own result.
+            "auto", or an :class:`asyncdiff.AutoWarmup`: by how the denoiser's output changes.
         split: "auto", "estimate", lists of module paths, or cuts; see
             :class:`asyncdiff.AsyncDenoiser`.
         time_shift: pass the timestep one index earlier in asynchronous steps.

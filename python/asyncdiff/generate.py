@@ -113,11 +113,12 @@ def _sampler(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
 def _linear(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
     if request.update == "scheduler" or request.callback is not None:
         return None
-    if denoiser.splits:
+    if denoiser.splits or denoiser.auto_warmup is not None:
         if request.update == "linear":
             raise InputError(
-                "update='linear' runs on one group of ranks: take guidance='batched' and "
-                "warmup_mode='chain', or leave update at 'auto'"
+                "update='linear' runs on one group of ranks, by a plan that is known ahead: take "
+                "guidance='batched', warmup_mode='chain' and a number for warmup, or leave update "
+                "at 'auto'"
             )
         return None
     try:

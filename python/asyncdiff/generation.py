@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from .calls import RESIDUALS, Call, Role, Signature
+from .drift import Drift
 from .engine import Engine, InputsOf
 from .errors import InputError, SchedulerError
 from .groups import Groups
@@ -77,10 +78,15 @@ class Generation:
     """Serves the steps of one generation, in order, from the ticks of its phases' plans.
 
     With ``predictor`` the plans are of waves: their predictions come late, and it says what the
-    sampler is given until then.
+    sampler is given until then. With ``drift`` exact steps end when it says so.
     """
 
-    def __init__(self, timesteps: torch.Tensor, predictor: Predictor | None = None) -> None:
+    def __init__(
+        self,
+        timesteps: torch.Tensor,
+        predictor: Predictor | None = None,
+        drift: Drift | None = None,
+    ) -> None:
         self.timesteps = timesteps
         self.steps = len(timesteps)
         self.engine: Engine | Groups | None = None
@@ -88,6 +94,7 @@ class Generation:
         self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
         self._predictor = predictor
+        self._drift = drift
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
 
@@ -96,8 +103,25 @@ class Generation:
         """Whether every step was served."""
         return self.next_step >= self.steps
 
-    def begin(self, phases: Sequence[Phase], prepare_s: float) -> None:
-        """Take the engines for this generation, whose steps ``phases`` serve one after another."""
+    def begin(
+        self,
+        phases: Sequence[Phase],
+        prepare_s: float,
+        plan_of: Callable[[int], Plan] | None = None,
+    ) -> None:
+        """Take the engines for this generation, whose steps ``phases`` serve one after another.
+
+        ``plan_of`` makes the same plan with another number of exact steps, for ``drift``.
+        """
+        self._follow(phases)
+        self.engine = self._main.engine
+        self._prepare_s = prepare_s
+        self._plan_of = plan_of
+        for engine in self._engines:
+            engine.begin()
+        self._started = time.perf_counter()
+
+    def _follow(self, phases: Sequence[Phase]) -> None:
         self._phases = list(phases)
         self._ticks: dict[int, tuple[Phase, Tick]] = {
             step + phase.first: (phase, tick)
@@ -106,11 +130,6 @@ class Generation:
             for step in tick.serves
         }
         self._main = next(p for p in phases if p.main)
-        self.engine = self._main.engine
-        self._prepare_s = prepare_s
-        for engine in self._engines:
-            engine.begin()
-        self._started = time.perf_counter()
 
     def step(self, call: Call) -> Any:
         """The denoiser's result for the next step."""
@@ -123,18 +142,32 @@ class Generation:
                 "may change between generations only"
             )
         step = self.next_step
+        if self._drift is not None:
+            self._settle(step, self._drift)
         if self._predictor is not None:
             leaves = self._by_waves(step, call, self._predictor)
         else:
             if step not in self._held:
                 self._held = self._tick(step, call)
             leaves = self._held.pop(step)
+        if self._drift is not None:
+            self._drift.saw(step, leaves[0])
         self.next_step += 1
         if self.done:
             for engine in self._engines:
                 engine.finish()
             self.end()
         return self.engine.partition.captured.unflatten(leaves)
+
+    def _settle(self, step: int, drift: Drift) -> None:
+        """Decide whether ``step`` is still exact. Plans with more or fewer exact steps begin with
+        the same ticks, so that another one can be followed from here."""
+        if step >= self._main.plan.warmup:
+            self._drift = None
+        elif step > 0 and drift.enough(step):
+            assert self._plan_of is not None
+            self._follow([replace(p, plan=self._plan_of(step)) for p in self._phases])
+            self._drift = None
 
     def _tick(
         self, step: int, call: Call, inputs_of: InputsOf | None = None

@@ -9,7 +9,7 @@ import torch
 from conftest import PLACES, devices_for
 from toys import toy, toy_call
 
-from asyncdiff import AsyncDenoiser
+from asyncdiff import AsyncDenoiser, AutoWarmup
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = torch.arange(900, 100, -100)
@@ -73,3 +73,18 @@ def test_split_guidance_equals_one_group(place: str, stride: int, modes: dict[st
     torch.testing.assert_close(run(split, torch.float64), want, rtol=1e-9, atol=1e-9)
     assert split.report().cuda_graphs
     split.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_exact_steps_by_what_happens(place: str) -> None:
+    devices = devices_for(place, 2)
+    # Any change after the first is a decline, so that the number found is the least there is.
+    auto = spread(torch.float32, devices, warmup=AutoWarmup(most=7, decline=1.0))
+    got = run(auto, torch.float32)
+    found = auto.report().warmup
+    assert 4 <= found <= 7 and auto.report().cuda_graphs
+    fixed = spread(torch.float32, devices, warmup=found)
+    assert torch.equal(got, run(fixed, torch.float32))
+    assert torch.equal(got, run(auto, torch.float32))
+    auto.close()
+    fixed.close()
