@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
@@ -11,6 +12,9 @@ from .balance import cut
 from .capture import Captured, nbytes_of
 from .cost import Costs
 from .errors import PartitionError
+
+if TYPE_CHECKING:
+    from .partition import Split
 
 Owners = dict[fx.Node, int]
 
@@ -95,6 +99,29 @@ def by_modules(captured: Captured, split: Sequence[Sequence[str]]) -> Owners:
                 f"{list(paths)}"
             )
     return _with_parts(captured, owners)
+
+
+def check_split_argument(module: nn.Module, split: Split, components: int) -> None:
+    """Raise PartitionError for a ``split`` that cannot fit the module and the number of parts."""
+    if isinstance(split, str):
+        if split not in ("auto", "estimate"):
+            raise PartitionError(
+                f"split={split!r}: write 'auto', 'estimate', lists of module paths, or cuts"
+            )
+        return
+    entries = list(split)
+    by_cuts = bool(entries) and all(isinstance(s, str) for s in entries)
+    parts = len(entries) + 1 if by_cuts else len(entries)
+    if by_cuts and components == parts - 1:
+        # As many strings as components: a flat list where lists of paths were meant?
+        raise PartitionError(
+            "split is a list with one list of module paths for each component (or "
+            f"{components - 1} cuts), not {len(entries)} strings"
+        )
+    if parts != components:
+        raise PartitionError(f"split has {parts} parts, but components={components}")
+    if not by_cuts:
+        check_split(module, [s if isinstance(s, str) else list(s) for s in entries])
 
 
 def check_split(module: nn.Module, split: Sequence[Iterable[str]]) -> None:

@@ -6,38 +6,33 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from . import devices as device_list
-from .assign import check_split
-from .calls import Call, Role, Signature, parse
-from .capture import capture
+from .assign import check_split_argument
+from .calls import Call, Role, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
-from .cost import fused, link_speed, measure
 from .drift import AutoWarmup, Drift
 from .engine import Engine, check_inputs
-from .errors import InputError, PartitionError, PlanError, SchedulerError
+from .errors import InputError, PlanError, SchedulerError
 from .generate import Callback, Request, generate
 from .generation import Generation, GenerationReport, Phase
-from .groups import GROUPS, Groups, part
-from .partition import Partition, Split, partition
-from .plan import Plan, build, check_numbers, check_schedule, rank_count, ring
+from .groups import GROUPS, Groups
+from .partition import Partition, Split
+from .plan import Plan, build, check_numbers, check_schedule, rank_count
 from .predictor import Predictor, check_order, default_order
-from .progress import Progress, bar
+from .prepared import Engines, Making
+from .progress import Progress
 from .sampler import Samplers
 from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
 
-#: Prepared engines kept, by signature of the inputs. Each holds mailboxes and graphs.
-_KEPT = 4
 #: More steps than any generation has, where their number is not known yet.
 _MANY = 1_000_000
 
@@ -145,15 +140,24 @@ class AsyncDenoiser:
         self.names = {"latents": latents, "timestep": timestep}
         #: schedulers whose steps the ranks can take
         self.samplers = Samplers()
-        self._deadline = deadline
-        self._progress = progress
         self._weights = Weights(module)
-        self._engines: OrderedDict[Signature, _Prepared] = OrderedDict()
+        making = Making(
+            self.devices,
+            self.names,
+            components,
+            split,
+            guidance,
+            schedule,
+            extrapolate,
+            self.compile,
+            progress,
+            deadline,
+        )
+        self._engines = Engines(module, self._weights, making)
         self._engine: Engine | Groups | None = None
         self._lock = threading.RLock()
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
-        self._bytes_per_ms: float | None = None
         if self.compile and self.devices[0].type == "cuda":
             self._weights.channels_last()
         if any(d != self._weights.home for d in self.devices):
@@ -227,9 +231,9 @@ class AsyncDenoiser:
         with self._lock:
             call = self.parse(args, kwargs)
             self._check(call)
-            prepared = self._prepared(call)
+            self._prepared(call)
             if steps is not None:
-                self._phases(prepared, steps)
+                self._phases(call, steps)
 
     def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
@@ -240,7 +244,7 @@ class AsyncDenoiser:
         Only where all of it is served by one engine."""
         self._check_steps(steps)
         self._check(call)
-        engine = self._prepared(call).engine
+        engine = self._prepared(call)
         assert isinstance(engine, Engine)
         return engine, self.plan(steps, drain=drain)
 
@@ -252,22 +256,21 @@ class AsyncDenoiser:
             return 0, 0
         return cast(int, self.warmup) - 1, self.exact_tail
 
-    def _phases(self, prepared: _Prepared, steps: int) -> list[Phase]:
-        """Who serves which steps, with every CUDA graph recorded."""
+    def _phases(self, call: Call, steps: int) -> list[Phase]:
+        """Who serves which steps of calls like this one, with every CUDA graph recorded."""
         before, after = self._split_steps
-        phases = []
+        engine = self._prepared(call)
+        phases = [Phase(engine, self.plan(steps), before)]
         if before:
-            assert prepared.whole is not None
-            phases.append(Phase(prepared.whole, _exact(before), main=False))
-        phases.append(Phase(prepared.engine, self.plan(steps), before))
+            phases.insert(0, Phase(self._engines.whole(call), _exact(before), main=False))
         if after:
-            assert prepared.whole is not None
-            phases.append(Phase(prepared.whole, _exact(after), steps - after, main=False))
+            tail = Phase(self._engines.whole(call), _exact(after), steps - after, main=False)
+            phases.append(tail)
         for phase in phases:
             phase.engine.prepare(phase.plan)
         if self.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then
             for warmup in range(1, phases[0].plan.warmup):
-                prepared.engine.prepare(self.plan(steps, warmup=warmup))
+                engine.prepare(self.plan(steps, warmup=warmup))
         return phases
 
     def _check_steps(self, steps: int) -> None:
@@ -278,73 +281,9 @@ class AsyncDenoiser:
         names = [x.name for x in call.signature.inputs]
         check_inputs(call.tensors, names, self.devices[0].type == "cuda")
 
-    def _prepared(self, call: Call) -> _Prepared:
-        prepared = self._engines.get(call.signature)
-        if prepared is None:
-            prepared = self._build(call)
-            while len(self._engines) >= _KEPT:
-                self._engines.popitem(last=False)[1].close()
-            self._engines[call.signature] = prepared
-        self._engines.move_to_end(call.signature)
-        self._engine = prepared.engine
-        return prepared
-
-    def _build(self, call: Call) -> _Prepared:
-        engine = self._team(call, self.components, self.devices, self.guidance == "split")
-        whole = None
-        if any(self._split_steps):
-            first = self.devices[0]
-            others = [d for d in self.devices if d != first] or [first]
-            whole = self._team(call, 1, [first, others[0]], True)
-        return _Prepared(engine, whole)
-
-    def _team(
-        self, call: Call, components: int, devices: Sequence[torch.device], split: bool
-    ) -> Engine | Groups:
-        """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
-        one for each condition."""
-        if not split:
-            return self._engine_for(call, components, devices)
-        ranks = len(devices) // GROUPS
-        engines: list[Engine] = []
-        for group in range(GROUPS):
-            mine = part(self.module, call, self.names, group)
-            where = devices[group * ranks : (group + 1) * ranks]
-            parts = engines[0].partition if engines else None
-            engines.append(self._engine_for(mine, components, where, parts))
-        return Groups(engines, call)
-
-    def _engine_for(
-        self,
-        call: Call,
-        components: int,
-        devices: Sequence[torch.device],
-        parts: Partition | None = None,
-    ) -> Engine:
-        parts = parts or self._partition(call, components)
-        with bar(self._progress) if self.compile else contextlib.nullcontext() as progress:
-            return Engine(
-                parts,
-                devices,
-                self._weights,
-                call.tensors,
-                slots=ring(parts.exchanges, self.schedule, self.extrapolate),
-                extrapolate=self.extrapolate,
-                deadline=self._deadline,
-                compile=progress,
-            )
-
-    def _partition(self, call: Call, components: int) -> Partition:
-        captured = capture(self.module, call)
-        split = self.split if components == self.components else "auto"
-        costs = None
-        if self._bytes_per_ms is None:
-            self._bytes_per_ms = link_speed(self.devices)
-        if split == "auto" and components > 1:
-            costs = measure(captured, call.tensors, self.devices[0])
-            if self.compile:
-                costs = fused(captured, costs)
-        return partition(captured, components, split, costs=costs, bytes_per_ms=self._bytes_per_ms)
+    def _prepared(self, call: Call) -> Engine | Groups:
+        self._engine = self._engines.get(call)
+        return self._engine
 
     # ---- generations -------------------------------------------------------------------------
 
@@ -434,7 +373,7 @@ class AsyncDenoiser:
                 )
             if generation.engine is None:
                 started = time.perf_counter()
-                phases = self._phases(self._prepared(call), generation.steps)
+                phases = self._phases(call, generation.steps)
                 generation.begin(
                     phases,
                     time.perf_counter() - started,
@@ -528,24 +467,9 @@ class AsyncDenoiser:
         """Free the ranks' memory and put the module back on its device."""
         with self._lock:
             self.stop()
-            for prepared in self._engines.values():
-                prepared.close()
-            self._engines.clear()
+            self._engines.close()
             self._engine = None
             self._weights.restore()
-
-
-@dataclass
-class _Prepared:
-    """What serves calls of one signature: the asynchronous steps, and exact ones that run split."""
-
-    engine: Engine | Groups
-    whole: Engine | Groups | None = None
-
-    def close(self) -> None:
-        self.engine.close()
-        if self.whole is not None:
-            self.whole.close()
 
 
 def _exact(steps: int) -> Plan:
@@ -570,29 +494,6 @@ def _check_modes(
             "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
             "warmup_mode='chain'"
         )
-
-
-def check_split_argument(module: nn.Module, split: Split, components: int) -> None:
-    """Raise PartitionError for a ``split`` that cannot fit the module and the number of parts."""
-    if isinstance(split, str):
-        if split not in ("auto", "estimate"):
-            raise PartitionError(
-                f"split={split!r}: write 'auto', 'estimate', lists of module paths, or cuts"
-            )
-        return
-    entries = list(split)
-    by_cuts = bool(entries) and all(isinstance(s, str) for s in entries)
-    parts = len(entries) + 1 if by_cuts else len(entries)
-    if by_cuts and components == parts - 1:
-        # As many strings as components: a flat list where lists of paths were meant?
-        raise PartitionError(
-            "split is a list with one list of module paths for each component (or "
-            f"{components - 1} cuts), not {len(entries)} strings"
-        )
-    if parts != components:
-        raise PartitionError(f"split has {parts} parts, but components={components}")
-    if not by_cuts:
-        check_split(module, [s if isinstance(s, str) else list(s) for s in entries])
 
 
 def time_value(call: Call) -> torch.Tensor | None:

@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .assign import check_split_argument
 from .calls import parse
 from .capture import capture
 from .clean_image import CleanImage, clean_image
 from .cost import measure as measure_costs
-from .denoiser import AsyncDenoiser, check_split_argument, time_value
+from .denoiser import AsyncDenoiser, time_value
 from .devices import Devices
 from .drift import AutoWarmup
 from .errors import InputError

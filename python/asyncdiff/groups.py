@@ -6,7 +6,7 @@ do not know of each other. Two groups of ranks can take one each, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class Groups:
         return kept[1]
 
 
-def part(module: nn.Module, call: Call, names: dict[str, str | None], group: int) -> Call:
+def part(module: nn.Module, call: Call, names: Mapping[str, str | None], group: int) -> Call:
     """A group's share of a call. Raises InputError where the batch does not hold two conditions."""
     batched = iter(_batched(call))
     leaves = [

@@ -1,0 +1,131 @@
+"""Engines made ready for calls of one signature, and kept for later calls like them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .calls import Call, Signature
+from .capture import capture
+from .cost import fused, link_speed, measure
+from .engine import Engine
+from .groups import GROUPS, Groups, part
+from .partition import Partition, Split, partition
+from .plan import ring
+from .progress import Progress, bar
+from .weights import Weights
+
+#: Signatures whose engines are kept. Each engine holds mailboxes and graphs.
+_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Making:
+    """What engines are made by; see :class:`asyncdiff.AsyncDenoiser`, whose arguments these are."""
+
+    devices: Sequence[torch.device]
+    names: Mapping[str, str | None]
+    components: int
+    split: Split
+    guidance: str
+    schedule: str
+    extrapolate: float
+    compile: bool
+    progress: Progress | None
+    deadline: float
+
+
+class Engines:
+    """The engines of one denoiser, by signature of the call."""
+
+    def __init__(self, module: nn.Module, weights: Weights, making: Making) -> None:
+        self._module = module
+        self._weights = weights
+        self._making = making
+        self._kept: OrderedDict[Signature, list[Engine | Groups]] = OrderedDict()
+        self._whole: dict[Signature, Engine | Groups] = {}
+        self._bytes_per_ms: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, call: Call) -> Engine | Groups:
+        """The engine of the components, for calls like this one."""
+        if call.signature not in self._kept:
+            making = self._making
+            made = self._team(call, making.components, making.devices, making.guidance == "split")
+            while len(self._kept) >= _KEPT:
+                self._drop(next(iter(self._kept)))
+            self._kept[call.signature] = [made]
+        self._kept.move_to_end(call.signature)
+        return self._kept[call.signature][0]
+
+    def whole(self, call: Call) -> Engine | Groups:
+        """The engine of two devices that have the whole denoiser, a condition each. Only after
+        :meth:`get` for the same call."""
+        made = self._whole.get(call.signature)
+        if made is None:
+            first = self._making.devices[0]
+            others = [d for d in self._making.devices if d != first] or [first]
+            made = self._team(call, 1, [first, others[0]], True)
+            self._whole[call.signature] = made
+            self._kept[call.signature].append(made)
+        return made
+
+    def close(self) -> None:
+        """Free all engines."""
+        for signature in list(self._kept):
+            self._drop(signature)
+
+    def _drop(self, signature: Signature) -> None:
+        self._whole.pop(signature, None)
+        for engine in self._kept.pop(signature):
+            engine.close()
+
+    def _team(
+        self, call: Call, components: int, devices: Sequence[torch.device], split: bool
+    ) -> Engine | Groups:
+        """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
+        one for each condition."""
+        if not split:
+            return self._engine(call, self._partition(call, components), devices)
+        ranks = len(devices) // GROUPS
+        mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
+        parts = self._partition(mine[0], components)
+        engines = [
+            self._engine(mine[g], parts, devices[g * ranks : (g + 1) * ranks])
+            for g in range(GROUPS)
+        ]
+        return Groups(engines, call)
+
+    def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
+        making = self._making
+        with bar(making.progress) if making.compile else contextlib.nullcontext() as progress:
+            return Engine(
+                parts,
+                devices,
+                self._weights,
+                call.tensors,
+                slots=ring(parts.exchanges, making.schedule, making.extrapolate),
+                extrapolate=making.extrapolate,
+                deadline=making.deadline,
+                compile=progress,
+            )
+
+    def _partition(self, call: Call, components: int) -> Partition:
+        making = self._making
+        captured = capture(self._module, call)
+        split = making.split if components == making.components else "auto"
+        costs = None
+        if self._bytes_per_ms is None:
+            self._bytes_per_ms = link_speed(making.devices)
+        if split == "auto" and components > 1:
+            costs = measure(captured, call.tensors, making.devices[0])
+            if making.compile:
+                costs = fused(captured, costs)
+        return partition(captured, components, split, costs=costs, bytes_per_ms=self._bytes_per_ms)
