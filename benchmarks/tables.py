@@ -137,7 +137,7 @@ def fidelity() -> str:
 
 
 def _fidelity_table(rows: list[dict[str, Any]]) -> str:
-    ends = ("w=1", "w=5", "w=1 tail=2")
+    ends = ("w=1", "w=5", "w=1 tail=1", "w=1 tail=4")
     table = [["", "devices", *(f"{end}: speed-up, PSNR dB" for end in ends)]]
     curves: dict[str, dict[str, dict[str, Any]]] = {}
     place = {r["method"]: [r["method"].startswith(s) for s in _SHOWN] for r in rows}

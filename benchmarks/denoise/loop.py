@@ -35,6 +35,21 @@ class Loop:
         time = inputs["timestep"]
         self._times = [t.to(time.dtype).expand(time.shape) for t in self.timesteps]
 
+    def on_ranks(self, denoiser: Any) -> torch.Tensor:
+        """The same generation by ``AsyncDenoiser.generate``."""
+        rest = {k: v for k, v in self.inputs.items() if k not in (self.name, "timestep")}
+        time = self.inputs["timestep"]
+        result: torch.Tensor = denoiser.generate(
+            self.noise[:1],
+            rest,
+            self.scheduler,
+            num_inference_steps=len(self.timesteps),
+            guidance_scale=self.guidance_scale if self.guided else 1.0,
+            timestep_argument=lambda t: t.to(time.device, time.dtype).expand(time.shape),
+            update="linear",
+        )
+        return result
+
     @torch.no_grad()
     def __call__(self, denoise: Denoise) -> torch.Tensor:
         """The final latents."""

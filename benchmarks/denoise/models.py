@@ -106,6 +106,17 @@ _FLUX: dict[str, Any] = {
     "guidance_embeds": True,
 }
 
+_TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
 MODELS = {
     m.key: m
     for m in (
@@ -132,5 +143,6 @@ MODELS = {
         ),
         Published("sd3", "SD3 medium, 1024²", "SD3Transformer2DModel", _SD3, 1024, 1024),
         Published("flux", "FLUX.1-dev, 1024²", "FluxTransformer2DModel", _FLUX, 1024, 1024),
+        Published("tiny", "nobody's, to try this benchmark", "UNet2DConditionModel", _TINY, 64, 64),
     )
 }

@@ -3,6 +3,8 @@
     python benchmarks/denoise/run.py                    # SD 2.1 and SDXL, N=2 on two GPUs
     python benchmarks/denoise/run.py --models flux --schedules 2,1,1 2,2,1 --rounds 3
     python benchmarks/denoise/run.py --modes graph      # without what is compiled
+    python benchmarks/denoise/run.py --schedules 2,1,1 2,1,9,splitwarm 1,1,1,split 2,1,1,generate
+    python benchmarks/denoise/run.py --device cpu --models tiny --dtype float32  # a try-out
 
 Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
 Each round runs, on one GPU, (a) eager, (b) the whole denoiser in a CUDA graph, (c) the same
@@ -35,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results_file
 from denoise.loop import Loop
 from denoise.models import MODELS, Published
-from denoise.ways import Asynchronous, Eager, Graphed, component_times
+from denoise.settings import OPTIONS, Setting
+from denoise.ways import Asynchronous, Eager, Graphed, Team, component_times
+from plan_macs import macs_by_rank
 
 #: How (b), (c) and (d) run, and what is added to the names of schedules.
 SUFFIX = {"graph": "", "compiled": ", compiled"}
@@ -63,7 +67,8 @@ class Memory:
         self._devices = range(torch.cuda.device_count())
         gc.collect()
         synchronize()
-        torch.cuda.empty_cache()
+        if len(self._devices) > 0:
+            torch.cuda.empty_cache()
         self._used = [self._in_use(d) for d in self._devices]
         self._allocated = [torch.cuda.memory_allocated(d) for d in self._devices]
         for d in self._devices:
@@ -93,111 +98,141 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def run_model(
-    model: Published,
-    schedules: list[tuple[int, int, int]],
-    steps: int,
-    rounds: int,
-    dtype: torch.dtype,
-    modes: list[str],
-) -> dict[str, Any]:
-    gpus = torch.cuda.device_count()
-    home = "cuda:0"
+def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model. Memory is that of a team after a setting's first generation: those
+    of one team follow each other, and what a setting adds is there from then on."""
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    home = "cuda:0" if gpus else "cpu"
+    dtype = getattr(torch, args.dtype)
+    modes = list(args.modes) if gpus else []
+    figures: dict[str, Any] = {"title": model.title, "steps": args.steps[0], "rounds": args.rounds}
+    figures["dtype"] = args.dtype
+    print(f"== {model.title}: {args.steps} steps, {args.rounds} rounds", flush=True)
     ways: dict[str, Any] = {}
-    figures: dict[str, Any] = {"title": model.title, "steps": steps, "rounds": rounds}
-    figures["dtype"] = str(dtype).removeprefix("torch.")
-    print(f"== {model.title}: {steps} steps, {rounds} rounds", flush=True)
-
+    bases: dict[str, str] = {}  # of each asynchronous way: one GPU in the same mode
     memory: dict[str, Any] = {}
-    for (n, s, w), mode in itertools.product(schedules, modes):
-        name = f"N={n} S={s} w={w}" + SUFFIX[mode]
-        ranks = n + s - 1
-        module = model.build(home, dtype)
-        inputs = model.inputs(module)
-        module.to("cpu")
-        before = Memory()
+    teams: dict[Any, Team] = {}
+    teamed = sorted(args.schedules, key=lambda s: [t.team for t in args.schedules].index(s.team))
+    for mode, setting in itertools.product(modes or ["eager"], teamed):
+        name = setting.name + SUFFIX.get(mode, "")
+        devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(setting.ranks)]
+        if (setting.team, mode) not in teams:
+            before, begun = Memory(), time.perf_counter()
+            module = model.build(home, dtype)
+            inputs = model.inputs(module)
+            team = Team(module.to("cpu"), inputs, setting, devices, mode == "compiled")
+            teams[setting.team, mode] = team
+            seconds = time.perf_counter() - begun
+            partition = team.denoiser.partition.report()
+            print(f"   {name}: prepared in {seconds:.1f} s\n{partition}", flush=True)
+        team = teams[setting.team, mode]
+        ways[name] = way = Asynchronous(team, setting)
+        bases[name] = mode
         begun = time.perf_counter()
-        devices = [f"cuda:{r % gpus}" for r in range(ranks)]
-        way = Asynchronous(
-            module,
-            inputs,
-            devices=devices,
-            components=n,
-            stride=s,
-            warmup=w,
-            compile=mode == "compiled",
-        )
-        loop = Loop(inputs, steps)
-        way.run(loop)
+        way.run(Loop(inputs, args.steps[0]))
         synchronize()
-        seconds = time.perf_counter() - begun
         memory[name] = before.taken()
         report = way.denoiser.report()
-        partition = way.denoiser.partition.report()
-        ways[name] = way
+        plan = way.denoiser.plan(args.steps[0])
+        parts = way.denoiser.partition.report()
         figures[name] = {
             "devices": devices,
-            "shared_gpus": gpus < ranks,
-            "first_generation_s": round(seconds, 1),
+            "shared_gpus": gpus < setting.ranks,
             "mode": mode,
+            "prepare_s": round(seconds, 1),
+            "first_generation_s": round(time.perf_counter() - begun, 1),
+            "compile_s": round(report.compile_s, 1),
             "cuda_graphs": report.cuda_graphs,
             "compiled": report.compiled,
-            "compile_s": round(report.compile_s, 1),
             "exchange_mib_per_tick": round(report.exchange_bytes_per_tick / 2**20, 2),
-            "partition": partition.to_dict(),
+            "gmacs_per_step_by_rank": [
+                round(m / 1e9 / plan.steps, 2) for m in macs_by_rank(plan, parts)
+            ],
+            "partition": parts.to_dict(),
         }
-        print(f"   {name}: prepared in {seconds:.1f} s\n{partition}", flush=True)
 
     before = Memory()
     module = model.build(home, dtype)
-    loop = Loop(model.inputs(module), steps)
+    inputs = model.inputs(module)
     ways["eager"] = Eager(module)
-    ways["eager"].run(loop)
+    ways["eager"].run(Loop(inputs, args.steps[0]))
     memory["eager"] = before.taken()
     for mode in modes:
         begun = time.perf_counter()
-        ways[mode] = Graphed(module, loop.inputs, compile=mode == "compiled")
-        ways[mode].run(loop)
+        ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
+        ways[mode].run(Loop(inputs, args.steps[0]))
         figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
         print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
-    order = ["eager", *modes, *(k for k in ways if k not in ("eager", *modes))]
+    order = ["eager", *modes, *bases]
 
-    times: dict[str, list[float]] = {name: [] for name in order}
-    exposed: dict[str, list[float]] = {name: [] for name in order}
-    result: dict[str, torch.Tensor] = {}
-    for _ in range(rounds):
+    for steps in args.steps:
+        loop = Loop(inputs, steps)
+        timings = {name: Timings() for name in order}
+        for _ in range(args.rounds):
+            for name in order:
+                timings[name].take(ways[name], loop)
         for name in order:
-            ms, result[name] = timed(ways[name], loop)
-            times[name].append(ms / steps)
-            if isinstance(ways[name], Asynchronous):
-                value = ways[name].denoiser.report().exposed_ms_per_tick
-                if value is not None:
-                    exposed[name].append(value)
+            entry = figures.setdefault(name, {})
+            if steps != args.steps[0]:  # further lengths stand under their own key
+                entry = entry.setdefault(f"{steps} steps", {})
+            entry |= timings[name].figures(steps)
+            shared = figures[name].get("shared_gpus", False)
+            for base in dict.fromkeys(("eager", bases.get(name, "eager"))):
+                if name != base and not shared:
+                    entry[f"speedup_over_{base}"] = timings[name].ratios(timings[base])
+            entry["distance_to_eager"] = timings[name].distance(timings["eager"])
 
     for name in order:
-        entry = figures.setdefault(name, {})
-        entry["ms_a_step"] = spread(times[name])
+        entry = figures[name]
         entry["memory_mib"] = memory.get(name)
-        if exposed[name]:
-            entry["exposed_ms_per_tick"] = spread(exposed[name])
-        for base in dict.fromkeys(("eager", entry.get("mode", "eager"))):
-            if name != base and not entry.get("shared_gpus"):
-                ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
-                entry[f"speedup_over_{base}"] = spread(ratios)
-        if isinstance(ways[name], Asynchronous):
-            alone = component_times(ways[name].denoiser)
-            parts = max(alone[: ways[name].denoiser.components])
+        if name in bases and gpus:
+            denoiser = ways[name].denoiser
+            alone = component_times(denoiser)
+            slowest = max(alone[: denoiser.components])
             entry["component_ms_alone"] = [round(t, 3) for t in alone]
-            best = statistics.median(times[entry["mode"]])
-            entry["efficiency_alone"] = round(best / parts / ways[name].denoiser.components, 3)
-        a, b = result[name].double(), result["eager"].double()
-        entry["distance_to_eager"] = float((a - b).norm() / b.norm())
+            best = figures[bases[name]]["ms_a_step"]["median"]
+            halves = 2 if ways[name].setting.split else 1
+            share = best / denoiser.components / halves
+            entry["efficiency_alone"] = round(share / slowest, 3)
         print(f"   {name}: " + "  ".join(f"{k} {v}" for k, v in entry.items() if k != "partition"))
     sys.stdout.flush()
-    for way in ways.values():
-        if isinstance(way, Asynchronous):
-            way.denoiser.close()
+    for team in teams.values():
+        team.denoiser.close()
     return figures
+
+
+class Timings:
+    """What the rounds of one way gave."""
+
+    def __init__(self) -> None:
+        self.ms: list[float] = []
+        self.exposed: list[float] = []
+        self.latents: torch.Tensor | None = None
+
+    def take(self, way: Any, loop: Loop) -> None:
+        """One round."""
+        ms, self.latents = timed(way, loop)
+        self.ms.append(ms)
+        if isinstance(way, Asynchronous):
+            exposed = way.denoiser.report().exposed_ms_per_tick
+            self.exposed += [] if exposed is None else [exposed]
+
+    def figures(self, steps: int) -> dict[str, Any]:
+        """Milliseconds a step, and those by which the exchange of a tick was exposed."""
+        out: dict[str, Any] = {"ms_a_step": spread([t / steps for t in self.ms])}
+        if self.exposed:
+            out["exposed_ms_per_tick"] = spread(self.exposed)
+        return out
+
+    def ratios(self, base: Timings) -> dict[str, float]:
+        """How many times the base's speed, round by round."""
+        return spread([b / t for b, t in zip(base.ms, self.ms, strict=True)])
+
+    def distance(self, base: Timings) -> float:
+        """Relative L2 distance of the final latents."""
+        assert self.latents is not None and base.latents is not None
+        a, b = self.latents.double(), base.latents.double()
+        return float((a - b).norm() / b.norm())
 
 
 def main() -> None:
@@ -206,25 +241,30 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["sd21", "sdxl"], choices=list(MODELS))
     parser.add_argument(
-        "--schedules", nargs="+", default=["2,1,1"], metavar="N,S,w", help="asynchronous schedules"
+        "--schedules",
+        nargs="+",
+        type=Setting.parse,
+        default=[Setting(2, 1, 1)],
+        metavar="N,S,w[,OPTION]",
+        help="asynchronous settings; options: tail=J, "
+        + ", ".join(f"{k} ({why})" for k, (_, why) in OPTIONS.items()),
     )
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--out", type=Path, default=OUT / "denoise.json")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU: on a CPU its times would say nothing")
-    schedules = [tuple(int(x) for x in s.split(",")) for s in args.schedules]
     figures = {}
     for key in args.models:
-        figures[key] = run_model(
-            MODELS[key], schedules, args.steps, args.rounds, getattr(torch, args.dtype), args.modes
-        )
+        figures[key] = run_model(MODELS[key], args)
         results_file.write(args.out, figures)
         gc.collect()
-        torch.cuda.empty_cache()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
     print(f"written to {args.out}")
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import asyncdiff
 from denoise.loop import Loop
+from denoise.settings import Setting
 
 
 class Eager:
@@ -63,17 +65,45 @@ class Graphed:
         return loop(self._denoise)
 
 
+class Team:
+    """Ranks that serve several settings, one after another."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: dict[str, Any],
+        setting: Setting,
+        devices: list[str],
+        compile: bool,
+    ) -> None:
+        self.denoiser = asyncdiff.AsyncDenoiser(
+            module,
+            (),
+            inputs,
+            devices=devices,
+            components=setting.components,
+            stride=setting.stride,
+            schedule=setting.schedule,
+            guidance="split" if setting.split else "batched",
+            compile=compile,
+        )
+
+
 class Asynchronous:
-    """(d) asyncdiff. ``devices`` has one entry a rank."""
+    """(d) asyncdiff, on the ranks of a team."""
 
-    def __init__(self, module: nn.Module, inputs: dict[str, Any], **settings: Any) -> None:
-        import asyncdiff
-
-        self.denoiser = asyncdiff.AsyncDenoiser(module, (), inputs, **settings)
+    def __init__(self, team: Team, setting: Setting) -> None:
+        self.denoiser = team.denoiser
+        self.setting = setting
 
     def run(self, loop: Loop) -> torch.Tensor:
-        with self.denoiser.generation(loop.timesteps):
-            return loop(lambda kwargs: self.denoiser(**kwargs)[0])
+        denoiser, setting = self.denoiser, self.setting
+        denoiser.warmup, denoiser.exact_tail = setting.warmup, setting.tail
+        denoiser.warmup_mode = "split" if setting.split_warmup else "chain"
+        if setting.generate:
+            return loop.on_ranks(denoiser)
+        with denoiser.generation(loop.timesteps, loop.scheduler):
+            return loop(lambda kwargs: denoiser(**kwargs)[0])
 
 
 def component_times(denoiser: Any, replays: int = 20) -> list[float]:

@@ -16,6 +16,7 @@ from asyncdiff.predictor import default_order
 from asyncdiff.timeline import Timing, predict
 from fidelity.macs import balanced, total
 from fidelity.method import Method, Work
+from plan_macs import macs_by_rank
 
 
 class Asynchronous(Method):
@@ -133,13 +134,9 @@ def _spread(pipe: Any, method: Asynchronous) -> Any:
 
 def plan_work(plan: Plan, parts: Partition) -> Work:
     """What a plan computes: its latency with MACs for milliseconds, and links that take no time."""
-    macs = [float(c.macs) for c in parts.report().components]
-    by_rank = dict.fromkeys(range(plan.ranks), 0.0)
-    for tick in plan.ticks:
-        for run in tick.runs:
-            by_rank[run.rank] += macs[run.component]
-    timeline = predict(plan, Timing(tuple(macs)))
-    return Work(max(by_rank.values()), timeline.total_ms)
+    report = parts.report()
+    timeline = predict(plan, Timing(tuple(float(c.macs) for c in report.components)))
+    return Work(max(macs_by_rank(plan, report)), timeline.total_ms)
 
 
 def plain_work(pipe: Any, steps: int) -> Work:

@@ -80,6 +80,7 @@ class AsyncDenoiser:
                 noise = denoiser(latents, t, encoder_hidden_states=text)
                 latents = ...
 
+    ``warmup``, ``warmup_mode``, ``exact_tail`` and ``order`` may be assigned between generations.
     Generations of several threads run one after another. Weights are taken as they are when a
     shape is first seen; restore, change and spread again to change them.
 

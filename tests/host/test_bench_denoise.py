@@ -1,0 +1,63 @@
+"""The denoise benchmark's logic, on the CPU: its figures mean nothing there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tables
+from asyncdiff.plan import build
+from denoise.settings import Setting
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_settings_as_text() -> None:
+    plain = Setting.parse("2,1,1")
+    assert plain == Setting(2, 1, 1) and plain.name == "N=2 S=1 w=1" and plain.ranks == 2
+    all_of_it = Setting.parse("3,2,9,waves,split,splitwarm,tail=2,generate")
+    assert all_of_it.name == "N=3 S=2 w=9 tail=2 waves split splitwarm generate"
+    assert all_of_it.ranks == 6 and all_of_it.schedule == "wavefront"
+    assert Setting.parse("3,2,1").ranks == 4
+    # Exact steps may change between generations; ranks may not.
+    assert Setting.parse("3,2,1,waves,split").team == all_of_it.team != Setting.parse("3,2,9").team
+    for wrong in ("2,1", "2,1,1,often", "a,b,c"):
+        with pytest.raises(ValueError):
+            Setting.parse(wrong)
+
+
+def test_every_way_gives_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "denoise.json"
+    command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]
+    command += ["--models", "tiny", "--dtype", "float32", "--steps", "5", "4", "--rounds", "2"]
+    command += ["--out", str(out), "--schedules", "2,1,1", "2,1,5", "2,1,3,splitwarm,tail=1"]
+    command += ["1,1,1,split", "2,1,1,waves", "2,1,1,generate", "2,2,1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    # 4 steps have no 5 exact ones: said, not hidden.
+    assert done.returncode != 0 and "warmup=5 exceeds the 4 steps" in done.stderr
+    command[command.index("4")] = "6"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["figures"]["tiny"]
+    rows = {k: v for k, v in figures.items() if k.startswith("N=")}
+    assert len(rows) == 7
+    for name, row in rows.items():
+        assert row["ms_a_step"]["median"] > 0 and row["6 steps"]["ms_a_step"]["median"] > 0
+        assert row["shared_gpus"] and "speedup_over_eager" not in row
+        exact = name in ("N=2 S=1 w=5", "N=1 S=1 w=1 split")
+        assert (row["distance_to_eager"] < 1e-5) == exact, name
+    # What runs on the ranks is what the caller's loop does; N=1 exchanges nothing.
+    assert rows["N=2 S=1 w=1 generate"]["distance_to_eager"] == pytest.approx(
+        rows["N=2 S=1 w=1"]["distance_to_eager"], rel=1e-3
+    )
+    assert rows["N=1 S=1 w=1 split"]["exchange_mib_per_tick"] == 0
+    plan = build(2, 1, 1, 5)
+    assert len(rows["N=2 S=1 w=1"]["gmacs_per_step_by_rank"]) == plan.ranks
+
+
+def test_the_table_of_committed_results_is_the_readmes() -> None:
+    assert tables.denoise().count("one GPU, eager") >= 1
