@@ -226,7 +226,8 @@ def _try(
         "schedule": family.schedule,
     }
     devices = [where[r % len(where)] for r in range(family.ranks)]
-    handle = parallelize(pipe, devices, compile=False, split="estimate", **arguments)
+    # The split is that which the user will get: it decides what is stale.
+    handle = parallelize(pipe, devices, compile=False, **arguments)
     try:
         images = draw()
     finally:
