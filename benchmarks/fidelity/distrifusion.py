@@ -5,9 +5,8 @@ CVPR 2024 (arXiv 2402.19481). The latents are cut into horizontal patches, one a
 layer needs of other patches (the rows beside a convolution's border, self-attention's keys and
 values, the statistics of a group norm) comes from the step before; the first steps are synchronous.
 
-All patches run here on one device, layer by layer on the whole picture. A layer has the inputs of
-the last step and computes, for each patch, what its device would have: from its own fresh rows and
-everybody else's stale ones.
+All patches run here on one device, layer by layer: a layer gets the whole picture, whose patches
+are what the devices made, and computes them side by side along the batch.
 """
 
 from __future__ import annotations
@@ -15,27 +14,43 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from asyncdiff.errors import BenchError
 from fidelity.macs import total
 from fidelity.method import Method, Work
+from fidelity.replaced import replacing
 
 
 class DistriFusion(Method):
-    """Displaced patch parallelism on ``patches`` devices; the first ``synchronous`` steps exact."""
+    """Displaced patch parallelism on ``patches`` devices; the first ``synchronous`` steps exact.
+
+    Raises BenchError where there are no patches or no synchronous step: the first step has nothing
+    stale to go by.
+    """
 
     def __init__(self, patches: int, synchronous: int) -> None:
+        if patches < 1 or synchronous < 1:
+            raise BenchError(
+                f"DistriFusion needs a patch and a synchronous step, not {patches} and "
+                f"{synchronous}"
+            )
         self.name = f"DistriFusion, {patches} patches, {synchronous} synchronous"
         self.devices = patches
         self.synchronous = synchronous
 
     @contextlib.contextmanager
     def applied(self, pipe: Any, steps: int) -> Iterator[int]:
-        """See :class:`Method`. The height of every layer's input must divide by the patches."""
+        """See :class:`Method`. For one generation, whose UNet is called once a step.
+
+        Raises BenchError for attention that it does not know, and, when it runs, for a layer whose
+        rows cannot be dealt out evenly.
+        """
         unet = pipe.unet
         state = _State(self.devices)
         now = itertools.count()
@@ -45,136 +60,160 @@ class DistriFusion(Method):
             state.fresh = next(now) < self.synchronous
             return forward(*args, **kwargs)
 
-        changed: list[nn.Module] = [unet]
-        unet.forward = whole
-        try:
-            for module in unet.modules():
-                make = _LAYERS.get(type(module))
-                if type(module).__name__ == "Attention" and not module.is_cross_attention:
-                    make = _attention
-                if make is not None:
-                    module.forward = make(module, state)
-                    changed.append(module)
+        with replacing() as replace:
+            replace(unet, "forward", whole)
+            for name, module in unet.named_modules():
+                # Every device has all of the latents, which are gathered after each step.
+                if name != "conv_in" and (make := _maker(module)) is not None:
+                    replace(module, "forward", make(module, state))
             yield steps
-        finally:
-            for module in changed:
-                module.__dict__.pop("forward", None)
 
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
         """An equal share for each device: each attends from its own rows to all."""
         macs = float(total(pipe)) * steps / self.devices
         return Work(macs, macs)
 
+    def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """See :class:`Method`. Results of a first layer with stale neighbours are others."""
+        return {"first_layer": "fresh"}
 
+
+@dataclass
 class _State:
     """What all layers share: the number of patches, and whether this step is synchronous."""
 
-    def __init__(self, patches: int) -> None:
-        self.patches = patches
-        self.fresh = True
+    patches: int
+    fresh: bool = True
+
+    def dealt(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """``x`` cut along ``dim``; the patches are a new first dimension (a view)."""
+        if x.shape[dim] % self.patches:
+            raise BenchError(
+                f"{x.shape[dim]} rows or pixels of a layer cannot be dealt out to {self.patches} "
+                "patches: take fewer patches or larger pictures"
+            )
+        return x.unflatten(dim, (self.patches, -1)).movedim(dim, 0)
 
 
-def _mixed(fresh: torch.Tensor, stale: torch.Tensor, patch: int, patches: int) -> torch.Tensor:
-    """The input as a device sees it: its own rows fresh, all others stale. Rows are dimension 2."""
-    rows = fresh.shape[2] // patches
-    seen = stale.clone()
-    seen[:, :, patch * rows : (patch + 1) * rows] = fresh[:, :, patch * rows : (patch + 1) * rows]
-    return seen
+def _joined(patches: torch.Tensor, dim: int) -> torch.Tensor:
+    """The whole of patches that lie along a first dimension: the opposite of ``dealt``."""
+    return patches.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _rows(value: torch.Tensor, patch: int, patches: int, dim: int = 2) -> torch.Tensor:
-    size = value.shape[dim] // patches
-    return value.narrow(dim, patch * size, size)
+_Forward = Callable[..., torch.Tensor]
 
 
-def _convolution(layer: nn.Module, state: _State) -> Callable[..., torch.Tensor]:
+def _maker(module: nn.Module) -> Callable[[Any, _State], _Forward] | None:
+    """What displaces this layer; None where it is local, or part of such a layer."""
+    if isinstance(module, nn.Conv2d):
+        return None if module.kernel_size[0] == 1 else _convolution
+    if isinstance(module, nn.GroupNorm):
+        return _group_norm
+    if type(module).__name__ == "Attention" and not module.is_cross_attention:
+        return _attention
+    return None
+
+
+def _convolution(layer: nn.Conv2d, state: _State) -> _Forward:
+    """Fresh rows of the patch's own between the neighbours' stale ones."""
     forward = layer.forward
-    last: list[torch.Tensor] = []
+    size, stride, step = layer.kernel_size[0], layer.stride[0], layer.dilation[0]
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise BenchError(f"DistriFusion knows convolutions padded with zeros, not {layer}")
+    above, across = layer.padding
+    # A patch begins where its first output's stride does, so that below may need fewer rows.
+    below = max(0, (size - 1) * step + 1 - stride - above)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def displaced(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        stale = x if state.fresh or not last else last[0]
-        last[:] = [x]
-        if stale is x or layer.kernel_size == (1, 1):
-            return forward(x, *args, **kwargs)
-        outs = [
-            _rows(forward(_mixed(x, stale, p, state.patches), *args, **kwargs), p, state.patches)
-            for p in range(state.patches)
-        ]
-        return torch.cat(outs, dim=2)
-
-    return displaced
-
-
-def _group_norm(layer: nn.Module, state: _State) -> Callable[..., torch.Tensor]:
-    """Statistics are the stale ones of the whole, corrected by how a patch's own have changed."""
-    forward = layer.forward
-    last: list[torch.Tensor] = []
-
-    def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = x.reshape(x.shape[0], layer.num_groups, -1)
-        return groups.mean(-1), (groups**2).mean(-1)
+    def beside(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows above and below each patch; beyond the picture's edge they are zeros."""
+        rows = x.shape[2] // state.patches
+        padded = F.pad(x, (0, 0, above, below))
+        starts = [rows * p for p in range(state.patches)]
+        return (
+            torch.stack([padded.narrow(2, s, above) for s in starts]),
+            torch.stack([padded.narrow(2, s + above + rows, below) for s in starts]),
+        )
 
     def displaced(x: torch.Tensor) -> torch.Tensor:
-        stale = x if state.fresh or not last else last[0]
-        last[:] = [x]
-        if stale is x:
-            return forward(x)
-        # Attention blocks normalise sequences of all pixels, in order of rows.
-        rows = 2
-        whole_mean, whole_square = moments(stale)
-        outs = []
-        for p in range(state.patches):
-            mine, before = (_rows(v, p, state.patches, rows) for v in (x, stale))
-            mean, square = moments(mine)
-            old_mean, old_square = moments(before)
-            corrected = whole_mean + mean - old_mean
-            variance = whole_square + square - old_square - corrected**2
-            # Where the correction leaves no variance, the patch's own is what remains.
-            variance = torch.where(variance < 0, square - mean**2, variance)
-            outs.append(_normalised(mine, corrected, variance, layer))
-        return torch.cat(outs, dim=rows)
-
-    return displaced
-
-
-def _normalised(
-    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, layer: Any
-) -> torch.Tensor:
-    groups = x.reshape(x.shape[0], layer.num_groups, -1)
-    scale = (variance + layer.eps).rsqrt()
-    out = ((groups - mean[..., None]) * scale[..., None]).reshape(x.shape)
-    over = (1, -1, *[1] * (x.dim() - 2))
-    return out * layer.weight.view(over) + layer.bias.view(over)
-
-
-def _attention(layer: Any, state: _State) -> Callable[..., torch.Tensor]:
-    """A device's rows attend to its own fresh rows and everybody else's stale ones."""
-    forward = layer.forward
-    last: list[torch.Tensor] = []
-
-    def displaced(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        stale = x if state.fresh or not last else last[0]
-        last[:] = [x]
-        if stale is x:
-            return forward(x, *args, **kwargs)
-        outs = []
-        for p in range(state.patches):
-            seen = stale.clone()
-            mine = _rows(x, p, state.patches, 1)
-            _rows(seen, p, state.patches, 1).copy_(mine)
-            out = F.scaled_dot_product_attention(
-                *(
-                    v.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
-                    for v in (layer.to_q(mine), layer.to_k(seen), layer.to_v(seen))
-                )
+        mine = state.dealt(x, 2)
+        if mine.shape[3] % stride:
+            raise BenchError(
+                f"patches of {mine.shape[3]} rows cannot be halved: take fewer patches or larger "
+                "pictures"
             )
-            outs.append(layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2))))
-        return torch.cat(outs, dim=1)
+        stale = kept[:]
+        kept[:] = [beside(x)]
+        if state.fresh:
+            return forward(x)
+        seen = torch.cat([stale[0][0], mine, stale[0][1]], dim=3)
+        out = F.conv2d(
+            seen.flatten(0, 1),
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            (0, across),
+            layer.dilation,
+            layer.groups,
+        )
+        return _joined(out.unflatten(0, seen.shape[:2]), 2)
 
     return displaced
 
 
-_LAYERS: dict[type, Callable[[Any, _State], Callable[..., torch.Tensor]]] = {
-    nn.Conv2d: _convolution,
-    nn.GroupNorm: _group_norm,
-}
+def _group_norm(layer: nn.GroupNorm, state: _State) -> _Forward:
+    """Statistics are the stale ones of the whole, corrected by how a patch's own have changed."""
+    forward = layer.forward
+    kept: list[torch.Tensor] = []
+
+    def displaced(x: torch.Tensor) -> torch.Tensor:
+        mine = state.dealt(x, 2)
+        groups = mine.unflatten(2, (layer.num_groups, -1)).flatten(3)
+        # In half precision a square may be infinite, and the difference below nothing but rounding.
+        groups = groups if groups.dtype == torch.float64 else groups.float()
+        moments = torch.stack([groups.mean(-1), groups.square().mean(-1)])
+        stale = kept[:]
+        kept[:] = [moments]
+        if state.fresh:
+            return forward(x)
+        mean, square = stale[0].mean(1, keepdim=True) + moments - stale[0]
+        variance = square - mean.square()
+        # Where the correction leaves no variance, the patch's own is what remains.
+        variance = torch.where(variance < 0, moments[1] - moments[0].square(), variance)
+        out = (groups - mean[..., None]) * (variance[..., None] + layer.eps).rsqrt()
+        whole = _joined(out.reshape(mine.shape), 2)
+        if layer.affine:
+            over = (-1, *[1] * (x.dim() - 2))
+            whole = whole * layer.weight.view(over) + layer.bias.view(over)
+        return whole.to(x.dtype)
+
+    return displaced
+
+
+def _attention(layer: Any, state: _State) -> _Forward:
+    """A patch's pixels attend to its own fresh pixels and everybody else's stale ones.
+
+    Keys and values are made from each pixel by itself: those of stale pixels are the stale ones.
+    """
+    forward = layer.forward
+    kept: list[torch.Tensor] = []
+    if layer.group_norm is not None or layer.spatial_norm is not None or layer.residual_connection:
+        raise BenchError("DistriFusion knows the attention of transformer blocks only")
+
+    def displaced(
+        x: torch.Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **more: Any
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise BenchError("DistriFusion knows self-attention without a mask only")
+        mine = state.dealt(x, 1)
+        stale = kept[:]
+        kept[:] = [x]
+        if state.fresh:
+            return forward(x, **more)
+        seen = stale[0].expand(state.patches, *x.shape).clone()
+        for patch, (all_of_it, own) in enumerate(zip(seen, mine, strict=True)):
+            all_of_it[:, patch * own.shape[1] : (patch + 1) * own.shape[1]] = own
+        out = forward(mine.flatten(0, 1), encoder_hidden_states=seen.flatten(0, 1), **more)
+        return _joined(out.unflatten(0, mine.shape[:2]), 1)
+
+    return displaced
