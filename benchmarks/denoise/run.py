@@ -15,7 +15,11 @@ while nothing else lies on the GPUs. ``efficiency_alone`` is the single GPU's ti
 slowest component's, each alone in a CUDA graph: what the partition allows, before any exchange.
 
 With fewer GPUs than ranks the ranks share them: the exchange is then tested, and the components'
-own times are still measured, but no speedup is reported.
+own times are still measured, but no speedup is reported. ``--predict 2 3 4`` then times the
+components of such partitions alone and reports what their plans would take on enough GPUs.
+
+Models that ``--out`` has already, from the same machine and versions, stay in it: a run can be
+continued with others.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results_file
 from denoise.loop import Loop
 from denoise.models import MODELS, TINY, Published
+from denoise.predicted import Alone, predicted
 from denoise.settings import OPTIONS, Setting
 from denoise.ways import Asynchronous, Eager, Graphed, Team, component_times
 from plan_macs import macs_by_rank
@@ -198,7 +203,42 @@ def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
     sys.stdout.flush()
     for team in teams.values():
         team.denoiser.close()
+    if args.predict:
+        mode = "graph" if "graph" in figures else "eager"
+        one_gpu = figures[mode]["ms_a_step"]["median"]
+        alone = {n: timed_alone(module, inputs, n, home) for n in args.predict}
+        update_ms = statistics.median(timed(Update(), loop)[0] for _ in range(5)) / steps
+        figures["predicted"] = {
+            "from": f"components alone, mode {mode}; see benchmarks/denoise/predicted.py",
+            "steps": steps,
+            "update_ms": round(update_ms, 4),
+            "rows": predicted(alone, steps, update_ms, one_gpu),
+        }
+        for name, row in figures["predicted"]["rows"].items():
+            print(f"   predicted {name}: {row}", flush=True)
     return figures
+
+
+def timed_alone(
+    module: torch.nn.Module, inputs: dict[str, Any], components: int, home: str
+) -> Alone:
+    """The denoiser in so many components, not compiled, each of them timed alone."""
+    team = Team(module, inputs, Setting(components, 1, 1), [home] * components, False)
+    try:
+        Asynchronous(team, Setting(components, 1, 1)).run(Loop(inputs, 3))
+        parts = team.denoiser.partition.report()
+        on_gpu = home != "cpu"  # there the times are the partition's own
+        times = component_times(team.denoiser) if on_gpu else [c.ms for c in parts.components]
+        return Alone(parts, tuple(times))
+    finally:
+        team.denoiser.close()
+
+
+class Update:
+    """A loop without a denoiser: what its sampler takes."""
+
+    def run(self, loop: Loop) -> torch.Tensor:
+        return loop(lambda kwargs: loop.inputs[loop.name])
 
 
 class Timings:
@@ -251,6 +291,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
@@ -258,10 +299,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU: on a CPU its times would say nothing")
-    figures = {}
+    figures = results_file.continued(args.out)
     for key in args.models:
         figures[key] = run_model(MODELS.get(key, TINY), args)
-        results_file.write(args.out, figures)
+        figures[key]["command"] = results_file.environment()["command"]
+        results_file.write(args.out, {k: figures[k] for k in [*MODELS, "tiny"] if k in figures})
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()

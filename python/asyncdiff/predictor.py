@@ -38,8 +38,10 @@ def default_order(clean: CleanImage, components: int, stride: int) -> float:
     """The order that measured best for such steps (docs/wavefront.md has the figures).
 
     The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
-    it amplifies what it is fed back.
+    it amplifies what it is fed back. With a stride it never paid.
     """
+    if stride > 1:
+        return 0.0
     late = delay(components, stride)
     gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
     middle = gaps[len(gaps) // 2] if gaps else 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import results_file
 import tables
 from asyncdiff.plan import build
 from denoise.settings import Setting
@@ -35,7 +36,7 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]
     command += ["--models", "tiny", "--dtype", "float32", "--steps", "5", "4", "--rounds", "2"]
     command += ["--out", str(out), "--schedules", "2,1,1", "2,1,5", "2,1,3,splitwarm,tail=1"]
-    command += ["1,1,1,split", "2,1,1,waves", "2,1,1,generate", "2,2,1"]
+    command += ["1,1,1,split", "2,1,1,waves", "2,1,1,generate", "2,2,1", "--predict", "2", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     # 4 steps have no 5 exact ones: said, not hidden.
     assert done.returncode != 0 and "warmup=5 exceeds the 4 steps" in done.stderr
@@ -55,6 +56,23 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
         rows["N=2 S=1 w=1"]["distance_to_eager"], rel=1e-3
     )
     assert rows["N=1 S=1 w=1 split"]["exchange_mib_per_tick"] == 0
+    rows = figures["predicted"]["rows"]
+    # Too few steps for nine exact ones.
+    assert list(rows) == ["N=2 S=1 w=1", "N=3 S=1 w=1", "N=2 S=2 w=1", "N=3 S=2 w=1"]
+    assert rows["N=3 S=2 w=1"]["gpus"] == 4
+    # One exact step of five, and the others at the pace of the slowest component.
+    slowest, both = (f(rows["N=2 S=1 w=1"]["component_ms_alone"]) for f in (max, sum))
+    ideal = (both + 4 * slowest) / 5 + figures["predicted"]["update_ms"]
+    assert rows["N=2 S=1 w=1"]["ms_a_step"] == pytest.approx(ideal, rel=0.2)
+    # A further run adds its models; one on other software begins anew.
+    document = json.loads(out.read_text())
+    document["figures"]["flux"] = {"title": "kept"}
+    out.write_text(json.dumps(document))
+    assert list(results_file.continued(out)) == ["tiny", "flux"]
+    document["environment"]["torch"] = "1.0"
+    out.write_text(json.dumps(document))
+    assert results_file.continued(out) == {}
+    rows = {k: v for k, v in figures.items() if k.startswith("N=")}
     plan = build(2, 1, 1, 5)
     assert len(rows["N=2 S=1 w=1"]["gmacs_per_step_by_rank"]) == plan.ranks
 
