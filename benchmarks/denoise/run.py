@@ -210,9 +210,9 @@ def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
         update_ms = statistics.median(timed(Update(), loop)[0] for _ in range(5)) / steps
         figures["predicted"] = {
             "from": f"components alone, mode {mode}; see benchmarks/denoise/predicted.py",
-            "steps": steps,
+            "steps": args.predict_steps,
             "update_ms": round(update_ms, 4),
-            "rows": predicted(alone, steps, update_ms, one_gpu),
+            "rows": predicted(alone, args.predict_steps, update_ms, one_gpu),
         }
         for name, row in figures["predicted"]["rows"].items():
             print(f"   predicted {name}: {row}", flush=True)
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--predict-steps", type=int, default=50, help="of the plans predicted")
     parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
