@@ -15,6 +15,8 @@ from typing import Any
 
 from asyncdiff.bench.figures import Figure, Results
 from asyncdiff.bench.table import digits, title_of
+from denoise import table as denoise_table
+from markdown_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,11 +37,19 @@ def main() -> None:
 
 
 def denoise() -> str:
-    """All files ``denoise_*.json``, one table each."""
+    """All files ``denoise_*.json``: what was measured, and what plans promise on more GPUs."""
     parts = []
     for path in sorted(RESULTS.glob("denoise_*.json"), reverse=True):
         document = json.loads(path.read_text())
-        parts.append(_caption(path, document) + _denoise_table(document["figures"]))
+        figures = document["figures"]
+        parts.append(denoise_table.caption(path.name, document) + denoise_table.measured(figures))
+        promised = denoise_table.predicted(figures)
+        if promised:
+            parts.append(
+                "Predicted, not measured: times the speed of one GPU, both in CUDA graphs and not "
+                "compiled, by the plan's simulation of components timed alone and of NVLink as a "
+                "prototype measured it.\n\n" + promised
+            )
     return "\n".join(parts) if parts else "Nothing was measured yet.\n"
 
 
@@ -69,7 +79,7 @@ def _one_way(results: Results) -> str:
     for way in dict.fromkeys(f.way for f in figures):
         found = {f.payload: digits(f.value.median) for f in figures if f.way == way}
         rows.append([title_of(way), *(found.get(name, "") for name in names)])
-    return _markdown(rows) if figures else ""
+    return markdown(rows) if figures else ""
 
 
 def _other(results: Results) -> str:
@@ -97,7 +107,7 @@ def _other(results: Results) -> str:
             cells.append(found[-1] if found else "")
         if any(cells):
             rows.append([title_of(way), *cells])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 #: Rows of the fidelity benchmark that the README shows: those that begin so, in this order.
@@ -155,83 +165,12 @@ def _fidelity_table(rows: list[dict[str, Any]]) -> str:
         if name.startswith(_SHOWN):
             devices = str(next(iter(by_end.values()))["devices"])
             table.append([name, devices, *(cell(by_end.get(end)) for end in ends)])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _rate(figure: Figure, case: str) -> str | None:
     rate = figure.gb_per_s
     return digits(rate) if figure.case == case and rate is not None else None
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join(f"| {' | '.join(r)} |\n" for r in rows)
-
-
-def _caption(path: Path, document: dict[str, Any]) -> str:
-    e = document["environment"]
-    gpus = f"{len(e['gpus'])} × {e['gpus'][0]}"
-    first = next(iter(document["figures"].values()))
-    return (
-        f"{gpus}, {first['dtype']}, guidance on, {first['steps']} DDIM steps, the whole loop; "
-        f"medians of {first['rounds']} rounds; torch {e['torch']}, diffusers {e['diffusers']}. "
-        f"`benchmarks/denoise/{e['command']}`, "
-        f"[{path.name}](benchmarks/results/{path.name}).\n\n"
-    )
-
-
-def _denoise_table(figures: dict[str, Any]) -> str:
-    titles = [m["title"] for m in figures.values()]
-    rows: list[list[str]] = [["", *titles]]
-
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        rows.append([name, *(cell(m) for m in figures.values())])
-
-    row("one GPU, eager, ms a step", lambda m: _median(m["eager"]["ms_a_step"]))
-    first = next(iter(figures.values()))
-    modes = {"graph": "one CUDA graph", "compiled": "compiled, one CUDA graph"}
-    for mode in (m for m in modes if m in first):
-        name = f"one GPU, {modes[mode]}, ms a step"
-        row(name, lambda m, k=mode: _median(m[k]["ms_a_step"]))
-    schedules = [k for k in first if k.startswith("N=")]
-    for key in schedules:
-        shared, mode = first[key]["shared_gpus"], first[key].get("mode", "graph")
-        where = "ranks sharing the GPU" if shared else "a GPU for each rank"
-        row(f"asyncdiff {key}, {where}, ms a step", lambda m, k=key: _median(m[k]["ms_a_step"]))
-        row(
-            "— its components alone, ms",
-            lambda m, k=key: " + ".join(f"{t:.2f}" for t in m[k]["component_ms_alone"]),
-        )
-        if "efficiency_alone" in first[key]:
-            name = "— one GPU's share over the slowest of them"
-            row(name, lambda m, k=key: f"{m[k]['efficiency_alone']:.3f}")
-        if not shared:
-            row(
-                f"— times the speed of one GPU, {modes[mode]}",
-                lambda m, k=key, b=mode: _ratio(m[k][f"speedup_over_{b}"]),
-            )
-            row("— times eager's speed", lambda m, k=key: _ratio(m[k]["speedup_over_eager"]))
-        row("— exchange, MiB a tick", lambda m, k=key: f"{m[k]['exchange_mib_per_tick']:.1f}")
-        row(
-            "— exposed exchange, ms a tick",
-            lambda m, k=key: _median(m[k]["exposed_ms_per_tick"], 3),
-        )
-        row("— memory by GPU, MiB", lambda m, k=key: _memory(m[k]))
-    row("memory of the eager denoiser, MiB", lambda m: _memory(m["eager"]))
-    return _markdown(rows)
-
-
-def _median(spread: dict[str, float], digits: int = 1) -> str:
-    return f"{spread['median']:.{digits}f}"
-
-
-def _ratio(spread: dict[str, float]) -> str:
-    return f"**{spread['median']:.2f}** ({spread['min']:.2f} to {spread['max']:.2f})"
-
-
-def _memory(entry: dict[str, Any]) -> str:
-    # What was taken from the device: weights, activations, graphs, mailboxes, torch's cache.
-    return ", ".join(f"{mib:.0f}" for mib in entry["memory_mib"]["device"] if mib)
 
 
 TABLES = {"denoise": denoise, "exchange": exchange, "fidelity": fidelity}

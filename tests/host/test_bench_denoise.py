@@ -37,6 +37,7 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     command += ["--models", "tiny", "--dtype", "float32", "--steps", "5", "4", "--rounds", "2"]
     command += ["--out", str(out), "--schedules", "2,1,1", "2,1,5", "2,1,3,splitwarm,tail=1"]
     command += ["1,1,1,split", "2,1,1,waves", "2,1,1,generate", "2,2,1", "--predict", "2", "3"]
+    command += ["--predict-steps", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     # 4 steps have no 5 exact ones: said, not hidden.
     assert done.returncode != 0 and "warmup=5 exceeds the 4 steps" in done.stderr
