@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._core import Buffer, Layout
-from .arrays import describe, is_torch
+from .arrays import describe
 from .errors import InvalidArgument
 
 #: A CUDA stream: its address, any object with ``cuda_stream`` (torch) or ``ptr`` (CuPy), or None
@@ -29,10 +29,9 @@ class Channel:
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
         self._specs = native.layout.specs
-        #: type, dtype, shape, strides and device of the last torch tensor of each place
-        self._checked: list[tuple[Any, ...] | None] = [None] * len(self._specs)
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
+        self._on_gpu = devices is not None
 
     @property
     def name(self) -> str:
@@ -96,7 +95,9 @@ class Channel:
 
         Raises InvalidArgument as :meth:`push` does.
         """
-        self._native.put(self._pointers(tensors), slot, pointer_of(stream))
+        address = pointer_of(stream)
+        if not self._native.put_arrays(tensors, slot, address, self._on_gpu):
+            self._native.put(self._looked_at(tensors), slot, address)
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Wait until the next bundle lies in ``slot`` of this receiver."""
@@ -117,6 +118,11 @@ class Channel:
         self._native.unpack(receiver, self._pointers(tensors), slot, pointer_of(stream))
 
     def _pointers(self, tensors: Sequence[Any]) -> list[int]:
+        found = self._native.addresses(tensors, self._on_gpu)
+        return self._looked_at(tensors) if found is None else found
+
+    def _looked_at(self, tensors: Sequence[Any]) -> list[int]:
+        """For arrays of any library, and for saying what is wrong with one."""
         if len(tensors) != len(self._specs):
             raise InvalidArgument(
                 f"{len(tensors)} tensors for channel '{self.name}', whose bundle has "
@@ -124,24 +130,8 @@ class Channel:
             )
         pointers = []
         for index, tensor in enumerate(tensors):
-            # Most tensors look like the one before in their place, which was checked.
-            like = self._checked[index]
-            if (
-                like is not None
-                and type(tensor) is like[0]
-                and tensor.dtype is like[1]
-                and tensor.shape == like[2]
-                and tensor.stride() == like[3]
-                and tensor.device == like[4]
-            ):
-                pointers.append(tensor.data_ptr())
-                continue
             a = describe(tensor)
             self._check(index, a.dtype, a.shape, a.strides, a.device)
-            if is_torch(tensor):
-                self._checked[index] = (
-                    type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-                )  # fmt: skip
             pointers.append(a.pointer)
         return pointers
 

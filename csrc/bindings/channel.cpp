@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.hpp"
 #include "bindings.hpp"
 #include "pointers.hpp"
 
@@ -41,6 +42,26 @@ void register_channel(py::module_& m) {
             c.put(pointers<const void*>(data), slot, stream);
           },
           py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
+      .def(
+          "put_arrays",
+          [](Channel& c, const py::handle& arrays, int slot, Stream stream, bool on_gpu) {
+            const auto data = addresses_of(arrays, c.layout(), on_gpu);
+            if (!data) return false;
+            const py::gil_scoped_release unlocked;
+            c.put(*data, slot, stream);
+            return true;
+          },
+          py::arg("arrays"), py::arg("slot"), py::arg("stream"), py::arg("on_gpu"))
+      .def(
+          "addresses",
+          [](const Channel& c, const py::handle& arrays, bool on_gpu) -> py::object {
+            const auto data = addresses_of(arrays, c.layout(), on_gpu);
+            if (!data) return py::none();
+            py::list out;
+            for (const void* at : *data) out.append(reinterpret_cast<std::uintptr_t>(at));
+            return out;
+          },
+          py::arg("arrays"), py::arg("on_gpu"))
       .def(
           "unpack",
           [](Channel& c, int receiver, const std::vector<std::uintptr_t>& data, int slot,

@@ -113,8 +113,10 @@ __global__ void __launch_bounds__(kThreads)
 template <class P>
 void launch(const P& puts, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(puts.first_block[puts.count]);
-  put_kernel<P><<<blocks, kThreads, 0, stream>>>(puts);
-  check_cuda(cudaGetLastError(), "launching put");
+  // Not <<<>>>: that takes three calls of the runtime, a quarter of a microsecond longer.
+  void* arguments[] = {const_cast<P*>(&puts)};
+  check_cuda(cudaLaunchKernel(put_kernel<P>, blocks, kThreads, arguments, 0, stream),
+             "launching put");
 }
 
 }  // namespace
