@@ -13,6 +13,10 @@ import torch
 
 #: (latents of the sampler, step) -> noise prediction
 Denoise = Callable[[torch.Tensor, int], torch.Tensor]
+#: (known x0 by step, noise predictions by step, step, its latents) -> x0
+Predict = Callable[
+    [dict[int, torch.Tensor], dict[int, torch.Tensor], int, torch.Tensor], torch.Tensor
+]
 #: (latents, noise prediction, step) -> the next latents
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -43,31 +47,34 @@ def generate(
     exact_tail: int = 0,
     correct: bool = False,
     drain: bool = False,
+    predict: Predict | None = None,
 ) -> torch.Tensor:
     """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
-    for noise predictions."""
+    for noise predictions. ``predict`` instead of a line."""
     steps = len(alphas)
     end = steps - exact_tail
     known: dict[int, torch.Tensor] = {}
+    noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
     path = [x]  # latents before every step, those of steps that were taken again corrected
 
     def exact(k: int) -> None:
-        noise = denoise(path[k], k)
+        noise = noises[k] = denoise(path[k], k)
         known[k] = (path[k] - sigmas[k] * noise) / alphas[k]
         path.append(step(path[k], noise, k))
 
     def walk(first: int, last: int) -> None:
         del path[first + 1 :]
         for j in range(first, last):
-            x0 = line(known, j, order, reach)
+            x0 = predict(known, noises, j, path[j]) if predict else line(known, j, order, reach)
             path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
 
     for k in range(warmup):
         exact(k)
     for tick, k in enumerate(range(warmup, end, stride)):
         start = path[k]
-        waves[tick + components - 1] = k, (start - sigmas[k] * denoise(start, k)) / alphas[k]
+        noises[k] = denoise(start, k)
+        waves[tick + components - 1] = k, (start - sigmas[k] * noises[k]) / alphas[k]
         first = k
         if tick in waves:
             arrived, x0 = waves.pop(tick)

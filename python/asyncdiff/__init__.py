@@ -19,6 +19,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .denoiser import AsyncDenoiser
     from .diffusers import parallelize
     from .drift import AutoWarmup
@@ -29,6 +30,7 @@ __all__ = [
     "AsyncDenoiser",
     "AsyncDiffError",
     "AutoWarmup",
+    "Calibration",
     "CaptureError",
     "DeviceError",
     "InputError",
@@ -42,7 +44,12 @@ __all__ = [
     "parallelize",
 ]
 
-_LAZY = {"AsyncDenoiser": "denoiser", "AutoWarmup": "drift", "parallelize": "diffusers"}
+_LAZY = {
+    "AsyncDenoiser": "denoiser",
+    "AutoWarmup": "drift",
+    "Calibration": "calibration",
+    "parallelize": "diffusers",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -25,22 +25,37 @@ _TINY = 1e-8
 class CleanImage:
     """At step k: x0 = ``of_input[k]`` · z + ``of_output[k]`` · prediction.
 
-    z is the denoiser's input as it is given to it, scaled by the scheduler. ``log_snr[k]`` is
-    ln(α/σ), for comparing steps.
+    z is the denoiser's input as it is given to it, scaled by the scheduler, and ``alpha[k]`` and
+    ``sigma[k]`` are the shares of x0 and ε in it.
     """
 
     of_input: tuple[float, ...]
     of_output: tuple[float, ...]
-    log_snr: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+
+    @property
+    def log_snr(self) -> tuple[float, ...]:
+        """ln(α/σ) of every step, for comparing them."""
+        pairs = zip(self.alpha, self.sigma, strict=True)
+        return tuple(
+            math.log(a / s) if a and s else (math.inf if a else -math.inf) for a, s in pairs
+        )
 
     def from_step(self, start: int) -> CleanImage:
         """The same from step ``start`` on: image-to-image begins in the middle of a schedule."""
-        return CleanImage(self.of_input[start:], self.of_output[start:], self.log_snr[start:])
+        return CleanImage(*(values[start:] for values in astuple(self)))
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""
         wide = torch.promote_types(torch.promote_types(z.dtype, prediction.dtype), torch.float32)
         return self.of_input[step] * z.to(wide) + self.of_output[step] * prediction.to(wide)
+
+    def noise(self, step: int, z: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """ε, where z = α · x0 + σ · ε, in the dtype of ``x0``; zero where there is none (σ = 0)."""
+        if not self.sigma[step]:
+            return torch.zeros_like(x0)
+        return (z.to(x0.dtype) - self.alpha[step] * x0) / self.sigma[step]
 
     def prediction(self, step: int, z: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         """What the denoiser would have predicted at z, in the dtype of ``x0``."""
@@ -95,7 +110,7 @@ def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
         share = a * noise - s * image
         inputs.append(noise / share if share else math.inf)
         outputs.append(-s / share if share else math.inf)
-    return _checked(name, inputs, outputs, (alpha / sigma).log().tolist())
+    return _checked(name, inputs, outputs, alpha, sigma)
 
 
 #: How much ε and x0 a prediction holds.
@@ -109,18 +124,22 @@ _MIXES = {
 
 def _preconditioned(
     sigma: torch.Tensor, data: float, kind: str
-) -> tuple[list[float], list[float], list[float]]:
+) -> tuple[list[float], list[float], torch.Tensor, torch.Tensor]:
     """Karras et al. 2022, table 1, row EDM: x0 = c_skip · x + c_out · F(c_in · x)."""
     both = (sigma**2 + data**2).sqrt()
     out = sigma * data / both
     if kind == "v_prediction":  # as diffusers has it
         out = -out
     # The input is c_in · x with c_in = 1 / both, and c_skip = data² / both².
-    return (data**2 / both).tolist(), out.tolist(), (data / sigma).log().tolist()
+    return (data**2 / both).tolist(), out.tolist(), 1 / both, sigma / both
 
 
 def _checked(
-    name: str, inputs: Sequence[float], outputs: Sequence[float], log_snr: Sequence[float]
+    name: str,
+    inputs: Sequence[float],
+    outputs: Sequence[float],
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
 ) -> CleanImage:
     for k, weight in enumerate(outputs):
         if not _TINY < abs(weight) < 1 / _TINY:
@@ -129,4 +148,4 @@ def _checked(
                 f"weight would be {weight:.1e}; zero terminal SNR needs v prediction): take "
                 "schedule='asyncdiff', or other settings"
             )
-    return CleanImage(tuple(inputs), tuple(outputs), tuple(log_snr))
+    return CleanImage(tuple(inputs), tuple(outputs), tuple(alpha.tolist()), tuple(sigma.tolist()))

@@ -14,18 +14,19 @@ from torch import nn
 
 from . import devices as device_list
 from .assign import check_split_argument
+from .calibration import Calibration
 from .calls import Call, Role, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .drift import AutoWarmup, Drift
 from .engine import Engine, check_inputs
 from .errors import InputError, PlanError, SchedulerError
-from .generate import Callback, Request, generate
+from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
 from .groups import GROUPS, Groups
 from .partition import Partition, Split
 from .plan import Plan, build, check_numbers, check_schedule, rank_count
-from .predictor import Predictor, check_order, default_order
+from .predictor import Line, Predictor, Rule, check_order, default_order
 from .prepared import Engines, Making
 from .progress import Progress
 from .sampler import Samplers
@@ -57,7 +58,8 @@ class AsyncDenoiser:
             the components in successive ticks, nothing inside it is stale, and the sampler goes on
             with an extrapolated clean image until it arrives (docs/wavefront.md).
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
-            straight line); None for what measured best for N and S.
+            straight line); None for what measured best for N and S; or what :meth:`calibrate` or
+            ``Calibration.load`` returned.
         exact_tail: the last so many steps are run exactly, like the first w.
         extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
             of other components are moved on before they are used.
@@ -103,7 +105,7 @@ class AsyncDenoiser:
         latents: str | None = None,
         timestep: str | None = None,
         schedule: str = "asyncdiff",
-        order: float | None = None,
+        order: float | Calibration | None = None,
         exact_tail: int = 0,
         extrapolate: float = 0.0,
         guidance: str = "batched",
@@ -137,6 +139,7 @@ class AsyncDenoiser:
         self.extrapolate = extrapolate
         self.guidance = guidance
         self.warmup_mode = warmup_mode
+        self.progress = progress
         self.compile = pays(module, self.devices) if compile is None else compile
         self.names = {"latents": latents, "timestep": timestep}
         #: schedulers whose steps the ranks can take
@@ -330,16 +333,21 @@ class AsyncDenoiser:
             predictor = None
             if self.schedule == "wavefront":
                 assert clean is not None
-                predictor = Predictor(clean, self.order_of(clean))
+                predictor = Predictor(clean, self.rule_of(clean))
             auto = self.auto_warmup
             drift = None if auto is None else Drift(auto)
             self._generation = Generation(torch.as_tensor(timesteps), predictor, drift)
 
-    def order_of(self, clean: CleanImage) -> float:
-        """How far waves extrapolate clean images of these steps."""
-        if self.order is not None:
+    def rule_of(self, clean: CleanImage) -> Rule:
+        """How waves predict the clean images of these steps. Raises PlanError where the calibration
+        is for others."""
+        if isinstance(self.order, Calibration):
+            steps = self.exact_steps(len(clean.alpha))
+            self.order.check(self.components, self.stride, steps, self.exact_tail, clean)
             return self.order
-        return default_order(clean, self.components, self.stride)
+        if self.order is None:
+            return Line(default_order(clean, self.components, self.stride))
+        return Line(self.order)
 
     def stop(self) -> None:
         """Give up the current generation, if one is unfinished."""
@@ -453,6 +461,46 @@ class AsyncDenoiser:
         with self._lock:
             self.stop()
             return generate(self, request)
+
+    def calibrate(
+        self,
+        latents: torch.Tensor,
+        conditioning: Mapping[str, Any],
+        scheduler: Any,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        step_options: Mapping[str, Any] | None = None,
+    ) -> Calibration:
+        """Fit how waves predict clean images to this model, sampler, N, S, w and exact end, and use
+        it from now on (``order``).
+
+        Arguments as of :meth:`generate`; ``latents`` are those of a few pictures of the kind that
+        will be drawn, eight or more, two at least. Takes five generations of them with every step
+        exact, one after another. It gains most where steps are large (docs/wavefront.md), and is
+        not worse than the default on the pictures that it was judged by.
+
+        Raises PlanError unless the schedule is "wavefront" and warmup a number, SchedulerError for
+        a scheduler that is not linear, InputError for a single picture.
+        """
+        request = Request(
+            latents,
+            conditioning,
+            scheduler,
+            num_inference_steps,
+            timesteps,
+            guidance_scale,
+            guidance_rescale,
+            timestep_argument=timestep_argument,
+            step_options=dict(step_options or {}),
+        )
+        with self._lock:
+            self.stop()
+            self.order = calibrate(self, request)
+            return self.order
 
     def keep_report(self, report: GenerationReport) -> None:
         """What :meth:`report` tells from now on."""

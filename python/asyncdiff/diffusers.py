@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .assign import check_split_argument
+from .calibration import Calibration
 from .calls import parse
 from .capture import capture
 from .clean_image import CleanImage, clean_image
@@ -24,6 +25,7 @@ from .devices import Devices
 from .drift import AutoWarmup
 from .errors import InputError
 from .example_inputs import example_inputs
+from .first_call import FirstCall, as_generation
 from .generation import GenerationReport
 from .partition import Partition, Split, partition
 from .plan import Plan, check_numbers
@@ -40,6 +42,7 @@ class Handle:
         self._module = module
         self._times: Times | None = None
         self._lock = threading.RLock()
+        self._interrupting = False
         self._originals = (type(pipe), type(module))
         module.__class__ = _denoiser_class(cast(Any, type(module)))
         module.__dict__["_asyncdiff"] = self
@@ -59,6 +62,25 @@ class Handle:
         """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
         return self.denoiser.report()
 
+    def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
+        """Fit how waves predict clean images to this pipeline, and use it from now on.
+
+        Call it as the pipeline, with a few prompts of the kind that will be drawn, eight or more
+        (two at least), and the number of steps and the guidance that will be used. The pipeline
+        itself runs to its first step only; from its latents and conditioning, five generations
+        follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors raised;
+        InputError for pipelines that begin in the middle of a schedule.
+        """
+        with self._lock:
+            self._interrupting = True
+            try:
+                self.pipe(*args, **kwargs)
+            except FirstCall as seen:
+                call = seen.call
+            finally:
+                self._interrupting = False
+            return self.denoiser.calibrate(**as_generation(self.pipe, self.denoiser, call))
+
     def restore(self) -> None:
         """Make the pipeline what it was, weights back on their device. Safe to call twice."""
         with self._lock:
@@ -71,6 +93,8 @@ class Handle:
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
             call = parse(self.denoiser.module, args, kwargs)
+            if self._interrupting:
+                raise FirstCall(call)
             time = time_value(call)
             if time is None:
                 raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
@@ -117,7 +141,7 @@ def parallelize(
     time_shift: bool = False,
     *,
     schedule: str = "asyncdiff",
-    order: float | None = None,
+    order: float | Calibration | None = None,
     exact_tail: int = 0,
     extrapolate: float = 0.0,
     guidance: str = "batched",

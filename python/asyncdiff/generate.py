@@ -11,16 +11,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
+from .calibrate import Shape, fit
+from .calibration import Calibration
 from .calls import Call, Role, argument_names
 from .clean_image import clean_image
-from .errors import InputError, SchedulerError
+from .errors import InputError, PlanError, SchedulerError
 from .generation import Generation, Phase
 from .loop import Settings, Start, loop_for
+from .predictor import default_order
+from .progress import bar
 from .sampler import LinearSampler
 from .timesteps import check_scheduler
 from .wave_sampler import wave_samplers
@@ -201,8 +205,8 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     if waves:
         try:
             clean = clean_image(request.scheduler)
-            order = denoiser.order_of(clean)
-            samplers = wave_samplers(sampler, clean, plan, order, bool(request.correct))
+            rule = denoiser.rule_of(clean)
+            samplers = wave_samplers(sampler, clean, plan, rule, bool(request.correct))
         except SchedulerError as e:
             if request.update == "linear" or request.correct or request.drain:
                 raise
@@ -265,6 +269,49 @@ def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
             if request.callback is not None:
                 latents = _or(request.callback(k, t, latents), latents)
     return latents
+
+
+def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
+    """What waves of this denoiser predict best with; see :meth:`AsyncDenoiser.calibrate`."""
+    if denoiser.schedule != "wavefront":
+        raise PlanError("only waves are calibrated: take schedule='wavefront'")
+    if denoiser.auto_warmup is not None:
+        raise PlanError("a calibration is for a fixed number of exact steps: set warmup to it")
+    warmup, tail = denoiser.warmup, denoiser.exact_tail
+    with torch.inference_mode(False), torch.no_grad(), bar(denoiser.progress) as progress:
+        _set_timesteps(request)
+        sampler = denoiser.samplers.get(request.scheduler, request.step_options)
+        clean = clean_image(request.scheduler)
+        arguments = _Arguments(denoiser, request)
+        times = arguments.times(check_scheduler(request.scheduler))
+        arriving = torch.stack([t.reshape(-1)[0] for t in times])
+        steps = len(times)
+        denoiser.plan(steps)  # which raises where these do not fit each other
+
+        def exact(k: int, z: torch.Tensor) -> torch.Tensor:
+            if k == 0:
+                denoiser.start(arriving, clean)
+            call = denoiser.parse((), arguments.call(torch.cat([z] * request.copies), times[k]))
+            _check_call(call)
+            noise = pytree.tree_leaves(denoiser.call(call))[0]
+            _check_prediction(request, noise.shape)
+            return _guided(noise.float(), request)
+
+        before, denoiser.order = denoiser.order, None
+        denoiser.warmup, denoiser.exact_tail = steps, 0
+        try:
+            return fit(
+                exact,
+                request.latents,
+                sampler,
+                clean,
+                Shape(denoiser.components, denoiser.stride, cast(int, warmup), tail),
+                default_order(clean, denoiser.components, denoiser.stride),
+                lambda done, total: progress("calibrating", done, total),
+            )
+        finally:
+            denoiser.stop()
+            denoiser.order, denoiser.warmup, denoiser.exact_tail = before, warmup, tail
 
 
 def _guided(noise: torch.Tensor, request: Request) -> torch.Tensor:

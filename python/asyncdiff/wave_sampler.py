@@ -15,13 +15,13 @@ import torch
 from .actions import Tick
 from .clean_image import CleanImage
 from .plan import Plan
-from .predictor import weights
+from .predictor import Rule, evaluate
 from .sampler import LinearSampler, realise
 
 
 @functools.lru_cache(maxsize=8)
 def wave_samplers(
-    sampler: LinearSampler, clean: CleanImage, plan: Plan, order: float, correct: bool
+    sampler: LinearSampler, clean: CleanImage, plan: Plan, rule: Rule, correct: bool
 ) -> list[LinearSampler]:
     """For every rank: the latents that its runs want, tick by tick; the last ones are the result.
 
@@ -33,7 +33,7 @@ def wave_samplers(
 
     Raises SchedulerError where too much would have to be remembered.
     """
-    course = _Course(sampler, clean, plan, order, correct)
+    course = _Course(sampler, clean, plan, rule, correct)
     rows: list[list[torch.Tensor]] = [[] for _ in range(plan.ranks)]
     scales: list[list[float]] = [[] for _ in range(plan.ranks)]
     for tick in plan.ticks:
@@ -66,11 +66,11 @@ class _Course:
     """The generation in weights: a quantity is a vector over (x_0, prediction of tick 0, 1, …)."""
 
     def __init__(
-        self, sampler: LinearSampler, clean: CleanImage, plan: Plan, order: float, correct: bool
+        self, sampler: LinearSampler, clean: CleanImage, plan: Plan, rule: Rule, correct: bool
     ) -> None:
         self._sampler = sampler
         self._clean = clean
-        self._order = order
+        self._rule = rule
         self._correct = correct
         self._columns = 1 + len(plan.ticks)
         start = torch.zeros(sampler.width, self._columns, dtype=torch.float64)
@@ -81,6 +81,7 @@ class _Course:
         self.latents: dict[int, torch.Tensor] = {}
         self.newest = 0
         self._known: dict[int, torch.Tensor] = {}
+        self._noise: dict[int, torch.Tensor] = {}
 
     def begin(self, tick: Tick) -> None:
         """The latents before a tick are the newest."""
@@ -96,6 +97,7 @@ class _Course:
             unit[1 + tick.index] = 1
             z = self._sampler.scales[step] * self.latents[step]
             self._known[step] = self._clean.x0(step, z, unit)
+            self._noise[step] = self._clean.noise(step, z, self._known[step])
             if self._correct or not tick.serves:
                 again = step
         last = max(self.states)
@@ -105,11 +107,10 @@ class _Course:
 
     def _stepped(self, k: int) -> torch.Tensor:
         """The state after step k, with its clean image known or extrapolated."""
-        known = sorted(self._known)
-        x0 = sum(w * self._known[j] for j, w in weights(known, k, self._order))
         state, step = self.states[k], self._sampler.steps[k]
         z = self._sampler.scales[k] * state[0]
-        prediction = self._clean.prediction(k, z, torch.as_tensor(x0))
+        x0 = evaluate(self._rule.estimate(sorted(self._known), k), self._known, self._noise, z)
+        prediction = self._clean.prediction(k, z, x0)
         return step @ torch.cat([state, prediction[None]])
 
 

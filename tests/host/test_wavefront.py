@@ -14,7 +14,7 @@ from wave_emulation import generate
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
-from asyncdiff.predictor import REACH, weights
+from asyncdiff.predictor import REACH, Line
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 SPLITS = {
@@ -189,13 +189,13 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
 
 
 def test_extrapolation_is_a_line_with_a_bound() -> None:
-    assert weights([0], 5, 1) == [(0, 1.0)]
-    assert weights([0, 1], 3, 1) == [(1, 3.0), (0, -2.0)]
-    assert weights([0, 1], 3, 0.5) == [(1, 2.0), (0, -1.0)]
-    assert weights([0, 1], 3, 0) == [(1, 1.0)]
-    assert weights([0, 2, 5], 5, 1) == [(5, 1.0)]
-    assert weights([0, 2, 5], 3, 1) == [(2, 1.5), (0, -0.5)]
-    assert weights([0, 1], 99, 1) == [(1, 1 + REACH), (0, -REACH)]
+    assert Line(1).estimate([0], 5).clean == {0: 1.0}
+    assert Line(1).estimate([0, 1], 3).clean == {1: 3.0, 0: -2.0}
+    assert Line(0.5).estimate([0, 1], 3).clean == {1: 2.0, 0: -1.0}
+    assert Line(0).estimate([0, 1], 3).clean == {1: 1.0}
+    assert Line(1).estimate([0, 2, 5], 5).clean == {5: 1.0}
+    assert Line(1).estimate([0, 2, 5], 3).clean == {2: 1.5, 0: -0.5}
+    assert Line(1).estimate([0, 1], 99).clean == {1: 1 + REACH, 0: -REACH}
 
 
 def test_what_cannot_be_served_says_why() -> None:
