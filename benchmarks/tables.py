@@ -114,7 +114,7 @@ def _other(results: Results) -> str:
 _SHOWN = (
     "asyncdiff N=",
     "wavefront N=",
-    "wavefront, order 0 N=",
+    "wavefront, calibrated N=",
     "wavefront, drained N=",
     "fewer",
     "guidance",

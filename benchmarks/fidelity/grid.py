@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.method import Method
-from fidelity.ours import Asynchronous, OnRanks
+from fidelity.ours import Asynchronous, Calibrated, OnRanks
 from fidelity.simple import FewerSteps, GuidanceSplit
 
 #: Exact steps at the beginning, and at the end.
@@ -23,18 +23,36 @@ OURS = (
     ("wavefront", Asynchronous, "wavefront"),
     ("wavefront, drained", OnRanks, "wavefront"),
 )
+#: Of these, what calibrated waves are run with, each of them fitted for itself.
+CALIBRATED_ENDS = ((1, 0), (5, 0), (1, 1), (1, 4))
 #: Shares of the steps that are left where fewer are taken.
 SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
 
 
-def methods(device: str, sampler: str, steps: int, quick: bool) -> Iterator[Method]:
-    """Every row for this sampler; ``quick``: one of each kind."""
-    for kind, cls, schedule in OURS:
-        for n, s in SHAPES[:1] if quick else SHAPES:
+def methods(
+    device: str, sampler: str, steps: int, others: Sequence[str], quick: bool
+) -> Iterator[Method]:
+    """Every row for this sampler; ``quick``: one of each kind. ``others``: prompts that are not
+    drawn, to calibrate on."""
+    # Shapes outside: what is prepared for one serves all kinds of the same schedule.
+    for n, s in SHAPES[:1] if quick else SHAPES:
+        for kind, cls, schedule in OURS:
             for w, tail in ENDS[:1] if quick else ENDS:
                 drained = cls is OnRanks  # its end is exact as it is
                 if w + tail < steps and not (tail and drained):
                     yield cls(kind, device, n, s, w, schedule=schedule, tail=tail)
+        for w, tail in CALIBRATED_ENDS[:1] if quick else CALIBRATED_ENDS:
+            if w + tail < steps and len(others) > 1:
+                yield Calibrated(
+                    "wavefront, calibrated",
+                    device,
+                    n,
+                    s,
+                    w,
+                    schedule="wavefront",
+                    tail=tail,
+                    texts=others,
+                )
     for share in SHARES[1:2] if quick else SHARES:
         yield FewerSteps(max(1, round(share * steps)))
     yield GuidanceSplit()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Asynchronous(Method):
         if tail:
             self.name += f" tail={tail}"
         self.components, self.stride, self.warmup = components, stride, warmup
-        self.schedule, self.order, self.tail = schedule, order, tail
+        self.schedule, self.tail = schedule, tail
+        self.order: Any = order
         self.device = device
         self.devices = rank_count(components, stride, schedule)
 
@@ -104,6 +105,26 @@ class OnRanks(Asynchronous):
     def plan(self, parts: Partition, steps: int) -> Plan:
         """See :class:`Asynchronous`."""
         return self._plan(parts, steps, drain=True)
+
+
+class Calibrated(Asynchronous):
+    """Waves whose predictor is fitted on other prompts, ``texts``, than those that are drawn."""
+
+    def __init__(self, *args: Any, texts: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.texts = list(texts)
+
+    def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
+        """See :class:`Method`. Noise of its own, too."""
+        noise = [torch.Generator("cpu").manual_seed(10_000 + i) for i in range(len(self.texts))]
+        arguments = {**call, "prompt": self.texts, "generator": noise}
+        self.order = None
+        self.order = _spread(pipe, self).calibrate(**arguments, num_inference_steps=steps)
+        return super().run(pipe, call, steps)
+
+    def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
+        """On how many prompts it is fitted."""
+        return {"calibrated_on": len(self.texts)}
 
 
 _current: list[Any] = []  # the pipeline that is spread, how, and its handle: one at a time

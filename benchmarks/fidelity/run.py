@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
 from asyncdiff import demo_model
+from asyncdiff.cli.demo import spread
 from asyncdiff.fidelity import fidelity, learned_metrics
 from fidelity.grid import methods
 from fidelity.ours import OnRanks, plain_work
@@ -61,14 +62,26 @@ def load(args: argparse.Namespace, sampler: str) -> Any:
     return pipe
 
 
+#: On how many other prompts waves are calibrated.
+CALIBRATION, QUICK_CALIBRATION = 16, 4
+
+
 def prompts(args: argparse.Namespace) -> list[str]:
     """Evenly spread over those that the shipped model knows, or the lines of a file."""
+    return spread(known_prompts(args), args.prompts)
+
+
+def other_prompts(args: argparse.Namespace) -> list[str]:
+    """Others of the same kind, to calibrate on."""
+    drawn = set(prompts(args))
+    count = QUICK_CALIBRATION if args.quick else CALIBRATION
+    return spread([p for p in known_prompts(args) if p not in drawn], count)
+
+
+def known_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file is not None:
-        known = [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
-    else:
-        known = demo_model.known_prompts()
-    count = min(args.prompts, len(known))
-    return [known[i * len(known) // count] for i in range(count)]
+        return [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
+    return demo_model.known_prompts()
 
 
 def run_sampler(
@@ -91,7 +104,7 @@ def run_sampler(
     plain = plain_work(pipe, steps)
     shown = {"plain": reference}
     here = {r["method"]: r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)}
-    for method in methods(args.device, sampler, steps, args.quick):
+    for method in methods(args.device, sampler, steps, other_prompts(args), args.quick):
         if args.pipeline is not None and isinstance(method, OnRanks):
             continue  # it knows the shipped model's inputs
         known, settings = here.get(method.name), method.settings(pipe, steps)
