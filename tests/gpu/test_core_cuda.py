@@ -248,6 +248,19 @@ def test_unpack_after_an_unreleased_get_is_out_of_turn() -> None:
         world.fabric.check()
 
 
+def test_tensors_are_found_by_the_exchange_table() -> None:
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no DLPack exchange table")
+    tensors = [torch.zeros(3, 5), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(2, 3).T]
+    world = World(PLACES[0], "auto", tensors)
+    found = world.channel._native.addresses
+    assert found(world.tensors, True) == [t.data_ptr() for t in world.tensors]
+    assert found(tensors, True) is None and found(world.tensors, False) is None
+    assert found([t.contiguous() for t in world.tensors], True) is None
+    with pytest.raises(core.InvalidArgument, match="lies on the CPU"):
+        world.channel.put(tensors, 0)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_many_tensors(place: str) -> None:
     specs = [core.TensorSpec("float32", (i + 1,)) for i in range(321)]

@@ -77,6 +77,30 @@ def test_generations_equal_the_cpu(place: str, components: int, stride: int) -> 
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_calibrated_waves_equal_the_cpu(place: str, stride: int) -> None:
+    """Calibrated on the GPU; the same coefficients then give the CPU's numbers."""
+    options = {"stride": stride, "warmup": 2, "schedule": "wavefront"}
+    names = [f"cuda:{d}" for d in devices_for(place, 3)]
+    gpu = denoiser(names, 3, **options)
+    call = toy_call(batch=4)
+    calibration = gpu.calibrate(
+        call["sample"][:2].to(names[0], torch.float32),
+        {"encoder_hidden_states": call["encoder_hidden_states"].to(names[0], torch.float32)},
+        diffusers.DPMSolverMultistepScheduler(),
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+    )
+    assert any(map(any, calibration.coefficients))
+    cpu = denoiser(["cpu"] * 3, 3, order=calibration, **options)
+    for how in ({"update": "linear"}, {"update": "scheduler"}):
+        want = generate(cpu, "cpu", **how)
+        assert reference.distance(generate(gpu, names[0], **how), want) < 1e-4
+    cpu.close()
+    gpu.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("options", [{"schedule": "wavefront"}, {"extrapolate": 1.0}])
 def test_pipelines_equal_the_cpu(place: str, options: dict[str, Any]) -> None:
     names = [f"cuda:{d}" for d in devices_for(place, 2)]
