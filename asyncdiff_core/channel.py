@@ -32,6 +32,8 @@ class Channel:
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
         self._on_gpu = devices is not None
+        #: the stream of the last put, and its address: asking a stream for it takes long
+        self._put_stream: tuple[Stream, int] = (None, 0)
 
     @property
     def name(self) -> str:
@@ -95,7 +97,10 @@ class Channel:
 
         Raises InvalidArgument as :meth:`push` does.
         """
-        address = pointer_of(stream)
+        known, address = self._put_stream
+        if stream is not known:
+            address = pointer_of(stream)
+            self._put_stream = stream, address
         if not self._native.put_arrays(tensors, slot, address, self._on_gpu):
             self._native.put(self._looked_at(tensors), slot, address)
 
