@@ -16,6 +16,7 @@ from typing import Any
 from asyncdiff.bench.figures import Figure, Results
 from asyncdiff.bench.table import digits, title_of
 from denoise import table as denoise_table
+from fidelity.rivals import rival
 from markdown_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +138,8 @@ def fidelity() -> str:
     parts = [
         f"{len(settings['prompts'])} prompts, guidance {settings['guidance']:g}, drawn on {on}, "
         f"torch {e['torch']}. `benchmarks/fidelity/{e['command']}`, "
-        f"[{path.name}](benchmarks/results/{path.name}).\n"
+        f"[{path.name}](benchmarks/results/{path.name}). †: a compared method on no more devices "
+        "is at least as fast and closer.\n"
     ]
     rows = document["figures"]["rows"]
     for sampler, steps in dict.fromkeys((r["sampler"], r["steps"]) for r in rows):
@@ -159,7 +161,8 @@ def _fidelity_table(rows: list[dict[str, Any]]) -> str:
         if row is None:
             return ""
         psnr = row["psnr_db"]
-        return f"{row['speedup']:.2f}, " + ("exact" if psnr > 90 else f"{psnr:.1f}")
+        mark = "" if rival(row, rows) is None else " †"
+        return f"{row['speedup']:.2f}, " + ("exact" if psnr > 90 else f"{psnr:.1f}{mark}")
 
     for name, by_end in curves.items():
         if name.startswith(_SHOWN):

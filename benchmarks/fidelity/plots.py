@@ -1,8 +1,8 @@
-"""What the rows of the fidelity benchmark look like: a plot, a sheet, and who is better than us."""
+"""What the rows of the fidelity benchmark look like: a plot and a sheet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ import torch
 
 from asyncdiff import compare
 
-#: Names of our own rows begin so; all others are what they are compared with.
-OURS = ("asyncdiff", "wavefront")
 #: Pictures on a sheet.
 _COLUMNS = 10
 
@@ -20,27 +18,6 @@ def kind(row: Mapping[str, Any]) -> str:
     """The method of a row without what is varied along its curve."""
     method = str(row["method"])
     return method.split(" w=")[0] if " w=" in method else method.split(",")[0]
-
-
-def beaten(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each of our rows that a compared method beats: at least as fast, on no more
-    devices, and closer to the plain pictures."""
-    others = [r for r in rows if not r["method"].startswith(OURS)]
-    for row in (r for r in rows if r["method"].startswith(OURS)):
-        better = [
-            o
-            for o in others
-            if o["devices"] <= row["devices"]
-            and o["speedup"] >= row["speedup"]
-            and o["psnr_db"] > row["psnr_db"]
-        ]
-        if better:
-            best = max(better, key=lambda o: o["psnr_db"])
-            yield (
-                f"{row['sampler']}: {row['method']} ({row['speedup']:.2f}x, "
-                f"{row['psnr_db']:.1f} dB) is beaten by {best['method']} "
-                f"({best['speedup']:.2f}x, {best['psnr_db']:.1f} dB)"
-            )
 
 
 def scatter(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -35,7 +35,8 @@ from asyncdiff.cli.demo import spread
 from asyncdiff.fidelity import fidelity, learned_metrics
 from fidelity.grid import methods
 from fidelity.ours import OnRanks, plain_work
-from fidelity.plots import beaten, scatter, sheet
+from fidelity.plots import scatter, sheet
+from fidelity.rivals import beaten
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 #: Sampler steps that each sampler is usually given.

@@ -74,6 +74,15 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["demo", "--sampler", "best"], "ddim, dpm, euler"),
         (["generate", "model"], "--prompt"),
         (["generate", "model", "-p", "x", "--dtype", "int8"], "--dtype"),
+        (["generate", "model", "-p", "x", "-w", "long"], "a number of steps, or auto"),
+        (["generate", "model", "-p", "x", "--order", "best"], "there is no such file"),
+        (["demo", "--order", "pyproject.toml"], "there is no such file"),
+        (["calibrate"], "a model or --demo"),
+        (["calibrate", "model", "--demo"], "a model or --demo"),
+        (["calibrate", "model"], "--prompt"),
+        (["calibrate", "--demo", "--sampler", "best"], "ddim, dpm, euler"),
+        (["calibrate", "--demo", "-w", "60"], "warmup=60 exceeds the 50 steps"),
+        (["tune", "model", "--psnr", "30"], "--prompts-file"),
         (["paint"], "paint"),
     ],
 )
@@ -141,11 +150,19 @@ def fake(monkeypatch):
             def __str__(self):
                 return "the report"
 
-        return types.SimpleNamespace(restore=restore, report=Report)
+        def calibrate(**call):
+            from asyncdiff.calibration import Calibration
+
+            seen["calibrated"] = call
+            numbers = (options["components"], options["stride"], options["warmup"], 0)
+            tried = {"line of order 0": 0.5, "own clean image": 0.25}
+            return Calibration(*numbers, (0.5,), (0.5,), (0,), ((0.0,) * 4,), tried)
+
+        return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
 
     model = types.ModuleType("asyncdiff.demo_model")
     model.known_prompts = lambda: [f"picture {i}" for i in range(20)]
-    model.load = lambda device, dtype, scheduler="ddim": pipe
+    model.load = lambda device, dtype=None, scheduler="ddim": pipe
     monkeypatch.setitem(sys.modules, "asyncdiff.demo_model", model)
     monkeypatch.setattr(asyncdiff, "demo_model", model, raising=False)
     monkeypatch.setattr(asyncdiff, "parallelize", parallelize, raising=False)
@@ -180,6 +197,33 @@ def test_demo_with_wrong_devices(run, fake, tmp_path):
     code, out, err = run("demo", "--devices", "cpu,cpu,cpu", "-o", tmp_path / "d.png")
     assert (code, out) == (2, "") and "2 ranks need 2 devices" in err and "Traceback" not in err
     assert run("demo", "--devices", "cpu,,cpu")[0] == 2
+
+
+def test_calibrate_and_use_it(run, fake, tmp_path):
+    path = tmp_path / "a" / "c.json"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\n")
+    numbers = ("-N", 3, "-w", 2, "--steps", 6)
+    code, out, err = run(
+        "calibrate", "model", *numbers, "--prompts-file", prompts, "-p", "zero", "--guidance", 4,
+        "-o", path,
+    )  # fmt: skip
+    assert code == 0, err
+    assert fake["calibrated"]["prompt"] == ["zero", "one", "two"]
+    assert fake["calibrated"]["guidance_scale"] == 4
+    assert fake["schedule"] == "wavefront" and fake["restored"] == 1
+    assert "taken  own clean image: 0.2500" in out and "tried  line" in out and str(path) in out
+    from asyncdiff import Calibration
+
+    more = ("--schedule", "wavefront", "--order", path, "-o", tmp_path / "g.png")
+    assert run("generate", "model", "-p", "x", *numbers, *more)[0] == 0
+    assert fake["order"] == Calibration.load(path) and fake["warmup"] == 2
+    more = ("--schedule", "wavefront", "--order", "0.5", "-w", "auto", "-o", tmp_path / "g.png")
+    assert run("generate", "model", "-p", "x", *more)[0] == 0
+    assert fake["order"] == 0.5 and fake["warmup"] == "auto"
+    code, out, _ = run("calibrate", "--demo", "--steps", 6, "--json", "-o", path)
+    assert code == 0 and json.loads(out)["tried"]["own clean image"] == 0.25
+    assert len(fake["calibrated"]["prompt"]) == 16
 
 
 def test_generate_and_compare(run, fake, tmp_path):
@@ -273,7 +317,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "plan", "doctor", "bench"):
+    for command in ("demo", "generate", "plan", "tune", "calibrate", "doctor", "bench"):
         assert command in done.stdout
 
 

@@ -16,7 +16,7 @@ from asyncdiff import InputError, MetricError, TuneError, demo_model
 from asyncdiff import fidelity as measures
 from asyncdiff.fidelity import fidelity, learned_metrics
 from asyncdiff.tune import tune
-from fidelity import plots
+from fidelity import plots, rivals
 from fidelity.macs import balanced, total
 from fidelity.ours import Asynchronous, plain_work
 
@@ -109,7 +109,7 @@ def test_who_is_better_than_us_is_said(tmp_path: Path) -> None:
         row("fewer steps, 25", 1, 2.0, 21),
         row("patches", 4, 3.0, 50),
     ]
-    (line,) = plots.beaten(rows)
+    (line,) = rivals.beaten(rows)
     assert "N=2 S=1 w=1 (1.90x, 20.0 dB) is beaten by fewer steps, 25 (2.00x, 21.0 dB)" in line
     plots.scatter(rows, tmp_path / "a.png")
     plots.sheet({"plain": torch.rand(2, 3, 8, 8)}, PROMPTS, tmp_path / "b.png")

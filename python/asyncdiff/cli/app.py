@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .bench import bench
+from .calibrate import calibrate
 from .demo import demo
 from .doctor import doctor
 from .generate import generate
@@ -25,6 +26,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(plan)
 app.command()(tune)
+app.command()(calibrate)
 app.command()(doctor)
 app.add_typer(bench)
 

@@ -18,7 +18,7 @@ PICTURES = 6  # prompts that are drawn when none is asked for
 def demo(
     components: opt.Components = 2,
     stride: opt.Stride = 1,
-    warmup: opt.Warmup = 1,
+    warmup: opt.WarmupOrAuto = "1",
     steps: opt.Steps = 50,
     devices: opt.Devices = None,
     seed: opt.Seed = 0,
@@ -30,20 +30,22 @@ def demo(
     time_shift: opt.TimeShift = False,
     schedule: opt.Schedule = "asyncdiff",
     exact_tail: opt.ExactTail = 0,
+    order: opt.Order = None,
     out: opt.Out = Path("out/demo.png"),
     as_json: opt.Json = False,
 ) -> None:
     """Draw with the shipped model: one device and asynchronously, side by side."""
     from ..plan import check_numbers, check_schedule
 
+    exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
-    check_numbers(components, stride, warmup, steps, exact_tail)
+    check_numbers(components, stride, exact if isinstance(exact, int) else 1, steps, exact_tail)
     if sampler not in SAMPLERS:
         raise typer.BadParameter(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler}")
     opt.writable(out)
     result = _run(
-        components, stride, warmup, steps, devices, seed, prompt, sampler, time_shift, schedule,
-        exact_tail, out,
+        components, stride, exact, steps, devices, seed, prompt, sampler, time_shift, schedule,
+        exact_tail, predictor, out,
     )  # fmt: skip
     if as_json:
         console.emit_json(result)
@@ -54,7 +56,7 @@ def demo(
 def _run(
     components: int,
     stride: int,
-    warmup: int,
+    warmup: int | str,
     steps: int,
     devices: str | None,
     seed: int,
@@ -63,6 +65,7 @@ def _run(
     time_shift: bool,
     schedule: str,
     exact_tail: int,
+    order: Any,
     out: Path,
 ) -> dict[str, Any]:
     import torch
@@ -94,7 +97,7 @@ def _run(
     plain, plain_ms = draw("sequential")
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, order=order,
     )  # fmt: skip
     try:
         fast, fast_ms = draw("asynchronous")

@@ -20,7 +20,7 @@ def generate(
     negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
     components: opt.Components = 2,
     stride: opt.Stride = 1,
-    warmup: opt.Warmup = 1,
+    warmup: opt.WarmupOrAuto = "1",
     steps: opt.Steps = 50,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
@@ -33,6 +33,7 @@ def generate(
     time_shift: opt.TimeShift = False,
     schedule: opt.Schedule = "asyncdiff",
     exact_tail: opt.ExactTail = 0,
+    order: opt.Order = None,
     compile: opt.Compile = None,
     split_guidance: opt.SplitGuidance = False,
     split_warmup: opt.SplitWarmup = False,
@@ -45,8 +46,9 @@ def generate(
     """Draw one picture with a diffusers pipeline, asynchronously."""
     from ..plan import check_numbers, check_schedule
 
+    exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
-    check_numbers(components, stride, warmup, steps, exact_tail)
+    check_numbers(components, stride, exact if isinstance(exact, int) else 1, steps, exact_tail)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     opt.writable(out)
@@ -84,8 +86,8 @@ def generate(
     from .. import parallelize
 
     handle = parallelize(
-        pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
+        pipe, devices=ranks, components=components, stride=stride, warmup=exact,
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, order=predictor,
         guidance="split" if split_guidance else "batched",
         warmup_mode="split" if split_warmup else "chain", compile=compile, progress=preparing,
     )  # fmt: skip

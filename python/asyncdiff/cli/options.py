@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import DeviceError
+from ..errors import DeviceError, PlanError
 
 Components = Annotated[
     int, typer.Option("--components", "-N", help="Parts that the denoiser is split into.")
 ]
 Stride = Annotated[int, typer.Option("--stride", "-S", help="Sampler steps served by one tick.")]
 Warmup = Annotated[int, typer.Option("--warmup", "-w", help="First steps, run exactly.")]
+WarmupOrAuto = Annotated[
+    str,
+    typer.Option(
+        "--warmup", "-w", help="First steps, run exactly; auto: while the output changes much."
+    ),
+]
 Steps = Annotated[int, typer.Option("--steps", "-T", help="Sampler steps of a generation.")]
 TimeShift = Annotated[
     bool, typer.Option("--time-shift", help="Pass the timestep one index earlier in every tick.")
@@ -26,6 +32,14 @@ Schedule = Annotated[
     ),
 ]
 ExactTail = Annotated[int, typer.Option("--exact-tail", help="Last steps, run exactly.")]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        "--order",
+        help="Of wavefront: how far clean images are extrapolated, 0 to 1, or a file written by "
+        "asyncdiff calibrate.",
+    ),
+]
 Devices = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +87,32 @@ def read_devices(text: str | None, ranks: int) -> list[str] | None:
     return devices * ranks if len(devices) == 1 else devices
 
 
+def read_warmup(text: str) -> int | str:
+    """A number, or "auto". Raises PlanError for anything else."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise PlanError(f"--warmup {text!r}: write a number of steps, or auto") from error
+
+
+def read_order(text: str | None) -> Any:
+    """A number, or the calibration in a file; None stays None. Raises PlanError for what is
+    neither."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    from ..calibration import Calibration
+
+    if not Path(text).is_file():
+        raise PlanError(f"--order {text!r} is no number from 0 to 1, and there is no such file")
+    return Calibration.load(text)
+
+
 def writable(path: Path) -> Path:
     """Make the folder that ``path`` goes to, before long work. Raises typer.BadParameter."""
     try:
@@ -80,5 +120,5 @@ def writable(path: Path) -> Path:
     except OSError as error:
         raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
     if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder: name a PNG file")
+        raise typer.BadParameter(f"{path} is a folder: name a file")
     return path

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from . import console
+from . import console, subject
 from . import options as opt
 
 DEMO_PROMPTS = 8
 
 
 def tune(
-    model: Annotated[
-        str | None, typer.Argument(help="A diffusers folder, or an id of the hub.")
-    ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Tune the shipped model.")] = False,
+    model: subject.Model = None,
+    demo: subject.Demo = False,
     psnr: Annotated[float | None, typer.Option(help="Keep at least this mean PSNR, in dB.")] = None,
     lpips: Annotated[float | None, typer.Option(help="Keep at most this mean LPIPS.")] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", help="What to draw; may be given several times."),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line.", exists=True, dir_okay=False)
-    ] = None,
+    prompt: subject.Prompts = None,
+    prompts_file: subject.PromptsFile = None,
     steps: opt.Steps = 50,
     ranks: Annotated[
         int | None,
@@ -36,42 +28,22 @@ def tune(
         str | None, typer.Option(help="Where to try, separated by commas; may repeat.")
     ] = None,
     seed: opt.Seed = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16 (default: float16 on GPUs).")
-    ] = None,
+    dtype: subject.Dtype = None,
     as_json: opt.Json = False,
 ) -> None:
     """Find the fastest setting that keeps a wanted PSNR or LPIPS, by trying."""
-    from .generate import DTYPES, load, place
-
-    if (model is None) == (not demo):
-        raise typer.BadParameter("give a model or --demo, one of them")
+    subject.check(model, demo, dtype)
     if (psnr is None) == (lpips is None):
         raise typer.BadParameter("give --psnr or --lpips, one of them")
-    if dtype is not None and dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
-    texts = list(prompt or [])
-    if prompts_file is not None:
-        texts += [line for line in prompts_file.read_text().splitlines() if line.strip()]
+    texts = subject.prompts(prompt, prompts_file, demo, DEMO_PROMPTS)
 
-    from .. import demo_model
     from ..devices import resolve
     from ..tune import tune as search
-    from .demo import spread
-    from .running import Preparing, quiet
+    from .running import Preparing
 
     asked = opt.read_devices(devices, 1)
     where = [str(d) for d in resolve(asked, len(asked) if asked else 2)]
-    if demo:
-        texts = texts or spread(list(demo_model.known_prompts()), DEMO_PROMPTS)
-        pipe: Any = demo_model.load(where[0])
-    else:
-        assert model is not None
-        pipe = load(model, dtype or ("float32" if where[0] == "cpu" else "float16"))
-        place(pipe, where[0])
-    if not texts:
-        raise typer.BadParameter("give prompts with --prompt or --prompts-file")
-    quiet(pipe)
+    pipe = subject.pipeline(model, where[0], dtype)
     told = Preparing()
     with console.progress() as bar:
         told.within(bar)
