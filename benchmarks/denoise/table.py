@@ -43,12 +43,23 @@ def measured(figures: dict[str, Model]) -> str:
     row("one GPU, eager, ms a step", lambda m: _median(m["eager"]["ms_a_step"]))
     for mode, title in MODES.items():
         row(f"one GPU, {title}, ms a step", lambda m, k=mode: _median(m[k]["ms_a_step"]))
+    shown: set[tuple[str, ...]] = set()
     for key in dict.fromkeys(k for m in models for k in m if k.startswith("N=")):
-        of = [m[key] for m in models if key in m]
-        for name, cell in _asynchronous(key, of[0]).items():
+        first = next(m[key] for m in models if key in m)
+        team = _team(key, first)
+        cells = _asynchronous(key, first) | ({} if team in shown else _OF_TEAM)
+        shown.add(team)
+        for name, cell in cells.items():
             row(name, lambda m, c=cell, k=key: c(m[k]))
     row("memory of the eager denoiser, MiB", lambda m: _memory(m["eager"]))
     return markdown(rows)
+
+
+def _team(key: str, first: Model) -> tuple[str, ...]:
+    """What decides about components, exchange and memory; exact steps do not."""
+    words = key.split(",")[0].split()
+    kept = [x for x in words if x[:2] in ("N=", "S=") or x in ("waves", "split")]
+    return (*kept, first.get("mode", "graph"))
 
 
 def _asynchronous(key: str, first: Model) -> dict[str, Callable[[Model], str]]:
@@ -57,19 +68,12 @@ def _asynchronous(key: str, first: Model) -> dict[str, Callable[[Model], str]]:
     mode = first.get("mode", "graph")
     return {
         f"asyncdiff {key}, {where}, ms a step": lambda s: _median(s["ms_a_step"]),
-        "— its components alone, ms": lambda s: " + ".join(
-            f"{t:.2f}" for t in s["component_ms_alone"]
-        ),
-        "— one GPU's share over the slowest of them": lambda s: f"{s['efficiency_alone']:.3f}",
         f"— times the speed of one GPU, {MODES.get(mode, mode)}": lambda s: _ratio(
             s[f"speedup_over_{mode}"]
         ),
         "— times eager's speed": lambda s: _ratio(s["speedup_over_eager"]),
-        "— exchange, MiB a tick": lambda s: f"{s['exchange_mib_per_tick']:.1f}",
         "— exposed exchange, ms a tick": lambda s: _median(s["exposed_ms_per_tick"], 3),
         "— distance of the final latents to eager's": lambda s: f"{s['distance_to_eager']:.4f}",
-        "— preparation, s": lambda s: f"{s['prepare_s'] + s['first_generation_s']:.0f}",
-        "— memory by GPU, MiB": _memory,
     }
 
 
@@ -83,6 +87,16 @@ def predicted(figures: dict[str, Model]) -> str:
         cells = [f"{r['speedup_over_one_gpu']:.2f}" if r is not None else "" for r in found]
         rows.append([key, str(gpus), *cells])
     return markdown(rows) if models else ""
+
+
+#: Rows that settings have in common where only their exact steps differ.
+_OF_TEAM: dict[str, Callable[[Model], str]] = {
+    "— its components alone, ms": lambda s: " + ".join(f"{t:.2f}" for t in s["component_ms_alone"]),
+    "— one GPU's share over the slowest of them": lambda s: f"{s['efficiency_alone']:.3f}",
+    "— exchange, MiB a tick": lambda s: f"{s['exchange_mib_per_tick']:.1f}",
+    "— preparation, s": lambda s: f"{s['prepare_s'] + s['first_generation_s']:.0f}",
+    "— memory by GPU, MiB": lambda s: _memory(s),
+}
 
 
 def _cell(cell: Callable[[Model], str], model: Model) -> str:
