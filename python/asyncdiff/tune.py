@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .calibration import Calibration
 from .cost import link_speed
 from .devices import Devices, resolve
 from .diffusers import parallelize, plan_partition
@@ -37,6 +38,11 @@ class Family:
         """Ranks that it takes."""
         return rank_count(self.components, self.stride, self.schedule)
 
+    def arguments(self, end: tuple[int, int]) -> dict[str, Any]:
+        """Of :func:`asyncdiff.parallelize`, with so many exact steps at both ends."""
+        warmup, exact_tail = end
+        return {**vars(self), "warmup": warmup, "exact_tail": exact_tail}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -49,14 +55,22 @@ class Trial:
     arguments: dict[str, Any]
     speedup: float
     fidelity: Fidelity
+    #: of calibrated waves: the ``order`` that belongs to the arguments
+    calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return {
+            "arguments": self.arguments,
+            "speedup": self.speedup,
+            "fidelity": asdict(self.fidelity),
+            "calibrated": self.calibration is not None,
+        }
 
     def __str__(self) -> str:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
         learned = "".join(f", {k} {v:.4f}" for k, v in self.fidelity.learned.items())
+        settings += ", calibrated" if self.calibration is not None else ""
         return (
             f"{settings}: {self.speedup:.2f} times the speed, {self.fidelity.psnr_db:.1f} dB, "
             f"SSIM {self.fidelity.ssim:.3f}{learned}"
@@ -86,6 +100,7 @@ def tune(
     num_inference_steps: int = 50,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
+    calibrate_on: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
     """The fastest setting of :func:`asyncdiff.parallelize` that keeps a wanted fidelity.
@@ -105,6 +120,9 @@ def tune(
             but at least two.
         num_inference_steps, seed: of the generations.
         call: further arguments of the pipeline's call.
+        calibrate_on: other prompts than ``prompts``, eight or more: waves are calibrated on them
+            (:meth:`asyncdiff.diffusers.Handle.calibrate`), each setting for itself, which takes
+            five generations of these.
         progress: called with (what, done, of how many).
 
     Raises TuneError, which names the best setting tried, where none is good enough; InputError for
@@ -117,14 +135,32 @@ def tune(
     ranks = ranks or max(2, len(set(where)))
     if ranks < 2:
         raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
+    if calibrate_on is not None and set(calibrate_on) & set(prompts):
+        raise InputError("calibrate_on and prompts share some: judge by others than were fitted")
+
+    def arguments(texts: Sequence[str], first_seed: int) -> dict[str, Any]:
+        noise = [torch.Generator("cpu").manual_seed(first_seed + i) for i in range(len(texts))]
+        own = {"prompt": list(texts), "generator": noise, **dict(call or {})}
+        return own | {"num_inference_steps": num_inference_steps, "output_type": "pt"}
 
     def draw() -> torch.Tensor:
-        noise = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-        arguments = {"prompt": list(prompts), "generator": noise, **dict(call or {})}
-        arguments |= {"num_inference_steps": num_inference_steps, "output_type": "pt"}
         with torch.no_grad():
-            images: torch.Tensor = pipe(**arguments).images
+            images: torch.Tensor = pipe(**arguments(prompts, seed)).images
         return images.float().cpu()
+
+    def attempt(family: Family, end: tuple[int, int], speedup: float) -> Trial:
+        settings = family.arguments(end)
+        devices = [where[r % len(where)] for r in range(family.ranks)]
+        # The split is that which the user will get: it decides what is stale.
+        handle = parallelize(pipe, devices, compile=False, **settings)
+        try:
+            calibration = None
+            if calibrate_on is not None and family.schedule == "wavefront":
+                calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
+            close = fidelity(draw(), reference, prompts, learned)
+        finally:
+            handle.restore()
+        return Trial(settings, speedup, close, calibration)
 
     reference = draw()
     families = _families(ranks)
@@ -143,7 +179,7 @@ def tune(
             if best is not None and speedup <= best.speedup:
                 high = middle  # too slow to be of use, and with more exact steps slower still
                 continue
-            trial = _try(pipe, family, end, speedup, where, draw, reference, prompts, learned)
+            trial = attempt(family, end, speedup)
             tried.append(trial)
             if good(trial.fidelity):
                 best, high = trial, middle
@@ -205,31 +241,3 @@ def _speedups(
         )
         out[w, tail] = predict(plan, timing).speedup
     return out
-
-
-def _try(
-    pipe: Any,
-    family: Family,
-    end: tuple[int, int],
-    speedup: float,
-    where: Sequence[torch.device],
-    draw: Callable[[], torch.Tensor],
-    reference: torch.Tensor,
-    prompts: Sequence[str],
-    learned: dict[str, Learned],
-) -> Trial:
-    arguments: dict[str, Any] = {
-        "components": family.components,
-        "stride": family.stride,
-        "warmup": end[0],
-        "exact_tail": end[1],
-        "schedule": family.schedule,
-    }
-    devices = [where[r % len(where)] for r in range(family.ranks)]
-    # The split is that which the user will get: it decides what is stale.
-    handle = parallelize(pipe, devices, compile=False, **arguments)
-    try:
-        images = draw()
-    finally:
-        handle.restore()
-    return Trial(arguments, speedup, fidelity(images, reference, prompts, learned))

@@ -147,6 +147,19 @@ def test_tune_takes_the_fastest_that_is_good_enough(pipe: Any) -> None:
     assert type(pipe) is kind  # as it was
 
 
+def test_tune_calibrates_waves_on_other_prompts(pipe: Any) -> None:
+    settings: dict[str, Any] = {"devices": ["cpu"], "num_inference_steps": 5, "psnr_db": 5}
+    found = tune(pipe, PROMPTS[:1], calibrate_on=["house", "dog"], **settings)
+    assert any(t.arguments["schedule"] == "wavefront" for t in found.tried)
+    for trial in found.tried:
+        assert (trial.calibration is not None) == (trial.arguments["schedule"] == "wavefront")
+        assert trial.to_dict()["calibrated"] == ("calibrated" in str(trial))
+        if trial.calibration is not None:
+            assert trial.calibration.warmup == trial.arguments["warmup"]
+    with pytest.raises(InputError, match="judge by others"):
+        tune(pipe, PROMPTS, calibrate_on=["house", PROMPTS[1]], **settings)
+
+
 def test_targets_that_make_no_sense(pipe: Any) -> None:
     for wrong in ({}, {"psnr_db": 30, "max_lpips": 0.1}):
         with pytest.raises(InputError, match="one of them"):

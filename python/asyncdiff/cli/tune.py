@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,17 @@ def tune(
     devices: Annotated[
         str | None, typer.Option(help="Where to try, separated by commas; may repeat.")
     ] = None,
+    calibrate_on: Annotated[
+        Path | None,
+        typer.Option(
+            help="Other prompts, one a line: waves are calibrated on them.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The calibration, if what is taken has one.")
+    ] = Path("out/calibration.json"),
     seed: opt.Seed = 0,
     dtype: subject.Dtype = None,
     as_json: opt.Json = False,
@@ -36,6 +48,9 @@ def tune(
     if (psnr is None) == (lpips is None):
         raise typer.BadParameter("give --psnr or --lpips, one of them")
     texts = subject.prompts(prompt, prompts_file, demo, DEMO_PROMPTS)
+    others = subject.prompts(None, calibrate_on, False, 0) if calibrate_on is not None else None
+    if others is not None:
+        opt.writable(out)
 
     from ..devices import resolve
     from ..tune import tune as search
@@ -56,12 +71,19 @@ def tune(
             ranks=ranks,
             num_inference_steps=steps,
             seed=seed,
+            calibrate_on=others,
             progress=told,
         )
+    calibration = found.chosen.calibration
+    if calibration is not None:
+        calibration.save(out)
     if as_json:
-        console.emit_json(found.to_dict())
+        where_to = {} if calibration is None else {"calibration": str(out.resolve())}
+        console.emit_json(found.to_dict() | where_to)
         return
-    out = console.stdout()
+    stdout = console.stdout()
     for trial in found.tried:
-        out.print(f"tried {trial}", markup=False)
-    out.print(f"take  {found.chosen}", markup=False)
+        stdout.print(f"tried {trial}", markup=False)
+    stdout.print(f"take  {found.chosen}", markup=False)
+    if calibration is not None:
+        stdout.print(f"calibration: {out.resolve()}", markup=False)
