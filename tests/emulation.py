@@ -6,7 +6,7 @@ which component owns which node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,10 @@ def evaluate(
     latents: torch.Tensor,
     time: torch.Tensor,
     stale: Values,
-) -> tuple[torch.Tensor, Values]:
-    """The first output and all values as ``component`` sees them: values that others own come
-    from ``stale``. ``component=None`` computes everything."""
+    wanted: Sequence[fx.Node] = (),
+) -> tuple[Any, Values]:
+    """The first output (of the last of ``wanted``, if any) and all values as ``component`` sees
+    them: values that others own come from ``stale``. ``component=None`` computes everything."""
     inputs = captured.signature.inputs
     values: Values = {}
 
@@ -53,7 +54,10 @@ def evaluate(
         values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
-    return value(captured.outputs[0]), values
+    out = None
+    for node in wanted or captured.outputs[:1]:
+        out = value(node)
+    return out, values
 
 
 def generate(
@@ -109,25 +113,48 @@ def _component(
     stale: Values,
 ) -> tuple[torch.Tensor | None, Values]:
     """What a component computes: for the last one the output, for others all that they own."""
-    if component == components - 1:
-        out, values = evaluate(captured, owners, component, call, latents, time, stale)
-    else:
-        out, values = None, {}
-    for node in captured.nodes:
-        if owners.get(node) == component and node not in values:
-            single = _Single(captured, node)
-            _, more = evaluate(single, owners, component, call, latents, time, stale)  # type: ignore[arg-type]
-            values |= more
-    return out, values
+    owned = [node for node in captured.nodes if owners.get(node) == component]
+    last = component == components - 1
+    out, values = evaluate(
+        captured, owners, component, call, latents, time, stale,
+        [*owned, captured.outputs[0]] if last else owned,
+    )  # fmt: skip
+    return out if last else None, values
 
 
-class _Single:
-    """A captured denoiser of which one node is the output."""
+class Waves:
+    """Evaluations of waves whose delay is shorter than N − 1, in the order in which they start.
 
-    def __init__(self, captured: Captured, node: fx.Node) -> None:
-        self.signature, self.weights, self.inputs = (
-            captured.signature,
-            captured.weights,
-            captured.inputs,
+    Component c runs min(c, delay) ticks after a wave starts. It finds the wave's own values of
+    components that run before it, and of those that run at once with it the ones of the wave (or
+    exact step) before.
+    """
+
+    def __init__(
+        self, captured: Captured, owners: Owners, components: int, delay: int, call: Call
+    ) -> None:
+        self._captured, self._owners, self._call = captured, owners, call
+        self._components, self._delay = components, delay
+        self._before: Values = {}
+
+    def exact(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The output of an exact step."""
+        out, self._before = evaluate(
+            self._captured, self._owners, None, self._call, latents, time, {}
         )
-        self.outputs = [node]
+        return out
+
+    def wave(self, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The output of a wave."""
+        fresh: Values = {}
+        out = None
+        for c in range(self._components):
+            earlier = range(min(c, self._delay)) if c < self._delay else range(self._delay)
+            seen = self._before | {n: v for n, v in fresh.items() if self._owners[n] in earlier}
+            out, values = _component(
+                self._captured, self._owners, c, self._components, self._call, latents, time, seen
+            )
+            fresh |= {n: v for n, v in values.items() if self._owners.get(n) == c}
+        self._before = fresh
+        assert out is not None
+        return out

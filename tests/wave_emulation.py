@@ -2,7 +2,8 @@
 
 An independent oracle in float64: no plan, no components, no channels, no matrices. A wave is one
 evaluation of the whole denoiser at its own latents and time; that it passes through components
-shows only in when its result is known.
+shows only in when its result is known. With a short delay its components also see values of the
+wave before: :class:`emulation.Waves`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def generate(
     alphas: list[float],
     sigmas: list[float],
     *,
-    components: int,
+    delay: int,
     stride: int,
     warmup: int,
     order: float,
@@ -48,9 +49,11 @@ def generate(
     correct: bool = False,
     drain: bool = False,
     predict: Predict | None = None,
+    wave: Denoise | None = None,
 ) -> torch.Tensor:
     """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
-    for noise predictions. ``predict`` instead of a line."""
+    for noise predictions. ``predict`` instead of a line; ``wave`` evaluates asynchronous steps, one
+    after another, where that is not what an exact one does."""
     steps = len(alphas)
     end = steps - exact_tail
     known: dict[int, torch.Tensor] = {}
@@ -73,8 +76,8 @@ def generate(
         exact(k)
     for tick, k in enumerate(range(warmup, end, stride)):
         start = path[k]
-        noises[k] = denoise(start, k)
-        waves[tick + components - 1] = k, (start - sigmas[k] * noises[k]) / alphas[k]
+        noises[k] = (wave or denoise)(start, k)
+        waves[tick + delay] = k, (start - sigmas[k] * noises[k]) / alphas[k]
         first = k
         if tick in waves:
             arrived, x0 = waves.pop(tick)

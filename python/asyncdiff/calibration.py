@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,18 @@ from .predictor import Estimate
 
 #: Terms of a step, in the order of its coefficients.
 TERMS = ("slope", "curve", "noise", "noise_slope")
-_VERSION = 1
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Waves: N, S, the ticks until a prediction arrives, and the exact steps at both ends."""
+
+    components: int
+    stride: int
+    delay: int
+    warmup: int
+    exact_tail: int
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,7 @@ class Calibration:
     L2 distance to the sequential latents, by the way of predicting, of the pictures kept for that.
     """
 
-    components: int
-    stride: int
-    warmup: int
-    exact_tail: int
+    shape: Shape
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
     newest: tuple[int, ...]
@@ -64,14 +72,10 @@ class Calibration:
                 out = added(out, parts[name], coefficient)
         return out
 
-    def check(
-        self, components: int, stride: int, warmup: int, exact_tail: int, clean: CleanImage
-    ) -> None:
+    def check(self, shape: Shape, clean: CleanImage) -> None:
         """Raise PlanError unless a generation is one that this was fitted for."""
-        mine = (self.components, self.stride, self.warmup, self.exact_tail)
-        asked = (components, stride, warmup, exact_tail)
-        names = ("components", "stride", "warmup", "exact_tail")
-        for name, was, now in zip(names, mine, asked, strict=True):
+        for name, now in vars(shape).items():
+            was = getattr(self.shape, name)
             if was != now:
                 raise PlanError(
                     f"the calibration was made with {name}={was}, not {now}: call calibrate() with "
@@ -88,7 +92,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        data = {"version": _VERSION, **vars(self), "terms": TERMS, "tried": dict(self.tried)}
+        data = {"version": _VERSION, **asdict(self), "terms": TERMS}
         Path(path).write_text(json.dumps(data, indent=1))
 
     @classmethod
@@ -98,6 +102,7 @@ class Calibration:
             data: dict[str, Any] = json.loads(Path(path).read_text())
             if data.pop("version") != _VERSION or tuple(data.pop("terms")) != TERMS:
                 raise ValueError("it is of another version")
+            data["shape"] = Shape(**data["shape"])
             for name in ("alpha", "sigma", "newest"):
                 data[name] = tuple(data[name])
             data["coefficients"] = tuple(tuple(row) for row in data["coefficients"])

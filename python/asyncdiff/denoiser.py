@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from torch import nn
 
 from . import devices as device_list
 from .assign import check_split_argument
-from .calibration import Calibration
+from .calibration import Calibration, Shape
 from .calls import Call, Role, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
@@ -25,8 +26,8 @@ from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
 from .groups import GROUPS, Groups
 from .partition import Partition, Split
-from .plan import Plan, build, check_numbers, check_schedule, rank_count
-from .predictor import Line, Predictor, Rule, check_order, default_order
+from .plan import Plan, build, check_delay, check_numbers, check_schedule, rank_count
+from .predictor import Late, Line, Predictor, Rule, check_order, default_order
 from .prepared import Engines, Making
 from .progress import Progress
 from .sampler import Samplers
@@ -55,8 +56,11 @@ class AsyncDenoiser:
             ``partition.cuts`` of an earlier run.
         latents, timestep: names of those arguments, where they are not the usual ones.
         schedule: ``"asyncdiff"``, as published, or ``"wavefront"``: an evaluation passes through
-            the components in successive ticks, nothing inside it is stale, and the sampler goes on
-            with an extrapolated clean image until it arrives (docs/wavefront.md).
+            the components in successive ticks, and the sampler goes on with an extrapolated clean
+            image until it arrives (docs/wavefront.md).
+        delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
+            nothing inside a wave is stale. None for what measured best: 1 where the first component
+            sends to the last one, as in UNets, N − 1 in a chain of components.
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
             straight line); None for what measured best for N and S; or what :meth:`calibrate` or
             ``Calibration.load`` returned.
@@ -105,6 +109,7 @@ class AsyncDenoiser:
         latents: str | None = None,
         timestep: str | None = None,
         schedule: str = "asyncdiff",
+        delay: int | None = None,
         order: float | Calibration | None = None,
         exact_tail: int = 0,
         extrapolate: float = 0.0,
@@ -120,6 +125,7 @@ class AsyncDenoiser:
             schedule, time_shift=time_shift, extrapolate=extrapolate, exact_tail=exact_tail
         )
         check_numbers(components, stride, self.exact_steps(_MANY))
+        check_delay(delay, schedule, components)
         check_order(order, schedule)
         check_split_argument(module, split, components)
         ranks = rank_count(components, stride, schedule)
@@ -135,6 +141,7 @@ class AsyncDenoiser:
         self.split = split
         self.time_shift = time_shift
         self.schedule = schedule
+        self.delay = delay
         self.order = order
         self.extrapolate = extrapolate
         self.guidance = guidance
@@ -152,6 +159,7 @@ class AsyncDenoiser:
             split,
             guidance,
             schedule,
+            delay,
             extrapolate,
             self.compile,
             progress,
@@ -223,6 +231,7 @@ class AsyncDenoiser:
             time_shift=self.time_shift,
             extrapolate=self.extrapolate,
             drain=drain,
+            delay=self.delay,
             exchanges=order.exchanges if order else None,
             exact_order=order.exact_order if order else None,
         )
@@ -321,32 +330,41 @@ class AsyncDenoiser:
                 self.stop()
 
     def start(
-        self, timesteps: Sequence[Any] | torch.Tensor, clean: CleanImage | None = None
+        self,
+        timesteps: Sequence[Any] | torch.Tensor,
+        clean: CleanImage | None = None,
+        predictor: Late | None = None,
     ) -> None:
         """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
 
-        ``clean`` tells the clean images of these steps; waves need it.
+        ``clean`` tells the clean images of these steps; waves need it, or a predictor of their own.
         """
         self._check_steps(len(timesteps))
         with self._lock:
             self.stop()
-            predictor = None
-            if self.schedule == "wavefront":
+            predict: Callable[[Plan], Late] | None = None
+            if predictor is not None:
+                predict = lambda plan: predictor  # noqa: E731
+            elif self.schedule == "wavefront":
                 assert clean is not None
-                predictor = Predictor(clean, self.rule_of(clean))
+                predict = functools.partial(self._predictor, clean)
             auto = self.auto_warmup
             drift = None if auto is None else Drift(auto)
-            self._generation = Generation(torch.as_tensor(timesteps), predictor, drift)
+            self._generation = Generation(torch.as_tensor(timesteps), predict, drift)
 
-    def rule_of(self, clean: CleanImage) -> Rule:
-        """How waves predict the clean images of these steps. Raises PlanError where the calibration
-        is for others."""
+    def _predictor(self, clean: CleanImage, plan: Plan) -> Predictor:
+        return Predictor(clean, self.rule_of(clean, plan))
+
+    def rule_of(self, clean: CleanImage, plan: Plan) -> Rule:
+        """How waves of this plan predict the clean images of these steps. Raises PlanError where
+        the calibration is for others."""
         if isinstance(self.order, Calibration):
             steps = self.exact_steps(len(clean.alpha))
-            self.order.check(self.components, self.stride, steps, self.exact_tail, clean)
+            shape = Shape(self.components, self.stride, plan.delay, steps, self.exact_tail)
+            self.order.check(shape, clean)
             return self.order
         if self.order is None:
-            return Line(default_order(clean, self.components, self.stride))
+            return Line(default_order(clean, plan.delay, self.stride))
         return Line(self.order)
 
     def stop(self) -> None:
@@ -479,8 +497,8 @@ class AsyncDenoiser:
         it from now on (``order``).
 
         Arguments as of :meth:`generate`; ``latents`` are those of a few pictures of the kind that
-        will be drawn, eight or more, two at least. Takes five generations of them with every step
-        exact, one after another. It gains most where steps are large (docs/wavefront.md), and is
+        will be drawn, eight or more, two at least. Takes five generations of them, one after
+        another, the first with every step exact. It gains most where steps are large (docs/wavefront.md), and is
         not worse than the default on the pictures that it was judged by.
 
         Raises PlanError unless the schedule is "wavefront" and warmup a number, SchedulerError for

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from .calibrate import Shape, fit
-from .calibration import Calibration
+from .calibrate import fit
+from .calibration import Calibration, Shape
 from .calls import Call, Role, argument_names
 from .clean_image import clean_image
 from .errors import InputError, PlanError, SchedulerError
@@ -205,7 +205,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     if waves:
         try:
             clean = clean_image(request.scheduler)
-            rule = denoiser.rule_of(clean)
+            rule = denoiser.rule_of(clean, plan)
             samplers = wave_samplers(sampler, clean, plan, rule, bool(request.correct))
         except SchedulerError as e:
             if request.update == "linear" or request.correct or request.drain:
@@ -271,47 +271,83 @@ def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
     return latents
 
 
+class _Collector:
+    """In place of a predictor: keeps what arrives. What a step is given meanwhile is not used."""
+
+    def __init__(self) -> None:
+        self.predictions: dict[int, torch.Tensor] = {}
+
+    def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
+        """See :class:`asyncdiff.predictor.Late`."""
+        self.predictions[step] = prediction.clone()
+        self._like = prediction
+
+    def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`asyncdiff.predictor.Late`."""
+        return torch.zeros_like(self._like, dtype=dtype)
+
+
+class _Run:
+    """A generation whose steps somebody else takes; see :class:`asyncdiff.calibrate.Run`."""
+
+    def __init__(
+        self, denoiser: AsyncDenoiser, request: Request, arguments: _Arguments, warmup: int, tail: int
+    ) -> None:
+        self._denoiser, self._request, self._arguments = denoiser, request, arguments
+        self._times = arguments.times(check_scheduler(request.scheduler))
+        self._collector = _Collector()
+        arriving = torch.stack([t.reshape(-1)[0] for t in self._times])
+        denoiser.warmup, denoiser.exact_tail = warmup, tail
+        denoiser.start(arriving, predictor=self._collector)
+
+    def step(self, k: int, z: torch.Tensor) -> Mapping[int, torch.Tensor]:
+        """See :class:`asyncdiff.calibrate.Run`."""
+        self._collector.predictions = {}
+        sample = torch.cat([z] * self._request.copies)
+        call = self._denoiser.parse((), self._arguments.call(sample, self._times[k]))
+        _check_call(call)
+        noise = pytree.tree_leaves(self._denoiser.call(call))[0]
+        _check_prediction(self._request, noise.shape)
+        found = self._collector.predictions
+        return {j: _guided(p.float(), self._request) for j, p in found.items()}
+
+
 def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
     """What waves of this denoiser predict best with; see :meth:`AsyncDenoiser.calibrate`."""
     if denoiser.schedule != "wavefront":
         raise PlanError("only waves are calibrated: take schedule='wavefront'")
     if denoiser.auto_warmup is not None:
         raise PlanError("a calibration is for a fixed number of exact steps: set warmup to it")
-    warmup, tail = denoiser.warmup, denoiser.exact_tail
+    warmup, tail = cast(int, denoiser.warmup), denoiser.exact_tail
     with torch.inference_mode(False), torch.no_grad(), bar(denoiser.progress) as progress:
         _set_timesteps(request)
         sampler = denoiser.samplers.get(request.scheduler, request.step_options)
         clean = clean_image(request.scheduler)
         arguments = _Arguments(denoiser, request)
-        times = arguments.times(check_scheduler(request.scheduler))
-        arriving = torch.stack([t.reshape(-1)[0] for t in times])
-        steps = len(times)
+        steps = len(clean.alpha)
         denoiser.plan(steps)  # which raises where these do not fit each other
+        sample = torch.cat([request.latents] * request.copies)
+        times = arguments.times(check_scheduler(request.scheduler))
+        denoiser.prepare(**arguments.call(sample, times[0]))
+        delay = denoiser.plan(steps).delay
 
-        def exact(k: int, z: torch.Tensor) -> torch.Tensor:
-            if k == 0:
-                denoiser.start(arriving, clean)
-            call = denoiser.parse((), arguments.call(torch.cat([z] * request.copies), times[k]))
-            _check_call(call)
-            noise = pytree.tree_leaves(denoiser.call(call))[0]
-            _check_prediction(request, noise.shape)
-            return _guided(noise.float(), request)
+        def begin(exact: bool) -> _Run:
+            ends = (steps, 0) if exact else (warmup, tail)
+            return _Run(denoiser, request, arguments, *ends)
 
-        before, denoiser.order = denoiser.order, None
-        denoiser.warmup, denoiser.exact_tail = steps, 0
         try:
             return fit(
-                exact,
+                begin,
                 request.latents,
                 sampler,
                 clean,
-                Shape(denoiser.components, denoiser.stride, cast(int, warmup), tail),
-                default_order(clean, denoiser.components, denoiser.stride),
+                Shape(denoiser.components, denoiser.stride, delay, warmup, tail),
+                default_order(clean, delay, denoiser.stride),
                 lambda done, total: progress("calibrating", done, total),
             )
         finally:
             denoiser.stop()
-            denoiser.order, denoiser.warmup, denoiser.exact_tail = before, warmup, tail
+            denoiser.warmup, denoiser.exact_tail = warmup, tail
 
 
 def _guided(noise: torch.Tensor, request: Request) -> torch.Tensor:

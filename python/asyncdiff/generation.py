@@ -15,8 +15,7 @@ from .engine import Engine, InputsOf
 from .errors import InputError, SchedulerError
 from .groups import Groups
 from .plan import Plan, Tick
-from .predictor import Predictor
-from .wavefront import delay
+from .predictor import Late
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,15 @@ class Phase:
 class Generation:
     """Serves the steps of one generation, in order, from the ticks of its phases' plans.
 
-    With ``predictor`` the plans are of waves: their predictions come late, and it says what the
-    sampler is given until then. With ``drift`` exact steps end when it says so.
+    With ``predict`` the plans are of waves: their predictions come late, and what it makes for the
+    main plan says what the sampler is given until then. With ``drift`` exact steps end when it says
+    so.
     """
 
     def __init__(
         self,
         timesteps: torch.Tensor,
-        predictor: Predictor | None = None,
+        predict: Callable[[Plan], Late] | None = None,
         drift: Drift | None = None,
     ) -> None:
         self.timesteps = timesteps
@@ -93,7 +93,8 @@ class Generation:
         self.next_step = 0
         self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
-        self._predictor = predictor
+        self._predict = predict
+        self._predictor: Late | None = None
         self._drift = drift
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
@@ -111,9 +112,12 @@ class Generation:
     ) -> None:
         """Take the engines for this generation, whose steps ``phases`` serve one after another.
 
-        ``plan_of`` makes the same plan with another number of exact steps, for ``drift``.
+        ``plan_of`` makes the same plan with another number of exact steps, for ``drift``. Raises
+        PlanError where a calibration is for other waves.
         """
         self._follow(phases)
+        if self._predict is not None:
+            self._predictor = self._predict(self._main.plan)
         self.engine = self._main.engine
         self._prepare_s = prepare_s
         self._plan_of = plan_of
@@ -182,7 +186,7 @@ class Generation:
         )
         return {k + phase.first: leaves for k, leaves in results.items()}
 
-    def _by_waves(self, step: int, call: Call, predictor: Predictor) -> list[Any]:
+    def _by_waves(self, step: int, call: Call, predictor: Late) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
@@ -195,7 +199,7 @@ class Generation:
             for wave in sorted(results):
                 predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
                 self._held = {-1: results[wave]}
-            oldest = step - delay(self._main.plan.components, self._main.plan.stride)
+            oldest = step - self._main.plan.delay * self._main.plan.stride
             self._inputs = {k: v for k, v in self._inputs.items() if k > oldest}
             if tick.exact:
                 return results[step]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from .actions import Action, Exchange, Kind, Tick
 from .errors import PlanError
 from .wavefront import Builder as Waves
-from .wavefront import lagged
+from .wavefront import lagged, shortest_delay
 
 __all__ = [
     "SCHEDULES",
@@ -30,10 +30,12 @@ __all__ = [
     "Tick",
     "build",
     "chain",
+    "check_delay",
     "check_numbers",
     "check_schedule",
     "rank_count",
     "ring",
+    "wave_delay",
 ]
 
 #: "asyncdiff": that of AsyncDiff, as published. "wavefront": see :mod:`asyncdiff.wavefront`.
@@ -56,6 +58,8 @@ class Plan:
     exact_tail: int = 0
     extrapolate: float = 0.0
     drain: bool = False
+    #: ticks from a wave's start to its prediction; 0 in the published schedule
+    delay: int = 0
 
     @property
     def ranks(self) -> int:
@@ -94,8 +98,22 @@ def rank_count(components: int, stride: int, schedule: str) -> int:
     return components if schedule == "wavefront" else components + stride - 1
 
 
+def wave_delay(
+    components: int, exchanges: Sequence[Exchange], schedule: str, delay: int | None = None
+) -> int:
+    """The delay of plans of this schedule: ``delay``, or where that is None the one that measured
+    best for these exchanges. 0 for the published schedule, and where one component does it all."""
+    if schedule != "wavefront" or components == 1:
+        return 0
+    return shortest_delay(components, exchanges) if delay is None else delay
+
+
 def ring(
-    exchanges: Sequence[Exchange], schedule: str = "asyncdiff", extrapolate: float = 0.0
+    exchanges: Sequence[Exchange],
+    components: int,
+    schedule: str = "asyncdiff",
+    extrapolate: float = 0.0,
+    delay: int | None = None,
 ) -> int:
     """Slots of the rings that a schedule needs: a bundle is kept until its reader has used it.
 
@@ -103,7 +121,8 @@ def ring(
     CUDA graph is recorded for each of them, not for every combination of several depths.
     """
     if schedule == "wavefront":
-        return max([2, *(e.lag + 1 for e in lagged(exchanges))])
+        late = wave_delay(components, exchanges, schedule, delay)
+        return max([2, *(e.lag + 1 for e in lagged(exchanges, components, late))])
     return 3 if extrapolate else 2
 
 
@@ -133,6 +152,23 @@ def check_schedule(
         )
     if schedule == "asyncdiff" and drain:
         raise PlanError("drain belongs to schedule='wavefront': here no wave is left over")
+
+
+def check_delay(delay: int | None, schedule: str, components: int) -> None:
+    """Raise :class:`PlanError` for a delay that waves of so many components cannot have."""
+    if delay is None:
+        return
+    if schedule != "wavefront":
+        raise PlanError(
+            "delay belongs to schedule='wavefront': here every prediction is one of its own step"
+        )
+    if isinstance(delay, bool) or not isinstance(delay, int) or not 1 <= delay < components:
+        raise PlanError(
+            f"delay={delay!r}: waves of {components} components arrive after 1 to "
+            f"{components - 1} ticks; None takes what measured best"
+            if components > 1
+            else f"delay={delay!r}: with one component nothing is late; leave it at None"
+        )
 
 
 def check_numbers(
@@ -169,6 +205,7 @@ def build(
     time_shift: bool = False,
     extrapolate: float = 0.0,
     drain: bool = False,
+    delay: int | None = None,
     exchanges: Sequence[Exchange] | None = None,
     exact_order: Sequence[int] | None = None,
 ) -> Plan:
@@ -184,7 +221,8 @@ def build(
     Of schedule "asyncdiff" only: ``time_shift``; ``extrapolate``, by how much of the last change
     the values of other components are moved on before they are used (0: they are used as they
     came). Of "wavefront" only: ``drain``, whether the waves still under way after the last
-    asynchronous step are finished.
+    asynchronous step are finished; ``delay``, ticks from a wave's start to its prediction, from 1
+    to N − 1 (None: the fewest exchanges from the first component to the last).
 
     Raises PlanError for numbers and options that no plan has.
     """
@@ -196,6 +234,7 @@ def build(
         exact_tail=exact_tail,
     )
     check_numbers(components, stride, warmup, steps, exact_tail)
+    check_delay(delay, schedule, components)
     edges = tuple(chain(components) if exchanges is None else exchanges)
     order = tuple(range(components) if exact_order is None else exact_order)
     _check_edges(components, edges, order)
@@ -204,34 +243,27 @@ def build(
             "extrapolate needs components that follow each other: these depend on each other in a "
             "circle. Split by cuts (split='auto' or 'estimate'), or leave extrapolate at 0"
         )
-    slots = ring(edges, schedule, extrapolate)
+    slots = ring(edges, components, schedule, extrapolate, delay)
+    late = wave_delay(components, edges, schedule, delay)
     if schedule == "wavefront":
-        edges = lagged(edges)
-        ticks = _waves(components, stride, edges, warmup, steps, exact_tail, drain)
+        edges = lagged(edges, components, late)
+        ticks = _waves(Waves(components, stride, edges, late), warmup, steps, exact_tail, drain)
     else:
         builder = _Builder(components, stride, edges, 2 if extrapolate else 1)
         ticks = builder.ticks(warmup, steps, exact_tail, order, time_shift)
     return Plan(
         components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks),
-        schedule, exact_tail, float(extrapolate), drain,
+        schedule, exact_tail, float(extrapolate), drain, late,
     )  # fmt: skip
 
 
-def _waves(
-    components: int,
-    stride: int,
-    edges: tuple[Exchange, ...],
-    warmup: int,
-    steps: int,
-    exact_tail: int,
-    drain: bool,
-) -> list[Tick]:
-    builder = Waves(components, stride, edges)
+def _waves(builder: Waves, warmup: int, steps: int, exact_tail: int, drain: bool) -> list[Tick]:
     for k in range(warmup):
         builder.exact(k)
     builder.asynchronous(warmup, steps - exact_tail, drain)
     for k in range(steps - exact_tail, steps):
         builder.exact(k)
+    builder.finish()
     return builder.ticks
 
 

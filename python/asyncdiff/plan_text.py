@@ -16,6 +16,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "exact_tail": int,
     "extrapolate": float,
     "drain": lambda text: bool(int(text)),
+    "delay": int,
 }
 _RUN = re.compile(r"r(\d+) R(\d+) x(\d+) t(\d+)(?: e(\d+))?(?: p(\d+))?(?: <(\S+))?$")
 _WAIT = re.compile(r"r(\d+) ([GL])(\d+)$")

@@ -17,7 +17,6 @@ import torch
 
 from .clean_image import CleanImage
 from .errors import InputError, PlanError
-from .wavefront import delay
 
 #: The most that is extrapolated: so many times the distance of the two known steps.
 REACH = 4.0
@@ -38,19 +37,19 @@ def check_order(order: float | Rule | None, schedule: str) -> None:
         )
 
 
-def default_order(clean: CleanImage, components: int, stride: int) -> float:
-    """The order that measured best for such steps (docs/wavefront.md has the figures).
+def default_order(clean: CleanImage, delay: int, stride: int) -> float:
+    """The order that measured best for such steps (docs/wavefront.md has the figures), when
+    predictions arrive ``delay`` ticks late.
 
     The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
     it amplifies what it is fed back. With a stride it never paid.
     """
-    if stride > 1:
+    if stride > 1 or delay == 0:
         return 0.0
-    late = delay(components, stride)
     gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
     middle = gaps[len(gaps) // 2] if gaps else 0.0
     fine = min(1.0, max(0.0, (LARGE_STEP - middle) / (LARGE_STEP - SMALL_STEP)))
-    return 0.75 / late**1.2 * fine if late else 0.0
+    return 0.75 / delay**1.2 * fine
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,16 @@ class Line:
             return Estimate({newest: 1.0})
         reach = min((step - newest) / (newest - before[0]), REACH)
         return Estimate({newest: 1 + self.order * reach, before[0]: -self.order * reach})
+
+
+class Late(Protocol):
+    """Takes predictions that arrive late, and says what a step is given meanwhile."""
+
+    def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
+        """The prediction of a step, and the denoiser's input that it belongs to."""
+
+    def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The prediction for ``step``, whose denoiser input is ``z``."""
 
 
 class Predictor:

@@ -34,6 +34,7 @@ class Making:
     split: Split
     guidance: str
     schedule: str
+    delay: int | None
     extrapolate: float
     compile: bool
     progress: Progress | None
@@ -111,7 +112,13 @@ class Engines:
                 devices,
                 self._weights,
                 call.tensors,
-                slots=ring(parts.exchanges, making.schedule, making.extrapolate),
+                slots=ring(
+                    parts.exchanges,
+                    len(parts.components),
+                    making.schedule,
+                    making.extrapolate,
+                    making.delay,
+                ),
                 extrapolate=making.extrapolate,
                 deadline=making.deadline,
                 compile=progress,

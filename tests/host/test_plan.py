@@ -51,12 +51,20 @@ def simulate(plan):
                     assert slots[k][ordinal % plan.slots] == ordinal, "slot reused"
                     if waves:
                         step, made = wave_of[source, ordinal]
-                        assert step == a.latents == a.time, "a value of another wave"
                         lag = next(
                             e.lag for e in plan.exchanges
                             if (e.source, e.target) == (source, a.component)
                         )  # fmt: skip
-                        assert tick.exact or tick.index - made == lag
+                        late = [min(c, plan.delay) for c in (source, a.component)]
+                        together = late[0] == late[1] and not tick.exact
+                        assert a.latents == a.time
+                        if together:  # the wave before: the first ones found it in an exact step
+                            assert step < a.latents, "a value of the wave itself, too early"
+                            assert wave_of[source, ordinal + 1] == (a.latents, tick.index)
+                        else:
+                            assert step == a.latents, "a value of another wave"
+                        was_exact = plan.ticks[made].exact
+                        assert tick.exact or (was_exact and together) or tick.index - made == lag
                     elif not tick.exact:
                         assert before[source] - held <= ordinal < before[source]
                 if not waves:
@@ -119,23 +127,38 @@ def test_rules_with_an_exact_tail_and_extrapolation(args, tail, extrapolate):
     assert plan.slots == (3 if extrapolate else 2)
 
 
-@given(numbers, st.integers(0, 4), st.booleans())
+@given(numbers, st.integers(0, 4), st.booleans(), st.integers(1, 5))
 @settings(max_examples=300, deadline=None)
-def test_rules_of_waves(args, tail, drain):
-    plan = wave(args, exact_tail=tail, drain=drain)
-    simulate(plan)
+def test_rules_of_waves(args, tail, drain, delay):
     n, s, w, more, _ = args
-    assert plan.ranks == n and plan.slots == max(2, n)
-    assert all(e.lag == e.target - e.source for e in plan.exchanges)
-    # A wave starts every S steps, and is done N - 1 ticks later; all of them with drain.
+    delay = min(delay, n - 1)
+    plan = wave(args, exact_tail=tail, drain=drain, delay=delay or None)
+    simulate(plan)
+    assert plan.ranks == n and plan.slots == max(2, delay + 1) and plan.delay == delay
+    if delay == n - 1:  # nothing is stale
+        assert all(e.lag == e.target - e.source for e in plan.exchanges)
+    # A wave starts every S steps, and is done after the delay; all of them with drain.
     starts = list(range(w, w + more, s))
     done = [k for t in plan.ticks if not t.exact for k in t.delivers]
-    assert done == (starts if drain else starts[: max(0, len(starts) - n + 1)])
+    assert done == (starts if drain else starts[: max(0, len(starts) - delay)])
     first = w  # the tick at which the first wave starts
     for tick in plan.ticks:
         if not tick.exact and tick.delivers:
-            assert tick.delivers == (starts[tick.index - first - (n - 1)],)
-    assert sum(not t.serves for t in plan.ticks) == (n - 1 if drain and more else 0)
+            assert tick.delivers == (starts[tick.index - first - delay],)
+    assert sum(not t.serves for t in plan.ticks) == (delay if drain and more else 0)
+
+
+@pytest.mark.parametrize(
+    "edges, delay",
+    [
+        (P.chain(4), 1),  # a UNet: skip connections from the first component to the last
+        ([P.Exchange(0, 1), P.Exchange(1, 2), P.Exchange(2, 3)], 3),  # a transformer
+        ([P.Exchange(0, 1), P.Exchange(1, 2), P.Exchange(1, 3), P.Exchange(2, 3)], 2),
+        ([P.Exchange(1, 2), P.Exchange(2, 3)], 3),  # nothing of the first is ever needed
+    ],
+)
+def test_delay_is_that_of_the_fewest_exchanges(edges, delay):
+    assert P.build(4, 1, 1, 9, schedule="wavefront", exchanges=edges).delay == delay
 
 
 def test_waves_that_are_all_exact_are_the_published_plan_but_for_the_rings():
@@ -155,7 +178,8 @@ def test_text_and_json_round_trip(args, tail, kind):
     elif kind == "plain":
         plan = make(args, exact_tail=tail)
     else:
-        plan = wave(args, exact_tail=tail, drain=kind == "drain")
+        late = args[0] - 1 if args[0] > 1 and args[1] % 2 else None
+        plan = wave(args, exact_tail=tail, drain=kind == "drain", delay=late)
     assert plan_text.from_text(plan_text.to_text(plan)) == plan
     assert plan_text.from_json(plan_text.to_json(plan)) == plan
 
@@ -185,8 +209,14 @@ def test_grid():
 
 
 def test_grid_of_waves():
-    plan = P.build(3, 1, 1, 6, schedule="wavefront", drain=True, exact_tail=1)
-    assert plan_text.grid(plan) == (
+    numbers = {"schedule": "wavefront", "drain": True, "exact_tail": 1}
+    assert plan_text.grid(P.build(3, 1, 1, 6, **numbers)) == (
+        "steps     |  x0  1   2   3   4   -  x5\n"
+        "rank 0 C0 |  t0 t1  t2  t3  t4      t5\n"
+        "rank 1 C1 |  t0     t1  t2  t3  t4  t5\n"
+        "rank 2 C2 | t0*    t1* t2* t3* t4* t5*"
+    )
+    assert plan_text.grid(P.build(3, 1, 1, 6, delay=2, **numbers)) == (
         "steps     |  x0  1  2   3   4   -   -  x5\n"
         "rank 0 C0 |  t0 t1 t2  t3  t4          t5\n"
         "rank 1 C1 |  t0    t1  t2  t3  t4      t5\n"
@@ -202,6 +232,9 @@ def test_grid_of_waves():
         ({"schedule": "wavefront", "extrapolate": 1.0}, "extrapolate belongs"),
         ({"extrapolate": 3.0}, "0 .off. to 2"),
         ({"drain": True}, "drain belongs"),
+        ({"delay": 1}, "delay belongs"),
+        ({"schedule": "wavefront", "delay": 2}, "after 1 to 1 ticks"),
+        ({"schedule": "wavefront", "delay": 0}, "after 1 to 1 ticks"),
         ({"exact_tail": -1}, "exact_tail must be"),
         ({"exact_tail": 5}, "exact_tail <= 4"),
         (

@@ -120,13 +120,14 @@ def test_any_plan(args: tuple[int, int, int, int, bool], data: st.DataObject) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(numbers, st.integers(0, 3), st.booleans(), st.data())
+@given(numbers, st.integers(0, 3), st.booleans(), st.integers(1, 4), st.data())
 def test_any_plan_of_waves(
-    args: tuple[int, int, int, int, bool], tail: int, drain: bool, data: st.DataObject
+    args: tuple[int, int, int, int, bool], tail: int, drain: bool, delay: int, data: st.DataObject
 ) -> None:
     n, s, w, more, _ = args
     steps = w + more + tail
-    plan = P.build(n, s, w, steps, schedule="wavefront", exact_tail=tail, drain=drain)
+    late = min(delay, n - 1) or None
+    plan = P.build(n, s, w, steps, schedule="wavefront", exact_tail=tail, drain=drain, delay=late)
     ranks = st.sets(st.integers(0, plan.ranks - 1), min_size=1)
     simulate(plan, data.draw(ranks))
 

@@ -10,10 +10,13 @@ import pytest
 import reference
 import torch
 from toys import Toy, toy, toy_call
+from emulation import Waves
 from wave_emulation import generate
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
+from asyncdiff.assign import by_modules
+from asyncdiff.calls import parse
 from asyncdiff.predictor import REACH, Line
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
@@ -57,23 +60,34 @@ def run(denoiser: AsyncDenoiser, scheduler: Any) -> torch.Tensor:
     return x
 
 
-def oracle(module: Toy, **numbers: Any) -> torch.Tensor:
+def oracle(denoiser: AsyncDenoiser, **numbers: Any) -> torch.Tensor:
+    """What a denoiser that has run should give: by whole evaluations, but for their components."""
     scheduler, call = ddim(), toy_call()
     kept = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    captured, count = denoiser.partition.captured, denoiser.components
+    owners = by_modules(captured, SPLITS[count])
+    delay = denoiser.plan(STEPS).delay
+    waves = Waves(captured, owners, count, delay, parse(denoiser.module, (), call))
     return generate(
-        lambda x, k: module(x, scheduler.timesteps[k], call["encoder_hidden_states"])[0],
+        lambda x, k: waves.exact(x, scheduler.timesteps[k]),
         lambda x, noise, k: scheduler.step(noise, scheduler.timesteps[k], x, return_dict=False)[0],
         call["sample"],
         kept.sqrt().tolist(),
         (1 - kept).sqrt().tolist(),
         reach=REACH,
+        wave=lambda x, k: waves.wave(x, scheduler.timesteps[k]),
+        delay=delay,
         **numbers,
     )
 
 
-@pytest.mark.parametrize("components", [1, 2, 3, 4])
+#: (components, delay): all that there are, and the default.
+SHAPES = [(1, None), (2, None), (3, None), (3, 2), (4, 1), (4, 2), (4, 3)]
+
+
+@pytest.mark.parametrize(("components", "delay"), SHAPES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_equals_the_simulation(components: int, stride: int) -> None:
+def test_equals_the_simulation(components: int, delay: int | None, stride: int) -> None:
     for module in (toy(), residual()):
         denoiser = AsyncDenoiser(
             module,
@@ -82,14 +96,14 @@ def test_equals_the_simulation(components: int, stride: int) -> None:
             stride=stride,
             split=SPLITS[components],
             schedule="wavefront",
+            delay=delay,
         )
         for warmup, tail, order in itertools.product((1, 3), (0, 2), (0, 0.5, 1)):
             denoiser.warmup, denoiser.exact_tail, denoiser.order = warmup, tail, order
             got = run(denoiser, ddim())
             want = oracle(
-                module, components=components, stride=stride, warmup=warmup, order=order,
-                exact_tail=tail,
-            )  # fmt: skip
+                denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail
+            )
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         denoiser.close()
 
@@ -182,7 +196,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
         return scheduler.step(v, times[k], x, return_dict=False)[0]
 
     want = generate(
-        noise, step, call["latents"].double(), alphas, sigmas, components=2, stride=1, warmup=4,
+        noise, step, call["latents"].double(), alphas, sigmas, delay=1, stride=1, warmup=4,
         order=0.75, reach=REACH,
     )  # fmt: skip
     assert reference.distance(got, want) < 1e-4
@@ -206,6 +220,10 @@ def test_what_cannot_be_served_says_why() -> None:
         AsyncDenoiser(toy(), **make, schedule="wavefront", order=2)
     with pytest.raises(PlanError, match="order belongs"):
         AsyncDenoiser(toy(), **make, order=1)
+    with pytest.raises(PlanError, match="delay belongs"):
+        AsyncDenoiser(toy(), **make, delay=1)
+    with pytest.raises(PlanError, match="after 1 to 1 ticks"):
+        AsyncDenoiser(toy(), **make, schedule="wavefront", delay=2)
     with pytest.raises(PlanError, match="extrapolate belongs"):
         AsyncDenoiser(toy(), **make, schedule="wavefront", extrapolate=1.0)
     denoiser = AsyncDenoiser(toy(), **make, schedule="wavefront", warmup=3, exact_tail=2)
@@ -283,9 +301,9 @@ def test_extrapolated_crossing_values(components: int, stride: int) -> None:
 # ---- generate(): the sampler's steps on the ranks ------------------------------------------------
 
 
-@pytest.mark.parametrize("components", [1, 2, 3, 4])
+@pytest.mark.parametrize(("components", "delay"), SHAPES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_generate_equals_the_simulation(components: int, stride: int) -> None:
+def test_generate_equals_the_simulation(components: int, delay: int | None, stride: int) -> None:
     """Corrected and drained too; also where a later component reads the latents."""
     call = toy_call()
     for module in (toy(), residual()):
@@ -296,6 +314,7 @@ def test_generate_equals_the_simulation(components: int, stride: int) -> None:
             stride=stride,
             split=SPLITS[components],
             schedule="wavefront",
+            delay=delay,
         )
         choices = itertools.product((1, 3), (0, 2), (0, 0.5, 1), (False, True), (False, True))
         for warmup, tail, order, correct, drain in choices:
@@ -311,8 +330,8 @@ def test_generate_equals_the_simulation(components: int, stride: int) -> None:
                 update="linear",
             )
             want = oracle(
-                module, components=components, stride=stride, warmup=warmup, order=order,
-                exact_tail=tail, correct=correct, drain=drain,
+                denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail,
+                correct=correct, drain=drain,
             )  # fmt: skip
             # The oracle steps with the scheduler, whose α are float32; differences are amplified.
             assert reference.distance(got, want) < 1e-5
@@ -375,7 +394,7 @@ def test_rescaled_guidance_while_no_prediction_has_arrived() -> None:
     )
     assert bool(got.isfinite().all())
     report = denoiser.report()
-    assert (report.steps, report.ticks) == (STEPS, STEPS + 2)  # drained
+    assert (report.steps, report.ticks) == (STEPS, STEPS + 1)  # drained
     denoiser.close()
 
 
