@@ -498,8 +498,9 @@ class AsyncDenoiser:
 
         Arguments as of :meth:`generate`; ``latents`` are those of a few pictures of the kind that
         will be drawn, eight or more, two at least. Takes five generations of them, one after
-        another, the first with every step exact. It gains most where steps are large (docs/wavefront.md), and is
-        not worse than the default on the pictures that it was judged by.
+        another, the first with every step exact. It gains most where steps are large
+        (docs/wavefront.md), and is not worse than the default on the pictures that it was judged
+        by.
 
         Raises PlanError unless the schedule is "wavefront" and warmup a number, SchedulerError for
         a scheduler that is not linear, InputError for a single picture.

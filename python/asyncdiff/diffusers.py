@@ -141,6 +141,7 @@ def parallelize(
     time_shift: bool = False,
     *,
     schedule: str = "asyncdiff",
+    delay: int | None = None,
     order: float | Calibration | None = None,
     exact_tail: int = 0,
     extrapolate: float = 0.0,
@@ -171,7 +172,7 @@ def parallelize(
             same speed (docs/wavefront.md). The pipeline owns the latents, so that steps which it
             took on predictions are not taken again when the exact ones arrive;
             :meth:`asyncdiff.AsyncDenoiser.generate` can (``correct``).
-        order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
+        delay, order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
         guidance, warmup_mode: "batched" and "chain", or "split"; see
             :class:`asyncdiff.AsyncDenoiser`.
         compile, progress: compile the components with inductor; see
@@ -203,6 +204,7 @@ def parallelize(
         split=split,
         time_shift=time_shift,
         schedule=schedule,
+        delay=delay,
         order=order,
         exact_tail=exact_tail,
         extrapolate=extrapolate,

@@ -291,7 +291,12 @@ class _Run:
     """A generation whose steps somebody else takes; see :class:`asyncdiff.calibrate.Run`."""
 
     def __init__(
-        self, denoiser: AsyncDenoiser, request: Request, arguments: _Arguments, warmup: int, tail: int
+        self,
+        denoiser: AsyncDenoiser,
+        request: Request,
+        arguments: _Arguments,
+        warmup: int,
+        tail: int,
     ) -> None:
         self._denoiser, self._request, self._arguments = denoiser, request, arguments
         self._times = arguments.times(check_scheduler(request.scheduler))

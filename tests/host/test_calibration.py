@@ -11,8 +11,8 @@ import diffusers
 import pytest
 import reference
 import torch
-from toys import Toy, toy, toy_call
 from emulation import Waves
+from toys import Toy, toy, toy_call
 from wave_emulation import generate
 
 import asyncdiff
@@ -185,8 +185,12 @@ def test_where_nothing_is_gained_the_line_stays() -> None:
     clean = clean_image(scheduler)
     image = torch.randn(1, 4, 6, 6, generator=torch.manual_seed(1))
     shape = Shape(2, 1, 1, 1, 0)
+
+    def denoise(k: int, z: torch.Tensor) -> torch.Tensor:
+        return clean.prediction(k, z, image.expand_as(z))
+
     found = fit(
-        lambda exact: Late(lambda k, z: clean.prediction(k, z, image.expand_as(z)), shape, 6, exact),
+        lambda exact: Late(denoise, shape, 6, exact),
         torch.randn(4, 4, 6, 6), linearize(scheduler), clean, shape, 0.0,
     )  # fmt: skip
     assert min(found.tried.values()) < 1e-5

@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import reference
 import torch
-from toys import Toy, toy, toy_call
 from emulation import Waves
+from toys import Toy, toy, toy_call
 from wave_emulation import generate
 
 import asyncdiff
@@ -101,9 +101,7 @@ def test_equals_the_simulation(components: int, delay: int | None, stride: int) 
         for warmup, tail, order in itertools.product((1, 3), (0, 2), (0, 0.5, 1)):
             denoiser.warmup, denoiser.exact_tail, denoiser.order = warmup, tail, order
             got = run(denoiser, ddim())
-            want = oracle(
-                denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail
-            )
+            want = oracle(denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         denoiser.close()
 

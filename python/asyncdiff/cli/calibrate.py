@@ -20,6 +20,7 @@ def calibrate(
     stride: opt.Stride = 1,
     warmup: opt.Warmup = 1,
     exact_tail: opt.ExactTail = 0,
+    delay: opt.Delay = None,
     steps: opt.Steps = 50,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     prompt: subject.Prompts = None,
@@ -34,11 +35,12 @@ def calibrate(
     as_json: opt.Json = False,
 ) -> None:
     """Fit how waves predict clean images to a pipeline, its sampler, N, S, w and exact end."""
-    from ..plan import check_numbers, check_schedule
+    from ..plan import check_delay, check_numbers, check_schedule
     from .demo import SAMPLERS
 
     subject.check(model, demo, dtype)
     check_schedule("wavefront", exact_tail=exact_tail)
+    check_delay(delay, "wavefront", components)
     check_numbers(components, stride, warmup, steps, exact_tail)
     if sampler not in SAMPLERS:
         raise typer.BadParameter(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler}")
@@ -56,7 +58,7 @@ def calibrate(
     told = Preparing()
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        exact_tail=exact_tail, schedule="wavefront", compile=False, progress=told,
+        exact_tail=exact_tail, schedule="wavefront", delay=delay, compile=False, progress=told,
     )  # fmt: skip
     try:
         with console.progress() as bar:

@@ -30,22 +30,24 @@ def demo(
     time_shift: opt.TimeShift = False,
     schedule: opt.Schedule = "asyncdiff",
     exact_tail: opt.ExactTail = 0,
+    delay: opt.Delay = None,
     order: opt.Order = None,
     out: opt.Out = Path("out/demo.png"),
     as_json: opt.Json = False,
 ) -> None:
     """Draw with the shipped model: one device and asynchronously, side by side."""
-    from ..plan import check_numbers, check_schedule
+    from ..plan import check_delay, check_numbers, check_schedule
 
     exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
+    check_delay(delay, schedule, components)
     check_numbers(components, stride, exact if isinstance(exact, int) else 1, steps, exact_tail)
     if sampler not in SAMPLERS:
         raise typer.BadParameter(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler}")
     opt.writable(out)
     result = _run(
         components, stride, exact, steps, devices, seed, prompt, sampler, time_shift, schedule,
-        exact_tail, predictor, out,
+        exact_tail, delay, predictor, out,
     )  # fmt: skip
     if as_json:
         console.emit_json(result)
@@ -65,6 +67,7 @@ def _run(
     time_shift: bool,
     schedule: str,
     exact_tail: int,
+    delay: int | None,
     order: Any,
     out: Path,
 ) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _run(
     plain, plain_ms = draw("sequential")
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=warmup,
-        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, order=order,
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, delay=delay, order=order,
     )  # fmt: skip
     try:
         fast, fast_ms = draw("asynchronous")

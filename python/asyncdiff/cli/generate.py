@@ -33,6 +33,7 @@ def generate(
     time_shift: opt.TimeShift = False,
     schedule: opt.Schedule = "asyncdiff",
     exact_tail: opt.ExactTail = 0,
+    delay: opt.Delay = None,
     order: opt.Order = None,
     compile: opt.Compile = None,
     split_guidance: opt.SplitGuidance = False,
@@ -44,10 +45,11 @@ def generate(
     as_json: opt.Json = False,
 ) -> None:
     """Draw one picture with a diffusers pipeline, asynchronously."""
-    from ..plan import check_numbers, check_schedule
+    from ..plan import check_delay, check_numbers, check_schedule
 
     exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
+    check_delay(delay, schedule, components)
     check_numbers(components, stride, exact if isinstance(exact, int) else 1, steps, exact_tail)
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
@@ -87,8 +89,8 @@ def generate(
 
     handle = parallelize(
         pipe, devices=ranks, components=components, stride=stride, warmup=exact,
-        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, order=predictor,
-        guidance="split" if split_guidance else "batched",
+        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail, delay=delay,
+        order=predictor, guidance="split" if split_guidance else "batched",
         warmup_mode="split" if split_warmup else "chain", compile=compile, progress=preparing,
     )  # fmt: skip
     try:

@@ -28,10 +28,18 @@ Schedule = Annotated[
     str,
     typer.Option(
         "--schedule",
-        help="asyncdiff (as published), or wavefront: nothing is stale inside an evaluation.",
+        help="asyncdiff (as published), or wavefront: closer to the sequential result.",
     ),
 ]
 ExactTail = Annotated[int, typer.Option("--exact-tail", help="Last steps, run exactly.")]
+Delay = Annotated[
+    int | None,
+    typer.Option(
+        "--delay",
+        help="Of wavefront: ticks until a prediction arrives, 1 to N - 1. Left out: what measured "
+        "best.",
+    ),
+]
 Order = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,7 @@ def plan(
     time_shift: opt.TimeShift = False,
     schedule: opt.Schedule = "asyncdiff",
     exact_tail: opt.ExactTail = 0,
+    delay: opt.Delay = None,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -55,10 +56,10 @@ def plan(
     from .. import plan_text
     from ..timeline import Timing, draw, predict, summary
 
-    built = plans.build(
-        components, stride, warmup, steps,
-        time_shift=time_shift, schedule=schedule, exact_tail=exact_tail,
-    )  # fmt: skip
+    numbers: dict[str, Any] = {
+        "time_shift": time_shift, "schedule": schedule, "exact_tail": exact_tail, "delay": delay
+    }  # fmt: skip
+    built = plans.build(components, stride, warmup, steps, **numbers)
     if model is not None and demo:
         raise typer.BadParameter("give a model or --demo, not both")
     if png is not None:
@@ -70,6 +71,9 @@ def plan(
     if model is not None or demo:
         report = _partition(model, components, device, height, width)
         partition, told = report.to_dict(), str(report)
+        # Who sends to whom decides how late waves are.
+        edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
+        built = plans.build(components, stride, warmup, steps, exchanges=edges, **numbers)
         timing = Timing.from_report(partition, **links)
     if component_ms is not None:  # the user's own times go before measured ones
         sizes, tails = read_boundaries(boundary or [])
