@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
@@ -17,14 +18,18 @@ ENDS = ((1, 0), (3, 0), (5, 0), (9, 0), (1, 1), (1, 2), (1, 4))
 SYNCHRONOUS = (1, 3, 5, 9)
 #: (components, stride).
 SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
+#: Of these, those whose waves are also run with nothing stale inside: N − 1 ticks late.
+WHOLE = ((3, 1), (4, 1), (3, 2))
+#: Those that are also run with guidance split, on twice the devices.
+SPLIT = ((2, 1), (2, 2))
 #: Our own rows: what they are called, how they run, and their schedule.
 OURS = (
     ("asyncdiff", Asynchronous, "asyncdiff"),
     ("wavefront", Asynchronous, "wavefront"),
     ("wavefront, drained", OnRanks, "wavefront"),
 )
-#: Of these, what calibrated waves are run with, each of them fitted for itself.
-CALIBRATED_ENDS = ((1, 0), (5, 0), (1, 1), (1, 4))
+#: Of these, what further rows are run with; calibrated waves are fitted for each.
+FURTHER_ENDS = ((1, 0), (5, 0), (1, 1), (1, 4))
 #: Shares of the steps that are left where fewer are taken.
 SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
 
@@ -41,7 +46,17 @@ def methods(
                 drained = cls is OnRanks  # its end is exact as it is
                 if w + tail < steps and not (tail and drained):
                     yield cls(kind, device, n, s, w, schedule=schedule, tail=tail)
-        for w, tail in CALIBRATED_ENDS[:1] if quick else CALIBRATED_ENDS:
+        more: dict[str, dict[str, Any]] = {}
+        if (n, s) in WHOLE:
+            more["wavefront, whole"] = {"delay": n - 1}
+        if (n, s) in SPLIT:
+            more["wavefront, guidance split"] = {"split": True}
+        for kind, options in more.items():
+            for w, tail in FURTHER_ENDS:
+                if w + tail < steps and not quick:
+                    options |= {"schedule": "wavefront", "tail": tail}
+                    yield Asynchronous(kind, device, n, s, w, **options)
+        for w, tail in FURTHER_ENDS[:1] if quick else FURTHER_ENDS:
             if w + tail < steps and len(others) > 1:
                 yield Calibrated(
                     "wavefront, calibrated",

@@ -22,7 +22,8 @@ from plan_macs import macs_by_rank
 class Asynchronous(Method):
     """``parallelize`` with these settings, all ranks on one device: the same pictures as on many.
 
-    The denoiser is split where it balances MACs. ``tail`` is ``exact_tail``.
+    The denoiser is split where it balances MACs. ``tail`` is ``exact_tail``; ``split``: each
+    condition of the guidance has ranks of its own.
     """
 
     def __init__(
@@ -35,33 +36,39 @@ class Asynchronous(Method):
         *,
         schedule: str = "asyncdiff",
         order: float | None = None,
+        delay: int | None = None,
         tail: int = 0,
+        split: bool = False,
     ) -> None:
         self.name = f"{name} N={components} S={stride} w={warmup}"
-        if tail:
-            self.name += f" tail={tail}"
+        self.name += f" tail={tail}" if tail else ""
         self.components, self.stride, self.warmup = components, stride, warmup
-        self.schedule, self.tail = schedule, tail
+        self.schedule, self.tail, self.delay = schedule, tail, delay
+        self.guidance = "split" if split else "batched"
         self.order: Any = order
         self.device = device
-        self.devices = rank_count(components, stride, schedule)
+        self.devices = rank_count(components, stride, schedule) * (2 if split else 1)
 
     def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
         """See :class:`Method`. ``pipe`` itself is left alone: a copy of it runs on the ranks."""
         return super().run(_spread(pipe, self).pipe, call, steps)
 
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
-        """MACs of the busiest rank, and of the plan's critical path."""
+        """MACs of the busiest rank, and of the plan's critical path. Where guidance is split, each
+        condition is half of the batch."""
         parts = balanced(pipe, self.components)
-        return plan_work(self.plan(parts, steps), parts)
+        work = plan_work(self.plan(parts, steps), parts)
+        share = 2 if self.guidance == "split" else 1
+        return Work(work.per_device / share, work.critical / share)
 
     def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
-        """The order of waves, also where it is the default."""
+        """Delay and order of waves, also where they are the default."""
         if self.schedule != "wavefront":
             return {}
         pipe.scheduler.set_timesteps(steps)
-        order = default_order(clean_image(pipe.scheduler), self.components, self.stride)
-        return {"order": order if self.order is None else self.order}
+        delay = self.plan(balanced(pipe, self.components), steps).delay
+        order = default_order(clean_image(pipe.scheduler), delay, self.stride)
+        return {"delay": delay, "order": order if self.order is None else self.order}
 
     def plan(self, parts: Partition, steps: int) -> Plan:
         """The plan that such a generation follows."""
@@ -75,6 +82,7 @@ class Asynchronous(Method):
             steps,
             schedule=self.schedule,
             exact_tail=self.tail,
+            delay=self.delay,
             exchanges=parts.exchanges,
             **more,
         )
@@ -123,8 +131,9 @@ class Calibrated(Asynchronous):
         return super().run(pipe, call, steps)
 
     def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
-        """On how many prompts it is fitted."""
-        return {"calibrated_on": len(self.texts)}
+        """Their delay, and on how many prompts they are fitted."""
+        delay = self.plan(balanced(pipe, self.components), steps).delay
+        return {"delay": delay, "calibrated_on": len(self.texts)}
 
 
 _current: list[Any] = []  # the pipeline that is spread, how, and its handle: one at a time
@@ -132,7 +141,8 @@ _current: list[Any] = []  # the pipeline that is spread, how, and its handle: on
 
 def _spread(pipe: Any, method: Asynchronous) -> Any:
     """A handle of a copy of ``pipe`` for this number of components, stride and schedule."""
-    key = (method.components, method.stride, method.schedule, method.device)
+    shape = (method.components, method.stride, method.schedule, method.delay)
+    key = (*shape, method.guidance, method.device)
     if not (_current and _current[0] is pipe and _current[1] == key):
         if _current:
             _current[2].restore()
@@ -142,6 +152,8 @@ def _spread(pipe: Any, method: Asynchronous) -> Any:
             components=method.components,
             stride=method.stride,
             schedule=method.schedule,
+            delay=method.delay,
+            guidance=method.guidance,
             split=balanced(pipe, method.components).cuts or "estimate",
             compile=False,
         )

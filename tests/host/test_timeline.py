@@ -252,7 +252,17 @@ NUMBERS = [(1, 1, 1, 3), (2, 1, 1, 5), (2, 2, 1, 6), (3, 1, 2, 6), (3, 3, 2, 9),
 def test_golden_plans(n, s, w, t, shift):
     """After a change on purpose: ASYNCDIFF_UPDATE_GOLDEN=1 pytest tests/host/test_timeline.py"""
     plan = P.build(n, s, w, t, time_shift=shift)
-    path = GOLDEN / f"plan_N{n}_S{s}_w{w}_T{t}{'_shifted' if shift else ''}.txt"
+    check_golden(plan, f"plan_N{n}_S{s}_w{w}_T{t}{'_shifted' if shift else ''}.txt")
+
+
+@pytest.mark.parametrize("n,s,delay", [(2, 1, 1), (3, 1, 1), (3, 1, 2), (4, 2, 1)])
+def test_golden_waves(n, s, delay):
+    plan = P.build(n, s, 1, 8, schedule="wavefront", delay=delay, exact_tail=1)
+    check_golden(plan, f"waves_N{n}_S{s}_delay{delay}.txt")
+
+
+def check_golden(plan, name):
+    path = GOLDEN / name
     text = plan_text.grid(plan) + "\n\n" + plan_text.to_text(plan)
     if os.environ.get("ASYNCDIFF_UPDATE_GOLDEN"):
         path.write_text(text)
