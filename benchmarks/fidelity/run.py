@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity/run.py --device cuda:0          # the whole grid on the shipped model
     python benchmarks/fidelity/run.py --quick                  # a few rows, on the CPU
-    python benchmarks/fidelity/run.py --only "wavefront N=4"   # rows whose names begin so
+    python benchmarks/fidelity/run.py --only "N=4 .*w=1$"      # rows whose names match
     python benchmarks/fidelity/run.py --pipeline FOLDER --prompts-file FILE --device cuda:0
 
 Every row is one batch of pictures beside those of the plain pipeline from the same noise: PSNR,
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def run_sampler(
     for method in methods(args.device, sampler, steps, other_prompts(args), args.quick):
         if args.pipeline is not None and isinstance(method, OnRanks):
             continue  # it knows the shipped model's inputs
-        if args.only and not method.name.startswith(tuple(args.only)):
+        if args.only and not any(re.search(pattern, method.name) for pattern in args.only):
             continue
         known, settings = here.get(method.name), method.settings(pipe, steps)
         if known is not None and known.get("settings") == settings:
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", help="of --pipeline")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose names begin so")
+    parser.add_argument("--only", nargs="+", metavar="REGEX", help="rows whose names match")
     parser.add_argument("--quick", action="store_true", help="a few rows, eight prompts")
     parser.add_argument("--out", type=Path, default=OUT / "fidelity.json")
     args = parser.parse_args()
