@@ -137,15 +137,23 @@ class Worker:
 
         ``caller`` tells when they are ready, if they may not be yet.
         """
+        mine = {i: value for i, value in values.items() if i in self.static}
+        users = [] if caller is None else [caller.stream]
+        elsewhere = caller is not None and caller.stream.device != self.device
+        if elsewhere and any(value.device == self.device for value in mine.values()):
+            # What lies on this device, and not on the caller's, belongs to a stream of this one.
+            users.append(torch.cuda.current_stream(self.device))
         with self.current():
             if self.stream is not None and caller is not None:
                 self.stream.wait_event(caller.ready)
+                for stream in users[1:]:
+                    self.stream.wait_stream(stream)
             with self._fetch(caller):
-                for index, value in values.items():
-                    if index in self.static:
-                        self.static[index].copy_(value, non_blocking=True)
-            if self.stream is not None and caller is not None:
-                caller.stream.wait_stream(self.stream)
+                for index, value in mine.items():
+                    self.static[index].copy_(value, non_blocking=True)
+            if self.stream is not None:
+                for stream in users:
+                    stream.wait_stream(self.stream)
         self.refresh(values)
 
     def _fetch(self, caller: Caller | None) -> contextlib.AbstractContextManager[Any]:
