@@ -21,8 +21,12 @@ class Loop:
     def __init__(self, inputs: dict[str, Any], steps: int, guidance_scale: float = 5.0) -> None:
         from diffusers import DDIMScheduler
 
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        # The second one is for generate(), which moves its timesteps to the GPU.
+        self.scheduler, self._other = (
+            DDIMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+            )
+            for _ in range(2)
         )
         self.scheduler.set_timesteps(steps)
         self.name = "sample" if "sample" in inputs else "hidden_states"
@@ -42,7 +46,7 @@ class Loop:
         result: torch.Tensor = denoiser.generate(
             self.noise[:1],
             rest,
-            self.scheduler,
+            self._other,
             num_inference_steps=len(self.timesteps),
             guidance_scale=self.guidance_scale if self.guided else 1.0,
             timestep_argument=lambda t: t.to(time.device, time.dtype).expand(time.shape),

@@ -18,19 +18,24 @@ With fewer GPUs than ranks the ranks share them: the exchange is then tested, an
 own times are still measured, but no speedup is reported. ``--predict 2 3 4`` then times the
 components of such partitions alone and reports what their plans would take on enough GPUs.
 
-Models that ``--out`` has already, from the same machine and versions, stay in it: a run can be
-continued with others.
+What ``--out`` has already, from the same machine and versions, stays in it unless it is measured
+again: a run can be continued with other models, modes and schedules of as many steps. It is written
+anew after everything that was prepared and after every round, so that a run which is stopped keeps
+what it has; with ``--seconds`` it stops by itself, and says what it left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import os
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +54,7 @@ from plan_macs import macs_by_rank
 #: How (b), (c) and (d) run, and what is added to the names of schedules.
 SUFFIX = {"graph": "", "compiled": ", compiled"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
+STARTED = time.monotonic()
 
 
 def synchronize() -> None:
@@ -103,39 +109,75 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one model. Memory is that of a team after a setting's first generation: those
-    of one team follow each other, and what a setting adds is there from then on."""
+def run_model(
+    model: Published, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+) -> None:
+    """All figures of one model, given to ``save`` again and again, as far as they are known.
+
+    Memory is that of a team after a setting's first generation: those of one team follow each
+    other, and what a setting adds is there from then on.
+    """
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     home = "cuda:0" if gpus else "cpu"
     dtype = getattr(torch, args.dtype)
     modes = list(args.modes) if gpus else []
-    figures: dict[str, Any] = {"title": model.title, "steps": args.steps[0], "rounds": args.rounds}
+    figures: dict[str, Any] = {"title": model.title, "steps": args.steps[0], "rounds": 0}
     figures["dtype"] = args.dtype
     print(f"== {model.title}: {args.steps} steps, {args.rounds} rounds", flush=True)
     ways: dict[str, Any] = {}
     bases: dict[str, str] = {}  # of each asynchronous way: one GPU in the same mode
     memory: dict[str, Any] = {}
     teams: dict[Any, Team] = {}
+
+    def late(what: str) -> bool:
+        if time.monotonic() - STARTED < args.seconds:
+            return False
+        print(f"   no time left for {what}", flush=True)
+        figures.setdefault("left_out", []).append(what)
+        return True
+
+    # One GPU first: without it nothing else says anything.
+    before = Memory()
+    module = model.build(home, dtype)
+    inputs = model.inputs(module)
+    ways["eager"] = Eager(module)
+    ways["eager"].run(Loop(inputs, args.steps[0]))
+    memory["eager"] = before.taken()
+    for mode in modes:
+        begun = time.perf_counter()
+        ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
+        ways[mode].run(Loop(inputs, args.steps[0]))
+        figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
+        print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
+
     teamed = sorted(args.schedules, key=lambda s: [t.team for t in args.schedules].index(s.team))
+    on_host: dict[str, torch.nn.Module] = {}  # compiled components change how weights lie
     for mode, setting in itertools.product(modes or ["eager"], teamed):
         name = setting.name + SUFFIX.get(mode, "")
+        if late(name):
+            continue
         devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(setting.ranks)]
-        if (setting.team, mode) not in teams:
-            before, begun = Memory(), time.perf_counter()
-            module = model.build(home, dtype)
-            inputs = model.inputs(module)
-            team = Team(module.to("cpu"), inputs, setting, devices, mode == "compiled")
-            teams[setting.team, mode] = team
-            seconds = time.perf_counter() - begun
-            partition = team.denoiser.partition.report()
-            print(f"   {name}: prepared in {seconds:.1f} s\n{partition}", flush=True)
-        team = teams[setting.team, mode]
-        ways[name] = way = Asynchronous(team, setting)
+        try:
+            if (setting.team, mode) not in teams:
+                if mode not in on_host:
+                    on_host[mode] = copy.deepcopy(module).to("cpu")
+                before, begun = Memory(), time.perf_counter()
+                team = Team(on_host[mode], inputs, setting, devices, mode == "compiled")
+                teams[setting.team, mode] = team
+                seconds = time.perf_counter() - begun
+                partition = team.denoiser.partition.report()
+                print(f"   {name}: prepared in {seconds:.1f} s\n{partition}", flush=True)
+            team = teams[setting.team, mode]
+            way = Asynchronous(team, setting)
+            begun = time.perf_counter()
+            way.run(Loop(inputs, args.steps[0]))
+            synchronize()
+        except Exception as e:  # what one setting cannot do costs the others nothing
+            traceback.print_exc()
+            figures.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
+            continue
+        ways[name] = way
         bases[name] = mode
-        begun = time.perf_counter()
-        way.run(Loop(inputs, args.steps[0]))
-        synchronize()
         memory[name] = before.taken()
         report = way.denoiser.report()
         plan = way.denoiser.plan(args.steps[0])
@@ -154,51 +196,46 @@ def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
                 round(m / 1e9 / plan.steps, 2) for m in macs_by_rank(plan, parts)
             ],
             "partition": parts.to_dict(),
+            "memory_mib": memory[name],
         }
-
-    before = Memory()
-    module = model.build(home, dtype)
-    inputs = model.inputs(module)
-    ways["eager"] = Eager(module)
-    ways["eager"].run(Loop(inputs, args.steps[0]))
-    memory["eager"] = before.taken()
-    for mode in modes:
-        begun = time.perf_counter()
-        ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
-        ways[mode].run(Loop(inputs, args.steps[0]))
-        figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
-        print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
+        print(f"   {name}: first generation {figures[name]['first_generation_s']} s", flush=True)
+        save(figures)
+    sound = {(ways[name].setting.team, mode) for name, mode in bases.items()} if gpus else set()
+    alone = {key: component_times(teams[key].denoiser) for key in sound}
     order = ["eager", *modes, *bases]
 
     for steps in args.steps:
         loop = Loop(inputs, steps)
         timings = {name: Timings() for name in order}
-        for _ in range(args.rounds):
+        for number in range(args.rounds):
+            if number > 0 and late(f"round {number + 1} of {steps} steps"):
+                break
             for name in order:
                 timings[name].take(ways[name], loop)
-        for name in order:
-            entry = figures.setdefault(name, {})
-            if steps != args.steps[0]:  # further lengths stand under their own key
-                entry = entry.setdefault(f"{steps} steps", {})
-            entry |= timings[name].figures(steps)
-            shared = figures[name].get("shared_gpus", False)
-            for base in dict.fromkeys(("eager", bases.get(name, "eager"))):
-                if name != base and not shared:
-                    entry[f"speedup_over_{base}"] = timings[name].ratios(timings[base])
-            entry["distance_to_eager"] = timings[name].distance(timings["eager"])
-
+            if steps == args.steps[0]:
+                figures["rounds"] = number + 1
+            for name in order:
+                entry = figures.setdefault(name, {})
+                if steps != args.steps[0]:  # further lengths stand under their own key
+                    entry = entry.setdefault(f"{steps} steps", {})
+                entry |= timings[name].figures(steps)
+                shared = figures[name].get("shared_gpus", False)
+                for base in dict.fromkeys(("eager", bases.get(name, "eager"))):
+                    if name != base and not shared:
+                        entry[f"speedup_over_{base}"] = timings[name].ratios(timings[base])
+                entry["distance_to_eager"] = timings[name].distance(timings["eager"])
+                if name in bases and gpus and steps == args.steps[0]:
+                    setting = ways[name].setting
+                    times = alone[setting.team, bases[name]]
+                    entry["component_ms_alone"] = [round(t, 3) for t in times]
+                    best = figures[bases[name]]["ms_a_step"]["median"]
+                    share = best / setting.components / (2 if setting.split else 1)
+                    slowest = max(times[: setting.components])
+                    entry["efficiency_alone"] = round(share / slowest, 3)
+                figures[name]["memory_mib"] = memory.get(name)
+            save(figures)
     for name in order:
         entry = figures[name]
-        entry["memory_mib"] = memory.get(name)
-        if name in bases and gpus:
-            denoiser = ways[name].denoiser
-            alone = component_times(denoiser)
-            slowest = max(alone[: denoiser.components])
-            entry["component_ms_alone"] = [round(t, 3) for t in alone]
-            best = figures[bases[name]]["ms_a_step"]["median"]
-            halves = 2 if ways[name].setting.split else 1
-            share = best / denoiser.components / halves
-            entry["efficiency_alone"] = round(share / slowest, 3)
         print(f"   {name}: " + "  ".join(f"{k} {v}" for k, v in entry.items() if k != "partition"))
     sys.stdout.flush()
     for team in teams.values():
@@ -206,17 +243,17 @@ def run_model(model: Published, args: argparse.Namespace) -> dict[str, Any]:
     if args.predict:
         mode = "graph" if "graph" in figures else "eager"
         one_gpu = figures[mode]["ms_a_step"]["median"]
-        alone = {n: timed_alone(module, inputs, n, home) for n in args.predict}
+        each = {n: timed_alone(module, inputs, n, home) for n in args.predict}
         update_ms = statistics.median(timed(Update(), loop)[0] for _ in range(5)) / steps
         figures["predicted"] = {
             "from": f"components alone, mode {mode}; see benchmarks/denoise/predicted.py",
             "steps": args.predict_steps,
             "update_ms": round(update_ms, 4),
-            "rows": predicted(alone, args.predict_steps, update_ms, one_gpu),
+            "rows": predicted(each, args.predict_steps, update_ms, one_gpu),
         }
         for name, row in figures["predicted"]["rows"].items():
             print(f"   predicted {name}: {row}", flush=True)
-    return figures
+        save(figures)
 
 
 def timed_alone(
@@ -275,6 +312,28 @@ class Timings:
         return float((a - b).norm() / b.norm())
 
 
+class Saving:
+    """Writes a model's figures beside those that ``--out`` had."""
+
+    def __init__(self, args: argparse.Namespace, figures: dict[str, Any], key: str) -> None:
+        self._out = args.out
+        self._all = figures
+        self._key = key
+        old = figures.get(key, {})
+        fits = (old.get("steps"), old.get("dtype")) == (args.steps[0], args.dtype)
+        self._old = (
+            {k: v for k, v in old.items() if k not in ("left_out", "failed")} if fits else {}
+        )
+        commands = (self._old.get("command"), results_file.environment()["command"])
+        self._command = "; ".join(dict.fromkeys(c for c in commands if c))
+
+    def __call__(self, new: dict[str, Any]) -> None:
+        """Write what is known now."""
+        self._all[self._key] = {**self._old, **new, "command": self._command}
+        keys = [k for k in [*MODELS, "tiny"] if k in self._all]
+        results_file.write(self._out, {k: self._all[k] for k in keys})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,6 +353,12 @@ def main() -> None:
     parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--predict-steps", type=int, default=50, help="of the plans predicted")
     parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="since the start, after which nothing more is prepared and no further round begun",
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--out", type=Path, default=OUT / "denoise.json")
@@ -301,14 +366,21 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU: on a CPU its times would say nothing")
     figures = results_file.continued(args.out)
+    failed = False
     for key in args.models:
-        figures[key] = run_model(MODELS.get(key, TINY), args)
-        figures[key]["command"] = results_file.environment()["command"]
-        results_file.write(args.out, {k: figures[k] for k in [*MODELS, "tiny"] if k in figures})
+        save = Saving(args, figures, key)
+        try:
+            run_model(MODELS.get(key, TINY), args, save)
+        except Exception:  # the other models may do better
+            traceback.print_exc()
+            failed = True
+        failed = failed or "failed" in figures.get(key, {})
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
     print(f"written to {args.out}")
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class Graphed:
                 module(**kwargs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
+        # Without a stream torch takes one of whichever device was current at its first capture.
+        with torch.no_grad(), torch.cuda.graph(self._graph, stream=stream):
             self._out = module(**kwargs)[0]
 
     def _denoise(self, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -94,6 +94,8 @@ class Worker:
     _captured: dict[Hashable, Recorded] = field(default_factory=dict)
     _last: Recorded | None = None
     _pool: Any = None
+    #: streams on callers' devices, for copies from there
+    _fetching: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -135,15 +137,39 @@ class Worker:
 
         ``caller`` tells when they are ready, if they may not be yet.
         """
+        mine = {i: value for i, value in values.items() if i in self.static}
+        users = [] if caller is None else [caller.stream]
+        elsewhere = caller is not None and caller.stream.device != self.device
+        if elsewhere and any(value.device == self.device for value in mine.values()):
+            # What lies on this device, and not on the caller's, belongs to a stream of this one.
+            users.append(torch.cuda.current_stream(self.device))
         with self.current():
             if self.stream is not None and caller is not None:
                 self.stream.wait_event(caller.ready)
-            for index, value in values.items():
-                if index in self.static:
+                for stream in users[1:]:
+                    self.stream.wait_stream(stream)
+            with self._fetch(caller):
+                for index, value in mine.items():
                     self.static[index].copy_(value, non_blocking=True)
-            if self.stream is not None and caller is not None:
-                caller.stream.wait_stream(self.stream)
+            if self.stream is not None:
+                for stream in users:
+                    stream.wait_stream(self.stream)
         self.refresh(values)
+
+    def _fetch(self, caller: Caller | None) -> contextlib.AbstractContextManager[Any]:
+        """Within it, copies from the caller's device wait for ``caller.ready`` alone.
+
+        Torch copies between devices on the source's current stream. That is the caller's, which
+        already waits for the results of ranks whose work was issued before: this rank would then
+        begin when they end.
+        """
+        if self.stream is None or caller is None or caller.stream.device == self.device:
+            return contextlib.nullcontext()
+        home = caller.stream.device
+        if home not in self._fetching:
+            self._fetching[home] = torch.cuda.Stream(home)
+        self._fetching[home].wait_event(caller.ready)
+        return torch.cuda.stream(self._fetching[home])
 
     def refresh(self, changed: Iterable[int]) -> None:
         """Compute again what depends on the conditioning alone, if an input of it has changed."""

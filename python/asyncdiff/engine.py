@@ -181,16 +181,18 @@ class Engine:
         tensors: Sequence[torch.Tensor],
         time_of: TimeOf,
         inputs_of: InputsOf | None = None,
+        caller: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.
 
         Runs of earlier steps take latents, and whatever else changes from step to step, from
         ``inputs_of``, which nobody may write to any more; without it all take them from
         ``tensors``. On CUDA the results are ready in order of the current stream of the latents'
-        device.
+        device. ``caller``: when all inputs are ready, if that is not what the stream is at now:
+        other engines' results, which it waits for, may not be what this one has to wait for.
         """
         try:
-            return self._tick(tick, tensors, time_of, inputs_of)
+            return self._tick(tick, tensors, time_of, inputs_of, caller)
         except BaseException:
             self.abandon()
             raise
@@ -201,6 +203,7 @@ class Engine:
         tensors: Sequence[torch.Tensor],
         time_of: TimeOf,
         inputs_of: InputsOf | None,
+        caller: Caller | None,
     ) -> dict[int, list[Any]]:
         self.check()
         fresh = self._changed_conditioning(tensors)
@@ -208,7 +211,10 @@ class Engine:
             # The ranks' threads may still read these after the caller went on to change them.
             moving = {*self._latents, *fresh}
             tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
-        caller = Caller(tensors[self._latents[0]].device) if self.cuda else None
+        # Before the caller's event: a time may have to be converted, on the caller's stream.
+        times = {a.time: time_of(a.time) for a in tick.runs if a.time is not None}
+        if self.cuda and caller is None:
+            caller = Caller(tensors[self._latents[0]].device)
         done: dict[int, Future[Any]] = {}
         started: set[int] = set()
         for action in tick.actions:
@@ -221,7 +227,9 @@ class Engine:
                     mine = list(tensors)
                     for i, value in zip(self._latents, inputs_of(action.latents), strict=True):
                         mine[i] = value
-                work = self._run_work(action, mine, time_of, fresh, caller if first else None)
+                assert action.time is not None
+                time = times[action.time]
+                work = self._run_work(action, mine, time, fresh, caller if first else None)
             else:
                 work = self._channel_work(action)
             future = self._crew.submit(action.rank, work)
@@ -310,14 +318,12 @@ class Engine:
         self,
         action: Action,
         tensors: Sequence[torch.Tensor],
-        time_of: TimeOf,
+        time: torch.Tensor | None,
         fresh: Sequence[int],
         caller: Caller | None,
     ) -> Callable[[], Any]:
         worker = self.workers[action.rank]
         slots = self._slots(action)
-        assert action.time is not None
-        time = time_of(action.time)
         home = tensors[self._latents[0]].device
 
         def work() -> Any:

@@ -88,16 +88,13 @@ class Crew:
 
     def check(self, *, wait: bool = False) -> None:
         """Raise RankError for the first failure among what is done (``wait``: among all)."""
-        waiting = []
-        failures: list[tuple[int, BaseException]] = []
-        for rank, future in self._pending:
-            if not wait and not future.done():
-                waiting.append((rank, future))
-                continue
-            error = future.exception()
-            if error is not None:
-                failures.append((rank, error))
-        self._pending = waiting
+        done = [(r, f) for r, f in self._pending if wait or f.done()]
+        failures = _failures(done)
+        if failures and not wait:
+            # The cause may still be on its way. After a failure nobody waits for long.
+            done = self._pending
+            failures = _failures(done)
+        self._pending = [p for p in self._pending if p not in done]
         if failures:
             # Ranks that were waiting when another failed report an abort: not the cause.
             causes = [f for f in failures if type(f[1]).__name__ != "Aborted"] or failures
@@ -119,3 +116,9 @@ class Crew:
         """End the executor."""
         self.settle()
         self._executor.close()
+
+
+def _failures(work: list[tuple[int, Future[Any]]]) -> list[tuple[int, BaseException]]:
+    """Ranks and errors of what failed, once all of it is done."""
+    errors = ((rank, future.exception()) for rank, future in work)
+    return [(rank, error) for rank, error in errors if error is not None]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Role, Signature, parse
+from .component import Caller
 from .engine import Engine, InputsOf, TimeOf
 from .errors import InputError
 from .partition import Partition
@@ -83,9 +84,19 @@ class Groups:
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        # One for all: each engine has the caller's stream wait for its results, and those of one
+        # condition are nothing that the next has to wait for.
+        times = {a.time: time_of(a.time) for a in tick.runs if a.time is not None}
+        caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
         try:
             results = [
-                engine.tick(tick, [p[g] for p in parts], time_of, self._part_of(g, inputs_of))
+                engine.tick(
+                    tick,
+                    [p[g] for p in parts],
+                    times.__getitem__,
+                    self._part_of(g, inputs_of),
+                    caller,
+                )
                 for g, engine in enumerate(self.engines)
             ]
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -88,3 +89,57 @@ def test_exact_steps_by_what_happens(place: str) -> None:
     assert torch.equal(got, run(auto, torch.float32))
     auto.close()
     fixed.close()
+
+
+class Slow(torch.nn.Module):
+    """A denoiser that takes 20 ms or so, whatever its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.ops.asyncdiff_test.slowly(self.only(sample)) + timestep / 1000,)
+
+
+@torch.library.custom_op("asyncdiff_test::slowly", mutates_args=())
+def slowly(x: torch.Tensor) -> torch.Tensor:
+    torch.cuda._sleep(40_000_000)
+    return x.clone()
+
+
+@slowly.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def seconds(**settings: Any) -> float:
+    """Of a generation whose CUDA graphs are there."""
+    torch.manual_seed(0)
+    denoiser = AsyncDenoiser(Slow().to("cuda:0"), components=1, split="estimate", **settings)
+    noise = torch.randn(2, 4, 8, 8, device="cuda:0")
+    times = TIMES.to("cuda:0")
+    try:
+        for _ in range(2):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            latents = noise
+            with denoiser.generation(times):
+                for t in times:
+                    latents = latents - 0.1 * denoiser(latents, t)[0]
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+    finally:
+        denoiser.close()
+
+
+def test_two_gpus_work_at_once() -> None:
+    """Ranks of one tick that both deliver do not wait for each other."""
+    devices = [f"cuda:{d}" for d in devices_for("two GPUs", 2)]
+    one = seconds(devices=devices[:1])
+    assert seconds(devices=devices, guidance="split") < 1.3 * one  # not twice as long
+    exact = {"warmup": len(TIMES), "warmup_mode": "split", "stride": 2}
+    assert seconds(devices=devices, **exact) < 1.3 * one
+    # One exact step, then two in every tick.
+    assert seconds(devices=devices, stride=2) < 0.8 * one
+    assert seconds(devices=devices[::-1], stride=2) < 0.8 * one

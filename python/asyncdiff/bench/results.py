@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -47,7 +49,10 @@ def write(path: Path, figures: Any) -> None:
     """One JSON document: ``environment`` and ``figures``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"environment": environment(), "figures": figures}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    # Whole or not at all: a run that writes again and again may be stopped at any time.
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(fresh, path)
 
 
 def _links(gpus: int) -> list[str]:
@@ -64,6 +69,7 @@ def _links(gpus: int) -> list[str]:
     ]
 
 
+@functools.cache
 def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
