@@ -55,11 +55,14 @@ def generate(model: AsyncDenoiser, home: str, **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("components", [1, 2, 3])
+@pytest.mark.parametrize(("components", "delay"), [(1, None), (2, None), (3, 1), (3, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_generations_equal_the_cpu(place: str, components: int, stride: int) -> None:
+def test_generations_equal_the_cpu(
+    place: str, components: int, delay: int | None, stride: int
+) -> None:
     """Steps on the ranks, corrected and drained, and the scheduler's own; each twice."""
-    options = {"stride": stride, "warmup": 2, "exact_tail": 1, "schedule": "wavefront"}
+    options: dict[str, Any] = {"stride": stride, "warmup": 2, "exact_tail": 1}
+    options |= {"schedule": "wavefront", "delay": delay}
     names = [f"cuda:{d}" for d in devices_for(place, components)]
     cpu = denoiser(["cpu"] * components, components, order=0.5, **options)
     gpu = denoiser(names, components, order=0.5, **options)
