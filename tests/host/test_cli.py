@@ -36,6 +36,9 @@ def test_plan_prints_the_grid_of_the_plan(run):
     assert code == 0 and err == ""
     assert plan_text.grid(plan.build(3, 2, 2, 9)) in out
     assert "4 ranks" in out
+    code, out, _ = run("plan", "-N", 4, "-T", 9, "--schedule", "wavefront", "--delay", 2)
+    assert code == 0
+    assert plan_text.grid(plan.build(4, 1, 1, 9, schedule="wavefront", delay=2)) in out
 
 
 def test_plan_predicts_and_draws(run, tmp_path):
@@ -62,6 +65,9 @@ def test_plan_json_is_all_there_is_on_stdout(run):
     [
         (["plan", "-w", "0"], "warmup"),
         (["plan", "-w", "60"], "warmup=60 exceeds the 50 steps"),
+        (["plan", "--delay", "1"], "delay belongs"),
+        (["generate", "model", "-p", "x", "--schedule", "wavefront", "--delay", "2"], "1 to 1"),
+        (["calibrate", "--demo", "-N", "3", "--delay", "3"], "1 to 2 ticks"),
         (["plan", "-N", "two"], "--components"),
         (["plan", "--component-ms", "1,2,3"], "3 component times"),
         (["plan", "--component-ms", "fast"], "6.8,7.1"),
@@ -151,12 +157,12 @@ def fake(monkeypatch):
                 return "the report"
 
         def calibrate(**call):
-            from asyncdiff.calibration import Calibration
+            from asyncdiff.calibration import Calibration, Shape
 
             seen["calibrated"] = call
-            numbers = (options["components"], options["stride"], options["warmup"], 0)
-            tried = {"line of order 0": 0.5, "own clean image": 0.25}
-            return Calibration(*numbers, (0.5,), (0.5,), (0,), ((0.0,) * 4,), tried)
+            shape = Shape(options["components"], options["stride"], 1, options["warmup"], 0)
+            tried = {"line of order 0": 0.5, "sequential clean image": 0.25}
+            return Calibration(shape, (0.5,), (0.5,), (0,), ((0.0,) * 4,), tried)
 
         return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
 
@@ -203,7 +209,7 @@ def test_calibrate_and_use_it(run, fake, tmp_path):
     path = tmp_path / "a" / "c.json"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\ntwo\n")
-    numbers = ("-N", 3, "-w", 2, "--steps", 6)
+    numbers = ("-N", 3, "-w", 2, "--delay", 2, "--steps", 6)
     code, out, err = run(
         "calibrate", "model", *numbers, "--prompts-file", prompts, "-p", "zero", "--guidance", 4,
         "-o", path,
@@ -211,8 +217,10 @@ def test_calibrate_and_use_it(run, fake, tmp_path):
     assert code == 0, err
     assert fake["calibrated"]["prompt"] == ["zero", "one", "two"]
     assert fake["calibrated"]["guidance_scale"] == 4
-    assert fake["schedule"] == "wavefront" and fake["restored"] == 1
-    assert "taken  own clean image: 0.2500" in out and "tried  line" in out and str(path) in out
+    assert fake["schedule"] == "wavefront" and fake["restored"] == 1 and fake["delay"] == 2
+    assert (
+        "taken  sequential clean image: 0.2500" in out and "tried  line" in out and str(path) in out
+    )
     from asyncdiff import Calibration
 
     more = ("--schedule", "wavefront", "--order", path, "-o", tmp_path / "g.png")
@@ -222,7 +230,7 @@ def test_calibrate_and_use_it(run, fake, tmp_path):
     assert run("generate", "model", "-p", "x", *more)[0] == 0
     assert fake["order"] == 0.5 and fake["warmup"] == "auto"
     code, out, _ = run("calibrate", "--demo", "--steps", 6, "--json", "-o", path)
-    assert code == 0 and json.loads(out)["tried"]["own clean image"] == 0.25
+    assert code == 0 and json.loads(out)["tried"]["sequential clean image"] == 0.25
     assert len(fake["calibrated"]["prompt"]) == 16
 
 
@@ -246,6 +254,8 @@ def test_plan_of_a_model(run, fake, monkeypatch):
     }
 
     class Report:
+        boundaries = (types.SimpleNamespace(source=0, target=1),)
+
         def to_dict(self):
             return report
 
