@@ -158,6 +158,13 @@ class _Arguments:
         make = self.request.timestep_argument
         return [t if make is None else make(t) for t in timesteps]
 
+    def announced(self, timesteps: torch.Tensor, times: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The values of ``times``, one a step; where those are views of the scheduler's timesteps,
+        these, so that a call's argument is known without a look at its value."""
+        if self.request.timestep_argument is None:
+            return timesteps
+        return torch.stack([t.reshape(-1)[0] for t in times])
+
     def call(self, sample: torch.Tensor, time: torch.Tensor) -> dict[str, Any]:
         """The arguments for an input that is scaled already."""
         inputs = {self._latents: sample.to(self._dtype)}
@@ -190,7 +197,8 @@ def _check_prediction(request: Request, shape: Sequence[int]) -> None:
 def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler) -> torch.Tensor:
     started = time.perf_counter()
     arguments = _Arguments(denoiser, request)
-    times = arguments.times(check_scheduler(request.scheduler))
+    timesteps = check_scheduler(request.scheduler)
+    times = arguments.times(timesteps)
     latents = request.latents
     # In the latents' own precision, as the ranks scale all inputs that follow.
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -226,8 +234,8 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     values = None
     if index:
         dtype = call.tensors[index[0]].dtype
-        values = torch.stack([t.reshape(-1)[0] for t in times]).to("cpu", dtype)
-    generation = Generation(values if values is not None else torch.arange(len(times)))
+        values = arguments.announced(timesteps, times).to("cpu", dtype)
+    generation = Generation(torch.arange(len(times)) if values is None else values)
     generation.begin([Phase(engine, plan)], time.perf_counter() - started)
     try:
         result = loop.run(
@@ -235,7 +243,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
                 samplers,
                 latents,
                 call.tensors,
-                values,
+                None if values is None else values.tolist(),
                 request.guidance_scale,
                 request.guidance_rescale,
             )
@@ -255,8 +263,7 @@ def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
     times = arguments.times(timesteps)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     dtype = latents.dtype
-    arriving = torch.stack([t.reshape(-1)[0] for t in times])
-    with denoiser.generation(arriving, scheduler):
+    with denoiser.generation(arguments.announced(timesteps, times), scheduler):
         for k, (t, time_) in enumerate(zip(timesteps, times, strict=True)):
             sample = scale(torch.cat([latents] * request.copies), t)
             call = denoiser.parse((), arguments.call(sample, time_))
@@ -283,8 +290,9 @@ def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
         sampler = denoiser.samplers.get(request.scheduler, request.step_options)
         clean = clean_image(request.scheduler)
         arguments = _Arguments(denoiser, request)
-        times = arguments.times(check_scheduler(request.scheduler))
-        arriving = torch.stack([t.reshape(-1)[0] for t in times])
+        timesteps = check_scheduler(request.scheduler)
+        times = arguments.times(timesteps)
+        arriving = arguments.announced(timesteps, times)
         steps = len(times)
         denoiser.plan(steps)  # which raises where these do not fit each other
 
