@@ -67,9 +67,11 @@ class Engine:
         self._times = [i for i, x in enumerate(inputs) if x.role is Role.TIMESTEP]
         self._conditioning = [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING]
         self._seen: dict[int, tuple[torch.Tensor, int]] = {}
-        #: counts changes of the conditioning that rows were computed with, and what it was
+        #: counts changes of the conditioning that rows were computed with
         self.era = 0
+        #: what that was, and the caller's tensors that are known to be the same
         self._held: dict[int, torch.Tensor] = {}
+        self._met: dict[int, tuple[torch.Tensor, int]] = {}
         count = len(partition.components)
 
         def weight(name: str, device: torch.device) -> torch.Tensor:
@@ -168,12 +170,19 @@ class Engine:
 
     # ---- a generation ------------------------------------------------------------------------
 
-    def begin(self, steps: int) -> None:
-        """Start a generation of so many steps: empty channels, nothing in flight."""
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start a generation of so many steps, whose first call has these tensors: empty channels,
+        nothing in flight.
+
+        Its conditioning is compared with that of the generation before, if rows depend on it. On
+        CUDA the host waits for that, here and not later.
+        """
         if not self._clean:
             self.abandon()
         for worker in self.workers:
             worker.begin(steps)
+        self._met.clear()
+        self._renew(dict(enumerate(tensors)), compare=True)
         self.fabric.reset()
         self._got.clear()
         self._freed.clear()
@@ -386,24 +395,20 @@ class Engine:
         first = not self._seen
         for i in self._conditioning:
             tensor, seen = tensors[i], self._seen.get(i)
-            # A tensor made in inference mode has no version: it is copied every time.
-            version = -1 if tensor.is_inference() else tensor._version
-            if seen is None or version < 0 or seen[0] is not tensor or seen[1] != version:
+            if not _is(tensor, seen):
                 changed.append(i)
-                self._seen[i] = (tensor, version)
-        self._renew({i: tensors[i] for i in changed}, first)
+                self._seen[i] = (tensor, _version(tensor))
+        self._renew({i: tensors[i] for i in changed}, compare=first)
         return changed
 
-    def _renew(self, changed: Mapping[int, torch.Tensor], first: bool) -> None:
-        """Begin a new era if rows of the ranks' tables depend on conditioning that has changed.
-
-        A generation's ``first`` conditioning is compared with the last one, for pictures of the
-        same prompt. On CUDA that waits for it, while nothing is under way yet; later changes are
-        taken for what they seem.
-        """
+    def _renew(self, changed: Mapping[int, torch.Tensor], compare: bool) -> None:
+        """Begin a new era if rows of the ranks' tables depend on tensors that have changed; without
+        ``compare`` all of them have, unless they are known."""
         of_rows = set[int]().union(*(w.row_conditioning for w in self.workers))
         mine = {i: t for i, t in changed.items() if i in of_rows}
-        if not mine or (first and all(_same(t, self._held.get(i)) for i, t in mine.items())):
+        mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
+        self._met |= {i: (t, _version(t)) for i, t in mine.items()}
+        if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
             return
         self.era += 1
         self._held |= {i: t.clone() for i, t in mine.items()}
@@ -411,6 +416,16 @@ class Engine:
 
 def _tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """What changes with every write to a tensor; -1 where torch does not count (inference mode)."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is(tensor: torch.Tensor, seen: tuple[torch.Tensor, int] | None) -> bool:
+    """Whether a tensor is one that was seen, not written to since then."""
+    return seen is not None and seen[0] is tensor and seen[1] == _version(tensor) >= 0
 
 
 def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:

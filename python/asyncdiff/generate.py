@@ -236,7 +236,7 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
         dtype = call.tensors[index[0]].dtype
         values = arguments.announced(timesteps, times).to("cpu", dtype)
     generation = Generation(torch.arange(len(times)) if values is None else values)
-    generation.begin([Phase(engine, plan)], time.perf_counter() - started)
+    generation.begin([Phase(engine, plan)], call, time.perf_counter() - started)
     try:
         result = loop.run(
             Start(

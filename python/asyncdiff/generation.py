@@ -110,10 +110,12 @@ class Generation:
     def begin(
         self,
         phases: Sequence[Phase],
+        call: Call,
         prepare_s: float,
         plan_of: Callable[[int], Plan] | None = None,
     ) -> None:
-        """Take the engines for this generation, whose steps ``phases`` serve one after another.
+        """Take the engines for this generation, whose steps ``phases`` serve one after another;
+        ``call`` is its first.
 
         ``plan_of`` makes the same plan with another number of exact steps, for ``drift``.
         """
@@ -122,7 +124,7 @@ class Generation:
         self._prepare_s = prepare_s
         self._plan_of = plan_of
         for engine in self._engines:
-            engine.begin(self.steps)
+            engine.begin(self.steps, call.tensors)
         self._started = time.perf_counter()
 
     def _follow(self, phases: Sequence[Phase]) -> None:

@@ -70,11 +70,12 @@ class Groups:
         for engine in self.engines:
             engine.prepare(plan)
 
-    def begin(self, steps: int) -> None:
-        """Start a generation of so many steps."""
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start a generation of so many steps, whose first call has these tensors."""
         self._parts.clear()
-        for engine in self.engines:
-            engine.begin(steps)
+        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        for g, engine in enumerate(self.engines):
+            engine.begin(steps, [p[g] for p in parts])
 
     def tick(
         self,

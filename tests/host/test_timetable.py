@@ -12,7 +12,7 @@ import torch
 from toys import toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, RankError, component, timetable
+from asyncdiff import AsyncDenoiser, RankError, component, engine, timetable
 from asyncdiff.component import Worker
 from asyncdiff.generation import Generation
 from asyncdiff.hoist import Hoisted, hoist
@@ -178,6 +178,33 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
+    denoiser.close()
+
+
+@pytest.mark.parametrize("modes", [{}, {"guidance": "split"}, {"warmup_mode": "split"}])
+def test_conditioning_is_compared_before_anything_is_under_way(
+    modes: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA that is a wait of the host."""
+    events: list[str] = []
+    same, work = engine._same, Worker.run
+
+    def compared(*tensors: Any) -> bool:
+        events.append("compare")
+        return same(*tensors)
+
+    def ran(worker: Worker, slots: Any) -> Any:
+        events.append("run")
+        return work(worker, slots)
+
+    monkeypatch.setattr(engine, "_same", compared)
+    monkeypatch.setattr(Worker, "run", ran)
+    denoiser = spread(warmup=3, **modes)
+    for _ in range(2):
+        events.clear()
+        run(denoiser, change=5)
+        count = events.index("run")
+        assert 0 < count <= 3 and "compare" not in events[count:]
     denoiser.close()
 
 
