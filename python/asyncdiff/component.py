@@ -246,8 +246,10 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.refresh(self.conditioning)
         with torch.no_grad(), self.current():
-            if self.timed is not None:
+            if self.timed is not None and self.time is not None:
                 self.execute_row()
+                # As set_time does: kernels are loaded now, not while another rank waits.
+                self.static[self.time].fill_(0)
             self._emit.hook = hook
             outputs = self.program(*self._arguments(reads))
         self.synchronize()
@@ -343,8 +345,9 @@ class Worker:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Drop graphs and mailbox views, so that their memory can be freed. Call when idle."""
+        """Drop graphs, rows and mailboxes, so that their memory can be freed. Call when idle."""
         self._captured.clear()
+        self.table = None
         self._last = None
         self.mailbox.clear()
         self.senders.clear()
