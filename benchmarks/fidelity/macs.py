@@ -31,7 +31,7 @@ def _of(pipe: Any) -> tuple[Captured, Costs]:
 
 
 def total(pipe: Any) -> int:
-    """MACs of one call, without what depends on the prompt alone."""
+    """MACs of one call, without what depends on prompt and timestep alone."""
     return sum(c.macs for c in balanced(pipe, 1).report().components)
 
 
@@ -42,11 +42,12 @@ def balanced(pipe: Any, components: int) -> Partition:
 
 
 def within(pipe: Any, paths: Sequence[str]) -> int:
-    """MACs of one call inside the modules at these paths, without what the prompt alone decides."""
+    """MACs of one call inside the modules at these paths, without what prompt and timestep alone
+    decide."""
     captured, costs = _of(pipe)
     prefixes = tuple(f"{path}." for path in paths)
     return sum(
         costs.macs[n]
         for n in captured.nodes
-        if n not in captured.once and f"{captured.module_path(n)}.".startswith(prefixes)
+        if captured.each_run(n) and f"{captured.module_path(n)}.".startswith(prefixes)
     )

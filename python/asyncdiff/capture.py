@@ -29,8 +29,8 @@ class Captured:
     former to their tensors (the module's own parameters, not copies), ``inputs`` the latter to
     their index in ``signature.inputs``. ``outputs`` are the leaves of the result (nodes or
     constants), ``out_spec`` puts them back together. ``seconds`` is what the export took.
-    ``variant`` are the nodes that depend on the latents, ``once`` those that depend on the
-    conditioning but on neither latents nor time.
+    ``variant`` are the nodes that depend on the latents, ``timed`` those that depend on the time
+    but not on the latents, ``once`` those that depend on the conditioning but on neither.
     """
 
     graph: fx.Graph
@@ -43,14 +43,15 @@ class Captured:
     seconds: float
     nodes: list[fx.Node] = field(default_factory=list)
     variant: set[fx.Node] = field(default_factory=set)
+    timed: set[fx.Node] = field(default_factory=set)
     once: set[fx.Node] = field(default_factory=set)
     views: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.graph.nodes if n.op == "call_function"]
         self.variant = self._descendants(Role.LATENTS)
-        self.once = self._descendants(Role.CONDITIONING)
-        self.once -= self._descendants(Role.LATENTS, Role.TIMESTEP)
+        self.timed = self._descendants(Role.TIMESTEP) - self.variant
+        self.once = self._descendants(Role.CONDITIONING) - self.variant - self.timed
         self.views = {n for n in self.nodes if _is_view(n)}
 
     def ownable(self, node: fx.Node) -> bool:
@@ -60,6 +61,11 @@ class Captured:
         needs one computes it.
         """
         return node in self.variant and node not in self.views
+
+    def each_run(self, node: fx.Node) -> bool:
+        """Whether every run computes ``node``, rather than that it is computed ahead, once a
+        generation or once a timestep (:mod:`asyncdiff.hoist`)."""
+        return node not in self.once and node not in self.timed
 
     def module_path(self, node: fx.Node) -> str:
         """Dotted path of the innermost module whose forward made this node ('' at the top)."""

@@ -1,8 +1,6 @@
-"""What one rank knows of time: counters and the denoiser's timestep, advanced on the device."""
+"""What one rank knows of time: counters, and what its program needs of it, on the device."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -10,28 +8,28 @@ from .update import kernels
 
 
 class Clock:
-    """Writes the timestep of the next tick to a rank's timestep arguments, and counts.
+    """Writes a tick's part of a table where a rank's program reads it, and counts.
 
-    ``targets`` are the arguments' tensors (any shape; all elements get the same value), ``ticks``
-    how many ticks a generation has, ``step`` an :class:`asyncdiff.update.Update`'s counter.
+    ``table`` has a row for every tick, and one that is written after the last tick and never used;
+    ``target`` (flat, as long as a row, of the same dtype; None with the table) is where the tick's
+    row goes. ``step`` is an :class:`asyncdiff.update.Update`'s counter.
     """
 
     def __init__(
         self,
-        targets: Sequence[torch.Tensor],
-        ticks: int,
+        target: torch.Tensor | None,
+        table: torch.Tensor | None,
         device: torch.device,
         step: torch.Tensor | None = None,
         triton: bool | None = None,
     ) -> None:
-        self._targets = list(targets)
+        self._target = target
+        self._table = table
         self._step = step
-        self._tick = torch.zeros(1, dtype=torch.int64, device=device)
-        # The last row is written after the last tick, and never used.
-        self._times = [
-            torch.zeros(ticks + 1, dtype=target.dtype, device=device) for target in targets
-        ]
         self._kernels = kernels(device, triton)
+        counters = 1 if self._kernels is None else self._kernels.ticks_of(target)
+        #: all the same: every program of the kernel has its own
+        self._tick = torch.zeros(counters, dtype=torch.int64, device=device)
 
     def rewind(self) -> None:
         """Count from the first tick and the first step again."""
@@ -39,25 +37,23 @@ class Clock:
         if self._step is not None:
             self._step.zero_()
 
-    def load(self, times: torch.Tensor | None) -> None:
-        """Begin a generation; ``times`` has the timestep of every tick (None without targets)."""
+    def load(self) -> None:
+        """Begin a generation, whose rows are in the table."""
         self.rewind()
-        for target, table in zip(self._targets, self._times, strict=True):
-            assert times is not None
-            table[:-1].copy_(times)
-            target.copy_(table[0])
+        if self._target is not None:
+            assert self._table is not None
+            self._target.copy_(self._table[0])
 
     def advance(self, served: int) -> None:
         """Go on to the next tick, after one that served so many steps."""
-        pairs = list(zip(self._times, self._targets, strict=True))
-        if not pairs and self._step is None:
+        if self._target is None and self._step is None:
             return
-        if self._kernels is not None and len(pairs) <= 1:
-            times, target = pairs[0] if pairs else (None, None)
-            self._kernels.tick(self._tick, times, target, self._step, served)
+        if self._kernels is not None:
+            self._kernels.tick(self._tick, self._table, self._target, self._step, served)
             return
         self._tick.add_(1)
-        for times, target in pairs:
-            target.copy_(times.index_select(0, self._tick)[0])
+        if self._target is not None:
+            assert self._table is not None
+            self._target.copy_(self._table.index_select(0, self._tick)[0])
         if self._step is not None:
             self._step.add_(served)

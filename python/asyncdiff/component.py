@@ -17,15 +17,21 @@ import asyncdiff_core as core
 from .bundle import as_laid_out, dense, moved_on
 from .calls import Role
 from .compiled import compile_program
-from .hoist import hoist, store
+from .hoist import Hoisted, hoist, store
 from .partition import Partition
 from .program import Emit
+from .timetable import Key, Row, Timetable, fits
 
 log = logging.getLogger("asyncdiff")
 
 #: Slots of the bundles that a run reads, by sending component (with extrapolation two, the newer
 #: one first), and of the one that it writes.
 Slots = tuple[tuple[tuple[int, int], ...], int | None]
+#: A timestep: a number where the host knows it and all elements of the argument are alike, else
+#: the argument.
+Time = float | torch.Tensor
+#: Among a worker's CUDA graphs, that which computes a row.
+_ROW = "row"
 
 
 @dataclass
@@ -74,8 +80,12 @@ class Worker:
     program: fx.GraphModule
     #: computes ``kept`` from the inputs ``conditioning``, when one of them has changed
     prelude: fx.GraphModule | None
+    #: computes the values of ``row`` from the input ``time`` and the inputs ``row_conditioning``
+    timed: fx.GraphModule | None
     inputs: list[int]
     conditioning: set[int]
+    row_conditioning: set[int]
+    time: int | None
     static: dict[int, torch.Tensor]
     stream: torch.cuda.Stream | None = None
     comm: torch.cuda.Stream | None = None
@@ -84,11 +94,15 @@ class Worker:
     mailbox: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
     #: what the program needs and is computed once a generation
     kept: list[torch.Tensor] = field(default_factory=list)
+    #: what the program needs of the timestep it runs at, and rows of the same generation
+    row: Row | None = None
+    table: Timetable | None = None
     #: of the last change of crossing values, how much is added to them
     extrapolate: float = 0.0
     #: CUDA graphs are used until one cannot be captured.
     graphs: bool = True
     compiled: bool = False
+    _slots: int = 0
     _pushes: int = 0
     _spent: float = 0.0
     _captured: dict[Hashable, Recorded] = field(default_factory=dict)
@@ -116,8 +130,20 @@ class Worker:
                 static[i].copy_(tensors[i])
         roles = captured.signature.inputs
         conditioning = {i for i in inputs if roles[i].role is Role.CONDITIONING}
-        prelude, main = hoist(program)
-        worker = cls(rank, index, device, main, prelude, inputs, conditioning, static)
+        parts: Hoisted = hoist(program)
+        worker = cls(
+            rank,
+            index,
+            device,
+            parts.main,
+            parts.once,
+            parts.timed,
+            inputs,
+            conditioning,
+            {captured.inputs[name] for name in parts.conditions},
+            next((i for i in inputs if roles[i].role is Role.TIMESTEP), None),
+            static,
+        )
         if device.type == "cuda":
             worker.stream = torch.cuda.Stream(device)
             worker.comm = torch.cuda.Stream(device)
@@ -176,9 +202,58 @@ class Worker:
         if self.prelude is None or self.conditioning.isdisjoint(changed):
             return
         with torch.no_grad(), self.current():
-            inputs = [self.static[i] for i in self.inputs]
-            absent = [None] * len(self.prelude.graph.find_nodes(op="placeholder"))
-            self.kept = store(self.prelude(*inputs, *absent[len(inputs) :]), self.kept)
+            self.kept = store(self._ahead(self.prelude), self.kept)
+
+    def begin(self, steps: int) -> None:
+        """Make room for the rows of a generation with so many steps. Call when idle."""
+        self._slots = steps if self.row is not None and fits(steps, self.row.nbytes) else 0
+        if self.table is not None and len(self.table.keys) != self._slots:
+            self.table = None
+
+    def set_time(self, time: Time, era: int) -> None:
+        """Make ``row`` that of a timestep: copy it from the table, or compute it.
+
+        ``era`` counts the changes of the conditioning. A tensor has to lie in the static input
+        already.
+        """
+        if self.timed is None:
+            return
+        if isinstance(time, torch.Tensor):
+            self.compute_row()
+            return
+        if self.table is None and self._slots:
+            assert self.row is not None
+            with self.current():
+                self.table = Timetable(self._slots, self.row)
+        self._take((era, time), self.table)
+
+    def fill(self, table: Timetable, times: Sequence[float], era: int) -> None:
+        """Make the first rows of ``table`` those of these timesteps. Leaves ``row`` undefined."""
+        assert self.row is not None
+        for slot, timestep in enumerate(times):
+            key = (era, timestep)
+            if table.keys[slot] != key:
+                self._take(key, table)
+                with torch.no_grad(), self.current():
+                    table.put_at(slot, key, self.row.memory)
+
+    def compute_row(self) -> None:
+        """Compute ``row`` for the timestep in the static input."""
+        self.issue(self._captured, _ROW, self.execute_row)
+
+    def execute_row(self) -> list[Any]:
+        """:meth:`compute_row` on the current stream, to be captured too."""
+        assert self.timed is not None
+        values = self._ahead(self.timed, self.kept)
+        if self.row is None:
+            self.row = Row(values)
+        self.row.store(values)
+        return []
+
+    def prepare_row(self) -> None:
+        """Capture the graph of :meth:`compute_row`, if it is still missing."""
+        if self.timed is not None:
+            self.record(self._captured, _ROW, self.execute_row)
 
     def warm_up(
         self, reads: dict[int, list[torch.Tensor]]
@@ -197,6 +272,10 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.refresh(self.conditioning)
         with torch.no_grad(), self.current():
+            if self.timed is not None and self.time is not None:
+                self.execute_row()
+                # As set_time does: kernels are loaded now, not while another rank waits.
+                self.static[self.time].fill_(0)
             self._emit.hook = hook
             outputs = self.program(*self._arguments(reads))
         self.synchronize()
@@ -221,6 +300,7 @@ class Worker:
 
     def prepare(self, slots: Slots) -> None:
         """Capture the graph for these slots, if it is still missing."""
+        self.prepare_row()
         self.record(self._captured, slots, lambda: self.execute(slots))
 
     def run(self, slots: Slots) -> list[Any]:
@@ -291,8 +371,9 @@ class Worker:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Drop graphs and mailbox views, so that their memory can be freed. Call when idle."""
+        """Drop graphs, rows and mailboxes, so that their memory can be freed. Call when idle."""
         self._captured.clear()
+        self.table = None
         self._last = None
         self.mailbox.clear()
         self.senders.clear()
@@ -305,7 +386,28 @@ class Worker:
 
     def _arguments(self, reads: dict[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         values = [self.static[i] for i in self.inputs]
-        return [*values, *(v for bundle in reads.values() for v in bundle), *self.kept]
+        row = [] if self.row is None else self.row.values
+        return [*values, *(v for bundle in reads.values() for v in bundle), *self.kept, *row]
+
+    def _ahead(self, part: fx.GraphModule, kept: Sequence[torch.Tensor] = ()) -> Any:
+        """What a part of the program returns that needs no value of other components."""
+        inputs = [self.static[i] for i in self.inputs]
+        reads = len(part.graph.find_nodes(op="placeholder")) - len(inputs) - len(kept)
+        return part(*inputs, *[None] * reads, *kept)
+
+    def _take(self, key: Key, table: Timetable | None) -> None:
+        """Make ``row`` the one with this key: copy it from ``table``, or compute it, and keep it in
+        the worker's own table."""
+        assert self.row is not None and self.time is not None
+        with torch.no_grad(), self.current():
+            found = None if table is None else table.find(key)
+            if found is not None:
+                self.row.memory.copy_(found)
+                return
+            self.static[self.time].fill_(key[1])
+            self.compute_row()
+            if self.table is not None and table is self.table:
+                self.table.put(key, self.row.memory)
 
     def _capture(self, work: Callable[[], list[Any]]) -> Recorded:
         graph = torch.cuda.CUDAGraph()

@@ -403,6 +403,7 @@ class AsyncDenoiser:
                 phases = self._phases(call, generation.steps)
                 generation.begin(
                     phases,
+                    call,
                     time.perf_counter() - started,
                     lambda warmup: self.plan(generation.steps, warmup=warmup),
                 )

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,7 +20,7 @@ import asyncdiff_core as core
 
 from .bundle import layout_of, views
 from .calls import Role
-from .component import Caller, Sender, Slots, Worker
+from .component import Caller, Sender, Slots, Time, Worker
 from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
@@ -30,8 +30,8 @@ from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
 
-#: The value of the denoiser's timestep argument for a time index of the plan.
-TimeOf = Callable[[int], torch.Tensor | None]
+#: The value of the denoiser's timestep argument for a time index of the plan (None: it has none).
+TimeOf = Callable[[int], Time | None]
 #: The inputs of an earlier step's call, for runs that are behind (None: there are none).
 InputsOf = Callable[[int], Sequence[torch.Tensor]]
 
@@ -67,6 +67,11 @@ class Engine:
         self._times = [i for i, x in enumerate(inputs) if x.role is Role.TIMESTEP]
         self._conditioning = [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING]
         self._seen: dict[int, tuple[torch.Tensor, int]] = {}
+        #: counts changes of the conditioning that rows were computed with
+        self.era = 0
+        #: what that was, and the caller's tensors that are known to be the same
+        self._held: dict[int, torch.Tensor] = {}
+        self._met: dict[int, tuple[torch.Tensor, int]] = {}
         count = len(partition.components)
 
         def weight(name: str, device: torch.device) -> torch.Tensor:
@@ -165,10 +170,19 @@ class Engine:
 
     # ---- a generation ------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start a generation: empty channels, nothing in flight."""
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start a generation of so many steps, whose first call has these tensors: empty channels,
+        nothing in flight.
+
+        Its conditioning is compared with that of the generation before, if rows depend on it. On
+        CUDA the host waits for that, here and not later.
+        """
         if not self._clean:
             self.abandon()
+        for worker in self.workers:
+            worker.begin(steps)
+        self._met.clear()
+        self._renew(dict(enumerate(tensors)), compare=True)
         self.fabric.reset()
         self._got.clear()
         self._freed.clear()
@@ -206,7 +220,7 @@ class Engine:
         caller: Caller | None,
     ) -> dict[int, list[Any]]:
         self.check()
-        fresh = self._changed_conditioning(tensors)
+        fresh = self.changed_conditioning(tensors)
         if not self.cuda:
             # The ranks' threads may still read these after the caller went on to change them.
             moving = {*self._latents, *fresh}
@@ -285,6 +299,9 @@ class Engine:
         if not self._clean:
             self.fabric.abort(0, "the generation was abandoned")
         self._crew.settle()
+        # A rank that failed may have missed its conditioning: what it computed since is of no use.
+        self.era += 1
+        self._held.clear()
         with contextlib.suppress(Exception):  # an error of the device shows again in its next use
             self.synchronize()
         self.fabric.reset()
@@ -318,19 +335,22 @@ class Engine:
         self,
         action: Action,
         tensors: Sequence[torch.Tensor],
-        time: torch.Tensor | None,
+        time: Time | None,
         fresh: Sequence[int],
         caller: Caller | None,
     ) -> Callable[[], Any]:
         worker = self.workers[action.rank]
         slots = self._slots(action)
+        era = self.era
         home = tensors[self._latents[0]].device
 
         def work() -> Any:
             inputs = {i: tensors[i] for i in (*self._latents, *fresh)}
-            if time is not None:
+            if isinstance(time, torch.Tensor):
                 inputs |= dict.fromkeys(self._times, time)
             worker.set_inputs(inputs, caller)
+            if time is not None:
+                worker.set_time(time, era)
             about = {"rank": action.rank, "component": worker.index, "step": action.time}
             with core.nvtx_range("run", **about):
                 outputs = worker.run(slots)
@@ -375,22 +395,48 @@ class Engine:
         main.wait_stream(worker.stream)
         return out
 
-    def _changed_conditioning(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Conditioning that is not what the ranks hold. A tensor is known by itself and its
-        version, so that a generation copies its embeddings once."""
+    def changed_conditioning(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Conditioning that is not what the ranks hold: they have to be given it now. A tensor is
+        known by itself and its version, so that a generation copies its embeddings once."""
         changed = []
+        first = not self._seen
         for i in self._conditioning:
             tensor, seen = tensors[i], self._seen.get(i)
-            # A tensor made in inference mode has no version: it is copied every time.
-            version = -1 if tensor.is_inference() else tensor._version
-            if seen is None or version < 0 or seen[0] is not tensor or seen[1] != version:
+            if not _is(tensor, seen):
                 changed.append(i)
-                self._seen[i] = (tensor, version)
+                self._seen[i] = (tensor, _version(tensor))
+        self._renew({i: tensors[i] for i in changed}, compare=first)
         return changed
+
+    def _renew(self, changed: Mapping[int, torch.Tensor], compare: bool) -> None:
+        """Begin a new era if rows of the ranks' tables depend on tensors that have changed; without
+        ``compare`` all of them have, unless they are known."""
+        of_rows = set[int]().union(*(w.row_conditioning for w in self.workers))
+        mine = {i: t for i, t in changed.items() if i in of_rows}
+        mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
+        self._met |= {i: (t, _version(t)) for i, t in mine.items()}
+        if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
+            return
+        self.era += 1
+        self._held |= {i: t.clone() for i, t in mine.items()}
 
 
 def _tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """What changes with every write to a tensor; -1 where torch does not count (inference mode)."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is(tensor: torch.Tensor, seen: tuple[torch.Tensor, int] | None) -> bool:
+    """Whether a tensor is one that was seen, not written to since then."""
+    return seen is not None and seen[0] is tensor and seen[1] == _version(tensor) >= 0
+
+
+def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:
+    return old is not None and new.device == old.device and torch.equal(new, old)
 
 
 def check_inputs(tensors: Sequence[torch.Tensor], names: Sequence[str], cuda: bool) -> None:

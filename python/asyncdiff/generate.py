@@ -158,6 +158,13 @@ class _Arguments:
         make = self.request.timestep_argument
         return [t if make is None else make(t) for t in timesteps]
 
+    def announced(self, timesteps: torch.Tensor, times: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The values of ``times``, one a step; where those are views of the scheduler's timesteps,
+        these, so that a call's argument is known without a look at its value."""
+        if self.request.timestep_argument is None:
+            return timesteps
+        return torch.stack([t.reshape(-1)[0] for t in times])
+
     def call(self, sample: torch.Tensor, time: torch.Tensor) -> dict[str, Any]:
         """The arguments for an input that is scaled already."""
         inputs = {self._latents: sample.to(self._dtype)}
@@ -190,7 +197,8 @@ def _check_prediction(request: Request, shape: Sequence[int]) -> None:
 def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler) -> torch.Tensor:
     started = time.perf_counter()
     arguments = _Arguments(denoiser, request)
-    times = arguments.times(check_scheduler(request.scheduler))
+    timesteps = check_scheduler(request.scheduler)
+    times = arguments.times(timesteps)
     latents = request.latents
     # In the latents' own precision, as the ranks scale all inputs that follow.
     wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -226,16 +234,16 @@ def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler)
     values = None
     if index:
         dtype = call.tensors[index[0]].dtype
-        values = torch.stack([t.reshape(-1)[0] for t in times]).to("cpu", dtype)
-    generation = Generation(values if values is not None else torch.arange(len(times)))
-    generation.begin([Phase(engine, plan)], time.perf_counter() - started)
+        values = arguments.announced(timesteps, times).to("cpu", dtype)
+    generation = Generation(torch.arange(len(times)) if values is None else values)
+    generation.begin([Phase(engine, plan)], call, time.perf_counter() - started)
     try:
         result = loop.run(
             Start(
                 samplers,
                 latents,
                 call.tensors,
-                values,
+                None if values is None else values.tolist(),
                 request.guidance_scale,
                 request.guidance_rescale,
             )
@@ -255,8 +263,7 @@ def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
     times = arguments.times(timesteps)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     dtype = latents.dtype
-    arriving = torch.stack([t.reshape(-1)[0] for t in times])
-    with denoiser.generation(arriving, scheduler):
+    with denoiser.generation(arguments.announced(timesteps, times), scheduler):
         for k, (t, time_) in enumerate(zip(timesteps, times, strict=True)):
             sample = scale(torch.cat([latents] * request.copies), t)
             call = denoiser.parse((), arguments.call(sample, time_))
@@ -299,9 +306,10 @@ class _Run:
         tail: int,
     ) -> None:
         self._denoiser, self._request, self._arguments = denoiser, request, arguments
-        self._times = arguments.times(check_scheduler(request.scheduler))
+        timesteps = check_scheduler(request.scheduler)
+        self._times = arguments.times(timesteps)
         self._collector = _Collector()
-        arriving = torch.stack([t.reshape(-1)[0] for t in self._times])
+        arriving = arguments.announced(timesteps, self._times)
         denoiser.warmup, denoiser.exact_tail = warmup, tail
         denoiser.start(arriving, predictor=self._collector)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .calls import RESIDUALS, Call, Role, Signature
+from .component import Time
 from .drift import Drift
 from .engine import Engine, InputsOf
 from .errors import InputError, SchedulerError
@@ -88,6 +89,9 @@ class Generation:
         drift: Drift | None = None,
     ) -> None:
         self.timesteps = timesteps
+        #: the same, known to the host: to a GPU's it has to wait once, before a generation begins
+        self._known = timesteps.detach().cpu()
+        self._version = None if timesteps.is_inference() else timesteps._version
         self.steps = len(timesteps)
         self.engine: Engine | Groups | None = None
         self.next_step = 0
@@ -107,10 +111,12 @@ class Generation:
     def begin(
         self,
         phases: Sequence[Phase],
+        call: Call,
         prepare_s: float,
         plan_of: Callable[[int], Plan] | None = None,
     ) -> None:
-        """Take the engines for this generation, whose steps ``phases`` serve one after another.
+        """Take the engines for this generation, whose steps ``phases`` serve one after another;
+        ``call`` is its first.
 
         ``plan_of`` makes the same plan with another number of exact steps, for ``drift``. Raises
         PlanError where a calibration is for other waves.
@@ -122,7 +128,7 @@ class Generation:
         self._prepare_s = prepare_s
         self._plan_of = plan_of
         for engine in self._engines:
-            engine.begin()
+            engine.begin(self.steps, call.tensors)
         self._started = time.perf_counter()
 
     def _follow(self, phases: Sequence[Phase]) -> None:
@@ -222,16 +228,35 @@ class Generation:
                 engine.abandon()
         self.next_step = self.steps
 
-    def _time(self, index: int, call: Call) -> torch.Tensor | None:
+    def _time(self, index: int, call: Call) -> Time | None:
+        """The timestep argument at an index: that of the call for its own step, else as announced.
+        It is a number where the host can know that without asking a GPU."""
         where = call.indices(Role.TIMESTEP)
         if not where:
             return None
         now = call.tensors[where[0]]
-        if index == self.next_step:
-            return now
         if index >= len(self.timesteps):
             raise SchedulerError(f"time {index} lies past the last of {self.steps} timesteps")
-        return self.timesteps[index].to(now.dtype).expand(now.shape)
+        if index == self.next_step and not self._announced(now, index):
+            return _number(now)
+        time = _number(self._known[index].to(now.dtype))
+        if isinstance(time, torch.Tensor):  # each sample has its own
+            return self.timesteps[index].to(now.dtype).expand(now.shape)
+        return time
+
+    def _announced(self, now: torch.Tensor, index: int) -> bool:
+        """Whether an argument is, without looking at its value, the announced timestep: the same
+        memory, not written to since."""
+        times = self.timesteps
+        return (
+            (now.device, now.dtype, 1) == (times.device, times.dtype, times.dim())
+            and self._version is not None
+            and times._version == self._version
+            and now.data_ptr() == times[index].data_ptr()
+            and all(
+                size == 1 or step == 0 for size, step in zip(now.shape, now.stride(), strict=True)
+            )
+        )
 
     def report(self) -> GenerationReport:
         """What this generation did; call it once it is done."""
@@ -263,6 +288,14 @@ class Generation:
     def _engines(self) -> list[Engine | Groups]:
         """Every engine once."""
         return list({id(p.engine): p.engine for p in self._phases}.values())
+
+
+def _number(time: torch.Tensor) -> Time:
+    """A timestep as a number, if the host has it and all elements are alike; else itself."""
+    if time.device.type != "cpu" or time.numel() == 0:
+        return time
+    first = time.reshape(-1)[0]
+    return first.item() if bool((time == first).all()) else time
 
 
 def _sent(phase: Phase, tick: Tick) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .calls import Call, Role, Signature, parse
-from .component import Caller
+from .component import Caller, Time
 from .engine import Engine, InputsOf, TimeOf
 from .errors import InputError
 from .partition import Partition
@@ -35,6 +35,7 @@ class Groups:
         self.signature: Signature = call.signature
         self._batched = _batched(call)
         self._moving = call.indices(Role.LATENTS)
+        self._time = next(iter(call.indices(Role.TIMESTEP)), 0)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
         self._parts: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
@@ -69,11 +70,12 @@ class Groups:
         for engine in self.engines:
             engine.prepare(plan)
 
-    def begin(self) -> None:
-        """Start a generation."""
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start a generation of so many steps, whose first call has these tensors."""
         self._parts.clear()
-        for engine in self.engines:
-            engine.begin()
+        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        for g, engine in enumerate(self.engines):
+            engine.begin(steps, [p[g] for p in parts])
 
     def tick(
         self,
@@ -93,7 +95,7 @@ class Groups:
                 engine.tick(
                     tick,
                     [p[g] for p in parts],
-                    times.__getitem__,
+                    self._times_of(g, times.__getitem__),
                     self._part_of(g, inputs_of),
                     caller,
                 )
@@ -130,6 +132,17 @@ class Groups:
         """Free all."""
         for engine in self.engines:
             engine.close()
+
+    def _times_of(self, group: int, time_of: TimeOf) -> TimeOf:
+        """A group's part of timesteps, where each sample has its own."""
+
+        def mine(index: int) -> Time | None:
+            time = time_of(index)
+            if isinstance(time, torch.Tensor) and self._batched[self._time]:
+                return time.chunk(len(self.engines))[group]
+            return time
+
+        return mine
 
     def _part_of(self, group: int, inputs_of: InputsOf | None) -> InputsOf | None:
         """A group's part of the inputs of earlier steps."""

@@ -25,6 +25,7 @@ from .plan import Kind, Plan
 from .predictions import Predictions
 from .sampler import LinearSampler
 from .segments import Op, Segment, segments
+from .timetable import Timetable, fits
 from .update import Update
 
 #: Loops kept for an engine. Each holds CUDA graphs.
@@ -49,6 +50,10 @@ class _Seat:
 
     worker: Worker
     clock: Clock
+    #: what the clock gives the rank in every tick: rows, or timesteps, of which a run then computes
+    #: its row itself
+    rows: Timetable | None
+    times: torch.Tensor | None
     update: Update | None
     #: the denoiser's input, and where the update writes it (mostly the same)
     static: torch.Tensor | None
@@ -59,13 +64,13 @@ class _Seat:
 @dataclass(frozen=True)
 class Start:
     """A generation: ``tensors`` of the first call, ``times`` the timestep argument of every step
-    (on the CPU), and what the sampler needs. ``samplers``: every rank's; all the same, but for
-    waves."""
+    (None where the denoiser has none), and what the sampler needs. ``samplers``: every rank's; all
+    the same, but for waves."""
 
     samplers: Sequence[LinearSampler]
     latents: torch.Tensor
     tensors: Sequence[torch.Tensor]
-    times: torch.Tensor | None
+    times: Sequence[float] | None
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
 
@@ -109,10 +114,18 @@ class Loop:
             )
             (static,) = (t for i, t in worker.static.items() if inputs[i].role is Role.LATENTS)
             into = static.contiguous()  # itself, but for latents with channels last
-        targets = [t for i, t in worker.static.items() if inputs[i].role is Role.TIMESTEP]
-        step = None if update is None else update.step
-        clock = Clock(targets, len(plan.ticks), worker.device, step)
-        return _Seat(worker, clock, update, static, into)
+        rows = times = target = table = None
+        # What is written after the last tick is never used.
+        count = len(plan.ticks) + 1
+        if worker.row is not None and worker.time is not None:
+            if fits(count, worker.row.nbytes):
+                rows = Timetable(count, worker.row)
+                target, table = worker.row.memory.view(torch.int64), rows.memory.view(torch.int64)
+            else:
+                target = worker.static[worker.time].view(-1)
+                table = times = target.new_zeros(count, len(target))
+        clock = Clock(target, table, worker.device, None if update is None else update.step)
+        return _Seat(worker, clock, rows, times, update, static, into)
 
     def prepare(self) -> None:
         """Load every kernel and record every CUDA graph. Nothing may be in flight."""
@@ -129,6 +142,8 @@ class Loop:
                     seat.clock.rewind()  # or the counters run past the tables' ends
                     self._update(seat, segment.advance, self._predictions.look)
         self.engine.synchronize()
+        for seat in self._seats:
+            seat.worker.prepare_row()
         for segment, number in self._numbers.items():
             seat = self._seats[segment.rank]
             seat.worker.record(seat.graphs, number, functools.partial(self._work, segment))
@@ -139,9 +154,11 @@ class Loop:
         The engine's generation must have begun; afterwards it is finished. Raises RankError.
         """
         engine = self.engine
+        fresh = engine.changed_conditioning(start.tensors)
         caller = Caller(start.latents.device) if engine.cuda else None
         for seat in self._seats:
-            engine.submit(seat.worker.rank, functools.partial(self._begin, seat, start, caller))
+            begin = functools.partial(self._begin, seat, start, fresh, engine.era, caller)
+            engine.submit(seat.worker.rank, begin)
         for step, tick in zip(self._first_steps, self._ticks, strict=True):
             engine.check()
             for number, segment in tick:
@@ -160,11 +177,23 @@ class Loop:
 
     # ---- pieces of work --------------------------------------------------------------------------
 
-    def _begin(self, seat: _Seat, start: Start, caller: Caller | None) -> None:
+    def _begin(
+        self, seat: _Seat, start: Start, fresh: Sequence[int], era: int, caller: Caller | None
+    ) -> None:
         worker = seat.worker
-        worker.set_inputs(dict(enumerate(start.tensors)), caller)
+        inputs = self.engine.partition.captured.signature.inputs
+        latents = [i for i, x in enumerate(inputs) if x.role is Role.LATENTS]
+        worker.set_inputs({i: start.tensors[i] for i in (*latents, *fresh)}, caller)
+        times = self._times(worker.rank, start.times)
         with torch.no_grad(), worker.current():
-            seat.clock.load(self._times(worker.rank, start.times))
+            if seat.rows is not None:
+                worker.fill(seat.rows, times, era)
+            elif seat.times is not None:
+                values = torch.tensor(times, dtype=seat.times.dtype)
+                seat.times[:-1].copy_(values[:, None])
+            seat.clock.load()
+            if seat.times is not None:
+                worker.compute_row()
             if seat.update is not None:
                 seat.update.load(
                     start.samplers[worker.rank],
@@ -173,15 +202,17 @@ class Loop:
                     start.guidance_rescale,
                 )
 
-    def _times(self, rank: int, times: torch.Tensor | None) -> torch.Tensor | None:
-        """The timestep of every tick on a rank; any where it does not run."""
+    def _times(self, rank: int, times: Sequence[float] | None) -> list[float]:
+        """The timestep of every tick on a rank; that of the tick before where it does not run."""
         if times is None:
-            return None
-        indices = []
+            return []
+        index = 0
+        out = []
         for tick in self.settings.plan.ticks:
-            runs = (a.time for a in tick.runs if a.rank == rank)
-            indices.append(next(runs, None) or 0)
-        return times[indices]
+            runs = (a.time for a in tick.runs if a.rank == rank and a.time is not None)
+            index = next(runs, index)
+            out.append(times[index])
+        return out
 
     def _issue(self, number: int, segment: Segment, step: int) -> None:
         seat = self._seats[segment.rank]
@@ -215,6 +246,8 @@ class Loop:
                 assert seat.static is not None
                 seat.static.copy_(seat.into)
         seat.clock.advance(max(1, len(predictions)))  # no predictions: see Update.advance
+        if seat.times is not None:
+            seat.worker.execute_row()
 
     def _do(self, worker: Worker, op: Op) -> list[Any]:
         if op.kind is Kind.RUN:

@@ -105,8 +105,8 @@ class Partition:
             components.append(
                 ComponentReport(
                     nodes=len(c.nodes),
-                    ms=sum(costs.ms[n] for n in c.nodes if n not in self.captured.once),
-                    macs=sum(costs.macs[n] for n in c.nodes if n not in self.captured.once),
+                    ms=sum(costs.ms[n] for n in c.nodes if self.captured.each_run(n)),
+                    macs=sum(costs.macs[n] for n in c.nodes if self.captured.each_run(n)),
                     parameters=sum(self.captured.weights[w].numel() for w in c.weights),
                     first_module=paths[0] if paths else "",
                     last_module=paths[-1] if paths else "",

@@ -10,14 +10,21 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .capture import Captured
+from .calls import Role
+from .capture import Captured, nbytes_of
 
 #: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
 EmitHook = Callable[[int, int, torch.Tensor], None]
 
-#: In the metadata of a program's node: whether its value can be kept for a whole generation. Views
-#: are not kept: they cost nothing, and a kept copy of one would.
-ONCE = "asyncdiff_once"
+#: In the metadata of a program's node: whether its value can be kept, and for how long (ONCE or
+#: TIMED). Views are not kept: they cost nothing, and a kept copy of one would.
+KEEP = "asyncdiff_keep"
+#: It is the same for a whole generation.
+ONCE = "once"
+#: It is the same for all runs at one timestep.
+TIMED = "timed"
+#: In the metadata of a node that can be kept: the bytes of its value.
+NBYTES = "asyncdiff_nbytes"
 
 
 class Emit(nn.Module):
@@ -78,6 +85,7 @@ def build(
     env: dict[fx.Node, fx.Node] = {}
     for node in [*inputs, *reads]:
         env[node] = graph.placeholder(node.name)
+        _mark(captured, node, env[node])
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in env:
@@ -85,14 +93,29 @@ def build(
         args = map_arg(rehome(node.args, device), env.__getitem__)
         kwargs = map_arg(rehome(node.kwargs, device), env.__getitem__)
         env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        once = node in captured.once and node not in captured.views
-        env[node].meta[ONCE] = once and isinstance(node.meta.get("val"), torch.Tensor)
+        _mark(captured, node, env[node])
         for target, index in sends.get(node, ()):
             graph.call_module("emit", (target, index, env[node]))
     graph.output([env[o] if isinstance(o, fx.Node) else o for o in outputs])
     program = fx.GraphModule(root, graph)
     program.add_module("emit", emit)  # GraphModule keeps only what its graph uses
     return program
+
+
+def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
+    """Say in the metadata of ``made``, the program's ``node``, whether its value can be kept."""
+    if node in captured.views or not isinstance(node.meta.get("val"), torch.Tensor):
+        return
+    index = captured.inputs.get(node.name)
+    if index is not None and captured.signature.inputs[index].role is Role.TIMESTEP:
+        keep = TIMED  # so that a program which reads it directly needs nothing but its row
+    elif node in captured.timed:
+        keep = TIMED
+    elif node in captured.once:
+        keep = ONCE
+    else:
+        return
+    made.meta |= {KEEP: keep, NBYTES: nbytes_of(node)}
 
 
 def _attribute(

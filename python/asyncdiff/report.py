@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class ComponentReport:
     """One component: graph nodes, parameters, extent; milliseconds and multiply-accumulates of one
-    run, without what is computed once a generation."""
+    run, without what is computed ahead, once a generation or once a timestep."""
 
     nodes: int
     ms: float

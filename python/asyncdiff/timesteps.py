@@ -71,6 +71,10 @@ class Times:
         #: whether the denoiser counts time from the other end than the scheduler
         self.backwards = self.mapping in _BACKWARDS
         self.values = values[self.start :].to(device=first.device, dtype=first.dtype)
+        own = self.source[self.start :]
+        if self.mapping == "t" and (own.device, own.dtype) == (first.device, first.dtype):
+            # Calls with views of the scheduler's own timesteps are then known to have these.
+            self.values = own
         self._exact = values[self.start :]
         self._offset = self.source.storage_offset()
         self._pending: list[tuple[int, torch.Tensor, Any]] = []

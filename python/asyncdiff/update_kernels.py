@@ -15,6 +15,8 @@ import triton.language as tl
 
 #: Predictions that one launch takes; more are taken by several launches.
 MOST = 4
+#: Elements (of 8 bytes, mostly) that one program of the clock copies.
+_CLOCK_BLOCK = 512
 
 
 @triton.jit
@@ -162,25 +164,32 @@ def update_kernel(
 
 @triton.jit
 def clock_kernel(
-    tick,
-    times,
-    time,
+    ticks,
+    table,
+    target,
     step,
     count,
     served,
-    HAS_TIME: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
     HAS_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Advance a rank's counters, and its timestep. One program."""
-    now = tl.load(tick) + 1
-    if HAS_TIME:
-        offsets = tl.arange(0, BLOCK)
-        value = tl.load(times + now + tl.zeros([BLOCK], tl.int32))
-        tl.store(time + offsets, value, offsets < count)
+    """Advance a rank's counters, and copy the next tick's row of the table, ``count`` elements, to
+    the target. Every program counts for itself, so that none has to wait for the others' reading.
+    """
+    program = tl.program_id(0)
+    now = tl.load(ticks + program) + 1
+    if HAS_TARGET:
+        offsets = program * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < count
+        tl.store(target + offsets, tl.load(table + now * count + offsets, mask), mask)
+    before = 0
     if HAS_STEP:
-        tl.store(step, tl.load(step) + served)
-    tl.store(tick, now)
+        before = tl.load(step)
+    tl.debug_barrier()  # one thread writes the counters: not before all have read them
+    tl.store(ticks + program, now)
+    if HAS_STEP:
+        tl.store(step, before + served, program == 0)
 
 
 _TYPES = {
@@ -260,24 +269,28 @@ def moments_like(state: torch.Tensor) -> torch.Tensor:
     return state.new_empty(MOST, batch, triton.cdiv(n, moments_block(n)), 4)
 
 
+def ticks_of(target: torch.Tensor | None) -> int:
+    """How many counters of ticks a clock with this target has: one for each program."""
+    return 1 if target is None else triton.cdiv(target.numel(), _CLOCK_BLOCK)
+
+
 def tick(
-    tick: torch.Tensor,
-    times: torch.Tensor | None,
-    time: torch.Tensor | None,
+    ticks: torch.Tensor,
+    table: torch.Tensor | None,
+    target: torch.Tensor | None,
     step: torch.Tensor | None,
     served: int,
 ) -> None:
     """Launch the clock on the current stream."""
-    count = 0 if time is None else time.numel()
-    any_: Any = tick
-    clock_kernel[(1,)](
-        tick,
-        any_ if times is None else times,
-        any_ if time is None else time,
+    any_: Any = ticks
+    clock_kernel[(ticks.numel(),)](
+        ticks,
+        any_ if table is None else table,
+        any_ if target is None else target,
         any_ if step is None else step,
-        count,
+        0 if target is None else target.numel(),
         served,
-        HAS_TIME=time is not None,
+        HAS_TARGET=target is not None,
         HAS_STEP=step is not None,
-        BLOCK=triton.next_power_of_2(max(count, 1)),
+        BLOCK=_CLOCK_BLOCK,
     )

@@ -9,7 +9,9 @@ from asyncdiff.calls import parse
 from asyncdiff.capture import capture
 from asyncdiff.cost import estimate
 from asyncdiff.partition import partition
+from asyncdiff.timetable import ROW_BYTES
 from denoise.models import MODELS
+from denoise.rows import rows_of
 
 #: Billions of parameters, as published.
 SIZES = {
@@ -20,6 +22,16 @@ SIZES = {
     "animatediff": 1.28,
     "sd3": 2.03,
     "flux": 11.90,
+}
+#: Whole on one rank: nodes that no run computes because of rows, and values and KiB of a row.
+ROWS = {
+    "sd15": (66, 22, 79),
+    "sd21": (66, 22, 79),
+    "sdxl": (57, 17, 54),
+    "svd": (134, 44, 3938),
+    "animatediff": (67, 22, 1260),
+    "sd3": (410, 145, 4284),
+    "flux": (522, 192, 2754),
 }
 
 
@@ -43,3 +55,6 @@ def test_captures_and_splits(key: str) -> None:
         assert len(owned) == len(set(owned))
         for boundary in parts.boundaries.values():
             assert all(captured.ownable(v) for v in boundary.values)
+    rows = rows_of(captured, 1)
+    assert (rows.taken, *rows.values, round(rows.nbytes[0] / 1024)) == ROWS[key]
+    assert rows.nbytes[0] <= ROW_BYTES

@@ -77,7 +77,7 @@ def test_kernels_compile_for_a_gpu(
     numbers = dict.fromkeys(("state", "table", "scales", "guidance", "moments"), f"*{compute}")
     common = numbers | {f"p{i}": f"*{prediction}" for i in range(4)}
     common |= dict.fromkeys(("batch", "n", "blocks", "count", "served"), "i32")
-    common |= {"step": "*i64", "tick": "*i64", "into": f"*{prediction}"}
+    common |= {"step": "*i64", "ticks": "*i64", "into": f"*{prediction}"}
     block = {"SERVED": served, "COMPUTE": types[compute]}
     compile_for_gpu(
         update_kernels.update_kernel,
@@ -88,11 +88,15 @@ def test_kernels_compile_for_a_gpu(
         | {"BLOCK": 128, "MOMENTS_BLOCK": 1024, "MOMENTS_PAD": 64},
     )
     compile_for_gpu(update_kernels.moments_kernel, common, block | {"BLOCK": 1024})
-    for has_time, has_step, time in ((True, True, "i64"), (True, False, prediction)):
+    for has_target, has_step, of in (
+        (True, True, "i64"),
+        (True, False, prediction),
+        (False, True, "i64"),
+    ):
         compile_for_gpu(
             update_kernels.clock_kernel,
-            common | {"times": f"*{time}", "time": f"*{time}"},
-            {"HAS_TIME": has_time, "HAS_STEP": has_step, "BLOCK": 2},
+            common | {"table": f"*{of}", "target": f"*{of}"},
+            {"HAS_TARGET": has_target, "HAS_STEP": has_step, "BLOCK": 512},
         )
 
 

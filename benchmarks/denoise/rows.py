@@ -1,0 +1,85 @@
+"""What of the published denoisers depends on the timestep, but not on the latents; in Markdown.
+
+Run: python benchmarks/denoise/rows.py [--models sd15 sdxl]. Needs no GPU and no memory for weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from asyncdiff.calls import parse
+from asyncdiff.capture import Captured, capture
+from asyncdiff.hoist import hoist
+from asyncdiff.partition import partition
+from asyncdiff.program import NBYTES
+from asyncdiff.timetable import padded
+from denoise.models import MODELS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Nodes of all components' programs, those that no run computes any more because of rows, and
+    values and bytes of a row by component."""
+
+    nodes: int
+    taken: int
+    values: tuple[int, ...]
+    nbytes: tuple[int, ...]
+
+
+def rows_of(captured: Captured, components: int) -> Rows:
+    """The rows of a denoiser in so many components."""
+    parts = partition(captured, components, "auto" if components > 1 else ())
+    nodes = taken = 0
+    values, nbytes = [], []
+    for component in parts.components:
+        program = parts.program(component.index, torch.device("meta"))
+        split = hoist(program)
+        nodes += len(_computed(program))
+        once = set() if split.once is None else _computed(split.once)
+        taken += len(_computed(program) - once - _computed(split.main))
+        row = [] if split.timed is None else _results(split.timed)
+        values.append(len(row))
+        nbytes.append(sum(padded(node.meta[NBYTES]) for node in row))
+    return Rows(nodes, taken, tuple(values), tuple(nbytes))
+
+
+def _computed(program: fx.GraphModule) -> set[str]:
+    return {n.name for n in program.graph.nodes if n.op == "call_function"}
+
+
+def _results(program: fx.GraphModule) -> list[fx.Node]:
+    (output,) = program.graph.find_nodes(op="output")
+    return list(output.all_input_nodes)
+
+
+def main() -> None:
+    """Print the table of docs/design.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    print("| | nodes | taken out | values in a row | its KiB | with N = 2, KiB by rank |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for key in parser.parse_args().models:
+        model = MODELS[key]
+        module = model.build("meta", torch.float16)
+        captured = capture(module, parse(module, (), model.inputs(module)))
+        one, two = rows_of(captured, 1), rows_of(captured, 2)
+        halves = " + ".join(f"{n / 1024:.0f}" for n in two.nbytes)
+        size = f"{one.nbytes[0] / 1024:.0f}"
+        print(
+            f"| {model.title} | {one.nodes} | {one.taken} | {one.values[0]} | {size} | {halves} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
