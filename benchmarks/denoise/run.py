@@ -345,7 +345,7 @@ def main() -> None:
         type=Setting.parse,
         default=[Setting(2, 1, 1)],
         metavar="N,S,w[,OPTION]",
-        help="asynchronous settings; options: tail=J, "
+        help="asynchronous settings; options: tail=J, delay=D (of waves), "
         + ", ".join(f"{k} ({why})" for k, (_, why) in OPTIONS.items()),
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[50])

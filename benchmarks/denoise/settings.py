@@ -18,12 +18,13 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """N, S, w, the exact steps at the end, and options."""
+    """N, S, w, the exact steps at the end, the delay of waves (None: the default), and options."""
 
     components: int
     stride: int
     warmup: int
     tail: int = 0
+    delay: int | None = None
     waves: bool = False
     split: bool = False
     split_warmup: bool = False
@@ -31,26 +32,27 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """``2,1,1`` or ``2,1,9,splitwarm`` or ``3,1,1,waves,tail=2``. Raises ValueError."""
+        """``2,1,1`` or ``2,1,9,splitwarm`` or ``3,1,1,waves,delay=2,tail=2``. Raises ValueError."""
         numbers, options = text.split(",")[:3], text.split(",")[3:]
         if len(numbers) != 3:
             raise ValueError(f"{text!r}: write N,S,w, then options")
         fields: dict[str, Any] = {}
         for option in options:
-            if option.startswith("tail="):
-                fields["tail"] = int(option.removeprefix("tail="))
+            name, equals, number = option.partition("=")
+            if equals and name in ("tail", "delay"):
+                fields[name] = int(number)
             elif option in OPTIONS:
                 fields[OPTIONS[option][0]] = True
             else:
-                raise ValueError(f"{option!r}: there are tail=J and {', '.join(OPTIONS)}")
+                raise ValueError(f"{option!r}: there are tail=J, delay=D and {', '.join(OPTIONS)}")
         return cls(*map(int, numbers), **fields)
 
     @property
     def name(self) -> str:
         """What its row is called."""
         out = f"N={self.components} S={self.stride} w={self.warmup}"
-        if self.tail:
-            out += f" tail={self.tail}"
+        out += f" tail={self.tail}" if self.tail else ""
+        out += f" delay={self.delay}" if self.delay else ""
         return out + "".join(f" {key}" for key, (field, _) in OPTIONS.items() if vars(self)[field])
 
     @property
@@ -66,4 +68,4 @@ class Setting:
     @property
     def team(self) -> tuple[Any, ...]:
         """What has to be prepared anew; all else may change between generations."""
-        return self.components, self.stride, self.schedule, self.split
+        return self.components, self.stride, self.schedule, self.delay, self.split

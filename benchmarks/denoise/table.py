@@ -58,7 +58,7 @@ def measured(figures: dict[str, Model]) -> str:
 def _team(key: str, first: Model) -> tuple[str, ...]:
     """What decides about components, exchange and memory; exact steps do not."""
     words = key.split(",")[0].split()
-    kept = [x for x in words if x[:2] in ("N=", "S=") or x in ("waves", "split")]
+    kept = [w for w in words if w.split("=")[0] in ("N", "S", "delay", "waves", "split")]
     return (*kept, first.get("mode", "graph"))
 
 

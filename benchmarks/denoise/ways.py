@@ -85,6 +85,7 @@ class Team:
             components=setting.components,
             stride=setting.stride,
             schedule=setting.schedule,
+            delay=setting.delay,
             guidance="split" if setting.split else "batched",
             compile=compile,
         )

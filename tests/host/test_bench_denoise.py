@@ -22,11 +22,14 @@ def test_settings_as_text() -> None:
     assert plain == Setting(2, 1, 1) and plain.name == "N=2 S=1 w=1" and plain.ranks == 2
     all_of_it = Setting.parse("3,2,9,waves,split,splitwarm,tail=2,generate")
     assert all_of_it.name == "N=3 S=2 w=9 tail=2 waves split splitwarm generate"
+    late = Setting.parse("3,1,1,waves,delay=2")
+    assert late.delay == 2 and late.name == "N=3 S=1 w=1 delay=2 waves"
+    assert late.team != Setting.parse("3,1,1,waves").team
     assert all_of_it.ranks == 6 and all_of_it.schedule == "wavefront"
     assert Setting.parse("3,2,1").ranks == 4
     # Exact steps may change between generations; ranks may not.
     assert Setting.parse("3,2,1,waves,split").team == all_of_it.team != Setting.parse("3,2,9").team
-    for wrong in ("2,1", "2,1,1,often", "a,b,c"):
+    for wrong in ("2,1", "2,1,1,often", "2,1,1,delay", "2,1,1,waves=2", "a,b,c"):
         with pytest.raises(ValueError):
             Setting.parse(wrong)
 
