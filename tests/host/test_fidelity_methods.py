@@ -283,13 +283,11 @@ def test_macs_are_what_torch_counts(pipe: Any) -> None:
         pipe.unet(torch.zeros(2, 12, 32, 32, dtype=torch.float64), 500, text)
     flops = {k: sum(v.values()) for k, v in counter.get_flop_counts().items()}
     root = type(pipe.unet).__name__
-    of_prompt = sum(
-        v
-        for k, v in flops.items()
-        if k.endswith(("attn2.to_k", "attn2.to_v")) and k.startswith(root)
-    )
-    assert total(pipe) == (flops[root] - of_prompt) // 2
+    # Of the prompt or of the timestep alone.
+    ahead = ("attn2.to_k", "attn2.to_v", "time_emb_proj", f"{root}.time_embedding")
+    computed_ahead = sum(v for k, v in flops.items() if k.endswith(ahead) and k.startswith(root))
+    assert total(pipe) == (flops[root] - computed_ahead) // 2
     mid = flops[f"{root}.mid_block"] - sum(
-        v for k, v in flops.items() if "mid_block" in k and k.endswith(("attn2.to_k", "attn2.to_v"))
+        v for k, v in flops.items() if "mid_block" in k and k.endswith(ahead)
     )
     assert within(pipe, ["mid_block"]) == mid // 2
