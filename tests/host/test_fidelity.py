@@ -155,7 +155,7 @@ def test_tune_calibrates_waves_on_other_prompts(pipe: Any) -> None:
         assert (trial.calibration is not None) == (trial.arguments["schedule"] == "wavefront")
         assert trial.to_dict()["calibrated"] == ("calibrated" in str(trial))
         if trial.calibration is not None:
-            assert trial.calibration.warmup == trial.arguments["warmup"]
+            assert trial.calibration.shape.warmup == trial.arguments["warmup"]
     with pytest.raises(InputError, match="judge by others"):
         tune(pipe, PROMPTS, calibrate_on=["house", PROMPTS[1]], **settings)
 
