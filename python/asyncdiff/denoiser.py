@@ -333,19 +333,17 @@ class AsyncDenoiser:
         self,
         timesteps: Sequence[Any] | torch.Tensor,
         clean: CleanImage | None = None,
-        predictor: Late | None = None,
+        predict: Callable[[Plan], Late] | None = None,
     ) -> None:
         """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
 
-        ``clean`` tells the clean images of these steps; waves need it, or a predictor of their own.
+        ``clean`` tells the clean images of these steps; waves need it, or ``predict``, which makes
+        what says what a step is given before its prediction arrives.
         """
         self._check_steps(len(timesteps))
         with self._lock:
             self.stop()
-            predict: Callable[[Plan], Late] | None = None
-            if predictor is not None:
-                predict = lambda plan: predictor  # noqa: E731
-            elif self.schedule == "wavefront":
+            if predict is None and self.schedule == "wavefront":
                 assert clean is not None
                 predict = functools.partial(self._predictor, clean)
             auto = self.auto_warmup

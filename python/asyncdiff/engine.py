@@ -84,6 +84,8 @@ class Engine:
             program = partition.program(index, device, weight)
             self.workers.append(Worker.create(partition, rank, index, device, program, tensors))
             self.workers[-1].extrapolate = extrapolate
+        #: conditioning that rows of some rank depend on
+        self._of_rows = set[int]().union(*(w.row_conditioning for w in self.workers))
         if self.cuda:
             self.fabric: core.Fabric = core.CudaFabric(
                 [d.index for d in self.devices], deadline=deadline
@@ -411,8 +413,7 @@ class Engine:
     def _renew(self, changed: Mapping[int, torch.Tensor], compare: bool) -> None:
         """Begin a new era if rows of the ranks' tables depend on tensors that have changed; without
         ``compare`` all of them have, unless they are known."""
-        of_rows = set[int]().union(*(w.row_conditioning for w in self.workers))
-        mine = {i: t for i, t in changed.items() if i in of_rows}
+        mine = {i: t for i, t in changed.items() if i in self._of_rows}
         mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
         self._met |= {i: (t, _version(t)) for i, t in mine.items()}
         if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):

@@ -311,7 +311,7 @@ class _Run:
         self._collector = _Collector()
         arriving = arguments.announced(timesteps, self._times)
         denoiser.warmup, denoiser.exact_tail = warmup, tail
-        denoiser.start(arriving, predictor=self._collector)
+        denoiser.start(arriving, predict=lambda plan: self._collector)
 
     def step(self, k: int, z: torch.Tensor) -> Mapping[int, torch.Tensor]:
         """See :class:`asyncdiff.calibrate.Run`."""

@@ -15,16 +15,10 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, RankError
 
+pytestmark = pytest.mark.usefixtures("full_float32")
+
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = torch.tensor([900 - 100 * k for k in range(8)])
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Any:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.cuda.synchronize()
 
 
 def names(place: str, ranks: int) -> list[str]:

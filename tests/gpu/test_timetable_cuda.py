@@ -14,16 +14,10 @@ import asyncdiff
 from asyncdiff import AsyncDenoiser, timetable
 from asyncdiff.component import Worker
 
+pytestmark = pytest.mark.usefixtures("full_float32")
+
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = torch.arange(900, 100, -100)
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Any:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.cuda.synchronize()
 
 
 @pytest.fixture

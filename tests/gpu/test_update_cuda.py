@@ -16,6 +16,8 @@ from asyncdiff import AsyncDenoiser, RankError
 from asyncdiff.clock import Clock
 from asyncdiff.update import Update
 
+pytestmark = pytest.mark.usefixtures("full_float32")
+
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SPLITS = {
     1: [["enter", "down", "mix", "up", "leave"]],
@@ -23,14 +25,6 @@ SPLITS = {
     3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
 }
 CIRCLE = [["down.1", "down.2", "mix"], ["enter", "down.0", "up", "leave"]]
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Any:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.cuda.synchronize()
 
 
 def scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:

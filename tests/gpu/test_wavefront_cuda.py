@@ -14,6 +14,8 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser
 
+pytestmark = pytest.mark.usefixtures("full_float32")
+
 SPEC = reference.case("sd21_ddim_n2s1w1")
 SPLITS = {
     1: [["enter", "down", "mix", "up", "leave"]],
@@ -21,14 +23,6 @@ SPLITS = {
     3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
 }
 STEPS = 9
-
-
-@pytest.fixture(autouse=True)
-def _full_float32() -> Any:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.cuda.synchronize()
 
 
 def denoiser(devices: list[str], components: int, **options: Any) -> AsyncDenoiser:
