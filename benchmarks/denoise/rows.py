@@ -1,13 +1,14 @@
-"""What of the published denoisers depends on the timestep, but not on the latents; in Markdown.
+"""What of the published denoisers depends on the timestep, but not on the latents.
 
 Run: python benchmarks/denoise/rows.py [--models sd15 sdxl]. Needs no GPU and no memory for weights.
+Prints the table of docs/design.md, and writes rows.json: by model and number of components.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import fx
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import results_file
 from asyncdiff.calls import parse
 from asyncdiff.capture import Captured, capture
 from asyncdiff.hoist import hoist
@@ -23,6 +25,8 @@ from asyncdiff.partition import partition
 from asyncdiff.program import NBYTES
 from asyncdiff.timetable import padded
 from denoise.models import MODELS
+
+OUT = results_file.ROOT / "benchmarks" / "results" / "rows.json"
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,19 @@ def _results(program: fx.GraphModule) -> list[fx.Node]:
 
 
 def main() -> None:
-    """Print the table of docs/design.md."""
+    """Print the table of docs/design.md and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     print("| | nodes | taken out | values in a row | its KiB | with N = 2, KiB by rank |")
     print("| --- | --- | --- | --- | --- | --- |")
+    figures = {}
     for key in parser.parse_args().models:
         model = MODELS[key]
         module = model.build("meta", torch.float16)
         captured = capture(module, parse(module, (), model.inputs(module)))
         one, two = rows_of(captured, 1), rows_of(captured, 2)
+        figures[key] = {"N=1": asdict(one), "N=2": asdict(two)}
+        results_file.write(OUT, figures)
         halves = " + ".join(f"{n / 1024:.0f}" for n in two.nbytes)
         size = f"{one.nbytes[0] / 1024:.0f}"
         print(
