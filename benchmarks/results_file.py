@@ -13,7 +13,7 @@ __all__ = ["ROOT", "continued", "environment", "write"]
 ROOT = Path(__file__).resolve().parents[1]
 
 #: What differs between runs whose figures may stand in one file.
-_OF_THE_RUN = ("command", "date")
+OF_THE_RUN = ("command", "date")
 
 
 def continued(path: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def continued(path: Path) -> dict[str, Any]:
         return {}
     document = json.loads(path.read_text())
     now, then = (
-        {k: v for k, v in e.items() if k not in _OF_THE_RUN}
+        {k: v for k, v in e.items() if k not in OF_THE_RUN}
         for e in (environment(), document["environment"])
     )
     same = json.loads(json.dumps(now)) == then

@@ -21,12 +21,19 @@ components of such partitions alone and reports what their plans would take on e
 What ``--out`` has already, from the same machine and versions, stays in it unless it is measured
 again: a run can be continued with other models, modes and schedules of as many steps. It is written
 anew after everything that was prepared and after every round, so that a run which is stopped keeps
-what it has; with ``--seconds`` it stops by itself, and says what it left out.
+what it has; with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far
+longer than timing, and mostly a core of the CPU: with ``--lock FILE`` several runs on one machine,
+with an ``--out`` each, prepare beside each other, and each times alone. ``merge.py`` beside this
+puts their results together.
+
+``steady``: from loops of two lengths, what a further step takes, and the single GPU's over it and
+over what the ranks could do at best (``efficiency``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import itertools
@@ -44,6 +51,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
+from denoise.beside import Lock
+from denoise.exports import Exports
 from denoise.loop import Loop
 from denoise.models import MODELS, TINY, Published
 from denoise.predicted import Alone, predicted
@@ -87,6 +96,15 @@ class Memory:
 
     @staticmethod
     def _in_use(device: int) -> int:
+        """By this process; by all where the driver does not tell."""
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(_bus_id(device))
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == os.getpid() and process.usedGpuMemory:
+                    return int(process.usedGpuMemory)
         free, total = torch.cuda.mem_get_info(device)
         return total - free
 
@@ -101,6 +119,11 @@ class Memory:
         return {"device": device, "peak": peak}
 
 
+def _bus_id(device: int) -> str:
+    p = torch.cuda.get_device_properties(device)
+    return f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 3),
@@ -110,7 +133,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def run_model(
-    model: Published, args: argparse.Namespace, save: Callable[[dict[str, Any]], None]
+    model: Published,
+    args: argparse.Namespace,
+    save: Callable[[dict[str, Any]], None],
+    lock: Lock,
+    exports: Exports,
 ) -> None:
     """All figures of one model, given to ``save`` again and again, as far as they are known.
 
@@ -124,6 +151,7 @@ def run_model(
     figures: dict[str, Any] = {"title": model.title, "steps": args.steps[0], "rounds": 0}
     figures["dtype"] = args.dtype
     print(f"== {model.title}: {args.steps} steps, {args.rounds} rounds", flush=True)
+    lock.prepare()
     ways: dict[str, Any] = {}
     bases: dict[str, str] = {}  # of each asynchronous way: one GPU in the same mode
     memory: dict[str, Any] = {}
@@ -141,12 +169,16 @@ def run_model(
     module = model.build(home, dtype)
     inputs = model.inputs(module)
     ways["eager"] = Eager(module)
-    ways["eager"].run(Loop(inputs, args.steps[0]))
+    with lock.quiet():
+        ways["eager"].run(Loop(inputs, 3))
+        synchronize()
     memory["eager"] = before.taken()
     for mode in modes:
         begun = time.perf_counter()
         ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
-        ways[mode].run(Loop(inputs, args.steps[0]))
+        with lock.quiet():
+            ways[mode].run(Loop(inputs, args.steps[0]))
+            synchronize()
         figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
         print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
 
@@ -161,17 +193,18 @@ def run_model(
             if (setting.team, mode) not in teams:
                 if mode not in on_host:
                     on_host[mode] = copy.deepcopy(module).to("cpu")
-                before, begun = Memory(), time.perf_counter()
+                before, begun, spared = Memory(), time.perf_counter(), exports.spared
                 team = Team(on_host[mode], inputs, setting, devices, mode == "compiled")
                 teams[setting.team, mode] = team
-                seconds = time.perf_counter() - begun
+                seconds = time.perf_counter() - begun + exports.spared - spared
                 partition = team.denoiser.partition.report()
                 print(f"   {name}: prepared in {seconds:.1f} s\n{partition}", flush=True)
             team = teams[setting.team, mode]
             way = Asynchronous(team, setting)
             begun = time.perf_counter()
-            way.run(Loop(inputs, args.steps[0]))
-            synchronize()
+            with lock.quiet():
+                way.run(Loop(inputs, args.steps[0]))
+                synchronize()
         except Exception as e:  # what one setting cannot do costs the others nothing
             traceback.print_exc()
             figures.setdefault("failed", {})[name] = f"{type(e).__name__}: {e}"
@@ -200,18 +233,25 @@ def run_model(
         }
         print(f"   {name}: first generation {figures[name]['first_generation_s']} s", flush=True)
         save(figures)
+    lock.time()
     sound = {(ways[name].setting.team, mode) for name, mode in bases.items()} if gpus else set()
     alone = {key: component_times(teams[key].denoiser) for key in sound}
     order = ["eager", *modes, *bases]
 
+    lengths: dict[int, dict[str, Timings]] = {}
     for steps in args.steps:
         loop = Loop(inputs, steps)
-        timings = {name: Timings() for name in order}
+        if steps != args.steps[0]:
+            # Eager's loop takes longest, and its first length says enough.
+            few = [n for n in bases if ways[n].setting.ranks <= args.further_ranks]
+            order = [*(modes or ["eager"]), *few]
+        lengths[steps] = timings = {name: Timings() for name in order}
         for number in range(args.rounds):
             if number > 0 and late(f"round {number + 1} of {steps} steps"):
                 break
             for name in order:
-                timings[name].take(ways[name], loop)
+                if name != "eager" or number < args.eager_rounds:
+                    timings[name].take(ways[name], loop)
             if steps == args.steps[0]:
                 figures["rounds"] = number + 1
             for name in order:
@@ -221,9 +261,10 @@ def run_model(
                 entry |= timings[name].figures(steps)
                 shared = figures[name].get("shared_gpus", False)
                 for base in dict.fromkeys(("eager", bases.get(name, "eager"))):
-                    if name != base and not shared:
+                    if name != base and base in timings and not shared:
                         entry[f"speedup_over_{base}"] = timings[name].ratios(timings[base])
-                entry["distance_to_eager"] = timings[name].distance(timings["eager"])
+                if "eager" in timings:
+                    entry["distance_to_eager"] = timings[name].distance(timings["eager"])
                 if name in bases and gpus and steps == args.steps[0]:
                     setting = ways[name].setting
                     times = alone[setting.team, bases[name]]
@@ -234,12 +275,18 @@ def run_model(
                     entry["efficiency_alone"] = round(share / slowest, 3)
                 figures[name]["memory_mib"] = memory.get(name)
             save(figures)
-    for name in order:
+    for name in bases:
+        if not figures[name]["shared_gpus"]:
+            figures[name] |= steady(lengths, name, bases[name], ways[name].setting)
+    save(figures)
+    lock.free()
+    for name in ["eager", *modes, *bases]:
         entry = figures[name]
         print(f"   {name}: " + "  ".join(f"{k} {v}" for k, v in entry.items() if k != "partition"))
     sys.stdout.flush()
     for team in teams.values():
         team.denoiser.close()
+    exports.forget()
     if args.predict:
         mode = "graph" if "graph" in figures else "eager"
         one_gpu = figures[mode]["ms_a_step"]["median"]
@@ -303,13 +350,37 @@ class Timings:
 
     def ratios(self, base: Timings) -> dict[str, float]:
         """How many times the base's speed, round by round."""
-        return spread([b / t for b, t in zip(base.ms, self.ms, strict=True)])
+        return spread([b / t for b, t in zip(base.ms, self.ms, strict=False)])
 
     def distance(self, base: Timings) -> float:
         """Relative L2 distance of the final latents."""
         assert self.latents is not None and base.latents is not None
         a, b = self.latents.double(), base.latents.double()
         return float((a - b).norm() / b.norm())
+
+
+def steady(
+    lengths: dict[int, dict[str, Timings]], name: str, base: str, setting: Setting
+) -> dict[str, Any]:
+    """What a further step takes, from the two longest loops, round by round; nothing from one."""
+    known = [steps for steps in sorted(lengths) if base in lengths[steps]]
+    if len(known) < 2:
+        return {}
+    short, long = known[-2:]
+    ms: dict[str, list[float]] = {}
+    for way in (name, base):
+        pairs = zip(lengths[long][way].ms, lengths[short][way].ms, strict=False)
+        ms[way] = [(b - a) / (long - short) for b, a in pairs]
+    if not ms[name]:
+        return {}
+    best = setting.components * setting.stride * (2 if setting.split else 1)
+    return {
+        "steady": {
+            "ms_a_step": spread(ms[name]),
+            f"ms_a_step_{base}": spread(ms[base]),
+            "efficiency": spread([b / t / best for t, b in zip(ms[name], ms[base], strict=True)]),
+        }
+    }
 
 
 class Saving:
@@ -350,6 +421,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager-rounds", type=int, default=sys.maxsize, help="of the first steps")
+    parser.add_argument(
+        "--further-ranks",
+        type=int,
+        default=sys.maxsize,
+        help="--steps but the first are for settings of at most so many ranks",
+    )
     parser.add_argument("--predict", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--predict-steps", type=int, default=50, help="of the plans predicted")
     parser.add_argument("--modes", nargs="+", default=list(SUFFIX), choices=list(SUFFIX))
@@ -359,6 +437,7 @@ def main() -> None:
         default=float("inf"),
         help="since the start, after which nothing more is prepared and no further round begun",
     )
+    parser.add_argument("--lock", type=Path, help="of runs beside each other: see above")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--out", type=Path, default=OUT / "denoise.json")
@@ -367,10 +446,12 @@ def main() -> None:
         raise SystemExit("this benchmark needs a GPU: on a CPU its times would say nothing")
     figures = results_file.continued(args.out)
     failed = False
+    lock = Lock(args.lock)
+    exports = Exports(lock)
     for key in args.models:
         save = Saving(args, figures, key)
         try:
-            run_model(MODELS.get(key, TINY), args, save)
+            run_model(MODELS.get(key, TINY), args, save, lock, exports)
         except Exception:  # the other models may do better
             traceback.print_exc()
             failed = True

@@ -7,36 +7,60 @@
 #include "check.hpp"
 #include "copy.cuh"
 #include "kernels.hpp"
+#include "launch.hpp"
 
 namespace asyncdiff {
 
 namespace {
 
 constexpr int kWarp = 32;
-// Starts a fused put: false in all threads where it must not be.
-__device__ bool start_put(const SenderDevice& sender, int slot, Turn& turn) {
-  if (threadIdx.x < kWarp) {
-    const SenderCounters& counters = *sender.counters;
-    // All blocks read it before the last of them, which is the one that changes it, is done.
-    const std::uint64_t epoch = counters.begun + 1;
+
+// Whether the block may store, found out when it first wants to: its first loads are then under way
+// together with those of the counters and credits. All threads ask together.
+class Start {
+ public:
+  __device__ Start(const SenderDevice& sender, int slot, Turn& turn)
+      : sender_(sender), slot_(slot), turn_(turn) {}
+
+  // False where it must not be: aborted, or the wrong slot.
+  __device__ bool operator()() {
+    if (!asked_) {
+      asked_ = true;
+      if (threadIdx.x < kWarp) ask();
+      __syncthreads();
+    }
+    return turn_.go;
+  }
+
+ private:
+  __device__ void ask() {
+    const SenderCounters& counters = *sender_.counters;
+    // All blocks read them before the last of them, which is the one that changes them, is done.
+    const std::uint64_t begun = counters.begun;
+    const std::uint64_t committed = counters.committed;
+    const Credit credit(sender_);
     bool good = true;
     if (threadIdx.x == 0) {
-      good = in_turn(sender.guard, Operation::kBegin, slot, epoch - 1,
-                     counters.begun == counters.committed, sender.slots);
+      good = in_turn(sender_.guard, Operation::kBegin, slot_, begun, begun == committed,
+                     sender_.slots);
     }
-    good = __all_sync(~0u, good) != 0 && wait_for_credits(sender, epoch, slot);
-    if (threadIdx.x == 0) turn = {epoch, good};
+    good = __all_sync(~0u, good) != 0 && credit.wait(sender_, begun + 1, slot_);
+    if (threadIdx.x == 0) turn_ = {begun + 1, good};
   }
-  __syncthreads();
-  return turn.go;
-}
 
-__device__ void put_part(const SenderDevice& sender, const Piece& piece, int slot,
+  const SenderDevice& sender_;
+  const int slot_;
+  Turn& turn_;
+  bool asked_ = false;
+};
+
+__device__ void put_part(const SenderDevice& sender, const Piece& piece, int slot, Start& start,
                          std::uint64_t from, std::uint64_t to) {
-  const std::uint64_t start = sender.slot_nbytes * slot + piece.offset;
-  copy_part(piece.memory, piece.memory, from, to, [&](std::uint64_t i, auto word) {
+  const std::uint64_t at = sender.slot_nbytes * slot + piece.offset;
+  const auto may_store = [&] { return start(); };
+  copy_part(piece.memory, piece.memory, from, to, may_store, [&](std::uint64_t i, auto word) {
     for (int t = 0; t < sender.targets; ++t) {
-      *reinterpret_cast<decltype(word)*>(sender.target[t] + start + i) = word;
+      *reinterpret_cast<decltype(word)*>(sender.target[t] + at + i) = word;
     }
   });
 }
@@ -55,17 +79,23 @@ __device__ std::uint64_t load_padded(const std::byte* source, std::uint64_t at,
 }
 
 // Stores up to the next multiple of kAlignment: the receiver looks at all words of the slot.
+template <class Ask>
 __device__ void put_part_inline(const SenderDevice& sender, const Piece& piece, int slot,
-                                std::uint64_t epoch, std::uint64_t from, std::uint64_t to) {
+                                const std::uint64_t& epoch, Ask may_store, std::uint64_t from,
+                                std::uint64_t to) {
   constexpr std::uint64_t kAlignment = 256;  // of Layout
   const std::uint64_t end = (to + kAlignment - 1) / kAlignment * kAlignment;
-  for (std::uint64_t i = from + threadIdx.x * 8; i < end; i += kThreads * 8) {
-    write_inline(sender, slot, epoch, piece.offset + i, load_padded(piece.memory, i, piece.nbytes));
+  for (std::uint64_t first = from; first < end; first += kThreads * 8) {
+    const std::uint64_t i = first + threadIdx.x * 8;
+    const std::uint64_t value = load_padded(piece.memory, i, piece.nbytes);
+    if (!may_store()) return;
+    if (i < end) write_inline(sender, slot, epoch, piece.offset + i, value);
   }
 }
 
+// Two blocks fit on a multiprocessor: one that lies in wait leaves half of its registers to others.
 template <class P>
-__global__ void __launch_bounds__(kThreads) put_kernel(const __grid_constant__ P puts) {
+__global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant__ P puts) {
   int c = 0;
   while (static_cast<int>(blockIdx.x) >= puts.first_block[c + 1]) ++c;
   const SenderDevice& sender = puts.sender[c];
@@ -74,18 +104,21 @@ __global__ void __launch_bounds__(kThreads) put_kernel(const __grid_constant__ P
   const unsigned blocks = puts.first_block[c + 1] - puts.first_block[c];
   const bool inlined = sender.protocol == Protocol::kInline;
   __shared__ Turn turn;
-  if (!start_put(sender, slot, turn)) return;  // aborted: nothing counts until the next reset
+  Start start(sender, slot, turn);
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_launch();
 
   const int first = puts.first_piece[c];
   deal(puts.pieces + first, puts.first_piece[c + 1] - first,
        inlined ? kInlineTile : tile_of(sender.slot_nbytes), block, blocks,
        [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
          if (inlined) {
-           put_part_inline(sender, piece, slot, turn.epoch, from, to);
+           put_part_inline(sender, piece, slot, turn.epoch, [&] { return start(); }, from, to);
          } else {
-           put_part(sender, piece, slot, from, to);
+           put_part(sender, piece, slot, start, from, to);
          }
        });
+  if (!start()) return;  // aborted: nothing counts until the next reset
   // Data before flag: the barrier orders the block's stores before what a thread releases.
   __syncthreads();
   if (!inlined && threadIdx.x < sender.receivers) {
@@ -106,17 +139,14 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint64_t epoch = sender.counters->begun;
   deal(&piece, 1, kInlineTile, blockIdx.x, gridDim.x,
        [&](const Piece& p, std::uint64_t from, std::uint64_t to) {
-         put_part_inline(sender, p, slot, epoch, from, to);
+         put_part_inline(sender, p, slot, epoch, [] { return true; }, from, to);
        });
 }
 
 template <class P>
 void launch(const P& puts, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(puts.first_block[puts.count]);
-  // Not <<<>>>: that takes three calls of the runtime, a quarter of a microsecond longer.
-  void* arguments[] = {const_cast<P*>(&puts)};
-  check_cuda(cudaLaunchKernel(put_kernel<P>, blocks, kThreads, arguments, 0, stream),
-             "launching put");
+  launch_early(put_kernel<P>, {blocks, kThreads}, stream, "launching put", puts);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "asyncdiff/channel_kernel.hpp"
 #include "check.hpp"
 #include "kernels.hpp"
+#include "launch.hpp"
 
 namespace asyncdiff {
 
@@ -23,7 +24,7 @@ __global__ void begin_kernel(SenderDevice sender, int slot) {
                    sender.slots);
     if (good) counters.begun = done + 1;
   }
-  if (everywhere(good)) wait_for_credits(sender, done + 1, slot);
+  if (everywhere(good)) Credit(sender).wait(sender, done + 1, slot);
 }
 
 __global__ void commit_kernel(SenderDevice sender, int slot) {
@@ -43,6 +44,8 @@ __global__ void commit_kernel(SenderDevice sender, int slot) {
 }
 
 __global__ void get_kernel(ReceiverDevice receiver, int slot) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_launch();
   ReceiverCounters& counters = *receiver.counters;
   const std::uint64_t done = counters.got;
   bool good = true;
@@ -56,6 +59,8 @@ __global__ void get_kernel(ReceiverDevice receiver, int slot) {
 }
 
 __global__ void release_kernel(ReceiverDevice receiver, int slot) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_launch();
   if (threadIdx.x != 0) return;
   ReceiverCounters& counters = *receiver.counters;
   if (!in_turn(receiver.guard, Operation::kRelease, slot, counters.released,
@@ -78,13 +83,11 @@ void launch_commit(const SenderDevice& sender, int slot, cudaStream_t stream) {
 }
 
 void launch_get(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
-  get_kernel<<<1, kWarp, 0, stream>>>(receiver, slot);
-  check_cuda(cudaGetLastError(), "launching get");
+  launch_early(get_kernel, {1, kWarp}, stream, "launching get", receiver, slot);
 }
 
 void launch_release(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
-  release_kernel<<<1, kWarp, 0, stream>>>(receiver, slot);
-  check_cuda(cudaGetLastError(), "launching release");
+  launch_early(release_kernel, {1, kWarp}, stream, "launching release", receiver, slot);
 }
 
 void preload_signals() {

@@ -6,12 +6,15 @@
 #include "check.hpp"
 #include "copy.cuh"
 #include "kernels.hpp"
+#include "launch.hpp"
 
 namespace asyncdiff {
 
 namespace {
 
 __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice receiver, int slot) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_launch();
   __shared__ Turn turn;
   if (!start(receiver, slot, false, turn)) return;
   std::byte* to = receiver.mailbox + receiver.slot_nbytes * slot;
@@ -48,6 +51,8 @@ __device__ void unpack_part_inline(const ReceiverDevice& receiver, const Piece& 
 
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(ReceiverDevice receiver, const __grid_constant__ Unpack unpack, int slot) {
+  ptx::wait_for_previous_kernel();
+  ptx::let_next_kernel_launch();
   __shared__ Turn turn;
   if (!start(receiver, slot, true, turn)) return;
   const bool inlined = receiver.protocol == Protocol::kInline;
@@ -67,9 +72,11 @@ __global__ void __launch_bounds__(kThreads)
            unpack_part_inline(receiver, piece, slot, turn.epoch, from, to);
            return;
          }
-         copy_part(source + piece.offset, piece.memory, from, to, [&](std::uint64_t i, auto word) {
-           *reinterpret_cast<decltype(word)*>(piece.memory + i) = word;
-         });
+         const auto may_store = [] { return true; };
+         copy_part(source + piece.offset, piece.memory, from, to, may_store,
+                   [&](std::uint64_t i, auto word) {
+                     *reinterpret_cast<decltype(word)*>(piece.memory + i) = word;
+                   });
        });
   finish(receiver, true, turn);
 }
@@ -77,15 +84,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void launch_get_inline(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
-  get_inline_kernel<<<static_cast<unsigned>(receiver.flags), kThreads, 0, stream>>>(receiver, slot);
-  check_cuda(cudaGetLastError(), "launching get");
+  const auto blocks = static_cast<unsigned>(receiver.flags);
+  launch_early(get_inline_kernel, {blocks, kThreads}, stream, "launching get", receiver, slot);
 }
 
 void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot,
                    cudaStream_t stream) {
-  unpack_kernel<<<static_cast<unsigned>(receiver.flags), kThreads, 0, stream>>>(receiver, unpack,
-                                                                                slot);
-  check_cuda(cudaGetLastError(), "launching unpack");
+  const auto blocks = static_cast<unsigned>(receiver.flags);
+  launch_early(unpack_kernel, {blocks, kThreads}, stream, "launching unpack", receiver, unpack, slot);
 }
 
 void preload_take() {

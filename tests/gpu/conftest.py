@@ -37,14 +37,15 @@ def full_float32() -> Iterator[None]:
     torch.cuda.synchronize()
 
 
-#: Where ranks may lie: all on one GPU, or spread over two.
-PLACES = ("one GPU", "two GPUs")
+#: Where ranks may lie: all on one GPU, or spread over all there are.
+PLACES = ("one GPU", "several GPUs")
 
 
 def devices_for(place: str, ranks: int) -> list[int]:
     """CUDA device indices, one a rank; skips where there are too few GPUs."""
     if place == "one GPU":
         return [0] * ranks
-    if torch.cuda.device_count() < 2:
+    count = torch.cuda.device_count()
+    if count < 2:
         pytest.skip("needs two GPUs")
-    return [r % 2 for r in range(ranks)]
+    return [r % count for r in range(ranks)]

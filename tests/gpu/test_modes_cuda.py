@@ -135,7 +135,7 @@ def seconds(**settings: Any) -> float:
 
 def test_two_gpus_work_at_once() -> None:
     """Ranks of one tick that both deliver do not wait for each other."""
-    devices = [f"cuda:{d}" for d in devices_for("two GPUs", 2)]
+    devices = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]
     one = seconds(devices=devices[:1])
     assert seconds(devices=devices, guidance="split") < 1.3 * one  # not twice as long
     exact = {"warmup": len(TIMES), "warmup_mode": "split", "stride": 2}

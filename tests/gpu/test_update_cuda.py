@@ -177,7 +177,7 @@ def test_one_graph_launch_a_rank_and_tick(place: str, monkeypatch: pytest.Monkey
 def test_graphs_and_eager_and_one_gpu_and_two_give_the_same_bits() -> None:
     results = []
     for place in PLACES:
-        if place == "two GPUs" and torch.cuda.device_count() < 2:
+        if place == "several GPUs" and torch.cuda.device_count() < 2:
             continue
         denoiser = toys(place, 2, 2)
         results.append(generate(denoiser, scheduler(), update="linear", guidance_scale=4.0))

@@ -170,15 +170,31 @@ __device__ inline void finish(const ReceiverDevice& receiver, bool release, cons
 
 // --- the sender's end
 
-// One warp. Waits until every receiver has released what the slot of this epoch held before.
-__device__ inline bool wait_for_credits(const SenderDevice& sender, std::uint64_t epoch, int slot) {
-  bool good = true;
-  for (int i = static_cast<int>(threadIdx.x); i < sender.receivers; i += warpSize) {
-    good = good && wait_for(sender.guard, sender.credits[i], epoch - sender.slots,
-                            Operation::kBegin, slot, sender.ranks[i]);
+// A receiver's credit for each lane of one warp, looked at once before it is known which one is
+// needed.
+class Credit {
+ public:
+  __device__ explicit Credit(const SenderDevice& sender) {
+    const auto lane = static_cast<int>(threadIdx.x);
+    if (lane < sender.receivers) seen_ = ptx::load_acquire_system(sender.credits[lane]);
   }
-  return __all_sync(~0u, good) != 0;
-}
+
+  // Waits until every receiver has released what the slot of this epoch held before.
+  __device__ bool wait(const SenderDevice& sender, std::uint64_t epoch, int slot) const {
+    const auto lane = static_cast<int>(threadIdx.x);
+    const std::uint64_t needed = epoch - static_cast<std::uint64_t>(sender.slots);
+    bool good = true;
+    if (lane < sender.receivers && static_cast<std::int64_t>(seen_ - needed) < 0) {
+      good = wait_for(sender.guard, sender.credits[lane], needed, Operation::kBegin, slot,
+                      sender.ranks[lane]);
+    }
+    return __all_sync(~0u, good) != 0;
+  }
+
+ private:
+  static_assert(kMaxReceivers <= 32, "a lane for each");
+  std::uint64_t seen_ = 0;
+};
 
 // Inline: stores the 8 bytes of a slot that begin at `at`, a multiple of 8, to all receivers.
 __device__ inline void write_inline(const SenderDevice& sender, int slot, std::uint64_t epoch,

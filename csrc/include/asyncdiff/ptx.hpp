@@ -56,6 +56,23 @@ __device__ __forceinline__ unsigned add_one_acquire_release_device(unsigned* add
   return before;
 }
 
+// Programmatic dependent launch (compute capability 9.0 and later): a kernel that was launched so is
+// set up while the one before it in the stream still runs. Here it waits until that one has ended
+// and its memory is visible. Without such a launch, nothing to wait for.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the kernel after this one may be set up. After wait_for_previous_kernel(), so that
+// only one kernel lies in wait at a time: its blocks hold on to a multiprocessor's threads.
+__device__ __forceinline__ void let_next_kernel_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Nanoseconds of a clock that all multiprocessors of a device share; coarse (up to 1 us).
 __device__ __forceinline__ std::uint64_t global_nanoseconds() {
   std::uint64_t now;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ class ChannelLink(Link):
         return self._slots[receiver][n % self.slots]
 
     def send(self, n: int, stream: Any) -> None:
-        self.channel.put(self.source(n).tensors, n % self.slots, stream)
+        self.sending(n, stream)()
+
+    def sending(self, n: int, stream: Any) -> Callable[[], None]:
+        return partial(self.channel.put, self.source(n).tensors, n % self.slots, stream)
 
     def receive(self, receiver: int, n: int, stream: Any) -> None:
         self.channel.get(receiver, n % self.slots, stream)
