@@ -28,6 +28,7 @@ class Channel:
 
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
+        self._put_arrays = native.put_arrays
         self._specs = native.layout.specs
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
@@ -101,7 +102,7 @@ class Channel:
         if stream is not known:
             address = pointer_of(stream)
             self._put_stream = stream, address
-        if not self._native.put_arrays(tensors, slot, address, self._on_gpu):
+        if not self._put_arrays(tensors, slot, address, self._on_gpu):
             self._native.put(self._looked_at(tensors), slot, address)
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:

@@ -40,7 +40,7 @@ def merge(documents: list[dict[str, Any]]) -> dict[str, Any]:
 def _model(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if (old["steps"], old["dtype"]) != (new["steps"], new["dtype"]):
         raise ValueError(f"{old['title']}: not of as many steps, or of another dtype")
-    out = {**new, **old, **{k: v for k, v in new.items() if k.startswith("N=")}}
+    out = old | {k: v for k, v in new.items() if k not in old or k.startswith("N=")}
     out["rounds"] = min(old["rounds"], new["rounds"])
     out["command"] = "; ".join(dict.fromkeys([*old["command"].split("; "), new["command"]]))
     for key in ("failed", "left_out"):

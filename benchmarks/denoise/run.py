@@ -367,6 +367,8 @@ def steady(
     if len(known) < 2:
         return {}
     short, long = known[-2:]
+    if name not in lengths[long] or name not in lengths[short]:
+        return {}
     ms: dict[str, list[float]] = {}
     for way in (name, base):
         pairs = zip(lengths[long][way].ms, lengths[short][way].ms, strict=False)

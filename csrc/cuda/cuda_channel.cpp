@@ -20,9 +20,9 @@ namespace {
 cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 // Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
-int flags_for(std::size_t nbytes, bool inlined) {
-  // A thread then moves two words, and of an inline bundle waits for two.
-  const std::size_t per_block = inlined ? std::size_t{8} << 10 : std::size_t{16} << 10;
+int flags_for(std::size_t nbytes) {
+  // A thread then moves one word, and of an inline bundle waits for two.
+  const std::size_t per_block = std::size_t{8} << 10;
   const std::size_t blocks = (nbytes + per_block - 1) / per_block;
   return static_cast<int>(std::clamp<std::size_t>(blocks, 1, kMaxFlags));
 }
@@ -47,7 +47,7 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
   handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
-  handle_.flags = flags_for(layout().nbytes, inlined());
+  handle_.flags = flags_for(layout().nbytes);
   handle_.guard = all.new_end(sender(), name());
   const std::size_t counters = all.lines[index(sender())].take();
   all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, begun));
@@ -108,6 +108,8 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   }
   if (staged && sending) handle_.target[handle_.targets++] = staging_->data;
 }
+
+CudaChannel::~CudaChannel() { shared_->settle(); }
 
 std::shared_ptr<Buffer> CudaChannel::keep_words(Buffer memory) {
   auto out = std::make_shared<Buffer>(std::move(memory));

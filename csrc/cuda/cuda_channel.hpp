@@ -18,6 +18,7 @@ class CudaChannel final : public Channel {
  public:
   CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string name, int sender,
               std::vector<int> receivers, Layout layout, int slots, Mode mode);
+  ~CudaChannel() override;
 
   Buffer slot(int receiver, int slot) override;
   void begin(int slot, Stream stream) override;

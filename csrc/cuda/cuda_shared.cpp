@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -172,7 +173,21 @@ Mode CudaFabric::Shared::fastest(int sender, const std::vector<int>& receivers,
   return static_cast<Mode>(processes.all_gather(std::string(1, mine))[owner][0]);
 }
 
+void CudaFabric::Shared::settle() const noexcept {
+  int previous = 0;
+  if (cudaGetDevice(&previous) != cudaSuccess) return;
+  std::set<int> mine;
+  for (std::size_t rank = 0; rank < devices.size(); ++rank) {
+    if (processes.mine(static_cast<int>(rank))) mine.insert(devices[rank]);
+  }
+  for (int device : mine) {
+    if (cudaSetDevice(device) == cudaSuccess) cudaDeviceSynchronize();
+  }
+  cudaSetDevice(previous);
+}
+
 void CudaFabric::Shared::release(bool wait_for_others) {
+  settle();
   const bool failed = load_acquire(abort_word) != 0;
   closed = true;
   ends.clear();

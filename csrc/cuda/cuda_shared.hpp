@@ -81,6 +81,9 @@ struct CudaFabric::Shared {
   // The fastest mode for a bundle, as the sender's process finds it. Collective.
   Mode fastest(int sender, const std::vector<int>& receivers, const Layout& layout);
   void release(bool wait_for_others);
+  // Waits, at most for the deadline, until the devices of own ranks do nothing any more. Before
+  // anything is freed: freeing waits for the memory's own device only, but others write there too.
+  void settle() const noexcept;
 
  private:
   void find_links(Transport how);

@@ -15,54 +15,24 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// Whether the block may store, found out when it first wants to: its first loads are then under way
-// together with those of the counters and credits. All threads ask together.
-class Start {
- public:
-  __device__ Start(const SenderDevice& sender, int slot, Turn& turn)
-      : sender_(sender), slot_(slot), turn_(turn) {}
-
-  // False where it must not be: aborted, or the wrong slot.
-  __device__ bool operator()() {
-    if (!asked_) {
-      asked_ = true;
-      if (threadIdx.x < kWarp) ask();
-      __syncthreads();
-    }
-    return turn_.go;
-  }
-
- private:
-  __device__ void ask() {
-    const SenderCounters& counters = *sender_.counters;
+// Starts a fused put: false in all threads where it must not be.
+__device__ bool start_put(const SenderDevice& sender, int slot, Turn& turn) {
+  if (threadIdx.x < kWarp) {
+    const SenderCounters& counters = *sender.counters;
     // All blocks read them before the last of them, which is the one that changes them, is done.
     const std::uint64_t begun = counters.begun;
     const std::uint64_t committed = counters.committed;
-    const Credit credit(sender_);
+    const Credit credit(sender);
     bool good = true;
     if (threadIdx.x == 0) {
-      good = in_turn(sender_.guard, Operation::kBegin, slot_, begun, begun == committed,
-                     sender_.slots);
+      good =
+          in_turn(sender.guard, Operation::kBegin, slot, begun, begun == committed, sender.slots);
     }
-    good = __all_sync(~0u, good) != 0 && credit.wait(sender_, begun + 1, slot_);
-    if (threadIdx.x == 0) turn_ = {begun + 1, good};
+    good = __all_sync(~0u, good) != 0 && credit.wait(sender, begun + 1, slot);
+    if (threadIdx.x == 0) turn = {begun + 1, good};
   }
-
-  const SenderDevice& sender_;
-  const int slot_;
-  Turn& turn_;
-  bool asked_ = false;
-};
-
-__device__ void put_part(const SenderDevice& sender, const Piece& piece, int slot, Start& start,
-                         std::uint64_t from, std::uint64_t to) {
-  const std::uint64_t at = sender.slot_nbytes * slot + piece.offset;
-  const auto may_store = [&] { return start(); };
-  copy_part(piece.memory, piece.memory, from, to, may_store, [&](std::uint64_t i, auto word) {
-    for (int t = 0; t < sender.targets; ++t) {
-      *reinterpret_cast<decltype(word)*>(sender.target[t] + at + i) = word;
-    }
-  });
+  __syncthreads();
+  return turn.go;
 }
 
 // Up to 8 bytes; those from `nbytes` on are zero.
@@ -79,17 +49,44 @@ __device__ std::uint64_t load_padded(const std::byte* source, std::uint64_t at,
 }
 
 // Stores up to the next multiple of kAlignment: the receiver looks at all words of the slot.
-template <class Ask>
-__device__ void put_part_inline(const SenderDevice& sender, const Piece& piece, int slot,
-                                const std::uint64_t& epoch, Ask may_store, std::uint64_t from,
-                                std::uint64_t to) {
+__device__ void put_tile_inline(const SenderDevice& sender, const Tile& tile, int slot,
+                                std::uint64_t epoch) {
   constexpr std::uint64_t kAlignment = 256;  // of Layout
-  const std::uint64_t end = (to + kAlignment - 1) / kAlignment * kAlignment;
-  for (std::uint64_t first = from; first < end; first += kThreads * 8) {
-    const std::uint64_t i = first + threadIdx.x * 8;
-    const std::uint64_t value = load_padded(piece.memory, i, piece.nbytes);
-    if (!may_store()) return;
-    if (i < end) write_inline(sender, slot, epoch, piece.offset + i, value);
+  const Piece& piece = *tile.piece;
+  const std::uint64_t end = (tile.to + kAlignment - 1) / kAlignment * kAlignment;
+  for (std::uint64_t i = tile.from + threadIdx.x * 8; i < end; i += kThreads * 8) {
+    write_inline(sender, slot, epoch, piece.offset + i, load_padded(piece.memory, i, piece.nbytes));
+  }
+}
+
+__device__ void put_flagged(const SenderDevice& sender, Deal deal, int slot, Turn& turn) {
+  const std::uint64_t begin = sender.slot_nbytes * slot;
+  const Piece* piece = nullptr;
+  const auto store = [&](std::uint64_t i, auto word) {
+    for (int t = 0; t < sender.targets; ++t) {
+      *reinterpret_cast<decltype(word)*>(sender.target[t] + begin + piece->offset + i) = word;
+    }
+  };
+  Tile tile{};
+  bool more = deal.next(tile);
+  // The words of the first tile are on their way from memory together with the counters and
+  // credits that say whether they may be stored.
+  static_assert(Loaded<uint4>::kStep * kWordsAtOnce >> kMaxShift == 1, "a tile at once");
+  const std::uint64_t mine = tile.from + threadIdx.x * sizeof(uint4);
+  std::uint64_t middle = tile.from;
+  Loaded<uint4> loaded;
+  if (more && reinterpret_cast<std::uintptr_t>(tile.piece->memory) % sizeof(uint4) == 0) {
+    middle = tile.to / sizeof(uint4) * sizeof(uint4);
+    loaded.load(tile.piece->memory, mine, middle);
+  }
+  if (!start_put(sender, slot, turn)) return;
+  piece = tile.piece;
+  if (more) loaded.store(mine, middle, store);
+  tile.from = middle;
+  while (more) {
+    piece = tile.piece;
+    copy_part(piece->memory, piece->memory, tile.from, tile.to, store);
+    more = deal.next(tile);
   }
 }
 
@@ -104,21 +101,19 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   const unsigned blocks = puts.first_block[c + 1] - puts.first_block[c];
   const bool inlined = sender.protocol == Protocol::kInline;
   __shared__ Turn turn;
-  Start start(sender, slot, turn);
+  const int first = puts.first_piece[c];
+  const int count = puts.first_piece[c + 1] - first;
+  const unsigned shift = inlined ? kInlineShift : shift_of(sender.slot_nbytes);
+  Deal deal(puts.pieces + first, count, shift, block, blocks);
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
 
-  const int first = puts.first_piece[c];
-  deal(puts.pieces + first, puts.first_piece[c + 1] - first,
-       inlined ? kInlineTile : tile_of(sender.slot_nbytes), block, blocks,
-       [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
-         if (inlined) {
-           put_part_inline(sender, piece, slot, turn.epoch, [&] { return start(); }, from, to);
-         } else {
-           put_part(sender, piece, slot, start, from, to);
-         }
-       });
-  if (!start()) return;  // aborted: nothing counts until the next reset
+  if (!inlined) {
+    put_flagged(sender, deal, slot, turn);
+  } else if (start_put(sender, slot, turn)) {
+    for (Tile tile; deal.next(tile);) put_tile_inline(sender, tile, slot, turn.epoch);
+  }
+  if (!turn.go) return;  // aborted: nothing counts until the next reset
   // Data before flag: the barrier orders the block's stores before what a thread releases.
   __syncthreads();
   if (!inlined && threadIdx.x < sender.receivers) {
@@ -137,10 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
 __global__ void __launch_bounds__(kThreads)
     push_inline_kernel(SenderDevice sender, Piece piece, int slot) {
   const std::uint64_t epoch = sender.counters->begun;
-  deal(&piece, 1, kInlineTile, blockIdx.x, gridDim.x,
-       [&](const Piece& p, std::uint64_t from, std::uint64_t to) {
-         put_part_inline(sender, p, slot, epoch, [] { return true; }, from, to);
-       });
+  Deal deal(&piece, 1, kInlineShift, blockIdx.x, gridDim.x);
+  for (Tile tile; deal.next(tile);) put_tile_inline(sender, tile, slot, epoch);
 }
 
 template <class P>

@@ -31,18 +31,19 @@ __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice rec
   finish(receiver, false, turn);
 }
 
-__device__ void unpack_part_inline(const ReceiverDevice& receiver, const Piece& piece, int slot,
-                                   std::uint64_t epoch, std::uint64_t from, std::uint64_t to) {
+__device__ void unpack_tile_inline(const ReceiverDevice& receiver, const Tile& tile, int slot,
+                                   std::uint64_t epoch) {
+  const Piece& piece = *tile.piece;
   const bool aligned = reinterpret_cast<std::uintptr_t>(piece.memory) % 8 == 0;
-  for (std::uint64_t first = from; first < to; first += kThreads * 8) {
+  for (std::uint64_t first = tile.from; first < tile.to; first += kThreads * 8) {
     const std::uint64_t i = first + threadIdx.x * 8;
     std::uint64_t value;
-    if (!read_inline(receiver, slot, epoch, i < to, piece.offset + i, value)) return;
-    if (i >= to) continue;
-    if (aligned && i + 8 <= to) {
+    if (!read_inline(receiver, slot, epoch, i < tile.to, piece.offset + i, value)) return;
+    if (i >= tile.to) continue;
+    if (aligned && i + 8 <= tile.to) {
       *reinterpret_cast<std::uint64_t*>(piece.memory + i) = value;
     } else {
-      for (int b = 0; b < 8 && i + b < to; ++b) {
+      for (int b = 0; b < 8 && i + b < tile.to; ++b) {
         piece.memory[i + b] = static_cast<std::byte>(value >> (8 * b));
       }
     }
@@ -66,18 +67,18 @@ __global__ void __launch_bounds__(kThreads)
     if (__syncthreads_and(good) == 0) return;  // aborted: nothing counts until the next reset
   }
   const std::byte* source = receiver.source + receiver.slot_nbytes * slot;
-  deal(unpack.pieces, unpack.count, inlined ? kInlineTile : tile_of(receiver.slot_nbytes),
-       blockIdx.x, gridDim.x, [&](const Piece& piece, std::uint64_t from, std::uint64_t to) {
-         if (inlined) {
-           unpack_part_inline(receiver, piece, slot, turn.epoch, from, to);
-           return;
-         }
-         const auto may_store = [] { return true; };
-         copy_part(source + piece.offset, piece.memory, from, to, may_store,
-                   [&](std::uint64_t i, auto word) {
-                     *reinterpret_cast<decltype(word)*>(piece.memory + i) = word;
-                   });
-       });
+  Deal deal(unpack.pieces, unpack.count, inlined ? kInlineShift : shift_of(receiver.slot_nbytes),
+            blockIdx.x, gridDim.x);
+  for (Tile tile; deal.next(tile);) {
+    if (inlined) {
+      unpack_tile_inline(receiver, tile, slot, turn.epoch);
+      continue;
+    }
+    std::byte* to = tile.piece->memory;
+    copy_part(source + tile.piece->offset, to, tile.from, tile.to, [&](std::uint64_t i, auto word) {
+      *reinterpret_cast<decltype(word)*>(to + i) = word;
+    });
+  }
   finish(receiver, true, turn);
 }
 
@@ -91,7 +92,8 @@ void launch_get_inline(const ReceiverDevice& receiver, int slot, cudaStream_t st
 void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot,
                    cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(receiver.flags);
-  launch_early(unpack_kernel, {blocks, kThreads}, stream, "launching unpack", receiver, unpack, slot);
+  launch_early(unpack_kernel, {blocks, kThreads}, stream, "launching unpack", receiver, unpack,
+               slot);
 }
 
 void preload_take() {

@@ -10,10 +10,10 @@
 
 namespace asyncdiff {
 
-constexpr int kMaxReceivers = 32;
+constexpr int kMaxReceivers = 16;  // SenderDevice is a parameter of every put
 // A fused put has as many blocks as the channel has flags, each on a line of its own: a block says
 // that its part has arrived without waiting for the others.
-constexpr int kMaxFlags = 16;
+constexpr int kMaxFlags = 32;
 constexpr int kFlagStride = 128 / sizeof(std::uint64_t);
 
 enum class FailureKind : std::uint64_t { kNone = 0, kTimeout = 1, kSlotOrder = 2 };

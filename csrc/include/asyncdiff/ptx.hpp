@@ -56,9 +56,9 @@ __device__ __forceinline__ unsigned add_one_acquire_release_device(unsigned* add
   return before;
 }
 
-// Programmatic dependent launch (compute capability 9.0 and later): a kernel that was launched so is
-// set up while the one before it in the stream still runs. Here it waits until that one has ended
-// and its memory is visible. Without such a launch, nothing to wait for.
+// Programmatic dependent launch (compute capability 9.0 and later): a kernel that was launched so
+// is set up while the one before it in the stream still runs. Here it waits until that one has
+// ended and its memory is visible. Without such a launch, nothing to wait for.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
