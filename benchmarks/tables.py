@@ -38,12 +38,21 @@ def main() -> None:
 
 
 def denoise() -> str:
-    """All files ``denoise_*.json``: what was measured, and what plans promise on more GPUs."""
-    parts = []
-    for path in sorted(RESULTS.glob("denoise_*.json"), reverse=True):
-        document = json.loads(path.read_text())
-        figures = document["figures"]
-        parts.append(denoise_table.caption(path.name, document) + denoise_table.measured(figures))
+    """All files ``denoise_*.json``, those of most GPUs first; a model is shown from the first one
+    that has it, and what plans promise where nothing was measured."""
+    documents = [
+        (p.name, json.loads(p.read_text())) for p in sorted(RESULTS.glob("denoise_*.json"))
+    ]
+    documents.sort(key=lambda d: len(d[1]["environment"]["gpus"]), reverse=True)
+    parts: list[str] = []
+    shown: set[str] = set()
+    for name, document in documents:
+        figures = {k: m for k, m in document["figures"].items() if k not in shown}
+        shown |= set(figures)
+        if not figures:
+            continue
+        caption = denoise_table.caption(name, {**document, "figures": figures})
+        parts.append(caption + denoise_table.measured(figures))
         promised = denoise_table.predicted(figures)
         if promised:
             parts.append(

@@ -245,6 +245,9 @@ def run_model(
             # Eager's loop takes longest, and its first length says enough.
             few = [n for n in bases if ways[n].setting.ranks <= args.further_ranks]
             order = [*(modes or ["eager"]), *few]
+            for name in few:
+                if ways[name].setting.generate:  # a schedule's first generation finds its steps
+                    ways[name].run(loop)
         lengths[steps] = timings = {name: Timings() for name in order}
         for number in range(args.rounds):
             if number > 0 and late(f"round {number + 1} of {steps} steps"):

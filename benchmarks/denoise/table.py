@@ -29,52 +29,60 @@ def caption(name: str, document: dict[str, Any]) -> str:
     )
 
 
+#: Settings that details are shown of, where they were run.
+_DETAILED = ("N=2 S=1 w=1", "N=2 S=1 w=1, compiled", "N=4 S=1 w=1", "N=3 S=2 w=1")
+
+
 def measured(figures: dict[str, Model]) -> str:
-    """One GPU and asyncdiff with each setting."""
+    """One GPU and every setting: milliseconds a step, and times the speed of one GPU in the same
+    mode; then what lies behind a few of the settings."""
+    return _speeds(figures) + "\n" + _details(figures)
+
+
+def _speeds(figures: dict[str, Model]) -> str:
     models = list(figures.values())
-    rows = [["", *(m["title"] for m in models)]]
-
-    def row(name: str, cell: Callable[[Model], str]) -> None:
-        cells = [_cell(cell, m) for m in models]
-        if any(cells):
-            rows.append([name, *cells])
-
-    row("steps, rounds", lambda m: f"{m['steps']}, {m['rounds']}")
-    row("one GPU, eager, ms a step", lambda m: _median(m["eager"]["ms_a_step"]))
-    for mode, title in MODES.items():
-        row(f"one GPU, {title}, ms a step", lambda m, k=mode: _median(m[k]["ms_a_step"]))
-    shown: set[tuple[str, ...]] = set()
-    for key in dict.fromkeys(k for m in models for k in m if k.startswith("N=")):
-        first = next(m[key] for m in models if key in m)
-        team = _team(key, first)
-        cells = _asynchronous(key, first) | ({} if team in shown else _OF_TEAM)
-        shown.add(team)
-        for name, cell in cells.items():
-            row(name, lambda m, c=cell, k=key: c(m[k]))
-    row("memory of the eager denoiser, MiB", lambda m: _memory(m["eager"]))
+    rows = [["ms a step, **times one GPU**", "GPUs", *(m["title"] for m in models)]]
+    rows.append(["steps, rounds", "", *(f"{m['steps']}, {m['rounds']}" for m in models)])
+    ways = {"eager": "one GPU, eager"} | {k: f"one GPU, {title}" for k, title in MODES.items()}
+    settings = dict.fromkeys(k for m in models for k in m if k.startswith("N="))
+    for key in (*ways, *sorted(settings, key=_place)):
+        entries = [m.get(key, {}) for m in models]
+        if not any("ms_a_step" in e for e in entries):
+            continue
+        gpus = {str(len(set(e["devices"]))) for e in entries if "devices" in e} or {"1"}
+        rows.append([ways.get(key, key), ", ".join(sorted(gpus)), *map(_speed, entries)])
     return markdown(rows)
 
 
-def _team(key: str, first: Model) -> tuple[str, ...]:
-    """What decides about components, exchange and memory; exact steps do not."""
-    words = key.split(",")[0].split()
-    kept = [w for w in words if w.split("=")[0] in ("N", "S", "delay", "waves", "split")]
-    return (*kept, first.get("mode", "graph"))
+def _place(key: str) -> tuple[Any, ...]:
+    """Graphs before what is compiled, then by devices and by how far the work is spread."""
+    setting, _, compiled = key.partition(", ")
+    options = setting.split()[3:]
+    n, s, w = (int(word.split("=")[1]) for word in setting.split()[:3])
+    return bool(compiled), (n + s - 1) * (2 if "split" in options else 1), n, s, options, w
 
 
-def _asynchronous(key: str, first: Model) -> dict[str, Callable[[Model], str]]:
-    """The rows of one setting."""
-    where = "ranks sharing the GPU" if first["shared_gpus"] else "a GPU for each rank"
-    mode = first.get("mode", "graph")
-    return {
-        f"asyncdiff {key}, {where}, ms a step": lambda s: _median(s["ms_a_step"]),
-        f"— times the speed of one GPU, {MODES.get(mode, mode)}": lambda s: _ratio(
-            s[f"speedup_over_{mode}"]
-        ),
-        "— times eager's speed": lambda s: _ratio(s["speedup_over_eager"]),
-        "— exposed exchange, ms a tick": lambda s: _median(s["exposed_ms_per_tick"], 3),
-        "— distance of the final latents to eager's": lambda s: f"{s['distance_to_eager']:.4f}",
-    }
+def _speed(entry: dict[str, Any]) -> str:
+    if "ms_a_step" not in entry:
+        return ""
+    ratio = entry.get(f"speedup_over_{entry.get('mode')}")
+    times = f", **{ratio['median']:.2f}**" if ratio else ""
+    return f"{entry['ms_a_step']['median']:.1f}{times}"
+
+
+def _details(figures: dict[str, Model]) -> str:
+    models = list(figures.values())
+    rows = [["", *(m["title"] for m in models)]]
+    for key in _DETAILED:
+        entries = [m.get(key, {}) for m in models]
+        if any("ms_a_step" in e for e in entries):
+            rows.append([f"**{key}**", *("" for _ in models)])
+            for name, cell in _DETAILS.items():
+                cells = [_cell(cell, e) for e in entries]
+                if any(cells):
+                    rows.append([name, *cells])
+    eager = [_cell(_memory, m["eager"]) for m in models]
+    return markdown([*rows, ["**one GPU, eager**: memory, MiB", *eager]])
 
 
 def predicted(figures: dict[str, Model]) -> str:
@@ -89,19 +97,23 @@ def predicted(figures: dict[str, Model]) -> str:
     return markdown(rows) if models else ""
 
 
-#: Rows that settings have in common where only their exact steps differ.
-_OF_TEAM: dict[str, Callable[[Model], str]] = {
-    "— its components alone, ms": lambda s: " + ".join(f"{t:.2f}" for t in s["component_ms_alone"]),
-    "— one GPU's share over the slowest of them": lambda s: f"{s['efficiency_alone']:.3f}",
-    "— exchange, MiB a tick": lambda s: f"{s['exchange_mib_per_tick']:.1f}",
-    "— preparation, s": lambda s: f"{s['prepare_s'] + s['first_generation_s']:.0f}",
-    "— memory by GPU, MiB": lambda s: _memory(s),
+_DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "times eager's speed": lambda e: _ratio(e["speedup_over_eager"]),
+    "efficiency of a steady tick": lambda e: _ratio(e["steady"]["efficiency"], digits=3),
+    "exposed exchange, ms a tick": lambda e: _median(e["exposed_ms_per_tick"], 3),
+    "distance of the final latents to eager's": lambda e: f"{e['distance_to_eager']:.4f}",
+    "components alone, ms": lambda e: ", ".join(f"{t:.2f}" for t in e["component_ms_alone"]),
+    "one GPU's share over the slowest of them": lambda e: f"{e['efficiency_alone']:.3f}",
+    "exchange, MiB a tick": lambda e: f"{e['exchange_mib_per_tick']:.1f}",
+    "GMACs a step by GPU": lambda e: ", ".join(f"{g:.0f}" for g in e["gmacs_per_step_by_rank"]),
+    "preparation, s": lambda e: f"{e['prepare_s'] + e['first_generation_s']:.0f}",
+    "memory by GPU, MiB": lambda e: _memory(e),
 }
 
 
-def _cell(cell: Callable[[Model], str], model: Model) -> str:
+def _cell(cell: Callable[[dict[str, Any]], str], entry: dict[str, Any]) -> str:
     try:
-        return cell(model)
+        return cell(entry)
     except KeyError:  # not run, or by a version that did not report it
         return ""
 
@@ -110,8 +122,9 @@ def _median(spread: dict[str, float], digits: int = 1) -> str:
     return f"{spread['median']:.{digits}f}"
 
 
-def _ratio(spread: dict[str, float]) -> str:
-    return f"**{spread['median']:.2f}** ({spread['min']:.2f} to {spread['max']:.2f})"
+def _ratio(spread: dict[str, float], digits: int = 2) -> str:
+    low, high = (f"{spread[k]:.{digits}f}" for k in ("min", "max"))
+    return f"{spread['median']:.{digits}f}" + (f" ({low} to {high})" if low != high else "")
 
 
 def _memory(entry: dict[str, Any]) -> str:
