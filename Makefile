@@ -18,6 +18,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= diffusers,demo,test
 LINTERS ?= ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 PYTEST_ARGS ?=
+# Processes of one thread each: threads of several tests would be in each other's way.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ demo: $(STAMPS)/package
 	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
 
 test: $(STAMPS)/package
-	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
 
 env: $(STAMPS)/package
 
