@@ -1,10 +1,11 @@
-// How a block copies a part of a tensor.
+// How a block copies a part of a tensor, and which parts. Also compiled for the CPU, by a test.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels.hpp"
+#include "asyncdiff/channel_device.hpp"
+#include "piece.hpp"
 
 namespace asyncdiff {
 

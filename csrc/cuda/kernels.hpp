@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_device.hpp"
+#include "piece.hpp"
 
 namespace asyncdiff {
 
@@ -21,13 +22,6 @@ void launch_commit(const SenderDevice& sender, int slot, cudaStream_t stream);
 void launch_get(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
 // Gives the slot back.
 void launch_release(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
-
-// A tensor of a bundle and where it lies outside of the slot.
-struct Piece {
-  std::byte* memory;
-  std::uint64_t offset;  // in the slot
-  std::uint64_t nbytes;
-};
 
 // put.cu: begin, copy, commit in one launch.
 
