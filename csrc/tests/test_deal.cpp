@@ -89,6 +89,14 @@ void tiles_are_shared_evenly() {
     tiles += mine;
   }
   CHECK(tiles << shift_of(piece.nbytes) == piece.nbytes);
+  // Three tensors of five tiles each: the first block that gets one more is the next one's.
+  const std::vector<Piece> three(3, {nullptr, 0, 5 << 13});
+  for (unsigned block = 0; block < 4; ++block) {
+    Deal deal(three.data(), 3, 13, block, 4);
+    unsigned mine = 0;
+    for (Tile tile; deal.next(tile);) ++mine;
+    CHECK(mine == (block < 3 ? 4 : 3));
+  }
   Deal none(nullptr, 0, 13, 0, 1);
   Tile tile;
   CHECK(!none.next(tile));
