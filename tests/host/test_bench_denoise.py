@@ -12,6 +12,7 @@ import pytest
 import results_file
 import tables
 from asyncdiff.plan import build
+from denoise import merge
 from denoise.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,39 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     rows = {k: v for k, v in figures.items() if k.startswith("N=")}
     plan = build(2, 1, 1, 5)
     assert len(rows["N=2 S=1 w=1"]["gmacs_per_step_by_rank"]) == plan.ranks
+
+
+def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
+    """They prepare at once, time one after another, and one document comes of it."""
+    script = str(ROOT / "benchmarks/denoise/run.py")
+    command = [sys.executable, script, "--device", "cpu", "--models", "tiny", "--dtype", "float32"]
+    command += ["--steps", "4", "6", "3", "--rounds", "2", "--eager-rounds", "1"]
+    command += ["--further-ranks", "2", "--lock", str(tmp_path / "lock")]
+    settings = {"a": ["2,1,1", "2,1,1,generate"], "b": ["3,1,1", "2,1,1"]}
+    outs = {name: tmp_path / f"{name}.json" for name in settings}
+    runs = [
+        subprocess.Popen(
+            [*command, "--out", str(outs[name]), "--schedules", *wanted],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, wanted in settings.items()
+    ]
+    for run in runs:
+        _, errors = run.communicate(timeout=250)
+        assert run.returncode == 0, errors
+    documents = {name: json.loads(path.read_text()) for name, path in outs.items()}
+    merged = merge.merge(list(documents.values()))["figures"]["tiny"]
+    first, last = (documents[name]["figures"]["tiny"] for name in settings)
+    assert merged["eager"] == first["eager"] and merged["N=2 S=1 w=1"] == last["N=2 S=1 w=1"]
+    assert {"N=3 S=1 w=1", "N=2 S=1 w=1 generate"} < set(merged)
+    assert merged["command"].count("run.py") == 2
+    # Further lengths are for few ranks, and one round of eager is enough to compare with.
+    assert "6 steps" in merged["N=2 S=1 w=1"] and "6 steps" not in merged["N=3 S=1 w=1"]
+    documents["b"]["environment"]["torch"] = "1.0"
+    with pytest.raises(ValueError, match="torch differ"):
+        merge.merge(list(documents.values()))
 
 
 def test_the_table_of_committed_results_is_the_readmes() -> None:
