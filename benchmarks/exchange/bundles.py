@@ -2,8 +2,8 @@
 
 python benchmarks/exchange/bundles.py   # writes python/asyncdiff/bench/bundles.json
 
-The cuts are those of the committed denoise results, so the bundles are the ones in that table. The
-denoisers are captured on the meta device: a few seconds, no weights.
+The cuts are kept, so that figures of different versions are of the same bundles. The denoisers are
+captured on the meta device: a few seconds, no weights.
 """
 
 from __future__ import annotations
