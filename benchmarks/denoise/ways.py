@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,31 +109,48 @@ class Asynchronous:
             return loop(lambda kwargs: denoiser(**kwargs)[0])
 
 
-def component_times(denoiser: Any, replays: int = 20) -> list[float]:
-    """Milliseconds of each rank's component alone in a CUDA graph, without any exchange."""
-    out = []
-    for worker in denoiser._engine.workers:
-        reads = {}
-        for (source, slot), values in worker.mailbox.items():
-            if slot == 0:
-                reads[source] = values
-        ordered = {b.source: reads[b.source] for b in worker_reads(denoiser, worker)}
-        with torch.no_grad(), worker.current():
-            worker.program.emit.hook = None
-            graph = torch.cuda.CUDAGraph()
-            arguments = worker._arguments(ordered)
-            with torch.cuda.graph(graph, stream=worker.stream):
-                worker.program(*arguments)
-            times = []
-            for _ in range(replays):
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begun.record(worker.stream)
+def component_times(denoiser: Any, replays: int = 20) -> tuple[list[float], list[float]]:
+    """Milliseconds of each rank's component in a CUDA graph, without any exchange: alone, with
+    pauses (medians); and all at once and back to back, as warm as in a loop (means)."""
+    workers = denoiser._engine.workers
+    graphs = [_component(denoiser, worker) for worker in workers]
+    alone = []
+    for worker, graph in zip(workers, graphs, strict=True):
+        times = []
+        for _ in range(replays):
+            times.append(_replayed([worker], [graph], 1)[0])
+        alone.append(sorted(times)[len(times) // 2])
+    return alone, _replayed(workers, graphs, replays)
+
+
+def _component(denoiser: Any, worker: Any) -> torch.cuda.CUDAGraph:
+    reads = {source: values for (source, slot), values in worker.mailbox.items() if slot == 0}
+    ordered = {b.source: reads[b.source] for b in worker_reads(denoiser, worker)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), worker.current():
+        worker.program.emit.hook = None
+        with torch.cuda.graph(graph, stream=worker.stream):
+            worker.program(*worker._arguments(ordered))
+    return graph
+
+
+def _replayed(workers: Sequence[Any], graphs: Sequence[Any], replays: int) -> list[float]:
+    """Milliseconds of a replay, by worker, all of them at once."""
+    marks = []
+    for worker in workers:
+        with worker.current():
+            marks.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            marks[-1][0].record(worker.stream)
+    for _ in range(replays):
+        for worker, graph in zip(workers, graphs, strict=True):
+            with worker.current():
                 graph.replay()
-                ended.record(worker.stream)
-                worker.stream.synchronize()
-                times.append(begun.elapsed_time(ended))
-        out.append(sorted(times)[len(times) // 2])
-    return out
+    for worker, (_, ended) in zip(workers, marks, strict=True):
+        with worker.current():
+            ended.record(worker.stream)
+    for worker in workers:
+        worker.stream.synchronize()
+    return [begun.elapsed_time(ended) / replays for begun, ended in marks]
 
 
 def worker_reads(denoiser: Any, worker: Any) -> Any:
