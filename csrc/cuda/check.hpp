@@ -17,14 +17,6 @@ inline void check_cuda(cudaError_t code, const char* what) {
                   cudaGetErrorString(code) + ")");
 }
 
-// Loads a kernel onto the current device.
-template <class Kernel>
-void preload(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-             "loading a kernel");
-}
-
 // Makes a device current for the life of the guard.
 class DeviceGuard {
  public:

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,14 +21,11 @@ namespace {
 cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 // Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
-int flags_for(std::size_t nbytes, bool inlined) {
+int flags_for(std::size_t nbytes, bool few) {
   // A thread then moves one word, and of an inline bundle waits for two.
   const std::size_t per_block = std::size_t{8} << 10;
   const std::size_t blocks = (nbytes + per_block - 1) / per_block;
-  // More that look at every word of an inline bundle, and they keep it from arriving: with 32
-  // blocks 256 KB took 286 us between two H200s, with 16 they take 5.5.
-  const std::size_t most = inlined ? 16 : kMaxFlags;
-  return static_cast<int>(std::clamp<std::size_t>(blocks, 1, most));
+  return static_cast<int>(std::clamp<std::size_t>(blocks, 1, few ? 16 : kMaxFlags));
 }
 
 }  // namespace
@@ -50,7 +48,12 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
   handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
-  handle_.flags = flags_for(layout().nbytes, inlined());
+  // More blocks that look at every word of an inline bundle, and they keep it from arriving: with
+  // 32 256 KB took 286 us between two H200s, with 16 they take 5.5. And blocks of ranks that share
+  // a device are in each other's way.
+  bool few = inlined() || !all.alone(sender());
+  for (int rank : receivers()) few = few || !all.alone(rank);
+  handle_.flags = flags_for(layout().nbytes, few);
   handle_.guard = all.new_end(sender(), name());
   const std::size_t counters = all.lines[index(sender())].take();
   all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, begun));
@@ -112,7 +115,15 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   if (staged && sending) handle_.target[handle_.targets++] = staging_->data;
 }
 
-CudaChannel::~CudaChannel() { shared_->settle(); }
+CudaChannel::~CudaChannel() {
+  if (shared_->closed) return;  // then nothing runs any more
+  const std::lock_guard lock(shared_->retired_mutex);
+  for (Receiver& receiver : receivers_) {
+    shared_->retired.push_back(std::move(receiver.mailbox));
+    if (receiver.words) shared_->retired.push_back(*receiver.words);
+  }
+  if (staging_) shared_->retired.push_back(*staging_);
+}
 
 std::shared_ptr<Buffer> CudaChannel::keep_words(Buffer memory) {
   auto out = std::make_shared<Buffer>(std::move(memory));
@@ -254,7 +265,7 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
   const DeviceGuard guard(sender_device());
   const auto launched = [&](auto puts) {
     if (!add_to(puts, tensors, slot)) return false;
-    launch_put(puts, as_stream(stream));
+    launch_put(puts, launch_of(sender()), as_stream(stream));
     return true;
   };
   if (!launched(SmallPut()) && !launched(OnePut())) launched(ManyPuts());
@@ -266,10 +277,10 @@ void CudaChannel::get(int rank, int slot, Stream stream) {
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
   if (inlined()) {
-    launch_get_inline(receiver.handle, slot, as_stream(stream));
+    launch_get_inline(receiver.handle, slot, launch_of(rank), as_stream(stream));
     return;
   }
-  launch_get(receiver.handle, slot, as_stream(stream));
+  launch_get(receiver.handle, slot, launch_of(rank), as_stream(stream));
   if (!receiver.direct && layout().nbytes > 0) {
     check_cuda(
         cudaMemcpyAsync(receiver.mailbox.data + start_of(slot), staging_->data + start_of(slot),
@@ -289,7 +300,7 @@ void CudaChannel::release(int rank, int slot, Stream stream) {
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
-  launch_release(receiver.handle, slot, as_stream(stream));
+  launch_release(receiver.handle, slot, launch_of(rank), as_stream(stream));
 }
 
 void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, Stream stream) {
@@ -313,7 +324,7 @@ void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, 
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (layout().specs[i].nbytes > 0) unpack.pieces[unpack.count++] = piece_of(i, tensors[i]);
   }
-  launch_unpack(receiver.handle, unpack, slot, as_stream(stream));
+  launch_unpack(receiver.handle, unpack, slot, launch_of(rank), as_stream(stream));
 }
 
 }  // namespace asyncdiff

@@ -86,6 +86,7 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
   }
   const std::lock_guard lock(shared_->mutex);
   shared_->check_open();
+  shared_->free_retired();
   if (mode == Mode::kAuto) mode = shared_->fastest(sender, receivers, layout);
   return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
@@ -98,7 +99,9 @@ void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
   const DeviceGuard guard(shared_->devices[sender]);
   ManyPuts many;
   const auto launch = [&] {
-    if (many.count > 0) launch_put(many, reinterpret_cast<cudaStream_t>(stream));
+    const Launch how =
+        shared_->alone(static_cast<int>(sender)) ? Launch::kEarly : Launch::kOrdinary;
+    if (many.count > 0) launch_put(many, how, reinterpret_cast<cudaStream_t>(stream));
     many = {};
   };
   for (const Put& put : puts) {
@@ -134,8 +137,9 @@ void CudaFabric::reset(std::uint64_t first_bundle) {
 }
 
 void CudaFabric::close() {
+  shared_->settle();  // not under the lock: abort() may be what ends a wait
   const std::lock_guard lock(shared_->mutex);
-  if (!shared_->closed) shared_->release(true);
+  if (!shared_->closed) shared_->release();
 }
 
 }  // namespace asyncdiff

@@ -25,6 +25,7 @@ Buffer allocate_device(int device, std::size_t nbytes) {
     cudaSetDevice(device);
     cudaFree(p);
     cudaSetDevice(previous);
+    cudaGetLastError();  // nor are they to be taken for the next call's
   });
   Buffer out{std::move(owner), static_cast<std::byte*>(memory), nbytes, device};
   clear(out, nbytes);

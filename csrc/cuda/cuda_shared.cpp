@@ -1,9 +1,11 @@
 #include "cuda_shared.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <mutex>
 #include <set>
 #include <string>
 #include <utility>
@@ -43,6 +45,45 @@ std::vector<Buffer>& abandoned() {
   return *buffers;
 }
 
+// What fabrics left that were not closed, and the devices that may still be at work on it. The next
+// fabric frees it.
+struct Left {
+  std::set<int> devices;
+  std::vector<Buffer> buffers;
+};
+
+std::mutex left_mutex;
+
+std::vector<Left>& left_behind() {
+  static auto* all = new std::vector<Left>;
+  return *all;
+}
+
+// Freeing memory waits for all that its device was given to do. cudaDeviceSynchronize would, too,
+// but break a capture that another thread has under way.
+void wait_for(const std::set<int>& devices) noexcept {
+  int previous = 0;
+  if (cudaGetDevice(&previous) == cudaSuccess) {
+    for (int device : devices) {
+      void* memory = nullptr;
+      if (cudaSetDevice(device) != cudaSuccess) continue;
+      if (cudaMalloc(&memory, Lines::kBytes) == cudaSuccess) {
+        cudaFree(memory);
+      } else {
+        cudaDeviceSynchronize();  // no memory left
+      }
+    }
+    cudaSetDevice(previous);
+  }
+  cudaGetLastError();  // errors of kernels show again where somebody looks for them
+}
+
+void free_left_behind() {
+  const std::lock_guard lock(left_mutex);
+  for (const Left& left : left_behind()) wait_for(left.devices);
+  left_behind().clear();
+}
+
 }  // namespace
 
 CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadline_seconds,
@@ -53,6 +94,7 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadl
       lines(devices.size()),
       own(devices.size()) {
   const int ranks = static_cast<int>(devices.size());
+  free_left_behind();
   processes.together("prepare its devices", [&] {
     const int count = cuda_device_count();
     for (int rank = 0; rank < ranks; ++rank) {
@@ -76,11 +118,27 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadl
   static_assert(sizeof(AbortNote) <= 4 * Lines::kLine);
   note = reinterpret_cast<AbortNote*>(host.data + host_lines.take(4));
   find_links(how);
+  for (const std::string& uuid : uuids) {
+    alone_.push_back(std::count(uuids.begin(), uuids.end(), uuid) == 1);
+  }
 }
 
 CudaFabric::Shared::~Shared() {
+  if (closed) return;
   try {
-    if (!closed) release(false);
+    Left left{own_devices(), std::move(retired)};
+    const auto keep = [&](std::vector<Buffer>& buffers, std::vector<Buffer>& where) {
+      for (Buffer& buffer : buffers) where.push_back(std::move(buffer));
+    };
+    for (auto& [key, buffer] : imported) left.buffers.push_back(std::move(buffer));
+    keep(foreign, left.buffers);
+    left.buffers.push_back(std::move(host));
+    const std::lock_guard lock(left_mutex);
+    // What others have mapped is not to be freed before they unmap it, which nobody will tell.
+    std::vector<Buffer>& where = processes.several() ? abandoned() : left.buffers;
+    keep(own, where);
+    keep(mailboxes, where);
+    left_behind().push_back(std::move(left));
   } catch (...) {
   }
 }
@@ -173,21 +231,26 @@ Mode CudaFabric::Shared::fastest(int sender, const std::vector<int>& receivers,
   return static_cast<Mode>(processes.all_gather(std::string(1, mine))[owner][0]);
 }
 
-void CudaFabric::Shared::settle() const noexcept {
-  int previous = 0;
-  if (cudaGetDevice(&previous) != cudaSuccess) return;
-  std::set<int> mine;
+std::set<int> CudaFabric::Shared::own_devices() const {
+  std::set<int> out;
   for (std::size_t rank = 0; rank < devices.size(); ++rank) {
-    if (processes.mine(static_cast<int>(rank))) mine.insert(devices[rank]);
+    if (processes.mine(static_cast<int>(rank))) out.insert(devices[rank]);
   }
-  for (int device : mine) {
-    if (cudaSetDevice(device) == cudaSuccess) cudaDeviceSynchronize();
-  }
-  cudaSetDevice(previous);
+  return out;
 }
 
-void CudaFabric::Shared::release(bool wait_for_others) {
-  settle();
+void CudaFabric::Shared::settle() const noexcept { wait_for(own_devices()); }
+
+void CudaFabric::Shared::free_retired() {
+  std::vector<Buffer> gone;
+  {
+    const std::lock_guard lock(retired_mutex);
+    gone.swap(retired);
+  }
+  if (!gone.empty()) settle();
+}
+
+void CudaFabric::Shared::release() {
   const bool failed = load_acquire(abort_word) != 0;
   closed = true;
   ends.clear();
@@ -196,7 +259,7 @@ void CudaFabric::Shared::release(bool wait_for_others) {
   foreign.clear();
   std::exception_ptr failure;
   bool all_here = !processes.several();
-  if (processes.several() && wait_for_others && !failed) {
+  if (processes.several() && !failed) {
     try {
       processes.barrier();
       all_here = true;
@@ -205,12 +268,17 @@ void CudaFabric::Shared::release(bool wait_for_others) {
     }
   }
   if (!all_here) {
+    const std::lock_guard lock(left_mutex);
     auto& left = abandoned();
     left.insert(left.end(), own.begin(), own.end());
     left.insert(left.end(), mailboxes.begin(), mailboxes.end());
   }
   own.clear();
   mailboxes.clear();
+  {
+    const std::lock_guard lock(retired_mutex);
+    retired.clear();
+  }
   host = {};
   if (failure) std::rethrow_exception(failure);
 }

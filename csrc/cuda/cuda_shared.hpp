@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,7 +41,7 @@ struct CudaFabric::Shared {
   std::vector<std::string> uuids;             // of devices, by rank
 
   std::mutex mutex;  // guards all below
-  bool closed = false;
+  std::atomic<bool> closed{false};
   // Lines in pinned host memory: abort word, abort note, failure records, flags of staged channels.
   Buffer host;
   Lines host_lines;
@@ -53,6 +54,10 @@ struct CudaFabric::Shared {
   std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
   std::vector<Buffer> mailboxes;                   // of own ranks
   std::vector<Buffer> foreign;                     // mailboxes of others'
+  // Memory of channels that are gone. A destructor may run at any time, in the middle of a capture,
+  // so that it neither waits nor frees: the next channel() and release() do.
+  std::mutex retired_mutex;  // of its own: `mutex` may be held while Python runs
+  std::vector<Buffer> retired;
 
   // Words in the lines that count bundles: rank, or -1 for the lines in host memory, and offset.
   std::vector<std::pair<int, std::size_t>> counts;
@@ -80,13 +85,19 @@ struct CudaFabric::Shared {
   void reset(std::uint64_t first);
   // The fastest mode for a bundle, as the sender's process finds it. Collective.
   Mode fastest(int sender, const std::vector<int>& receivers, const Layout& layout);
-  void release(bool wait_for_others);
-  // Waits, at most for the deadline, until the devices of own ranks do nothing any more. Before
-  // anything is freed: freeing waits for the memory's own device only, but others write there too.
+  // Whether no other rank has the device of this one.
+  bool alone(int rank) const { return alone_[static_cast<std::size_t>(rank)]; }
+  // Waits until the devices of own ranks have done what was enqueued. Before anything is freed:
+  // freeing waits for the memory's own device only, but others write there, too.
   void settle() const noexcept;
+  void free_retired();
+  // Frees what the fabric has, after settle(). Collective.
+  void release();
 
  private:
   void find_links(Transport how);
+  std::set<int> own_devices() const;
+  std::vector<bool> alone_;
 };
 
 }  // namespace asyncdiff

@@ -1,8 +1,8 @@
 // What tries a link: a pattern, written by a kernel.
 #include <cstdint>
 
-#include "check.hpp"
 #include "kernels.hpp"
+#include "launch.hpp"
 
 namespace asyncdiff {
 
@@ -16,11 +16,10 @@ __global__ void fill_kernel(std::uint32_t* memory, std::uint32_t count, std::uin
 
 void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
                  cudaStream_t stream) {
-  fill_kernel<<<1, 256, 0, stream>>>(memory, count, seed);
-  check_cuda(cudaGetLastError(), "launching fill");
+  launch<fill_kernel>(Launch::kOrdinary, {1, 256}, stream, "launching fill", memory, count, seed);
 }
 
-void preload_fill() { preload(fill_kernel); }
+void preload_fill() { can_wait<fill_kernel>(); }
 
 void preload_kernels() {
   preload_signals();

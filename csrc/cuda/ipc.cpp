@@ -75,6 +75,7 @@ Buffer import_device(const std::string& bytes, int device, std::size_t nbytes) {
     cudaSetDevice(device);
     cudaIpcCloseMemHandle(p);
     cudaSetDevice(previous);
+    cudaGetLastError();
   });
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, device};
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_device.hpp"
+#include "launch.hpp"
 #include "piece.hpp"
 
 namespace asyncdiff {
@@ -19,9 +20,9 @@ void launch_begin(const SenderDevice& sender, int slot, cudaStream_t stream);
 // Tells every receiver that the bundle is there.
 void launch_commit(const SenderDevice& sender, int slot, cudaStream_t stream);
 // Waits for the next bundle. Flagged channels only.
-void launch_get(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
+void launch_get(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
 // Gives the slot back.
-void launch_release(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
+void launch_release(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
 
 // put.cu: begin, copy, commit in one launch.
 
@@ -41,9 +42,9 @@ struct Puts {
 using SmallPut = Puts<1, 8>;    // the fewer bytes, the faster the launch
 using OnePut = Puts<1, 96>;     // up to 4 KiB
 using ManyPuts = Puts<8, 320>;  // up to 32 KiB
-void launch_put(const SmallPut& put, cudaStream_t stream);
-void launch_put(const OnePut& put, cudaStream_t stream);
-void launch_put(const ManyPuts& puts, cudaStream_t stream);
+void launch_put(const SmallPut& put, Launch how, cudaStream_t stream);
+void launch_put(const OnePut& put, Launch how, cudaStream_t stream);
+void launch_put(const ManyPuts& puts, Launch how, cudaStream_t stream);
 // One piece of a bundle that has begun. Inline channels only: others are copied by copy engines.
 void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot,
                         cudaStream_t stream);
@@ -51,7 +52,7 @@ void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot
 // take.cu: gets of more than a wait.
 
 // Waits for the next bundle of an inline channel and leaves it in the mailbox.
-void launch_get_inline(const ReceiverDevice& receiver, int slot, cudaStream_t stream);
+void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
 // Get, copy all pieces out, release, in one launch.
 struct Unpack {
   static constexpr int kMaxPieces = 96;
@@ -59,7 +60,7 @@ struct Unpack {
   int count = 0;
   Piece pieces[kMaxPieces];
 };
-void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot,
+void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot, Launch how,
                    cudaStream_t stream);
 
 // fill.cu

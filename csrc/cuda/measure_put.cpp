@@ -183,6 +183,7 @@ PutCosts measure(int from, int to, Transport transport) {
       out.copy_node_us = std::max(0.0, (many - row.copy_us) / (kMany - 1));
     }
     out.rows.push_back(row);
+    fabric.close();
   }
   return out;
 }

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_kernel.hpp"
-#include "check.hpp"
 #include "copy.cuh"
 #include "kernels.hpp"
 #include "launch.hpp"
@@ -137,29 +136,35 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class P>
-void launch(const P& puts, cudaStream_t stream) {
+void launch_any(const P& puts, Launch how, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(puts.first_block[puts.count]);
-  launch_early(put_kernel<P>, {blocks, kThreads}, stream, "launching put", puts);
+  launch<put_kernel<P>>(how, {blocks, kThreads}, stream, "launching put", puts);
 }
 
 }  // namespace
 
-void launch_put(const SmallPut& put, cudaStream_t stream) { launch(put, stream); }
-void launch_put(const OnePut& put, cudaStream_t stream) { launch(put, stream); }
-void launch_put(const ManyPuts& puts, cudaStream_t stream) { launch(puts, stream); }
+void launch_put(const SmallPut& put, Launch how, cudaStream_t stream) {
+  launch_any(put, how, stream);
+}
+void launch_put(const OnePut& put, Launch how, cudaStream_t stream) {
+  launch_any(put, how, stream);
+}
+void launch_put(const ManyPuts& puts, Launch how, cudaStream_t stream) {
+  launch_any(puts, how, stream);
+}
 
 void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot,
                         cudaStream_t stream) {
-  push_inline_kernel<<<static_cast<unsigned>(sender.flags), kThreads, 0, stream>>>(sender, piece,
-                                                                                   slot);
-  check_cuda(cudaGetLastError(), "launching push");
+  const auto blocks = static_cast<unsigned>(sender.flags);
+  launch<push_inline_kernel>(Launch::kOrdinary, {blocks, kThreads}, stream, "launching push",
+                             sender, piece, slot);
 }
 
 void preload_put() {
-  preload(put_kernel<SmallPut>);
-  preload(put_kernel<OnePut>);
-  preload(put_kernel<ManyPuts>);
-  preload(push_inline_kernel);
+  can_wait<put_kernel<SmallPut>>();
+  can_wait<put_kernel<OnePut>>();
+  can_wait<put_kernel<ManyPuts>>();
+  can_wait<push_inline_kernel>();
 }
 
 }  // namespace asyncdiff

@@ -2,7 +2,6 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_kernel.hpp"
-#include "check.hpp"
 #include "kernels.hpp"
 #include "launch.hpp"
 
@@ -73,28 +72,26 @@ __global__ void release_kernel(ReceiverDevice receiver, int slot) {
 }  // namespace
 
 void launch_begin(const SenderDevice& sender, int slot, cudaStream_t stream) {
-  begin_kernel<<<1, kWarp, 0, stream>>>(sender, slot);
-  check_cuda(cudaGetLastError(), "launching begin");
+  launch<begin_kernel>(Launch::kOrdinary, {1, kWarp}, stream, "launching begin", sender, slot);
 }
 
 void launch_commit(const SenderDevice& sender, int slot, cudaStream_t stream) {
-  commit_kernel<<<1, kWarp, 0, stream>>>(sender, slot);
-  check_cuda(cudaGetLastError(), "launching commit");
+  launch<commit_kernel>(Launch::kOrdinary, {1, kWarp}, stream, "launching commit", sender, slot);
 }
 
-void launch_get(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
-  launch_early(get_kernel, {1, kWarp}, stream, "launching get", receiver, slot);
+void launch_get(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream) {
+  launch<get_kernel>(how, {1, kWarp}, stream, "launching get", receiver, slot);
 }
 
-void launch_release(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
-  launch_early(release_kernel, {1, kWarp}, stream, "launching release", receiver, slot);
+void launch_release(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream) {
+  launch<release_kernel>(how, {1, kWarp}, stream, "launching release", receiver, slot);
 }
 
 void preload_signals() {
-  preload(begin_kernel);
-  preload(commit_kernel);
-  preload(get_kernel);
-  preload(release_kernel);
+  can_wait<begin_kernel>();
+  can_wait<commit_kernel>();
+  can_wait<get_kernel>();
+  can_wait<release_kernel>();
 }
 
 }  // namespace asyncdiff

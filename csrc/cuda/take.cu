@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_kernel.hpp"
-#include "check.hpp"
 #include "copy.cuh"
 #include "kernels.hpp"
 #include "launch.hpp"
@@ -84,21 +83,21 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_get_inline(const ReceiverDevice& receiver, int slot, cudaStream_t stream) {
+void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(receiver.flags);
-  launch_early(get_inline_kernel, {blocks, kThreads}, stream, "launching get", receiver, slot);
+  launch<get_inline_kernel>(how, {blocks, kThreads}, stream, "launching get", receiver, slot);
 }
 
-void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot,
+void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot, Launch how,
                    cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(receiver.flags);
-  launch_early(unpack_kernel, {blocks, kThreads}, stream, "launching unpack", receiver, unpack,
-               slot);
+  launch<unpack_kernel>(how, {blocks, kThreads}, stream, "launching unpack", receiver, unpack,
+                        slot);
 }
 
 void preload_take() {
-  preload(get_inline_kernel);
-  preload(unpack_kernel);
+  can_wait<get_inline_kernel>();
+  can_wait<unpack_kernel>();
 }
 
 }  // namespace asyncdiff

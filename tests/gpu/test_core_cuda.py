@@ -387,7 +387,7 @@ def test_auto_takes_what_is_measured_to_be_fastest(
     assert seen[0] == seen[1]
     (file,) = tmp_path.iterdir()
     assert file.read_text().strip() == seen[0].strip()
-    file.write_text("asyncdiff put costs 1\n1 1\n5 0 0 0\n")
+    file.write_text("asyncdiff put costs 2\n1 1\n5 0 0 0\n")
     run = subprocess.run(
         [sys.executable, "-P", "-c", script],
         capture_output=True,
@@ -432,6 +432,29 @@ def test_the_current_device_stays(place: str) -> None:
     world.receive(1, 0, world.room(1))
     assert torch.cuda.current_device() == 0
     assert torch.zeros(1, device="cuda").device.index == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_dropped_in_the_middle_harms_nobody(place: str, mode: str) -> None:
+    """A device may be about to write to another one's memory when its owner is gone."""
+    for _ in range(3):
+        world = World(place, "auto", [torch.zeros(1 << 20)], mode=mode)
+        for n in range(2):
+            world.put(n)
+            world.receive(1, n, world.room(1))
+        world.channel = world.fabric.channel(0, [1], world.layout, mode=mode)
+        world.put(0)
+        world.receive(1, 0, world.room(1))
+        del world  # neither closed nor waited for
+    world = World(place, "auto", [torch.full((1 << 20,), 5.0)], mode=mode)
+    room = world.room(1)
+    world.put(0)
+    world.receive(1, 0, room)
+    world.synchronize()
+    world.fabric.check()
+    assert (room[0] == 5).all()
+    world.fabric.close()
 
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)
