@@ -13,25 +13,27 @@ constexpr int kThreads = 512;          // of a block that moves data
 constexpr unsigned kInlineShift = 12;  // log2 of the bytes that a block moves inline at a time
 static_assert(1 << kInlineShift == kThreads * 8);
 
-constexpr unsigned kMaxShift = 14;  // log2 of the bytes of a tile of a flagged bundle, at most
+constexpr unsigned kMaxShift = 15;  // log2 of the bytes of a tile
+constexpr int kWordsAtOnce = 4;     // that a thread has under way
 
-// As long as there are blocks enough, each gets one tile.
+// The same of flagged bundles: as long as there are blocks enough, each gets one tile, and the
+// larger ones are as much as its threads have under way.
 __device__ inline unsigned shift_of(std::uint64_t slot_nbytes) {
   unsigned shift = 13;
   while (shift < kMaxShift && slot_nbytes > static_cast<std::uint64_t>(kMaxFlags) << shift) ++shift;
   return shift;
 }
 
-// Words that each thread of a block has loaded, and not stored yet.
-template <class Word, int kCount>
+// Words of a tile that the threads of a block have loaded, and not stored yet.
+template <class Word>
 struct Loaded {
   static constexpr std::uint64_t kStep = kThreads * sizeof(Word);
 
-  Word words[kCount];
+  Word words[kWordsAtOnce];
 
   __device__ void load(const std::byte* source, std::uint64_t first, std::uint64_t to) {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
+    for (int n = 0; n < kWordsAtOnce; ++n) {
       if (first + n * kStep < to) {
         words[n] = *reinterpret_cast<const Word*>(source + first + n * kStep);
       }
@@ -41,20 +43,20 @@ struct Loaded {
   template <class Store>
   __device__ void store(std::uint64_t first, std::uint64_t to, Store store) const {
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
+    for (int n = 0; n < kWordsAtOnce; ++n) {
       if (first + n * kStep < to) store(first + n * kStep, words[n]);
     }
   }
 };
 
-// Loads each word once and gives it to store(offset, word). kAtOnce loads are under way at a time:
+// Loads each word once and gives it to store(offset, word). Several loads are under way at a time:
 // what waits for memory is what limits a few blocks.
-template <int kAtOnce, class Word, class Store>
+template <class Word, class Store>
 __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uint64_t to,
                            Store store) {
-  using Some = Loaded<Word, kAtOnce>;
-  for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to; i += kAtOnce * Some::kStep) {
-    Some loaded;
+  for (std::uint64_t i = from + threadIdx.x * sizeof(Word); i < to;
+       i += kWordsAtOnce * Loaded<Word>::kStep) {
+    Loaded<Word> loaded;
     loaded.load(source, i, to);
     loaded.store(i, to, store);
   }
@@ -62,19 +64,19 @@ __device__ void copy_words(const std::byte* source, std::uint64_t from, std::uin
 
 // The bytes [from, to); `from` is a multiple of 16. `address` is the less aligned one of both
 // ends; slots are always aligned.
-template <int kAtOnce, class Store>
+template <class Store>
 __device__ void copy_part(const std::byte* source, const std::byte* address, std::uint64_t from,
                           std::uint64_t to, Store store) {
   const auto alignment = reinterpret_cast<std::uintptr_t>(address);
   std::uint64_t middle = from;
   if (alignment % sizeof(uint4) == 0) {
     middle = to / sizeof(uint4) * sizeof(uint4);
-    copy_words<kAtOnce, uint4>(source, from, middle, store);
+    copy_words<uint4>(source, from, middle, store);
   } else if (alignment % sizeof(std::uint32_t) == 0) {
     middle = to / sizeof(std::uint32_t) * sizeof(std::uint32_t);
-    copy_words<kAtOnce, std::uint32_t>(source, from, middle, store);
+    copy_words<std::uint32_t>(source, from, middle, store);
   }
-  copy_words<kAtOnce, std::uint8_t>(source, middle, to, store);
+  copy_words<std::uint8_t>(source, middle, to, store);
 }
 
 // The bytes [from, to) of a piece.

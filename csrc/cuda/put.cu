@@ -58,65 +58,34 @@ __device__ void put_tile_inline(const SenderDevice& sender, const Tile& tile, in
   }
 }
 
-// A tile whose 16-byte words are on their way from memory.
-class Coming {
-  static constexpr int kAtOnce = 2;
-
- public:
-  // Begins with the block's next tile. False where there is none.
-  __device__ bool begin(Deal& deal) {
-    if (!deal.next(tile_)) return false;
-    mine_ = tile_.from + threadIdx.x * sizeof(uint4);
-    middle_ = tile_.from;
-    if (reinterpret_cast<std::uintptr_t>(tile_.piece->memory) % sizeof(uint4) == 0) {
-      static_assert(sizeof loaded_.words * kThreads >> kMaxShift == 1, "all words of a tile");
-      middle_ = tile_.to / sizeof(uint4) * sizeof(uint4);
-      loaded_.load(tile_.piece->memory, mine_, middle_);
-    }
-    return true;
-  }
-
-  // Stores them, and copies what is left: the end, or all of a tensor that is aligned otherwise.
-  __device__ void end(const SenderDevice& sender, int slot) const {
-    const Piece& piece = *tile_.piece;
-    const std::uint64_t at = sender.slot_nbytes * slot + piece.offset;
-    const auto store = [&](std::uint64_t i, auto word) {
-      for (int t = 0; t < sender.targets; ++t) {
-        *reinterpret_cast<decltype(word)*>(sender.target[t] + at + i) = word;
-      }
-    };
-    loaded_.store(mine_, middle_, store);
-    copy_part<kAtOnce>(piece.memory, piece.memory, middle_, tile_.to, store);
-  }
-
- private:
-  Tile tile_;
-  std::uint64_t mine_;    // this thread's first word
-  std::uint64_t middle_;  // where the words end
-  Loaded<uint4, kAtOnce> loaded_;
-};
-
-// Words of the first tile are on their way together with the counters and credits that say whether
-// they may be stored; those of each further tile while the ones before them are stored.
 __device__ void put_flagged(const SenderDevice& sender, Deal deal, int slot, Turn& turn) {
-  Coming tile;
-  bool more = tile.begin(deal);
-  if (!start_put(sender, slot, turn)) return;
-  while (more) {
-    Coming next;
-    more = next.begin(deal);
-    tile.end(sender, slot);
-    tile = next;
+  const std::uint64_t begin = sender.slot_nbytes * slot;
+  const Piece* piece = nullptr;
+  const auto store = [&](std::uint64_t i, auto word) {
+    for (int t = 0; t < sender.targets; ++t) {
+      *reinterpret_cast<decltype(word)*>(sender.target[t] + begin + piece->offset + i) = word;
+    }
+  };
+  Tile tile{};
+  bool more = deal.next(tile);
+  // The words of the first tile are on their way from memory together with the counters and
+  // credits that say whether they may be stored.
+  static_assert(Loaded<uint4>::kStep * kWordsAtOnce >> kMaxShift == 1, "a tile at once");
+  const std::uint64_t mine = tile.from + threadIdx.x * sizeof(uint4);
+  std::uint64_t middle = tile.from;
+  Loaded<uint4> loaded;
+  if (more && reinterpret_cast<std::uintptr_t>(tile.piece->memory) % sizeof(uint4) == 0) {
+    middle = tile.to / sizeof(uint4) * sizeof(uint4);
+    loaded.load(tile.piece->memory, mine, middle);
   }
-}
-
-// Reads a parameter, which lies in memory until then, ahead of its use.
-template <class T>
-__device__ void touch(const T& parameter) {
-  const auto* words = reinterpret_cast<const unsigned*>(&parameter);
-#pragma unroll
-  for (std::size_t i = 0; i < sizeof(T) / sizeof(unsigned); i += 16) {
-    asm volatile("" ::"r"(words[i]));
+  if (!start_put(sender, slot, turn)) return;
+  piece = tile.piece;
+  if (more) loaded.store(mine, middle, store);
+  tile.from = middle;
+  while (more) {
+    piece = tile.piece;
+    copy_part(piece->memory, piece->memory, tile.from, tile.to, store);
+    more = deal.next(tile);
   }
 }
 
@@ -135,7 +104,6 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   const int count = puts.first_piece[c + 1] - first;
   const unsigned shift = inlined ? kInlineShift : shift_of(sender.slot_nbytes);
   Deal deal(puts.pieces + first, count, shift, block, blocks);
-  touch(sender);
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
 

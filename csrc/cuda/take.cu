@@ -74,9 +74,9 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     std::byte* to = tile.piece->memory;
-    copy_part<4>(
-        source + tile.piece->offset, to, tile.from, tile.to,
-        [&](std::uint64_t i, auto word) { *reinterpret_cast<decltype(word)*>(to + i) = word; });
+    copy_part(source + tile.piece->offset, to, tile.from, tile.to, [&](std::uint64_t i, auto word) {
+      *reinterpret_cast<decltype(word)*>(to + i) = word;
+    });
   }
   finish(receiver, true, turn);
 }

@@ -61,7 +61,7 @@ void every_byte_once(std::mt19937& random) {
   std::byte* begin = slot.data() + (16 - reinterpret_cast<std::uintptr_t>(slot.data()) % 16);
   run(bundle, 1 + static_cast<unsigned>(random() % kMaxFlags), [&](const Tile& tile) {
     const Piece& piece = *tile.piece;
-    copy_part<2>(piece.memory, piece.memory, tile.from, tile.to, [&](std::uint64_t i, auto word) {
+    copy_part(piece.memory, piece.memory, tile.from, tile.to, [&](std::uint64_t i, auto word) {
       std::byte* to = begin + piece.offset + i;
       *reinterpret_cast<decltype(word)*>(to) = word;
       for (std::size_t b = 0; b < sizeof word; ++b)
