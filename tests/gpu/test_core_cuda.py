@@ -457,6 +457,25 @@ def test_what_is_dropped_in_the_middle_harms_nobody(place: str, mode: str) -> No
     world.fabric.close()
 
 
+def test_dropping_breaks_no_capture() -> None:
+    """Neither in the thread that captures, where garbage is collected too, nor in another one."""
+    worlds = [World("one GPU", "auto", [torch.zeros(8)]) for _ in range(2)]
+    value = torch.zeros(1, device="cuda")
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        value.add_(1)
+        other = threading.Thread(target=worlds.pop)
+        other.start()
+        other.join()
+        worlds.clear()
+        value.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert value.item() == 2
+    World("one GPU", "auto", [torch.zeros(8)]).fabric.close()  # frees what was dropped
+
+
 @pytest.mark.parametrize(("place", "transport"), WAYS)
 @pytest.mark.parametrize("mode", ["kernel", "inline"])
 def test_a_missing_bundle_is_a_timeout_with_names(place: str, transport: str, mode: str) -> None:
