@@ -36,7 +36,7 @@ class CudaWorld:
         self.devices = [torch.device(d) for d in machine.devices]
         self.local: Sequence[int] = range(len(self.devices)) if local is None else local
         self._rendezvous = rendezvous
-        self._fabric: core.Fabric | None = None
+        self._fabrics: dict[int, core.Fabric] = {}
         self._groups: dict[tuple[int, ...], Any] = {}
         self._streams = {
             (r, lane): torch.cuda.Stream(self.devices[r])
@@ -45,11 +45,12 @@ class CudaWorld:
         }
         self.gate = Gate(self._streams.get((0, 0)))
 
-    @property
-    def fabric(self) -> core.Fabric:
-        if self._fabric is None:
-            self._fabric = core.CudaFabric([d.index for d in self.devices], deadline=_DEADLINE)
-        return self._fabric
+    def fabric(self, ranks: int) -> core.Fabric:
+        # One of its own for each number of ranks: those that share a GPU are launched otherwise.
+        if ranks not in self._fabrics:
+            devices = [d.index for d in self.devices[:ranks]]
+            self._fabrics[ranks] = core.CudaFabric(devices, deadline=_DEADLINE)
+        return self._fabrics[ranks]
 
     def launches(self) -> Sequence[str]:
         return ("graph", "eager")
@@ -140,8 +141,8 @@ class CudaWorld:
     def synchronize(self) -> None:
         for rank in self.local:
             torch.cuda.synchronize(self.devices[rank])
-        if self._fabric is not None:
-            self._fabric.check()
+        for fabric in self._fabrics.values():
+            fabric.check()
         self.gather(None)
 
     def gather(self, value: T) -> list[T]:
@@ -156,7 +157,7 @@ class CudaWorld:
     def recover(self) -> None:
         for rank in self.local:
             torch.cuda.synchronize(self.devices[rank])
-        self._fabric = None
+        self._fabrics.clear()
 
     def close(self) -> None:
         self.recover()

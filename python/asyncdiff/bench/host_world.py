@@ -32,8 +32,7 @@ class HostWorld:
         self._fabric: core.Fabric | None = None
         self._threads = ThreadPoolExecutor(len(self.local) * _LANES)
 
-    @property
-    def fabric(self) -> core.Fabric:
+    def fabric(self, ranks: int) -> core.Fabric:
         if self._fabric is None:
             self._fabric = core.HostFabric(len(self.devices))
         return self._fabric
@@ -63,7 +62,7 @@ class HostWorld:
                 for barrier in meet.values():
                     barrier.abort()
                 if not isinstance(error, BrokenBarrierError):
-                    self.fabric.abort(rank, f"{type(error).__name__}: {error}")
+                    self.fabric(rank + 1).abort(rank, f"{type(error).__name__}: {error}")
                 raise
 
         futures = {x: self._threads.submit(work, *x) for x in lanes}

@@ -26,9 +26,8 @@ class World(Protocol):
     devices: Sequence[torch.device]
     local: Sequence[int]
 
-    @property
-    def fabric(self) -> core.Fabric:
-        """asyncdiff's fabric over all ranks, made when it is asked for."""
+    def fabric(self, ranks: int) -> core.Fabric:
+        """asyncdiff's fabric over at least the first so many ranks, made when it is asked for."""
 
     def launches(self) -> Sequence[str]:
         """The ways in which programs can be issued."""

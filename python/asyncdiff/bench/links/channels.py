@@ -28,7 +28,7 @@ class ChannelLink(Link):
         mode: str,
     ) -> None:
         super().__init__(world.devices, world.local, sender, receivers, payload, slots)
-        self.channel = world.fabric.channel(
+        self.channel = world.fabric(max(sender, *receivers) + 1).channel(
             sender, receivers, payload.layout, slots=slots, name=payload.name, mode=mode
         )
         self._slots = {
