@@ -27,14 +27,15 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
-TESTS := $(wildcard tests/host tests/gpu)
 
 .PHONY: demo test lint cuda clean env
 demo: $(STAMPS)/package
 	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
 
 test: $(STAMPS)/package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/host $(PYTEST_ARGS)
+	# One at a time: some of them time what a GPU does. 5: PYTEST_ARGS chose none of these.
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS) || [ $$? = 5 ]
 
 env: $(STAMPS)/package
 

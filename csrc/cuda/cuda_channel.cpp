@@ -49,8 +49,8 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.slot_nbytes = layout().nbytes;
   handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
   // More blocks that look at every word of an inline bundle, and they keep it from arriving: with
-  // 32 256 KB took 286 us between two H200s, with 16 they take 5.5. And blocks of ranks that share
-  // a device are in each other's way.
+  // 32 256 KB took 286 us between two H200s. And blocks of ranks that share a device are in each
+  // other's way.
   bool few = inlined() || !all.alone(sender());
   for (int rank : receivers()) few = few || !all.alone(rank);
   handle_.flags = flags_for(layout().nbytes, few);
@@ -265,7 +265,7 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
   const DeviceGuard guard(sender_device());
   const auto launched = [&](auto puts) {
     if (!add_to(puts, tensors, slot)) return false;
-    launch_put(puts, launch_of(sender()), as_stream(stream));
+    launch_put(puts, shared_->launch_of(sender()), as_stream(stream));
     return true;
   };
   if (!launched(SmallPut()) && !launched(OnePut())) launched(ManyPuts());
@@ -277,10 +277,10 @@ void CudaChannel::get(int rank, int slot, Stream stream) {
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
   if (inlined()) {
-    launch_get_inline(receiver.handle, slot, launch_of(rank), as_stream(stream));
+    launch_get_inline(receiver.handle, slot, shared_->launch_of(rank), as_stream(stream));
     return;
   }
-  launch_get(receiver.handle, slot, launch_of(rank), as_stream(stream));
+  launch_get(receiver.handle, slot, shared_->launch_of(rank), as_stream(stream));
   if (!receiver.direct && layout().nbytes > 0) {
     check_cuda(
         cudaMemcpyAsync(receiver.mailbox.data + start_of(slot), staging_->data + start_of(slot),
@@ -300,7 +300,7 @@ void CudaChannel::release(int rank, int slot, Stream stream) {
   const Receiver& receiver = receivers_[place_of(rank)];
   check_end(rank, slot);
   const DeviceGuard guard(receiver.device);
-  launch_release(receiver.handle, slot, launch_of(rank), as_stream(stream));
+  launch_release(receiver.handle, slot, shared_->launch_of(rank), as_stream(stream));
 }
 
 void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, Stream stream) {
@@ -324,7 +324,7 @@ void CudaChannel::unpack(int rank, const std::vector<void*>& tensors, int slot, 
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (layout().specs[i].nbytes > 0) unpack.pieces[unpack.count++] = piece_of(i, tensors[i]);
   }
-  launch_unpack(receiver.handle, unpack, slot, launch_of(rank), as_stream(stream));
+  launch_unpack(receiver.handle, unpack, slot, shared_->launch_of(rank), as_stream(stream));
 }
 
 }  // namespace asyncdiff

@@ -53,9 +53,6 @@ class CudaChannel final : public Channel {
   // Allocates those of own ranks. Returns where the sender sees what it writes of each, or null
   // where it does not see it.
   std::vector<std::byte*> make_mailboxes();
-  Launch launch_of(int rank) const {
-    return shared_->alone(rank) ? Launch::kEarly : Launch::kOrdinary;
-  }
   // Throws unless this process runs the rank and the fabric is open.
   void check_end(int rank, int slot) const;
   std::size_t start_of(int slot) const { return layout().nbytes * static_cast<std::size_t>(slot); }

@@ -84,9 +84,9 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
   if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
     throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) + " receivers");
   }
+  shared_->free_retired();  // not under the lock: abort() may be what ends a wait
   const std::lock_guard lock(shared_->mutex);
   shared_->check_open();
-  shared_->free_retired();
   if (mode == Mode::kAuto) mode = shared_->fastest(sender, receivers, layout);
   return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
@@ -99,8 +99,7 @@ void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
   const DeviceGuard guard(shared_->devices[sender]);
   ManyPuts many;
   const auto launch = [&] {
-    const Launch how =
-        shared_->alone(static_cast<int>(sender)) ? Launch::kEarly : Launch::kOrdinary;
+    const Launch how = shared_->launch_of(static_cast<int>(sender));
     if (many.count > 0) launch_put(many, how, reinterpret_cast<cudaStream_t>(stream));
     many = {};
   };

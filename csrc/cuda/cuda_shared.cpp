@@ -79,9 +79,12 @@ void wait_for(const std::set<int>& devices) noexcept {
 }
 
 void free_left_behind() {
-  const std::lock_guard lock(left_mutex);
-  for (const Left& left : left_behind()) wait_for(left.devices);
-  left_behind().clear();
+  std::vector<Left> all;
+  {
+    const std::lock_guard lock(left_mutex);  // not while waiting: destructors take it
+    all.swap(left_behind());
+  }
+  for (const Left& left : all) wait_for(left.devices);
 }
 
 }  // namespace

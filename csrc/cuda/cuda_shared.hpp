@@ -17,6 +17,7 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/processes.hpp"
 #include "cuda_memory.hpp"
+#include "launch.hpp"
 #include "links.hpp"
 
 namespace asyncdiff {
@@ -87,6 +88,8 @@ struct CudaFabric::Shared {
   Mode fastest(int sender, const std::vector<int>& receivers, const Layout& layout);
   // Whether no other rank has the device of this one.
   bool alone(int rank) const { return alone_[static_cast<std::size_t>(rank)]; }
+  // How this rank's kernels are launched.
+  Launch launch_of(int rank) const { return alone(rank) ? Launch::kEarly : Launch::kOrdinary; }
   // Waits until the devices of own ranks have done what was enqueued. Before anything is freed:
   // freeing waits for the memory's own device only, but others write there, too.
   void settle() const noexcept;

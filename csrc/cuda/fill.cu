@@ -19,7 +19,7 @@ void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
   launch<fill_kernel>(Launch::kOrdinary, {1, 256}, stream, "launching fill", memory, count, seed);
 }
 
-void preload_fill() { can_wait<fill_kernel>(); }
+void preload_fill() { preload<fill_kernel>(); }
 
 void preload_kernels() {
   preload_signals();

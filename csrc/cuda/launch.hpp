@@ -43,6 +43,12 @@ bool can_wait() {
   return state == kYes;
 }
 
+// For the kernels of a file, before any of them waits on the device.
+template <auto kKernel>
+void preload() {
+  can_wait<kKernel>();
+}
+
 // Where what precedes the kernel in the stream is no kernel, early is ordinary.
 template <auto kKernel, class... Arguments>
 void launch(Launch how, Grid grid, cudaStream_t stream, const char* what,

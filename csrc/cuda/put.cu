@@ -161,10 +161,10 @@ void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot
 }
 
 void preload_put() {
-  can_wait<put_kernel<SmallPut>>();
-  can_wait<put_kernel<OnePut>>();
-  can_wait<put_kernel<ManyPuts>>();
-  can_wait<push_inline_kernel>();
+  preload<put_kernel<SmallPut>>();
+  preload<put_kernel<OnePut>>();
+  preload<put_kernel<ManyPuts>>();
+  preload<push_inline_kernel>();
 }
 
 }  // namespace asyncdiff

@@ -88,10 +88,10 @@ void launch_release(const ReceiverDevice& receiver, int slot, Launch how, cudaSt
 }
 
 void preload_signals() {
-  can_wait<begin_kernel>();
-  can_wait<commit_kernel>();
-  can_wait<get_kernel>();
-  can_wait<release_kernel>();
+  preload<begin_kernel>();
+  preload<commit_kernel>();
+  preload<get_kernel>();
+  preload<release_kernel>();
 }
 
 }  // namespace asyncdiff

@@ -96,8 +96,8 @@ void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slo
 }
 
 void preload_take() {
-  can_wait<get_inline_kernel>();
-  can_wait<unpack_kernel>();
+  preload<get_inline_kernel>();
+  preload<unpack_kernel>();
 }
 
 }  // namespace asyncdiff
