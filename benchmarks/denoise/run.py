@@ -10,9 +10,9 @@ Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX h
 Each round runs, on one GPU, (a) eager, (b) the whole denoiser in a CUDA graph, (c) the same
 compiled by torch.compile; and (d) asyncdiff with each schedule, with and without compiled
 components; one after another. A ratio is taken within a round, against the single GPU in the same
-mode and against eager. Reported: medians, with the smallest and the largest. Memory is measured
-while nothing else lies on the GPUs. ``efficiency_alone`` is the single GPU's time over N times the
-slowest component's, each alone in a CUDA graph: what the partition allows, before any exchange.
+mode and against eager. Reported: medians, with the smallest and the largest. ``efficiency_alone``
+is the single GPU's time over N times the slowest component's, each alone in a CUDA graph: what the
+partition allows, before any exchange.
 ``component_ms_together``: all components at once, again and again, still without exchange: what a
 tick takes beyond the slowest of these is the exchange's, the sampler's and the launches'.
 
@@ -35,7 +35,6 @@ over what the ranks could do at best (``efficiency``).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import itertools
@@ -56,9 +55,11 @@ import results_file
 from denoise.beside import Lock
 from denoise.exports import Exports
 from denoise.loop import Loop
+from denoise.memory import Memory
 from denoise.models import MODELS, TINY, Published
 from denoise.predicted import Alone, predicted
 from denoise.settings import OPTIONS, Setting
+from denoise.timings import Timings, steady, synchronize, timed
 from denoise.ways import Asynchronous, Eager, Graphed, Team, component_times
 from plan_macs import macs_by_rank
 
@@ -66,72 +67,6 @@ from plan_macs import macs_by_rank
 SUFFIX = {"graph": "", "compiled": ", compiled"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 STARTED = time.monotonic()
-
-
-def synchronize() -> None:
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(device)
-
-
-def timed(way: Any, loop: Loop) -> tuple[float, torch.Tensor]:
-    """Milliseconds of a loop, from idle GPUs to idle GPUs."""
-    synchronize()
-    begun = time.perf_counter()
-    latents = way.run(loop)
-    synchronize()
-    return (time.perf_counter() - begun) * 1e3, latents
-
-
-class Memory:
-    """Bytes that came to lie on each GPU since this was made."""
-
-    def __init__(self) -> None:
-        self._devices = range(torch.cuda.device_count())
-        gc.collect()
-        synchronize()
-        if len(self._devices) > 0:
-            torch.cuda.empty_cache()
-        self._used = [self._in_use(d) for d in self._devices]
-        self._allocated = [torch.cuda.memory_allocated(d) for d in self._devices]
-        for d in self._devices:
-            torch.cuda.reset_peak_memory_stats(d)
-
-    @staticmethod
-    def _in_use(device: int) -> int:
-        """By this process; by all where the driver does not tell."""
-        import pynvml
-
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(_bus_id(device))
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == os.getpid() and process.usedGpuMemory:
-                    return int(process.usedGpuMemory)
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-
-    def taken(self) -> dict[str, list[float]]:
-        """MiB by GPU: ``device`` all that is taken from it, torch's cache included; ``peak`` the
-        most that torch's tensors took."""
-        pairs = zip(self._devices, self._used, self._allocated, strict=True)
-        device, peak = [], []
-        for d, used, allocated in pairs:
-            device.append(round((self._in_use(d) - used) / 2**20, 1))
-            peak.append(round((torch.cuda.max_memory_allocated(d) - allocated) / 2**20, 1))
-        return {"device": device, "peak": peak}
-
-
-def _bus_id(device: int) -> str:
-    p = torch.cuda.get_device_properties(device)
-    return f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
 
 
 def run_model(
@@ -329,66 +264,6 @@ class Update:
 
     def run(self, loop: Loop) -> torch.Tensor:
         return loop(lambda kwargs: loop.inputs[loop.name])
-
-
-class Timings:
-    """What the rounds of one way gave."""
-
-    def __init__(self) -> None:
-        self.ms: list[float] = []
-        self.exposed: list[float] = []
-        self.latents: torch.Tensor | None = None
-
-    def take(self, way: Any, loop: Loop) -> None:
-        """One round."""
-        ms, self.latents = timed(way, loop)
-        self.ms.append(ms)
-        if isinstance(way, Asynchronous):
-            exposed = way.denoiser.report().exposed_ms_per_tick
-            self.exposed += [] if exposed is None else [exposed]
-
-    def figures(self, steps: int) -> dict[str, Any]:
-        """Milliseconds a step, and those by which the exchange of a tick was exposed."""
-        out: dict[str, Any] = {"ms_a_step": spread([t / steps for t in self.ms])}
-        if self.exposed:
-            out["exposed_ms_per_tick"] = spread(self.exposed)
-        return out
-
-    def ratios(self, base: Timings) -> dict[str, float]:
-        """How many times the base's speed, round by round."""
-        return spread([b / t for b, t in zip(base.ms, self.ms, strict=False)])
-
-    def distance(self, base: Timings) -> float:
-        """Relative L2 distance of the final latents."""
-        assert self.latents is not None and base.latents is not None
-        a, b = self.latents.double(), base.latents.double()
-        return float((a - b).norm() / b.norm())
-
-
-def steady(
-    lengths: dict[int, dict[str, Timings]], name: str, base: str, setting: Setting
-) -> dict[str, Any]:
-    """What a further step takes, from the two longest loops, round by round; nothing from one."""
-    known = [steps for steps in sorted(lengths) if base in lengths[steps]]
-    if len(known) < 2:
-        return {}
-    short, long = known[-2:]
-    if name not in lengths[long] or name not in lengths[short]:
-        return {}
-    ms: dict[str, list[float]] = {}
-    for way in (name, base):
-        pairs = zip(lengths[long][way].ms, lengths[short][way].ms, strict=False)
-        ms[way] = [(b - a) / (long - short) for b, a in pairs]
-    if not ms[name]:
-        return {}
-    best = setting.components * setting.stride * (2 if setting.split else 1)
-    return {
-        "steady": {
-            "ms_a_step": spread(ms[name]),
-            f"ms_a_step_{base}": spread(ms[base]),
-            "efficiency": spread([b / t / best for t, b in zip(ms[name], ms[base], strict=True)]),
-        }
-    }
 
 
 class Saving:
