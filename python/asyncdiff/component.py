@@ -164,6 +164,13 @@ class Worker:
         ``caller`` tells when they are ready, if they may not be yet.
         """
         mine = {i: value for i, value in values.items() if i in self.static}
+        if mine:
+            self._copy(mine, caller)
+        self.refresh(values)
+
+    def _copy(self, mine: dict[int, torch.Tensor], caller: Caller | None) -> None:
+        """The caller and this rank wait for each other here: not where nothing is copied, or the
+        ranks behind the first would wait for the sampler's step too."""
         users = [] if caller is None else [caller.stream]
         elsewhere = caller is not None and caller.stream.device != self.device
         if elsewhere and any(value.device == self.device for value in mine.values()):
@@ -180,7 +187,6 @@ class Worker:
             if self.stream is not None:
                 for stream in users:
                     stream.wait_stream(self.stream)
-        self.refresh(values)
 
     def _fetch(self, caller: Caller | None) -> contextlib.AbstractContextManager[Any]:
         """Within it, copies from the caller's device wait for ``caller.ready`` alone.
