@@ -1,9 +1,11 @@
 // Launches of kernels, some of which need not wait for the kernel before them to be set up.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <mutex>
 #include <type_traits>
 
 #include "check.hpp"
@@ -20,33 +22,67 @@ struct Grid {
 // leave no room for those that they wait for.
 enum class Launch { kOrdinary, kEarly };
 
-// Loads a kernel onto the current device, if it is not there yet, and says whether it can be
-// launched early: whether the code that runs there has the wait, which is compiled for capability
-// 9.0 and later only, whatever the device is; and whether the driver knows graphs of such launches.
+// The driver's own launch: the runtime's looks the kernel up each time, up to 0.4 us of 3. Asked for
+// by name, because the package also has to load where there is no driver.
+inline auto driver_launch() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    constexpr const char* kName = "cuLaunchKernelEx";
+    constexpr int kSince = 12000;
+#if CUDART_VERSION >= 12050
+    const cudaError_t code =
+        cudaGetDriverEntryPointByVersion(kName, &function, kSince, cudaEnableDefault, &result);
+#else
+    static_assert(CUDART_VERSION >= kSince);
+    const cudaError_t code = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &result);
+#endif
+    check_cuda(code, "looking for the driver's launch");
+    if (function == nullptr) throw CudaError("the driver is too old: CUDA 12 needs 525 or newer");
+    return reinterpret_cast<decltype(&cuLaunchKernelEx)>(function);
+  }();
+  return found;
+}
+
+// A kernel as loaded onto a device.
+struct LoadedKernel {
+  CUfunction function = nullptr;
+  // Whether it can be launched early: whether the code that runs there has the wait, which is
+  // compiled for capability 9.0 and later only, whatever the device is; and whether the driver
+  // knows graphs of such launches.
+  bool early = false;
+};
+
+// Onto the current device; loads it there, if it is not there yet.
 template <auto kKernel>
-bool can_wait() {
+LoadedKernel loaded_kernel() {
   constexpr int kDevices = 64;
-  enum State : int { kUnknown, kNo, kYes };
-  static std::atomic<int> known[kDevices] = {};
+  static LoadedKernel known[kDevices];
+  static std::atomic<bool> is_known[kDevices] = {};
+  static std::mutex mutex;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "reading the current device");
-  int state = device < kDevices ? known[device].load(std::memory_order_relaxed) : kUnknown;
-  if (state == kUnknown) {
-    cudaFuncAttributes attributes;
-    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)),
-               "loading a kernel");
-    int driver = 0;
-    check_cuda(cudaDriverGetVersion(&driver), "asking for the driver's version");
-    state = attributes.ptxVersion >= 90 && driver >= 12030 ? kYes : kNo;
-    if (device < kDevices) known[device].store(state, std::memory_order_relaxed);
+  if (device < kDevices && is_known[device].load(std::memory_order_acquire)) return known[device];
+  const auto* const symbol = reinterpret_cast<const void*>(kKernel);
+  LoadedKernel out;
+  check_cuda(cudaGetFuncBySymbol(&out.function, symbol), "loading a kernel");
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, symbol), "asking for a kernel's version");
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "asking for the driver's version");
+  out.early = attributes.ptxVersion >= 90 && driver >= 12030;
+  if (device < kDevices) {
+    const std::lock_guard lock(mutex);
+    if (!is_known[device].load(std::memory_order_relaxed)) known[device] = out;
+    is_known[device].store(true, std::memory_order_release);
   }
-  return state == kYes;
+  return out;
 }
 
 // For the kernels of a file, before any of them waits on the device.
 template <auto kKernel>
 void preload() {
-  can_wait<kKernel>();
+  loaded_kernel<kKernel>();
 }
 
 // Where what precedes the kernel in the stream is no kernel, early is ordinary.
@@ -55,22 +91,20 @@ void launch(Launch how, Grid grid, cudaStream_t stream, const char* what,
             const Arguments&... arguments) {
   static_assert(std::is_same_v<decltype(kKernel), void (*)(Arguments...)>);
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  const auto* const function = reinterpret_cast<const void*>(kKernel);
-  if (how == Launch::kOrdinary || !can_wait<kKernel>()) {
-    // Not <<<>>>: that takes three calls of the runtime, a quarter of a microsecond longer.
-    check_cuda(cudaLaunchKernel(function, grid.blocks, grid.threads, addresses, 0, stream), what);
-    return;
-  }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.stream = stream;
+  const LoadedKernel kernel = loaded_kernel<kKernel>();
+  CUlaunchAttribute early{};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = grid.blocks;
+  config.blockDimX = grid.threads;
+  config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+  config.hStream = stream;
   config.attrs = &early;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelExC(&config, function, addresses), what);
+  config.numAttrs = how == Launch::kEarly && kernel.early ? 1 : 0;
+  // The codes of the runtime's errors are the driver's.
+  const CUresult code = driver_launch()(&config, kernel.function, addresses, nullptr);
+  check_cuda(static_cast<cudaError_t>(code), what);
 }
 
 }  // namespace asyncdiff
