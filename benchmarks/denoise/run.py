@@ -254,6 +254,7 @@ def timed_alone(
         parts = team.denoiser.partition.report()
         on_gpu = home != "cpu"  # there the times are the partition's own
         times = component_times(team.denoiser)[0] if on_gpu else [c.ms for c in parts.components]
+        print(f"   {components} components alone: {[round(t, 3) for t in times]} ms\n{parts}")
         return Alone(parts, tuple(times))
     finally:
         team.denoiser.close()

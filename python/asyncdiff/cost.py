@@ -18,7 +18,7 @@ from .capture import Captured, nbytes_of, tensors_of
 from .program import on_device, resolve
 
 #: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
-_BLOCK = 128
+_BLOCK_NODES = 128
 #: Timed passes over each block, after one that warms up.
 _PASSES = 3
 #: A GPU's rates for estimates, about half of an H200's peaks. Only ratios matter for a cut.
@@ -141,21 +141,19 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
     for node in captured.graph.nodes:
         if node.op == "placeholder" and node.name in captured.inputs:
             values[node] = tensors[captured.inputs[node.name]].to(device)
-    last_use = {s: i for i, n in enumerate(captured.nodes) for s in n.all_input_nodes}
+    last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
     ms: dict[fx.Node, float] = {}
     timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     with on_device(device):
-        for start in range(0, len(captured.nodes), _BLOCK):
-            block = captured.nodes[start : start + _BLOCK]
-            weights = _bring(captured, block, device)
-            passes = list(timer(block, values, weights, device))[1:]
+        for start in range(0, len(captured.nodes), _BLOCK_NODES):
+            block = captured.nodes[start : start + _BLOCK_NODES]
+            run = _Block(block, values, _bring(captured, block, device), last_reader, device)
+            passes = list(timer(run.runs(), device))[1:]
             for i, node in enumerate(block):
                 ms[node] = (
                     0.0 if node in captured.views else statistics.median(p[i] for p in passes)
                 )
-            end = start + len(block)
-            for node in [n for n in values if last_use.get(n, -1) < end]:
-                del values[node]
+            run.forget()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Costs(ms, count_macs(captured), f"measured on {name}")
 
@@ -195,31 +193,65 @@ def _bring(
     return out
 
 
-def _run(
-    node: fx.Node, values: dict[fx.Node, Any], weights: dict[fx.Node, Any], device: Any
-) -> None:
-    def value(source: fx.Node) -> Any:
-        return weights[source] if source in weights else values[source]
+class _Block:
+    """Nodes that are run again and again, one by one."""
 
-    args, kwargs = resolve(node, value, device)
-    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    def __init__(
+        self,
+        nodes: Sequence[fx.Node],
+        values: dict[fx.Node, Any],
+        weights: dict[fx.Node, Any],
+        last_reader: dict[fx.Node, fx.Node],
+        device: torch.device,
+    ) -> None:
+        self._values = values
+        self._weights = weights
+        self._device = device
+        self._nodes = nodes
+        mine = set(nodes)
+        self._dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+        #: values of earlier blocks that nobody reads after this one
+        self._done: list[fx.Node] = []
+        for value in [*values, *nodes]:
+            reader = last_reader.get(value, value)
+            if reader in mine:
+                (self._dies[reader] if value in mine else self._done).append(value)
+
+    def runs(self) -> list[Callable[[], None]]:
+        """Runs one node each."""
+        return [functools.partial(self._run, node) for node in self._nodes]
+
+    def forget(self) -> None:
+        """Drop the values that nobody reads any more."""
+        for node in self._done:
+            del self._values[node]
+
+    def _run(self, node: fx.Node) -> None:
+        def value(source: fx.Node) -> Any:
+            return self._weights[source] if source in self._weights else self._values[source]
+
+        args, kwargs = resolve(node, value, self._device)
+        self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        # As soon as in the component: what is written again while it is still in the cache never
+        # goes to memory, and large nodes take up to half longer where it does.
+        for dead in self._dies[node]:
+            del self._values[dead]
 
 
-def _time_on_cpu(block: Any, values: Any, weights: Any, device: Any) -> Iterator[list[float]]:
-    for _ in range(_PASSES + 1):
+def _time_on_cpu(runs: Sequence[Callable[[], None]], _: torch.device) -> Iterator[list[float]]:
+    for _pass in range(_PASSES + 1):
         times = []
-        for node in block:
+        for run in runs:
             before = time.perf_counter()
-            _run(node, values, weights, device)
+            run()
             times.append((time.perf_counter() - before) * 1e3)
         yield times
 
 
-def _time_on_gpu(block: Any, values: Any, weights: Any, device: Any) -> Iterator[list[float]]:
+def _time_on_gpu(runs: Sequence[Callable[[], None]], device: torch.device) -> Iterator[list[float]]:
     too_long = _launch_ms(device)
     for _ in range(_PASSES + 1):
-        run = [functools.partial(_run, node, values, weights, device) for node in block]
-        yield [max(ms - too_long, 0.0) for ms in _apart(run, device)]
+        yield [max(ms - too_long, 0.0) for ms in _apart(runs, device)]
 
 
 def _apart(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
@@ -243,12 +275,12 @@ def _launch_ms(device: torch.device) -> float:
     slower than they are."""
     tiny = torch.zeros(1, device=device)
     add = functools.partial(tiny.add_, 1)
-    apart = statistics.median(_apart([add] * _BLOCK, device))
+    apart = statistics.median(_apart([add] * _BLOCK_NODES, device))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(_BLOCK):
+        for _ in range(_BLOCK_NODES):
             add()
-    together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK
+    together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK_NODES
     return max(apart - together, 0.0)
 
 
