@@ -275,13 +275,17 @@ def _launch_ms(device: torch.device) -> float:
     slower than they are."""
     tiny = torch.zeros(1, device=device)
     add = functools.partial(tiny.add_, 1)
-    apart = statistics.median(_apart([add] * _BLOCK_NODES, device))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(_BLOCK_NODES):
             add()
-    together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK_NODES
-    return max(apart - together, 0.0)
+    differences = []
+    for _ in range(_PASSES):
+        apart = statistics.median(_apart([add] * _BLOCK_NODES, device))
+        together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK_NODES
+        differences.append(apart - together)
+    # The least: where others use the GPU too, events are further apart.
+    return max(min(differences), 0.0)
 
 
 def _meta(value: Any) -> Any:
