@@ -13,8 +13,6 @@ components; one after another. A ratio is taken within a round, against the sing
 mode and against eager. Reported: medians, with the smallest and the largest. ``efficiency_alone``
 is the single GPU's time over N times the slowest component's, each alone in a CUDA graph: what the
 partition allows, before any exchange.
-``component_ms_together``: all components at once, again and again, still without exchange: what a
-tick takes beyond the slowest of these is the exchange's, the sampler's and the launches'.
 
 With fewer GPUs than ranks the ranks share them: the exchange is then tested, and the components'
 own times are still measured, but no speedup is reported. ``--predict 2 3 4`` then times the
@@ -207,9 +205,8 @@ def run_model(
                     entry["distance_to_eager"] = timings[name].distance(timings["eager"])
                 if name in bases and gpus and steps == args.steps[0]:
                     setting = ways[name].setting
-                    times, together = alone[setting.team, bases[name]]
+                    times = alone[setting.team, bases[name]]
                     entry["component_ms_alone"] = [round(t, 3) for t in times]
-                    entry["component_ms_together"] = [round(t, 3) for t in together]
                     best = figures[bases[name]]["ms_a_step"]["median"]
                     share = best / setting.components / (2 if setting.split else 1)
                     slowest = max(times[: setting.components])
@@ -253,7 +250,7 @@ def timed_alone(
         Asynchronous(team, Setting(components, 1, 1)).run(Loop(inputs, 3))
         parts = team.denoiser.partition.report()
         on_gpu = home != "cpu"  # there the times are the partition's own
-        times = component_times(team.denoiser)[0] if on_gpu else [c.ms for c in parts.components]
+        times = component_times(team.denoiser) if on_gpu else [c.ms for c in parts.components]
         print(f"   {components} components alone: {[round(t, 3) for t in times]} ms\n{parts}")
         return Alone(parts, tuple(times))
     finally:

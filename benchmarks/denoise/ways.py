@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,18 +108,23 @@ class Asynchronous:
             return loop(lambda kwargs: denoiser(**kwargs)[0])
 
 
-def component_times(denoiser: Any, replays: int = 20) -> tuple[list[float], list[float]]:
-    """Milliseconds of each rank's component in a CUDA graph, without any exchange: alone, with
-    pauses (medians); and all at once and back to back, as warm as in a loop (means)."""
-    workers = denoiser._engine.workers
-    graphs = [_component(denoiser, worker) for worker in workers]
-    alone = []
-    for worker, graph in zip(workers, graphs, strict=True):
+def component_times(denoiser: Any, replays: int = 20) -> list[float]:
+    """Milliseconds of each rank's component in a CUDA graph, alone and without any exchange
+    (medians)."""
+    out = []
+    for worker in denoiser._engine.workers:
+        graph = _component(denoiser, worker)
         times = []
-        for _ in range(replays):
-            times.append(_replayed([worker], [graph], 1)[0])
-        alone.append(sorted(times)[len(times) // 2])
-    return alone, _replayed(workers, graphs, replays)
+        with worker.current():
+            for _ in range(replays):
+                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begun.record(worker.stream)
+                graph.replay()
+                ended.record(worker.stream)
+                worker.stream.synchronize()
+                times.append(begun.elapsed_time(ended))
+        out.append(sorted(times)[len(times) // 2])
+    return out
 
 
 def _component(denoiser: Any, worker: Any) -> torch.cuda.CUDAGraph:
@@ -132,25 +136,6 @@ def _component(denoiser: Any, worker: Any) -> torch.cuda.CUDAGraph:
         with torch.cuda.graph(graph, stream=worker.stream):
             worker.program(*worker._arguments(ordered))
     return graph
-
-
-def _replayed(workers: Sequence[Any], graphs: Sequence[Any], replays: int) -> list[float]:
-    """Milliseconds of a replay, by worker, all of them at once."""
-    marks = []
-    for worker in workers:
-        with worker.current():
-            marks.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            marks[-1][0].record(worker.stream)
-    for _ in range(replays):
-        for worker, graph in zip(workers, graphs, strict=True):
-            with worker.current():
-                graph.replay()
-    for worker, (_, ended) in zip(workers, marks, strict=True):
-        with worker.current():
-            ended.record(worker.stream)
-    for worker in workers:
-        worker.stream.synchronize()
-    return [begun.elapsed_time(ended) / replays for begun, ended in marks]
 
 
 def worker_reads(denoiser: Any, worker: Any) -> Any:
