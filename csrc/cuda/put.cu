@@ -89,6 +89,16 @@ __device__ void put_flagged(const SenderDevice& sender, Deal deal, int slot, Tur
   }
 }
 
+// Reads a parameter, which lies in memory until then, ahead of its use.
+template <class T>
+__device__ void touch(const T& parameter) {
+  const auto* words = reinterpret_cast<const unsigned*>(&parameter);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(T) / sizeof(unsigned); i += 16) {
+    asm volatile("" ::"r"(words[i]));
+  }
+}
+
 // Two blocks fit on a multiprocessor: one that lies in wait leaves half of its registers to others.
 template <class P>
 __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant__ P puts) {
@@ -104,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   const int count = puts.first_piece[c + 1] - first;
   const unsigned shift = inlined ? kInlineShift : shift_of(sender.slot_nbytes);
   Deal deal(puts.pieces + first, count, shift, block, blocks);
+  touch(sender);
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
 
