@@ -39,7 +39,7 @@ def main() -> None:
 
 def denoise() -> str:
     """All files ``denoise_*.json``, those of most GPUs first; a model is shown from the first one
-    that has it, and what plans promise where nothing was measured."""
+    that has it."""
     documents = [
         (p.name, json.loads(p.read_text())) for p in sorted(RESULTS.glob("denoise_*.json"))
     ]
@@ -53,13 +53,6 @@ def denoise() -> str:
             continue
         caption = denoise_table.caption(name, {**document, "figures": figures})
         parts.append(caption + denoise_table.measured(figures))
-        promised = denoise_table.predicted(figures)
-        if promised:
-            parts.append(
-                "Predicted, not measured: times the speed of one GPU, both in CUDA graphs and not "
-                "compiled, by the plan's simulation of components timed alone and of NVLink as a "
-                "prototype measured it.\n\n" + promised
-            )
     return "\n".join(parts) if parts else "Nothing was measured yet.\n"
 
 

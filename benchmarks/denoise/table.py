@@ -85,18 +85,6 @@ def _details(figures: dict[str, Model]) -> str:
     return markdown([*rows, ["**one GPU, eager**: memory, MiB", *eager]])
 
 
-def predicted(figures: dict[str, Model]) -> str:
-    """Speed-ups over one GPU that plans promise, from components timed alone; "" without any."""
-    models = [m for m in figures.values() if "predicted" in m]
-    rows = [["predicted", "GPUs", *(m["title"] for m in models)]]
-    for key in dict.fromkeys(k for m in models for k in m["predicted"]["rows"]):
-        found = [m["predicted"]["rows"].get(key) for m in models]
-        gpus = next(r["gpus"] for r in found if r is not None)
-        cells = [f"{r['speedup_over_one_gpu']:.2f}" if r is not None else "" for r in found]
-        rows.append([key, str(gpus), *cells])
-    return markdown(rows) if models else ""
-
-
 _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "times eager's speed": lambda e: _ratio(e["speedup_over_eager"]),
     "efficiency of a steady tick": lambda e: _ratio(e["steady"]["efficiency"], digits=3),

@@ -22,8 +22,8 @@ struct Grid {
 // leave no room for those that they wait for.
 enum class Launch { kOrdinary, kEarly };
 
-// The driver's own launch: the runtime's looks the kernel up each time, up to 0.4 us of 3. Asked
-// for by name, because the package also has to load where there is no driver.
+// The driver's own launch: the runtime's looks the kernel up each time. Asked for by name, because
+// the package also has to load where there is no driver.
 inline auto driver_launch() {
   static const auto found = [] {
     void* function = nullptr;
