@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -65,8 +67,11 @@ void HostFabric::Shared::check() const {
   const HostFailure& failure = control->failure;
   std::uint32_t state = failure.state.load(std::memory_order_acquire);
   if (state == HostFailure::kNone) return;
-  // Writing takes a microsecond, unless the writer was killed in the middle of it.
-  for (int i = 0; i < 1'000'000 && state == HostFailure::kBeingWritten; ++i) {
+  // Writing takes a microsecond, but its thread may have to wait for a core in the middle of it, or
+  // have been killed there.
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+  while (state == HostFailure::kBeingWritten && std::chrono::steady_clock::now() < until) {
+    std::this_thread::yield();
     state = failure.state.load(std::memory_order_acquire);
   }
   if (state != HostFailure::kThere) throw Error("a process died while it reported a failure");

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "../src/host_shared.hpp"
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/host_fabric.hpp"
 #include "check.hpp"
@@ -82,10 +83,27 @@ void an_abort_wakes_who_waits() {
   CHECK(std::chrono::steady_clock::now() - begun < std::chrono::seconds(10));
 }
 
+// Its thread may wait for a core before it has written all of it.
+void a_report_may_take_long() {
+  HostFabric::Shared shared(Processes(2), 60.0);
+  HostFailure& failure = shared.control->failure;
+  failure.state.store(HostFailure::kBeingWritten);
+  std::thread writing([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    failure.kind = HostFailure::kAborted;
+    failure.state.store(HostFailure::kThere, std::memory_order_release);
+  });
+  CHECK_THROWS(shared.check(), Aborted);
+  writing.join();
+  failure.state.store(HostFailure::kBeingWritten);
+  CHECK_THROWS(shared.check(), Error);  // not for ever
+}
+
 }  // namespace
 
 int main() {
   for (int slots : {1, 2, 3}) every_bundle_arrives_once_and_whole(slots);
   waits_end();
   an_abort_wakes_who_waits();
+  a_report_may_take_long();
 }
