@@ -5,21 +5,24 @@
 #include <cstdint>
 
 #include "asyncdiff/channel_device.hpp"
+#include "blocks.hpp"
 #include "piece.hpp"
 
 namespace asyncdiff {
 
 constexpr int kThreads = 512;          // of a block that moves data
 constexpr unsigned kInlineShift = 12;  // log2 of the bytes that a block moves inline at a time
-static_assert(1 << kInlineShift == kThreads * 8);
+static_assert(1 << kInlineShift == kThreads * 8, "a word for each thread");
 
 constexpr unsigned kMaxShift = 15;  // log2 of the bytes of a tile
 constexpr int kWordsAtOnce = 4;     // that a thread has under way
 
 // The same of flagged bundles: as long as there are blocks enough, each gets one tile, and the
-// larger ones are as much as its threads have under way.
+// larger ones are as much as its threads have under way. More than kFewFlags blocks are worth it
+// only for tiles that keep all of their threads busy.
 __device__ inline unsigned shift_of(std::uint64_t slot_nbytes) {
-  unsigned shift = 13;
+  if (slot_nbytes <= static_cast<std::uint64_t>(kFewFlags) << kSmallShift) return kSmallShift;
+  unsigned shift = kSmallShift + 1;
   while (shift < kMaxShift && slot_nbytes > static_cast<std::uint64_t>(kMaxFlags) << shift) ++shift;
   return shift;
 }
@@ -81,7 +84,7 @@ __device__ void copy_part(const std::byte* source, const std::byte* address, std
 
 // The bytes [from, to) of a piece.
 struct Tile {
-  const Piece* piece;
+  Piece piece;
   std::uint64_t from;
   std::uint64_t to;
 };
@@ -100,7 +103,8 @@ class Deal {
       if (at_ < tiles_) {
         const std::uint64_t from = static_cast<std::uint64_t>(at_) << shift_;
         const std::uint64_t to = from + (std::uint64_t{1} << shift_);
-        tile = {piece_, from, to < piece_->nbytes ? to : piece_->nbytes};
+        const Piece piece = *piece_;
+        tile = {piece, from, to < piece.nbytes ? to : piece.nbytes};
         at_ += blocks_;
         return true;
       }

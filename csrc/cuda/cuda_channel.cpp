@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "blocks.hpp"
 #include "check.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
@@ -19,14 +20,6 @@ namespace asyncdiff {
 namespace {
 
 cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-// Blocks of a fused put: few, because each takes a multiprocessor from whoever computes beside it.
-int flags_for(std::size_t nbytes, bool few) {
-  // A thread then moves one word, and of an inline bundle waits for two.
-  const std::size_t per_block = std::size_t{8} << 10;
-  const std::size_t blocks = (nbytes + per_block - 1) / per_block;
-  return static_cast<int>(std::clamp<std::size_t>(blocks, 1, few ? 16 : kMaxFlags));
-}
 
 }  // namespace
 

@@ -47,55 +47,58 @@ __device__ std::uint64_t load_padded(const std::byte* source, std::uint64_t at,
   return value;
 }
 
-// Stores up to the next multiple of kAlignment: the receiver looks at all words of the slot.
-__device__ void put_tile_inline(const SenderDevice& sender, const Tile& tile, int slot,
-                                std::uint64_t epoch) {
+// The word of an inline tile that falls to this thread.
+__device__ std::uint64_t word_of(const Tile& tile) {
+  return load_padded(tile.piece.memory, tile.from + threadIdx.x * 8, tile.piece.nbytes);
+}
+
+// Stores it: up to the next multiple of kAlignment, because the receiver looks at all words of the
+// slot.
+__device__ void put_word(const SenderDevice& sender, const Tile& tile, int slot,
+                         std::uint64_t epoch, std::uint64_t word) {
   constexpr std::uint64_t kAlignment = 256;  // of Layout
-  const Piece& piece = *tile.piece;
   const std::uint64_t end = (tile.to + kAlignment - 1) / kAlignment * kAlignment;
-  for (std::uint64_t i = tile.from + threadIdx.x * 8; i < end; i += kThreads * 8) {
-    write_inline(sender, slot, epoch, piece.offset + i, load_padded(piece.memory, i, piece.nbytes));
+  const std::uint64_t i = tile.from + threadIdx.x * 8;
+  if (i < end) write_inline(sender, slot, epoch, tile.piece.offset + i, word);
+}
+
+// In both protocols, the words of the first tile are on their way from memory together with the
+// counters and credits that say whether they may be stored. `more`: whether there is such a tile.
+
+__device__ void put_inline(const SenderDevice& sender, Deal& deal, Tile& tile, bool more, int slot,
+                           Turn& turn) {
+  std::uint64_t word = more ? word_of(tile) : 0;
+  if (!start_put(sender, slot, turn)) return;
+  while (more) {
+    put_word(sender, tile, slot, turn.epoch, word);
+    more = deal.next(tile);
+    if (more) word = word_of(tile);
   }
 }
 
-__device__ void put_flagged(const SenderDevice& sender, Deal deal, int slot, Turn& turn) {
+__device__ void put_flagged(const SenderDevice& sender, Deal& deal, Tile& tile, bool more, int slot,
+                            Turn& turn) {
   const std::uint64_t begin = sender.slot_nbytes * slot;
-  const Piece* piece = nullptr;
   const auto store = [&](std::uint64_t i, auto word) {
     for (int t = 0; t < sender.targets; ++t) {
-      *reinterpret_cast<decltype(word)*>(sender.target[t] + begin + piece->offset + i) = word;
+      std::byte* to = sender.target[t] + begin + tile.piece.offset + i;
+      *reinterpret_cast<decltype(word)*>(to) = word;
     }
   };
-  Tile tile{};
-  bool more = deal.next(tile);
-  // The words of the first tile are on their way from memory together with the counters and
-  // credits that say whether they may be stored.
   static_assert(Loaded<uint4>::kStep * kWordsAtOnce >> kMaxShift == 1, "a tile at once");
   const std::uint64_t mine = tile.from + threadIdx.x * sizeof(uint4);
   std::uint64_t middle = tile.from;
   Loaded<uint4> loaded;
-  if (more && reinterpret_cast<std::uintptr_t>(tile.piece->memory) % sizeof(uint4) == 0) {
+  if (more && reinterpret_cast<std::uintptr_t>(tile.piece.memory) % sizeof(uint4) == 0) {
     middle = tile.to / sizeof(uint4) * sizeof(uint4);
-    loaded.load(tile.piece->memory, mine, middle);
+    loaded.load(tile.piece.memory, mine, middle);
   }
   if (!start_put(sender, slot, turn)) return;
-  piece = tile.piece;
   if (more) loaded.store(mine, middle, store);
   tile.from = middle;
   while (more) {
-    piece = tile.piece;
-    copy_part(piece->memory, piece->memory, tile.from, tile.to, store);
+    copy_part(tile.piece.memory, tile.piece.memory, tile.from, tile.to, store);
     more = deal.next(tile);
-  }
-}
-
-// Reads a parameter, which lies in memory until then, ahead of its use.
-template <class T>
-__device__ void touch(const T& parameter) {
-  const auto* words = reinterpret_cast<const unsigned*>(&parameter);
-#pragma unroll
-  for (std::size_t i = 0; i < sizeof(T) / sizeof(unsigned); i += 16) {
-    asm volatile("" ::"r"(words[i]));
   }
 }
 
@@ -114,14 +117,18 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   const int count = puts.first_piece[c + 1] - first;
   const unsigned shift = inlined ? kInlineShift : shift_of(sender.slot_nbytes);
   Deal deal(puts.pieces + first, count, shift, block, blocks);
-  touch(sender);
+  Tile tile{};
+  const bool more = deal.next(tile);
+  ptx::hold(tile.piece.memory);
+  ptx::hold(tile.piece.offset);
+  ptx::hold(tile.piece.nbytes);
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
 
-  if (!inlined) {
-    put_flagged(sender, deal, slot, turn);
-  } else if (start_put(sender, slot, turn)) {
-    for (Tile tile; deal.next(tile);) put_tile_inline(sender, tile, slot, turn.epoch);
+  if (inlined) {
+    put_inline(sender, deal, tile, more, slot, turn);
+  } else {
+    put_flagged(sender, deal, tile, more, slot, turn);
   }
   if (!turn.go) return;  // aborted: nothing counts until the next reset
   // Data before flag: the barrier orders the block's stores before what a thread releases.
@@ -143,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
     push_inline_kernel(SenderDevice sender, Piece piece, int slot) {
   const std::uint64_t epoch = sender.counters->begun;
   Deal deal(&piece, 1, kInlineShift, blockIdx.x, gridDim.x);
-  for (Tile tile; deal.next(tile);) put_tile_inline(sender, tile, slot, epoch);
+  for (Tile tile; deal.next(tile);) put_word(sender, tile, slot, epoch, word_of(tile));
 }
 
 template <class P>

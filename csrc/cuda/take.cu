@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice rec
 
 __device__ void unpack_tile_inline(const ReceiverDevice& receiver, const Tile& tile, int slot,
                                    std::uint64_t epoch) {
-  const Piece& piece = *tile.piece;
+  const Piece& piece = tile.piece;
   const bool aligned = reinterpret_cast<std::uintptr_t>(piece.memory) % 8 == 0;
   for (std::uint64_t first = tile.from; first < tile.to; first += kThreads * 8) {
     const std::uint64_t i = first + threadIdx.x * 8;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
       unpack_tile_inline(receiver, tile, slot, turn.epoch);
       continue;
     }
-    std::byte* to = tile.piece->memory;
-    copy_part(source + tile.piece->offset, to, tile.from, tile.to, [&](std::uint64_t i, auto word) {
+    std::byte* to = tile.piece.memory;
+    copy_part(source + tile.piece.offset, to, tile.from, tile.to, [&](std::uint64_t i, auto word) {
       *reinterpret_cast<decltype(word)*>(to + i) = word;
     });
   }

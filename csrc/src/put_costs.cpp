@@ -11,7 +11,7 @@ namespace asyncdiff {
 
 namespace {
 
-constexpr const char* kTitle = "asyncdiff put costs 2";
+constexpr const char* kTitle = "asyncdiff put costs 3";
 
 double cost_of(const PutCosts::Row& row, Mode mode) {
   if (mode == Mode::kInline) return row.inline_us;

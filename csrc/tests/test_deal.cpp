@@ -60,7 +60,7 @@ void every_byte_once(std::mt19937& random) {
   std::vector<std::uint8_t> writes(slot.size());
   std::byte* begin = slot.data() + (16 - reinterpret_cast<std::uintptr_t>(slot.data()) % 16);
   run(bundle, 1 + static_cast<unsigned>(random() % kMaxFlags), [&](const Tile& tile) {
-    const Piece& piece = *tile.piece;
+    const Piece& piece = tile.piece;
     copy_part(piece.memory, piece.memory, tile.from, tile.to, [&](std::uint64_t i, auto word) {
       std::byte* to = begin + piece.offset + i;
       *reinterpret_cast<decltype(word)*>(to) = word;
@@ -76,6 +76,17 @@ void every_byte_once(std::mt19937& random) {
     }
   }
   CHECK(writes == expected);
+}
+
+void small_bundles_have_a_block_for_each_tile() {
+  for (std::uint64_t nbytes = 16; nbytes <= std::uint64_t{kMaxFlags} << kSmallShift; nbytes += 16) {
+    const auto blocks = static_cast<std::uint64_t>(flags_for(nbytes, false));
+    CHECK(blocks << shift_of(nbytes) >= nbytes);
+    CHECK((blocks - 1) << shift_of(nbytes) < nbytes);
+  }
+  CHECK(flags_for(0, false) == 1);
+  CHECK(flags_for(std::size_t{1} << 40, true) == kFewFlags);
+  CHECK(flags_for(std::size_t{1} << 40, false) == kMaxFlags);
 }
 
 void tiles_are_shared_evenly() {
@@ -107,5 +118,6 @@ void tiles_are_shared_evenly() {
 int main() {
   std::mt19937 random(7);
   for (int i = 0; i < 200; ++i) every_byte_once(random);
+  small_bundles_have_a_block_for_each_tile();
   tiles_are_shared_evenly();
 }

@@ -45,9 +45,9 @@ int main() {
     CHECK(near(read.at(mode, 12345), costs.at(mode, 12345)));
   }
   for (const char* wrong :
-       {"", "asyncdiff put costs 0\n2 1\n1 1 1 1\n", "asyncdiff put costs 2\n2 2\n1 1 1 1\n",
-        "asyncdiff put costs 2\n2 1\n1 1 0 1\n",
-        "asyncdiff put costs 2\n2 2\n5 1 1 1\n5 1 1 1\n"}) {
+       {"", "asyncdiff put costs 0\n2 1\n1 1 1 1\n", "asyncdiff put costs 3\n2 2\n1 1 1 1\n",
+        "asyncdiff put costs 3\n2 1\n1 1 0 1\n",
+        "asyncdiff put costs 3\n2 2\n5 1 1 1\n5 1 1 1\n"}) {
     CHECK_THROWS(PutCosts::from_text(wrong), InvalidArgument);
   }
 }

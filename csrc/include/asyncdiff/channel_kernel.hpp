@@ -45,7 +45,9 @@ __device__ inline void fail(const Guard& guard, FailureKind kind, Operation oper
 // Whether this operation is on the right slot: `done` bundles came before it.
 __device__ inline bool in_turn(const Guard& guard, Operation operation, int slot,
                                std::uint64_t done, bool allowed, int slots) {
-  const std::uint64_t next = done % static_cast<std::uint64_t>(slots);
+  const auto ring = static_cast<std::uint64_t>(slots);
+  // A division would be on the way of every put.
+  const std::uint64_t next = (ring & (ring - 1)) == 0 ? done & (ring - 1) : done % ring;
   if (allowed && next == static_cast<std::uint64_t>(slot)) return true;
   // After an abort the counters mean nothing any more.
   if (ptx::load_relaxed_system(guard.abort) == 0) {
