@@ -76,7 +76,9 @@ def by_gpu(trace: dict[str, Any]) -> dict[int, list[Work]]:
             kind = "computes"
         begin = float(event["ts"])
         work = Work(begin, begin + float(event["dur"]), kind, name)
-        out[int(event["args"]["device"])].append(work)
+        args = event["args"]
+        # Copies between GPUs name three: both ends, and whose engine it is.
+        out[int(args["device"] if "device" in args else args["inDevice"])].append(work)
     return {gpu: sorted(work, key=lambda w: w.begin) for gpu, work in sorted(out.items())}
 
 
