@@ -13,6 +13,7 @@ CudaFabric does the same between GPUs, on streams and inside CUDA graphs.
 
 from ._core import Buffer, Layout, TensorSpec, build_info, cuda_built, cuda_devices
 from .channel import Channel
+from .cuda_graph import replace_memsets
 from .errors import (
     Aborted,
     CoreError,
@@ -55,4 +56,5 @@ __all__ = [
     "get_include",
     "nvtx_range",
     "put_costs",
+    "replace_memsets",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import asyncdiff
+from asyncdiff.graphs import capturing
 from denoise.loop import Loop
 from denoise.settings import Setting
 
@@ -130,10 +131,9 @@ def component_times(denoiser: Any, replays: int = 20) -> list[float]:
 def _component(denoiser: Any, worker: Any) -> torch.cuda.CUDAGraph:
     reads = {source: values for (source, slot), values in worker.mailbox.items() if slot == 0}
     ordered = {b.source: reads[b.source] for b in worker_reads(denoiser, worker)}
-    graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), worker.current():
         worker.program.emit.hook = None
-        with torch.cuda.graph(graph, stream=worker.stream):
+        with capturing(worker.stream) as graph:
             worker.program(*worker._arguments(ordered))
     return graph
 

@@ -11,6 +11,7 @@ void register_memory(pybind11::module_& m);
 void register_channel(pybind11::module_& m);
 void register_fabric(pybind11::module_& m);
 void register_put_costs(pybind11::module_& m);
+void register_cuda_graph(pybind11::module_& m);
 void register_nvtx(pybind11::module_& m);
 void register_build(pybind11::module_& m);
 

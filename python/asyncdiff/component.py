@@ -17,6 +17,7 @@ import asyncdiff_core as core
 from .bundle import as_laid_out, dense, moved_on
 from .calls import Role
 from .compiled import compile_program
+from .graphs import capturing
 from .hoist import Hoisted, hoist, store
 from .partition import Partition
 from .program import Emit
@@ -416,13 +417,9 @@ class Worker:
                 self.table.put(key, self.row.memory)
 
     def _capture(self, work: Callable[[], list[Any]]) -> Recorded:
-        graph = torch.cuda.CUDAGraph()
         assert self.stream is not None
         self._emit.hook = None
-        # "thread_local": other threads and devices may work on meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        with capturing(self.stream, self._pool) as graph:
             outputs = work()
         push = self._emit.hook
         events = (push.computed, push.delivered) if isinstance(push, _Push) else (None, None)

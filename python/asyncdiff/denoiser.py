@@ -221,7 +221,7 @@ class AsyncDenoiser:
         check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
         before, after = self._split_steps
-        return build(
+        return _build(
             self.components,
             self.stride,
             warmup - before,
@@ -539,9 +539,13 @@ class AsyncDenoiser:
             self._weights.restore()
 
 
+#: Of a generation like the one before, the plan is the same object: nothing is prepared again.
+_build = functools.lru_cache(maxsize=16)(build)
+
+
 def _exact(steps: int) -> Plan:
     """The plan of exact steps on a rank that has the whole denoiser."""
-    return build(1, 1, steps, steps, exchanges=())
+    return _build(1, 1, steps, steps, exchanges=())
 
 
 def _check_modes(

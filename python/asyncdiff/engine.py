@@ -101,6 +101,8 @@ class Engine:
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
+        #: the plan that was prepared last
+        self._ready: Plan | None = None
         #: Whole generations prepared on this engine, and their channels: see :mod:`asyncdiff.loop`.
         self.loops: dict[Hashable, Any] = {}
         self.predictions: Any = None
@@ -160,11 +162,12 @@ class Engine:
 
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay."""
-        if not self.cuda:
+        if not self.cuda or plan is self._ready:
             return
         for tick in plan.ticks:
             for action in tick.runs:
                 self.workers[action.rank].prepare(self._slots(action))
+        self._ready = plan
 
     def _slots(self, action: Action) -> Slots:
         reads = tuple((source, max(ordinal, 0) % self.slots) for source, ordinal in action.reads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -262,9 +263,9 @@ class Generation:
         """What this generation did; call it once it is done."""
         assert self.engine is not None
         engine, plan = self.engine, self._main.plan
-        ticks = [(phase, tick) for phase in self._phases for tick in phase.plan.ticks]
-        sent = [_sent(phase, tick) for phase, tick in ticks]
-        steady = [b for (_, tick), b in zip(ticks, sent, strict=True) if not tick.exact]
+        ticks = [tick for phase in self._phases for tick in phase.plan.ticks]
+        sent = [nbytes for phase in self._phases for nbytes in _sent(phase)]
+        steady = [b for tick, b in zip(ticks, sent, strict=True) if not tick.exact]
         exposed = engine.exposed_ms()
         return GenerationReport(
             components=plan.components,
@@ -298,15 +299,15 @@ def _number(time: torch.Tensor) -> Time:
     return first.item() if bool((time == first).all()) else time
 
 
-def _sent(phase: Phase, tick: Tick) -> int:
-    """Bytes of the boundary that ranks send to others in a tick."""
-    total = 0
-    for run in tick.runs:
-        if run.put is not None:
-            for (source, target), nbytes in phase.engine.bundle_bytes.items():
-                if source == run.component:
-                    total += nbytes * len(phase.plan.ranks_of(target))
-    return total
+def _sent(phase: Phase) -> list[int]:
+    """Bytes of the boundary that ranks send to others, tick by tick."""
+    by_component: dict[int, int] = defaultdict(int)
+    for (source, target), nbytes in phase.engine.bundle_bytes.items():
+        by_component[source] += nbytes * len(phase.plan.ranks_of(target))
+    return [
+        sum(by_component[run.component] for run in tick.runs if run.put is not None)
+        for tick in phase.plan.ticks
+    ]
 
 
 def _difference(old: Signature, new: Signature) -> str:

@@ -36,7 +36,7 @@ _KEPT = 2
 class Settings:
     """What a loop is made for; all else may change from generation to generation."""
 
-    plan: Plan
+    plan: Plan = field(hash=False)  # thousands of actions; mostly the same object again
     shape: tuple[int, ...]  #: of the latents
     dtype: torch.dtype  #: of the latents
     width: int  #: of the sampler
@@ -156,14 +156,24 @@ class Loop:
         engine = self.engine
         fresh = engine.changed_conditioning(start.tensors)
         caller = Caller(start.latents.device) if engine.cuda else None
-        for seat in self._seats:
-            begin = functools.partial(self._begin, seat, start, fresh, engine.era, caller)
-            engine.submit(seat.worker.rank, begin)
+        waiting = dict(enumerate(self._seats))
+
+        def begin(rank: int) -> None:
+            seat = waiting.pop(rank)
+            engine.submit(
+                rank, functools.partial(self._begin, seat, start, fresh, engine.era, caller)
+            )
+
         for step, tick in zip(self._first_steps, self._ticks, strict=True):
             engine.check()
             for number, segment in tick:
+                # Each where it is needed: the others begin while the first rank computes.
+                if segment.rank in waiting:
+                    begin(segment.rank)
                 issue = functools.partial(self._issue, number, segment, step)
                 engine.submit(segment.rank, issue)
+        for rank in list(waiting):
+            begin(rank)
         engine.finish()
         update = self._seats[self._predictions.readers[0]].update
         assert update is not None

@@ -387,7 +387,7 @@ def test_auto_takes_what_is_measured_to_be_fastest(
     assert seen[0] == seen[1]
     (file,) = tmp_path.iterdir()
     assert file.read_text().strip() == seen[0].strip()
-    file.write_text("asyncdiff put costs 2\n1 1\n5 0 0 0\n")
+    file.write_text("asyncdiff put costs 3\n1 1\n5 0 0 0\n")
     run = subprocess.run(
         [sys.executable, "-P", "-c", script],
         capture_output=True,

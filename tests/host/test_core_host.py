@@ -318,7 +318,7 @@ def test_modes_by_name() -> None:
         fabric.channel(0, [1], LAYOUT, mode="magic")
 
 
-COSTS = """asyncdiff put costs 2
+COSTS = """asyncdiff put costs 3
 2 3
 1024 2 3 6
 65536 5 4 7

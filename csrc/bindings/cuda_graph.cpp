@@ -1,0 +1,23 @@
+#include "bindings.hpp"
+#ifdef ASYNCDIFF_WITH_CUDA
+#include <cstdint>
+
+#include "asyncdiff/cuda_graph.hpp"
+#endif
+
+namespace py = pybind11;
+
+namespace asyncdiff::bindings {
+
+void register_cuda_graph([[maybe_unused]] py::module_& m) {
+#ifdef ASYNCDIFF_WITH_CUDA
+  m.def(
+      "replace_memsets",
+      [](std::uintptr_t graph, int device) {
+        return replace_memsets(reinterpret_cast<cudaGraph_t>(graph), device);
+      },
+      py::arg("graph"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+#endif
+}
+
+}  // namespace asyncdiff::bindings
