@@ -20,8 +20,7 @@ components of such partitions alone and reports what their plans would take on e
 
 What ``--out`` has already, from the same machine and versions, stays in it unless it is measured
 again: a run can be continued with other models, modes and schedules of as many steps. It is written
-anew after everything that was prepared and after every round, so that a run which is stopped keeps
-what it has; with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far
+anew after everything that was prepared or timed, so that a run which is stopped keeps what it has; with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far
 longer than timing, and mostly a core of the CPU: with ``--lock FILE`` several runs on one machine,
 with an ``--out`` each, prepare beside each other, and each times alone. ``merge.py`` beside this
 puts their results together.
@@ -112,7 +111,7 @@ def run_model(
         begun = time.perf_counter()
         ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
         with lock.quiet():
-            ways[mode].run(Loop(inputs, args.steps[0]))
+            ways[mode].run(Loop(inputs, min(args.steps[0], args.warm_steps)))
             synchronize()
         figures[mode] = {"first_generation_s": round(time.perf_counter() - begun, 1)}
         print(f"   one GPU, {mode}: {figures[mode]}", flush=True)
@@ -138,7 +137,7 @@ def run_model(
             way = Asynchronous(team, setting)
             begun = time.perf_counter()
             with lock.quiet():
-                way.run(Loop(inputs, args.steps[0]))
+                way.run(Loop(inputs, min(args.steps[0], setting.enough(args.warm_steps))))
                 synchronize()
         except Exception as e:  # what one setting cannot do costs the others nothing
             traceback.print_exc()
@@ -190,9 +189,6 @@ def run_model(
             for name in order:
                 if name != "eager" or number < args.eager_rounds:
                     timings[name].take(ways[name], loop)
-            if steps == args.steps[0]:
-                figures["rounds"] = number + 1
-            for name in order:
                 entry = figures.setdefault(name, {})
                 if steps != args.steps[0]:  # further lengths stand under their own key
                     entry = entry.setdefault(f"{steps} steps", {})
@@ -212,6 +208,9 @@ def run_model(
                     slowest = max(times[: setting.components])
                     entry["efficiency_alone"] = round(share / slowest, 3)
                 figures[name]["memory_mib"] = memory.get(name)
+                save(figures)
+            if steps == args.steps[0]:
+                figures["rounds"] = number + 1
             save(figures)
     for name in bases:
         if not figures[name]["shared_gpus"]:
@@ -302,6 +301,13 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--warm-steps",
+        type=int,
+        default=sys.maxsize,
+        help="of the generation that each setting begins with, untimed, at least (all): where loops"
+        " take long. What depends on the timesteps is then computed in the first round",
+    )
     parser.add_argument("--eager-rounds", type=int, default=sys.maxsize, help="of the first steps")
     parser.add_argument(
         "--further-ranks",

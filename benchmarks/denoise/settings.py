@@ -65,6 +65,10 @@ class Setting:
         """How many devices it takes."""
         return rank_count(self.components, self.stride, self.schedule) * (2 if self.split else 1)
 
+    def enough(self, steps: int) -> int:
+        """At least so many steps, and exact ones and ticks in both slots among them."""
+        return max(steps, self.warmup + self.tail + 2 * self.stride + 2)
+
     @property
     def team(self) -> tuple[Any, ...]:
         """What has to be prepared anew; all else may change between generations."""
