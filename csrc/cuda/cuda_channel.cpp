@@ -41,12 +41,11 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
   handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
-  // More blocks that look at every word of an inline bundle, and they keep it from arriving: with
-  // 32 256 KB took 286 us between two H200s. And blocks of ranks that share a device are in each
-  // other's way.
-  bool few = inlined() || !all.alone(sender());
-  for (int rank : receivers()) few = few || !all.alone(rank);
-  handle_.flags = flags_for(layout().nbytes, few);
+  bool alone = all.alone(sender());
+  for (int rank : receivers()) alone = alone && all.alone(rank);
+  handle_.flags = flags_for(layout().nbytes, inlined() ? kInlineFlags
+                                             : alone   ? kMaxFlags
+                                                       : kFewFlags);
   handle_.guard = all.new_end(sender(), name());
   const std::size_t counters = all.lines[index(sender())].take();
   all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, begun));

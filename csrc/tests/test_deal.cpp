@@ -80,13 +80,13 @@ void every_byte_once(std::mt19937& random) {
 
 void small_bundles_have_a_block_for_each_tile() {
   for (std::uint64_t nbytes = 16; nbytes <= std::uint64_t{kMaxFlags} << kSmallShift; nbytes += 16) {
-    const auto blocks = static_cast<std::uint64_t>(flags_for(nbytes, false));
+    const auto blocks = static_cast<std::uint64_t>(flags_for(nbytes, kMaxFlags));
     CHECK(blocks << shift_of(nbytes) >= nbytes);
     CHECK((blocks - 1) << shift_of(nbytes) < nbytes);
   }
-  CHECK(flags_for(0, false) == 1);
-  CHECK(flags_for(std::size_t{1} << 40, true) == kFewFlags);
-  CHECK(flags_for(std::size_t{1} << 40, false) == kMaxFlags);
+  CHECK(flags_for(0, kMaxFlags) == 1);
+  CHECK(flags_for(std::size_t{1} << 40, kInlineFlags) == kInlineFlags);
+  CHECK(flags_for(std::size_t{1} << 40, kMaxFlags) == kMaxFlags);
 }
 
 void tiles_are_shared_evenly() {
