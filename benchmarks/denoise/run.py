@@ -20,10 +20,11 @@ components of such partitions alone and reports what their plans would take on e
 
 What ``--out`` has already, from the same machine and versions, stays in it unless it is measured
 again: a run can be continued with other models, modes and schedules of as many steps. It is written
-anew after everything that was prepared or timed, so that a run which is stopped keeps what it has; with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far
-longer than timing, and mostly a core of the CPU: with ``--lock FILE`` several runs on one machine,
-with an ``--out`` each, prepare beside each other, and each times alone. ``merge.py`` beside this
-puts their results together.
+anew after everything that was prepared or timed, so that a run which is stopped keeps what it has;
+with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far longer than
+timing, and mostly a core of the CPU: with ``--lock FILE`` several runs on one machine, with an
+``--out`` each, prepare beside each other, and each times alone. ``merge.py`` beside this puts their
+results together.
 
 ``steady``: from loops of two lengths, what a further step takes, and the single GPU's over it and
 over what the ranks could do at best (``efficiency``).
@@ -35,6 +36,7 @@ import argparse
 import copy
 import gc
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -198,7 +200,9 @@ def run_model(
                     if name != base and base in timings and not shared:
                         entry[f"speedup_over_{base}"] = timings[name].ratios(timings[base])
                 if "eager" in timings:
-                    entry["distance_to_eager"] = timings[name].distance(timings["eager"])
+                    distance = timings[name].distance(timings["eager"])
+                    if math.isfinite(distance):  # random weights may be too much for float16
+                        entry["distance_to_eager"] = distance
                 if name in bases and gpus and steps == args.steps[0]:
                     setting = ways[name].setting
                     times = alone[setting.team, bases[name]]

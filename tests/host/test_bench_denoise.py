@@ -12,7 +12,7 @@ import pytest
 import results_file
 import tables
 from asyncdiff.plan import build
-from denoise import merge
+from denoise import merge, table
 from denoise.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,8 @@ def test_settings_as_text() -> None:
     assert Setting.parse("3,2,1").ranks == 4
     # Exact steps may change between generations; ranks may not.
     assert Setting.parse("3,2,1,waves,split").team == all_of_it.team != Setting.parse("3,2,9").team
+    # First generations may be short, but have exact ones and ticks in both slots.
+    assert Setting.parse("2,1,1").enough(6) == 6 and Setting.parse("3,2,9,tail=1").enough(6) == 16
     for wrong in ("2,1", "2,1,1,often", "2,1,1,delay", "2,1,1,waves=2", "a,b,c"):
         with pytest.raises(ValueError):
             Setting.parse(wrong)
@@ -117,3 +119,20 @@ def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
 
 def test_the_table_of_committed_results_is_the_readmes() -> None:
     assert tables.denoise().count("one GPU, eager") >= 1
+
+
+def test_what_a_tick_takes_follows_from_loops_of_few_and_many_exact_steps() -> None:
+    exact, tick, steps = 10.0, 2.5, 50
+
+    def loop(w: int) -> dict[str, object]:
+        ms = (w * exact + (steps - w) * tick) / steps
+        return {"mode": "graph", "devices": ["cuda:0"], "ms_a_step": {"median": ms}}
+
+    model = {"title": "a model", "steps": steps, "rounds": 1, "eager": {"memory_mib": {}}}
+    model |= {"graph": {"ms_a_step": {"median": exact}}, "N=4 S=1 w=1": loop(1)}
+    assert "efficiency" not in table.measured({"model": model})
+    model["N=4 S=1 w=9"] = loop(9)
+    assert "| efficiency of a steady tick | ≥ 1.000 |" in table.measured({"model": model})
+    known = {"median": 0.9, "min": 0.8, "max": 1.0}
+    model["N=4 S=1 w=1"] = loop(1) | {"steady": {"efficiency": known}}
+    assert "| 0.900 (0.800 to 1.000) |" in table.measured({"model": model})
