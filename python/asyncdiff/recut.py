@@ -1,0 +1,107 @@
+"""A split cut once more, when its components were timed.
+
+Costs are measured node by node. In a component's CUDA graph the same nodes take a little more or
+less: large ones behind each other draw so much power that the GPU slows down, and what a compiler
+makes of them is only estimated. So the components themselves are timed, and where they are too
+unequal the costs of the nodes of each are corrected by one factor, and the denoiser is cut again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .capture import Captured
+from .cost import Costs
+from .partition import Component, Partition, partition
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+log = logging.getLogger("asyncdiff")
+
+#: By how much of its time the slowest component has to become faster. A compiler runs for a minute.
+WORTH = 0.015
+WORTH_COMPILING = 0.03
+#: Milliseconds of the slowest component, below which launches are what is timed.
+SHORTEST = 0.5
+#: Times that all components are run, and milliseconds that each of them is run for: shorter, and
+#: GPUs do not slow down yet.
+_RUNS = 3
+_RUN_FOR = 120.0
+
+
+def component_ms(engine: Engine) -> list[float] | None:
+    """Milliseconds of each component in a CUDA graph without exchange, all at once.
+
+    None where that says nothing: on the CPU, where components share a GPU, or without graphs. Call
+    it when the engine is idle.
+    """
+    workers = engine.workers[: len(engine.partition.components)]
+    if not engine.cuda or len({w.device for w in workers}) < len(workers):
+        return None
+    for worker in workers:
+        with worker.current():
+            # Empty mailboxes would tell too little: products of zeros take less power.
+            for bundle in worker.mailbox.values():
+                for value in bundle:
+                    if value.is_floating_point():
+                        value.normal_()
+    try:
+        graphs = [engine.graph_alone(w) for w in workers]
+    except Exception as e:  # whatever the model does that a capture forbids
+        log.debug("components are not timed: %s", e)
+        return None
+
+    def run(replays: Sequence[int]) -> list[float]:
+        events = []
+        for worker, graph, count in zip(workers, graphs, replays, strict=True):
+            with worker.current():
+                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begun.record()
+                for _ in range(count):
+                    graph.replay()
+                ended.record()
+                events.append((begun, ended))
+        engine.synchronize()
+        return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
+
+    replays = [max(2, min(50, round(_RUN_FOR / max(ms, 1e-3)))) for ms in run([2] * len(workers))]
+    runs = [run(replays) for _ in range(_RUNS)]
+    graphs.clear()
+    torch.cuda.empty_cache()  # what the graphs had is not for torch alone
+    # The least of each: whoever else uses a GPU only adds.
+    return [min(ms) for ms in zip(*runs, strict=True)]
+
+
+def recut(
+    parts: Partition, times: Sequence[float], bytes_per_ms: float, worth: float = WORTH
+) -> Partition | None:
+    """The split under costs that ``times``, milliseconds by component, have corrected.
+
+    None where the slowest component is not expected to become faster by the share ``worth``.
+    ``parts`` is an automatic split; ``bytes_per_ms`` is the speed of the links.
+    """
+    assert parts.costs is not None
+    slowest = max(times)
+    if slowest < SHORTEST:
+        return None
+    ms = dict(parts.costs.ms)
+    for component, time in zip(parts.components, times, strict=True):
+        factor = time / max(_ms(parts.captured, component, parts.costs), 1e-9)
+        for node in component.owned:
+            ms[node] = parts.costs.ms[node] * factor
+    costs = replace(parts.costs, ms=ms, source=f"{parts.costs.source}, corrected by components")
+    new = partition(parts.captured, len(parts.components), costs=costs, bytes_per_ms=bytes_per_ms)
+    expected = max(_ms(new.captured, c, costs) for c in new.components)
+    log.info("components take %s ms; cut again, at most %.3f ms", list(times), expected)
+    return new if expected < (1 - worth) * slowest else None
+
+
+def _ms(captured: Captured, component: Component, costs: Costs) -> float:
+    """What a component's nodes cost in every run."""
+    return sum(costs.ms[n] for n in component.nodes if captured.each_run(n))
