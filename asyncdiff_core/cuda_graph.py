@@ -13,7 +13,7 @@ def replace_memsets(graph: int, device: int) -> int:
     (``torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()``). Libraries clear their workspaces
     with memsets, and between two kernels a memset takes several times as long as a third kernel.
 
-    Raises DeviceError without CUDA, CudaError where the graph cannot be changed.
+    Raises DeviceError without CUDA, CudaError where the graph cannot be read.
     """
     if not _core.cuda_built():
         raise DeviceError("CUDA graphs: the extension was built without CUDA")

@@ -139,7 +139,9 @@ def run_model(
             way = Asynchronous(team, setting)
             begun = time.perf_counter()
             with lock.quiet():
-                way.run(Loop(inputs, min(args.steps[0], setting.enough(args.warm_steps))))
+                # generate() records the graphs of a loop of so many steps.
+                few = args.steps[0] if setting.generate else setting.enough(args.warm_steps)
+                way.run(Loop(inputs, min(args.steps[0], few)))
                 synchronize()
         except Exception as e:  # what one setting cannot do costs the others nothing
             traceback.print_exc()

@@ -66,8 +66,8 @@ class Setting:
         return rank_count(self.components, self.stride, self.schedule) * (2 if self.split else 1)
 
     def enough(self, steps: int) -> int:
-        """At least so many steps, and exact ones and ticks in both slots among them."""
-        return max(steps, self.warmup + self.tail + 2 * self.stride + 2)
+        """At least so many steps, and exact ones and ticks in all slots among them."""
+        return max(steps, self.warmup + self.tail + 2 * self.components * self.stride)
 
     @property
     def team(self) -> tuple[Any, ...]:

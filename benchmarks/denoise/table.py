@@ -100,7 +100,7 @@ def _efficiency(model: Model, key: str) -> str:
         return ""
     if "steady" in few:
         return _ratio(few["steady"]["efficiency"], digits=3)
-    if many is None:
+    if many is None or few.get("shared_gpus"):
         return ""
     tick = (9 * few["ms_a_step"]["median"] - many["ms_a_step"]["median"]) / 8
     n, s = (int(word.split("=")[1]) for word in key.split()[:2])

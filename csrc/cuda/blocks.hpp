@@ -8,10 +8,13 @@
 
 namespace asyncdiff {
 
-constexpr unsigned kSmallShift = 12;  // log2 of the bytes for which a small bundle has one
-constexpr int kFewFlags = 16;         // the most of small bundles, and where ranks share a device
-// The most of an inline bundle: more blocks that look at all of its words keep them from arriving.
-// Between two H200s 64 KB took 160 us at times with 16, and 256 KB 286 us with 32.
+// A small bundle has a block for each 1 << kSmallShift bytes, up to kFewFlags blocks; where ranks
+// share a device, larger ones have no more than that either.
+constexpr unsigned kSmallShift = 12;
+constexpr int kFewFlags = 16;
+// At most so many blocks move an inline bundle: all of them look at its words again and again, and
+// more keep the words from arriving. Between two H200s 64 KB took 160 us at times with 16, and
+// 256 KB 286 us with 32.
 constexpr int kInlineFlags = 8;
 
 // Blocks of a fused put, at most so many: few, because each takes a multiprocessor from whoever

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -24,7 +25,7 @@ from .component import Caller, Sender, Slots, Time, Worker
 from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
-from .plan import Action, Kind, Plan, Tick
+from .plan import KEPT, Action, Kind, Plan, Tick
 from .progress import Progress
 from .weights import Weights
 
@@ -101,8 +102,8 @@ class Engine:
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
-        #: the plan that was prepared last
-        self._ready: Plan | None = None
+        #: the plans that were prepared last
+        self._ready: deque[Plan] = deque(maxlen=KEPT)
         #: Whole generations prepared on this engine, and their channels: see :mod:`asyncdiff.loop`.
         self.loops: dict[Hashable, Any] = {}
         self.predictions: Any = None
@@ -162,12 +163,12 @@ class Engine:
 
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay."""
-        if not self.cuda or plan is self._ready:
+        if not self.cuda or any(plan is ready for ready in self._ready):
             return
         for tick in plan.ticks:
             for action in tick.runs:
                 self.workers[action.rank].prepare(self._slots(action))
-        self._ready = plan
+        self._ready.append(plan)
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""

@@ -22,6 +22,7 @@ from .wavefront import Builder as Waves
 from .wavefront import lagged, shortest_delay
 
 __all__ = [
+    "KEPT",
     "SCHEDULES",
     "Action",
     "Exchange",
@@ -40,6 +41,8 @@ __all__ = [
 
 #: "asyncdiff": that of AsyncDiff, as published. "wavefront": see :mod:`asyncdiff.wavefront`.
 SCHEDULES = ("asyncdiff", "wavefront")
+#: Plans that are remembered, and that graphs are known to be there for.
+KEPT = 64
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from .plan import ring
 from .progress import Progress, bar
 from .recut import WORTH, WORTH_COMPILING, component_ms, recut
 from .weights import Weights
+
+log = logging.getLogger("asyncdiff")
 
 #: Signatures whose engines are kept. Each engine holds mailboxes and graphs.
 _KEPT = 4
@@ -119,8 +123,13 @@ class Engines:
         if better is None:
             return engine
         engine.close()
-        del engine  # its memory is free for the next one
-        return self._engine(call, better, devices)
+        del engine
+        gc.collect()  # programs refer to themselves; what they have is needed now
+        try:
+            return self._engine(call, better, devices)
+        except Exception as e:  # the first cut had memory enough
+            log.warning("the denoiser stays cut as it was at first: %s", e)
+        return self._engine(call, parts, devices)
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
         making = self._making

@@ -9,6 +9,7 @@ unequal the costs of the nodes of each are corrected by one factor, and the deno
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from .cost import Costs
 from .partition import Component, Partition, partition
 
 if TYPE_CHECKING:
+    from .component import Worker
     from .engine import Engine
 
 log = logging.getLogger("asyncdiff")
@@ -44,38 +46,53 @@ def component_ms(engine: Engine) -> list[float] | None:
     workers = engine.workers[: len(engine.partition.components)]
     if not engine.cuda or len({w.device for w in workers}) < len(workers):
         return None
-    for worker in workers:
-        with worker.current():
-            # Empty mailboxes would tell too little: products of zeros take less power.
-            for bundle in worker.mailbox.values():
-                for value in bundle:
-                    if value.is_floating_point():
-                        value.normal_()
+    graphs: list[torch.cuda.CUDAGraph] = []
     try:
-        graphs = [engine.graph_alone(w) for w in workers]
-    except Exception as e:  # whatever the model does that a capture forbids
+        for worker in workers:
+            with worker.current():
+                _fill(worker)
+        graphs += [engine.graph_alone(w) for w in workers]
+        once = _replay(engine, workers, graphs, [2] * len(workers))
+        replays = [max(2, min(50, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
+        runs = [_replay(engine, workers, graphs, replays) for _ in range(_RUNS)]
+    except Exception as e:  # whatever the model does that a capture forbids; no memory is left
         log.debug("components are not timed: %s", e)
         return None
+    finally:
+        graphs.clear()
+        torch.cuda.empty_cache()  # what the graphs had is not for torch alone
+    return [statistics.median(ms) for ms in zip(*runs, strict=True)]
 
-    def run(replays: Sequence[int]) -> list[float]:
-        events = []
-        for worker, graph, count in zip(workers, graphs, replays, strict=True):
-            with worker.current():
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begun.record()
-                for _ in range(count):
-                    graph.replay()
-                ended.record()
-                events.append((begun, ended))
-        engine.synchronize()
-        return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
 
-    replays = [max(2, min(50, round(_RUN_FOR / max(ms, 1e-3)))) for ms in run([2] * len(workers))]
-    runs = [run(replays) for _ in range(_RUNS)]
-    graphs.clear()
-    torch.cuda.empty_cache()  # what the graphs had is not for torch alone
-    # The least of each: whoever else uses a GPU only adds.
-    return [min(ms) for ms in zip(*runs, strict=True)]
+def _fill(worker: Worker) -> None:
+    """Values for the component to read: products of zeros take less power, and less time."""
+    # Of its own: the user's random numbers stay what they are. From 0 to 1, so that what is used as
+    # an index, as integers, stays one.
+    generator = torch.Generator(worker.device).manual_seed(0)
+    for bundle in worker.mailbox.values():
+        for value in bundle:
+            if value.is_floating_point():
+                value.uniform_(generator=generator)
+
+
+def _replay(
+    engine: Engine,
+    workers: Sequence[Worker],
+    graphs: Sequence[torch.cuda.CUDAGraph],
+    replays: Sequence[int],
+) -> list[float]:
+    """Milliseconds of one of so many replays behind each other, all workers at once."""
+    events = []
+    for worker, graph, count in zip(workers, graphs, replays, strict=True):
+        with worker.current():
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            for _ in range(count):
+                graph.replay()
+            ended.record()
+            events.append((begun, ended))
+    engine.synchronize()
+    return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
 
 
 def recut(

@@ -61,10 +61,13 @@ def test_wrong_costs_are_corrected_on_several_gpus(
     monkeypatch.setattr(prepared, "component_ms", timed)
     monkeypatch.setattr(recut, "SHORTEST", 0.0)
     want = module(**call)[0]
+    random = torch.cuda.get_rng_state_all()
     denoiser = asyncdiff.AsyncDenoiser(
         module, (), call, devices=["cuda:0", "cuda:1"], components=2, warmup=2, compile=False
     )
     assert denoiser.partition.cuts != cuts[0]
+    # Preparing does not change what the user draws next.
+    assert all(map(torch.equal, random, torch.cuda.get_rng_state_all()))
     engine = denoiser._engine
     assert isinstance(engine, Engine)
     even = recut.component_ms(engine)
