@@ -30,13 +30,7 @@ class Exports:
 
             return self._once((id(captured), str(device)), quietly)
 
-        component_ms = prepared.component_ms
-
-        def timed(engine: Any) -> Any:
-            with lock.quiet():
-                return component_ms(engine)
-
-        prepared.capture, prepared.measure, prepared.component_ms = captured, measured, timed
+        prepared.capture, prepared.measure = captured, measured
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key in self._kept:

@@ -26,7 +26,7 @@ from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
 from .groups import GROUPS, Groups
 from .partition import Partition, Split
-from .plan import KEPT, Plan, build, check_delay, check_numbers, check_schedule, rank_count
+from .plan import Plan, build, check_delay, check_numbers, check_schedule, rank_count
 from .predictor import Late, Line, Predictor, Rule, check_order, default_order
 from .prepared import Engines, Making
 from .progress import Progress
@@ -539,8 +539,9 @@ class AsyncDenoiser:
             self._weights.restore()
 
 
-#: Of a generation like one before, the plan is the same object: nothing is prepared again.
-_build = functools.lru_cache(maxsize=KEPT, typed=True)(build)
+#: Of a generation like the one before, the plan is the same object: nothing is prepared again.
+#: typed: ``exact_tail=True`` is refused also where 1 is known.
+_build = functools.lru_cache(maxsize=16, typed=True)(build)
 
 
 def _exact(steps: int) -> Plan:

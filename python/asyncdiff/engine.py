@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -25,7 +24,7 @@ from .component import Caller, Sender, Slots, Time, Worker
 from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
-from .plan import KEPT, Action, Kind, Plan, Tick
+from .plan import Action, Kind, Plan, Tick
 from .progress import Progress
 from .weights import Weights
 
@@ -102,8 +101,8 @@ class Engine:
         self._got: dict[tuple[int, int], int] = {}
         self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
-        #: the plans that were prepared last
-        self._ready: deque[Plan] = deque(maxlen=KEPT)
+        #: the plan that was prepared last
+        self._ready: Plan | None = None
         #: Whole generations prepared on this engine, and their channels: see :mod:`asyncdiff.loop`.
         self.loops: dict[Hashable, Any] = {}
         self.predictions: Any = None
@@ -163,17 +162,12 @@ class Engine:
 
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay."""
-        if not self.cuda or any(plan is ready for ready in self._ready):
+        if not self.cuda or plan is self._ready:
             return
         for tick in plan.ticks:
             for action in tick.runs:
                 self.workers[action.rank].prepare(self._slots(action))
-        self._ready.append(plan)
-
-    def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
-        reads = self.partition.components[worker.index].reads
-        return worker.graph_alone({b.source: worker.mailbox[b.source, 0] for b in reads})
+        self._ready = plan
 
     def _slots(self, action: Action) -> Slots:
         reads = tuple((source, max(ordinal, 0) % self.slots) for source, ordinal in action.reads)

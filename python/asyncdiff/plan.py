@@ -22,7 +22,6 @@ from .wavefront import Builder as Waves
 from .wavefront import lagged, shortest_delay
 
 __all__ = [
-    "KEPT",
     "SCHEDULES",
     "Action",
     "Exchange",
@@ -41,8 +40,6 @@ __all__ = [
 
 #: "asyncdiff": that of AsyncDiff, as published. "wavefront": see :mod:`asyncdiff.wavefront`.
 SCHEDULES = ("asyncdiff", "wavefront")
-#: Plans that are remembered, and that graphs are known to be there for.
-KEPT = 64
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +18,7 @@ from .groups import GROUPS, Groups, part
 from .partition import Partition, Split, partition
 from .plan import ring
 from .progress import Progress, bar
-from .recut import WORTH, WORTH_COMPILING, component_ms, recut
 from .weights import Weights
-
-log = logging.getLogger("asyncdiff")
 
 #: Signatures whose engines are kept. Each engine holds mailboxes and graphs.
 _KEPT = 4
@@ -99,37 +94,15 @@ class Engines:
         """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
         one for each condition."""
         if not split:
-            return self._even(call, self._partition(call, components), devices)
+            return self._engine(call, self._partition(call, components), devices)
         ranks = len(devices) // GROUPS
         mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
-        first = self._even(mine[0], self._partition(mine[0], components), devices[:ranks])
-        others = [
-            self._engine(mine[g], first.partition, devices[g * ranks : (g + 1) * ranks])
-            for g in range(1, GROUPS)
+        parts = self._partition(mine[0], components)
+        engines = [
+            self._engine(mine[g], parts, devices[g * ranks : (g + 1) * ranks])
+            for g in range(GROUPS)
         ]
-        return Groups([first, *others], call)
-
-    def _even(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
-        """An engine; where its components turn out too unequal, one that is cut once more."""
-        engine = self._engine(call, parts, devices)
-        if len(parts.components) == 1 or self._making.split != "auto":
-            return engine
-        times = component_ms(engine)
-        if times is None:
-            return engine
-        assert self._bytes_per_ms is not None
-        worth = WORTH_COMPILING if self._making.compile else WORTH
-        better = recut(parts, times, self._bytes_per_ms, worth)
-        if better is None:
-            return engine
-        engine.close()
-        del engine
-        gc.collect()  # programs refer to themselves; what they have is needed now
-        try:
-            return self._engine(call, better, devices)
-        except Exception as e:  # the first cut had memory enough
-            log.warning("the denoiser stays cut as it was at first: %s", e)
-        return self._engine(call, parts, devices)
+        return Groups(engines, call)
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
         making = self._making
