@@ -26,7 +26,6 @@ void preload_kernels() {
   preload_put();
   preload_take();
   preload_fill();
-  preload_memsets();
 }
 
 }  // namespace asyncdiff

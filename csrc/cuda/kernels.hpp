@@ -76,6 +76,5 @@ void preload_signals();
 void preload_put();
 void preload_take();
 void preload_fill();
-void preload_memsets();
 
 }  // namespace asyncdiff

@@ -73,13 +73,12 @@ __device__ __forceinline__ void let_next_kernel_launch() {
 #endif
 }
 
-// Has the value in registers here, and not only where it is used: of a kernel's parameter, which
-// lies in memory, before a wait.
+// Has a value of 8 bytes in registers here, and not only where it is used: of a kernel's parameter,
+// which lies in memory, before a wait.
 template <class T>
-__device__ __forceinline__ void hold(T*& value) {
+__device__ __forceinline__ void hold(T& value) {
   asm volatile("" : "+l"(value));
 }
-__device__ __forceinline__ void hold(std::uint64_t& value) { asm volatile("" : "+l"(value)); }
 
 // Nanoseconds of a clock that all multiprocessors of a device share; coarse (up to 1 us).
 __device__ __forceinline__ std::uint64_t global_nanoseconds() {
