@@ -9,7 +9,6 @@ in turn; medians of many replays.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import asyncdiff_core as core
 import results_file
 from denoise.models import MODELS
+from denoise.timings import spread
 
 ROUNDS = 15
 
@@ -69,15 +69,11 @@ def main() -> None:
             graph.instantiate()
             replay_ms(graph)
         ms = [(replay_ms(plain), replay_ms(changed)) for _ in range(ROUNDS)]
-        ratios = [before / after for before, after in ms]
         figures[key] = {
             "memsets": memsets,
-            "ms": statistics.median(before for before, _ in ms),
-            "ms_replaced": statistics.median(after for _, after in ms),
-            "ratio": {
-                f: round(of(ratios), 4)
-                for f, of in (("median", statistics.median), ("min", min), ("max", max))
-            },
+            "ms": spread([before for before, _ in ms]),
+            "ms_replaced": spread([after for _, after in ms]),
+            "ratio": spread([before / after for before, after in ms]),
         }
         print(MODELS[key].title, figures[key], flush=True)
         del plain, changed, module, inputs

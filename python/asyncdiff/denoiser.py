@@ -540,8 +540,7 @@ class AsyncDenoiser:
 
 
 #: Of a generation like the one before, the plan is the same object: nothing is prepared again.
-#: typed: ``exact_tail=True`` is refused also where 1 is known.
-_build = functools.lru_cache(maxsize=16, typed=True)(build)
+_build = functools.lru_cache(maxsize=16)(build)
 
 
 def _exact(steps: int) -> Plan:
