@@ -18,6 +18,7 @@ def replace_memsets(graph: int, device: int) -> int:
     """
     if not _core.cuda_built():
         raise DeviceError(
-            "replace_memsets: the extension was built without CUDA; build it where nvcc is on the PATH"
+            "replace_memsets: the extension was built without CUDA; build it where nvcc is on the "
+            "PATH"
         )
     return _core.replace_memsets(graph, device)
