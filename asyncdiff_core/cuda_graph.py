@@ -12,9 +12,9 @@ def replace_memsets(graph: int, device: int) -> int:
     ``graph``: a ``cudaGraph_t`` of that CUDA device, not instantiated yet
     (``torch.cuda.CUDAGraph(keep_graph=True).raw_cuda_graph()``). Libraries clear their workspaces
     with memsets, and between two kernels a memset takes a microsecond or two longer than a third
-    kernel. Not for graphs that allocate memory: nothing can be removed from them.
+    kernel. Graphs that allocate memory stay as they are: nothing can be removed from them.
 
-    Raises DeviceError without CUDA; CudaError, and the graph is then of no use.
+    Raises DeviceError without CUDA, CudaError where the graph cannot be read.
     """
     if not _core.cuda_built():
         raise DeviceError(

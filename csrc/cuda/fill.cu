@@ -26,6 +26,7 @@ void preload_kernels() {
   preload_put();
   preload_take();
   preload_fill();
+  preload_memsets();
 }
 
 }  // namespace asyncdiff

@@ -76,5 +76,6 @@ void preload_signals();
 void preload_put();
 void preload_take();
 void preload_fill();
+void preload_memsets();
 
 }  // namespace asyncdiff

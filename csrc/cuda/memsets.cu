@@ -6,6 +6,8 @@
 
 #include "asyncdiff/cuda_graph.hpp"
 #include "check.hpp"
+#include "kernels.hpp"
+#include "launch.hpp"
 
 namespace asyncdiff {
 
@@ -15,121 +17,121 @@ constexpr unsigned kThreads = 256;
 // Above, the memory's bandwidth is what counts.
 constexpr std::size_t kLargest = std::size_t{1} << 20;
 
-// Rows of bytes, `pitch` apart; byte i of each is byte i % 4 of `pattern`.
-struct Rows {
-  std::byte* to;
-  std::size_t pitch;
-  std::size_t width;
-  std::size_t height;
-  std::uint32_t pattern;
-};
-
-__global__ void memset_kernel(Rows rows) {
+// Byte i becomes byte i % 4 of `pattern`.
+__global__ void memset_kernel(std::byte* to, std::size_t nbytes, std::uint32_t pattern) {
   const std::size_t first = blockIdx.x * std::size_t{kThreads} + threadIdx.x;
   const std::size_t step = gridDim.x * std::size_t{kThreads};
-  const auto alignment = reinterpret_cast<std::uintptr_t>(rows.to) | rows.pitch | rows.width;
-  for (std::size_t row = 0; row < rows.height; ++row) {
-    std::byte* const to = rows.to + row * rows.pitch;
-    if (alignment % 4 == 0) {
-      for (std::size_t i = first; i < rows.width / 4; i += step) {
-        reinterpret_cast<std::uint32_t*>(to)[i] = rows.pattern;
-      }
-    } else {
-      for (std::size_t i = first; i < rows.width; i += step) {
-        to[i] = static_cast<std::byte>(rows.pattern >> (8 * (i % 4)));
-      }
+  if ((reinterpret_cast<std::uintptr_t>(to) | nbytes) % 4 == 0) {
+    for (std::size_t i = first; i < nbytes / 4; i += step) {
+      reinterpret_cast<std::uint32_t*>(to)[i] = pattern;
+    }
+  } else {
+    for (std::size_t i = first; i < nbytes; i += step) {
+      to[i] = static_cast<std::byte>(pattern >> (8 * (i % 4)));
     }
   }
 }
 
-Rows rows_of(const cudaMemsetParams& memset) {
-  std::uint32_t pattern = memset.value;
-  if (memset.elementSize == 1) pattern = (pattern & 0xffu) * 0x01010101u;
-  if (memset.elementSize == 2) pattern = (pattern & 0xffffu) * 0x00010001u;
-  const std::size_t width = memset.width * memset.elementSize;
-  // The pitch of a single row means nothing.
-  const std::size_t pitch = memset.height > 1 ? memset.pitch : 0;
-  return {static_cast<std::byte*>(memset.dst), pitch, width, memset.height, pattern};
-}
-
 using Nodes = std::vector<cudaGraphNode_t>;
 
-// All that `ask(nodes, count)` tells of.
+// All that ask(nodes, count) tells of; false where it cannot.
 template <class Ask>
-Nodes all(Ask ask, const char* what) {
+bool read(Ask ask, Nodes& into) {
   std::size_t count = 0;
-  check_cuda(ask(nullptr, &count), what);
-  Nodes nodes(count);
-  if (count > 0) check_cuda(ask(nodes.data(), &count), what);
-  return nodes;
+  if (ask(nullptr, &count) != cudaSuccess) return false;
+  into.resize(count);
+  return count == 0 || ask(into.data(), &count) == cudaSuccess;
 }
 
-// CUDA 13 asks for the kinds of edges too. Those of memsets are all ordinary: only kernels have
-// others.
+// From CUDA 13 on the kinds of edges can be asked for too; not to ask fails where one is special.
 #if CUDART_VERSION >= 13000
 #define ASYNCDIFF_EDGES nullptr,
 #else
 #define ASYNCDIFF_EDGES
 #endif
 
-Nodes before(cudaGraphNode_t node) {
-  return all(
-      [node](cudaGraphNode_t* nodes, std::size_t* count) {
-        return cudaGraphNodeGetDependencies(node, nodes, ASYNCDIFF_EDGES count);
-      },
-      "reading a graph's edges");
+bool read_edges(cudaGraphNode_t node, Nodes& before, Nodes& after) {
+  return read(
+             [node](cudaGraphNode_t* nodes, std::size_t* count) {
+               return cudaGraphNodeGetDependencies(node, nodes, ASYNCDIFF_EDGES count);
+             },
+             before) &&
+         read(
+             [node](cudaGraphNode_t* nodes, std::size_t* count) {
+               return cudaGraphNodeGetDependentNodes(node, nodes, ASYNCDIFF_EDGES count);
+             },
+             after);
 }
 
-Nodes after(cudaGraphNode_t node) {
-  return all(
-      [node](cudaGraphNode_t* nodes, std::size_t* count) {
-        return cudaGraphNodeGetDependentNodes(node, nodes, ASYNCDIFF_EDGES count);
-      },
-      "reading a graph's edges");
+std::uint32_t pattern_of(const cudaMemsetParams& memset) {
+  if (memset.elementSize == 1) return (memset.value & 0xffu) * 0x01010101u;
+  if (memset.elementSize == 2) return (memset.value & 0xffffu) * 0x00010001u;
+  return memset.value;
 }
 
-void replace(cudaGraph_t graph, cudaGraphNode_t memset, Rows rows) {
-  const Nodes from = before(memset);
-  const Nodes to = after(memset);
-  void* arguments[] = {&rows};
-  const std::size_t blocks = (rows.width + 4 * kThreads - 1) / (4 * kThreads);
+// A kernel in the place of a memset. False where that cannot be done; the graph then does what it
+// did: at worst the memory is set twice.
+bool replace(cudaGraph_t graph, cudaGraphNode_t node, const cudaMemsetParams& memset) {
+  Nodes before;
+  Nodes after;
+  if (!read_edges(node, before, after)) return false;
+  auto* to = static_cast<std::byte*>(memset.dst);
+  std::size_t nbytes = memset.width * memset.elementSize;
+  std::uint32_t pattern = pattern_of(memset);
+  void* arguments[] = {&to, &nbytes, &pattern};
+  const std::size_t blocks = (nbytes + 4 * kThreads - 1) / (4 * kThreads);
   cudaKernelNodeParams kernel{};
   kernel.func = reinterpret_cast<void*>(&memset_kernel);
   kernel.gridDim = dim3(static_cast<unsigned>(std::clamp<std::size_t>(blocks, 1, 128)));
   kernel.blockDim = dim3(kThreads);
   kernel.kernelParams = arguments;
-  cudaGraphNode_t node = nullptr;
-  check_cuda(cudaGraphAddKernelNode(&node, graph, from.data(), from.size(), &kernel),
-             "adding a kernel to a graph");
-  const Nodes same(to.size(), node);
-  check_cuda(cudaGraphAddDependencies(graph, same.data(), to.data(), ASYNCDIFF_EDGES to.size()),
-             "adding edges to a graph");
-  check_cuda(cudaGraphDestroyNode(memset), "removing a node of a graph");
+  cudaGraphNode_t made = nullptr;
+  if (cudaGraphAddKernelNode(&made, graph, before.data(), before.size(), &kernel) != cudaSuccess) {
+    return false;
+  }
+  const Nodes same(after.size(), made);
+  if (cudaGraphAddDependencies(graph, same.data(), after.data(), ASYNCDIFF_EDGES after.size()) !=
+      cudaSuccess) {
+    check_cuda(cudaGraphDestroyNode(made), "removing a node from a graph");
+    return false;
+  }
+  return cudaGraphDestroyNode(node) == cudaSuccess;
 }
 
 #undef ASYNCDIFF_EDGES
+
+cudaGraphNodeType type_of(cudaGraphNode_t node) {
+  cudaGraphNodeType type{};
+  check_cuda(cudaGraphNodeGetType(node, &type), "reading a graph");
+  return type;
+}
 
 }  // namespace
 
 int replace_memsets(cudaGraph_t graph, int device) {
   const DeviceGuard guard(device);
-  const Nodes nodes =
-      all([graph](cudaGraphNode_t* out,
-                  std::size_t* count) { return cudaGraphGetNodes(graph, out, count); },
-          "reading a graph");
+  std::size_t count = 0;
+  check_cuda(cudaGraphGetNodes(graph, nullptr, &count), "reading a graph");
+  Nodes nodes(count);
+  if (count > 0) check_cuda(cudaGraphGetNodes(graph, nodes.data(), &count), "reading a graph");
+  // Nothing can be removed from a graph that allocates memory.
+  const bool fixed = std::any_of(nodes.begin(), nodes.end(), [](cudaGraphNode_t node) {
+    const cudaGraphNodeType type = type_of(node);
+    return type == cudaGraphNodeTypeMemAlloc || type == cudaGraphNodeTypeMemFree;
+  });
+  if (fixed) return 0;
   int replaced = 0;
   for (cudaGraphNode_t node : nodes) {
-    cudaGraphNodeType type{};
-    check_cuda(cudaGraphNodeGetType(node, &type), "reading a graph");
-    if (type != cudaGraphNodeTypeMemset) continue;
+    if (type_of(node) != cudaGraphNodeTypeMemset) continue;
     cudaMemsetParams memset{};
     check_cuda(cudaGraphMemsetNodeGetParams(node, &memset), "reading a graph's memset");
-    const Rows rows = rows_of(memset);
-    if (rows.width * rows.height > kLargest) continue;
-    replace(graph, node, rows);
-    ++replaced;
+    const bool small = memset.width * memset.elementSize <= kLargest;
+    if (memset.height == 1 && small && replace(graph, node, memset)) ++replaced;
   }
+  cudaGetLastError();  // of what could not be replaced
   return replaced;
 }
+
+void preload_memsets() { preload<memset_kernel>(); }
 
 }  // namespace asyncdiff

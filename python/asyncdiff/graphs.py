@@ -27,7 +27,5 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         yield graph
     if kept:
-        # Of another allocator the graph allocates memory itself.
-        if torch.cuda.get_allocator_backend() == "native":
-            core.replace_memsets(graph.raw_cuda_graph(), stream.device.index)
+        core.replace_memsets(graph.raw_cuda_graph(), stream.device.index)
         graph.instantiate()
