@@ -31,7 +31,9 @@ def unit_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def balanced(captured: Captured, costs: Costs, components: int, bytes_per_ms: float) -> list[str]:
+def balanced(
+    captured: Captured, costs: Costs, components: int, bytes_per_ms: float, copies: int = 1
+) -> list[str]:
     """Names of the N−1 nodes at which components 1 … N−1 begin, by the exact optimum of
     :mod:`asyncdiff.balance`."""
     owned = units(captured)
@@ -55,7 +57,7 @@ def balanced(captured: Captured, costs: Costs, components: int, bytes_per_ms: fl
     for output in captured.outputs:
         for v in carried.get(output, ()):
             last_use[v] = len(owned)
-    starts = cut(ms, nbytes, last_use, components, bytes_per_ms)
+    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies)
     return [owned[p].name for p in starts]
 
 

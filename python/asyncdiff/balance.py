@@ -23,11 +23,14 @@ def cut(
     last_use: Sequence[int],
     components: int,
     bytes_per_ms: float,
+    copies: int = 1,
 ) -> list[int]:
     """Positions p_1 < … < p_{N−1}: component i owns nodes p_i … p_{i+1}−1.
 
     ``ms[v]`` is the time of node v, ``nbytes[v]`` the size of its value (0 if it never crosses),
-    ``last_use[v]`` the position of the last node that reads it. Time O(M² N) in numpy for M nodes.
+    ``last_use[v]`` the position of the last node that reads it. ``copies`` is how many ranks run
+    the last component: its predecessor sends all it has to each of them. (What earlier ones send
+    there counts once: it leaves early.) Time O(M² N) in numpy for M nodes.
     Raises PartitionError if there are fewer nodes than components.
     """
     count = len(ms)
@@ -36,11 +39,13 @@ def cut(
             f"components={components}: this denoiser can be split into at most {count}"
         )
     segment = _segment_costs(ms, nbytes, last_use, bytes_per_ms)
-    best = segment[0].copy()  # best[b]: slowest component over nodes 0 … b−1 with n components
+    fan_out = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies) if copies > 1 else segment
+    by_index = [fan_out if i == components - 2 else segment for i in range(components)]
+    best = by_index[0][0].copy()  # best[b]: slowest component over nodes 0 … b−1 with n components
     best[0] = np.inf
     choices = []
-    for _ in range(components - 1):
-        worst = np.maximum(best[:, None], segment)  # [a, b]: last component is a … b−1
+    for costs in by_index[1:]:
+        worst = np.maximum(best[:, None], costs)  # [a, b]: last component is a … b−1
         choice = worst.argmin(axis=0)
         best = worst[choice, np.arange(count + 1)]
         choices.append(choice)

@@ -128,17 +128,19 @@ def partition(
     *,
     costs: Costs | None = None,
     bytes_per_ms: float = 3e8,
+    copies: int = 1,
 ) -> Partition:
     """Split ``captured`` into ``components`` parts.
 
     ``split`` is ``"auto"`` (the cut that makes the slowest component fastest under ``costs``,
     estimated ones if None), lists of module paths, or node names at which components begin.
-    ``bytes_per_ms`` is the speed of the links. Raises PartitionError where that cannot be done.
+    ``bytes_per_ms`` is the speed of the links, ``copies`` how many ranks run the last component
+    (as many as the stride). Raises PartitionError where that cannot be done.
     """
     cuts: tuple[str, ...] | None = None
     if isinstance(split, str):
         costs = costs or estimate(captured)
-        cuts = tuple(balanced(captured, costs, components, bytes_per_ms))
+        cuts = tuple(balanced(captured, costs, components, bytes_per_ms, copies))
         owners = by_cuts(captured, cuts)
     elif all(isinstance(s, str) for s in split):
         cuts = tuple(str(s) for s in split)

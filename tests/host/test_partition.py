@@ -142,27 +142,28 @@ def test_the_cut_is_the_best_of_all(data: st.DataObject) -> None:
     ms, nbytes = data.draw(numbers), data.draw(numbers)
     last_use = [data.draw(st.integers(i, count)) for i in range(count)]
     parts = data.draw(st.integers(1, min(count, 4)))
+    copies = data.draw(st.integers(1, 3))
 
-    def cost(a: int, b: int) -> float:
+    def cost(a: int, b: int, times: int) -> float:
         """Naive: push in order of production on one link, beside the computation."""
-        clock = link = hidden = 0.0
+        clock = link = 0.0
         for v in range(a, b):
             clock += ms[v]
             if last_use[v] >= b and nbytes[v]:
-                link = max(link, clock) + nbytes[v]
-        # Values that were there before the first push still count towards its queue.
-        hidden = sum(nbytes[v] for v in range(b) if last_use[v] >= b)
-        return max(clock, link) + 0.02 * hidden
+                link = max(link, clock) + times * nbytes[v]
+        return max(clock, link) + 0.02 * times * sum(
+            nbytes[v] for v in range(a, b) if last_use[v] >= b
+        )
 
     def slowest(starts: tuple[int, ...]) -> float:
         edges = [0, *starts, count]
         return max(
-            cost(a, b) - 0.02 * sum(nbytes[v] for v in range(a) if last_use[v] >= b)
-            for a, b in itertools.pairwise(edges)
+            cost(a, b, copies if i == parts - 2 else 1)
+            for i, (a, b) in enumerate(itertools.pairwise(edges))
         )
 
     best = min(slowest(c) for c in itertools.combinations(range(1, count), parts - 1))
-    got = cut(ms, nbytes, last_use, parts, 1.0)
+    got = cut(ms, nbytes, last_use, parts, 1.0, copies)
     assert slowest(tuple(got)) == pytest.approx(best)
 
 
