@@ -30,7 +30,13 @@ class Exports:
 
             return self._once((id(captured), str(device)), quietly)
 
-        prepared.capture, prepared.measure = captured, measured
+        component_ms = prepared.component_ms
+
+        def timed(engine: Any) -> Any:
+            with lock.quiet():
+                return component_ms(engine)
+
+        prepared.capture, prepared.measure, prepared.component_ms = captured, measured, timed
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key in self._kept:

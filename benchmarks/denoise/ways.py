@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import asyncdiff
-from asyncdiff.graphs import capturing
 from denoise.loop import Loop
 from denoise.settings import Setting
 
@@ -112,9 +111,11 @@ class Asynchronous:
 def component_times(denoiser: Any, replays: int = 20) -> list[float]:
     """Milliseconds of each rank's component in a CUDA graph, alone and without any exchange
     (medians)."""
+    engine = denoiser._engine
+    teams = getattr(engine, "engines", [engine])  # with guidance split one for each condition
     out = []
-    for worker in denoiser._engine.workers:
-        graph = _component(denoiser, worker)
+    for team, worker in ((t, w) for t in teams for w in t.workers):
+        graph = team.graph_alone(worker)
         times = []
         with worker.current():
             for _ in range(replays):
@@ -126,18 +127,3 @@ def component_times(denoiser: Any, replays: int = 20) -> list[float]:
                 times.append(begun.elapsed_time(ended))
         out.append(sorted(times)[len(times) // 2])
     return out
-
-
-def _component(denoiser: Any, worker: Any) -> torch.cuda.CUDAGraph:
-    reads = {source: values for (source, slot), values in worker.mailbox.items() if slot == 0}
-    ordered = {b.source: reads[b.source] for b in worker_reads(denoiser, worker)}
-    with torch.no_grad(), worker.current():
-        worker.program.emit.hook = None
-        with capturing(worker.stream) as graph:
-            worker.program(*worker._arguments(ordered))
-    return graph
-
-
-def worker_reads(denoiser: Any, worker: Any) -> Any:
-    """The bundles that a worker reads, in its program's order."""
-    return denoiser.partition.components[worker.index].reads

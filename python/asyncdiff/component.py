@@ -344,6 +344,14 @@ class Worker:
             captured.graph.replay()
             return captured.outputs
 
+    def graph_alone(self, reads: dict[int, list[torch.Tensor]]) -> torch.cuda.CUDAGraph:
+        """A CUDA graph of the program alone, on bundles by source."""
+        assert self.stream is not None
+        self._emit.hook = None
+        with torch.no_grad(), self.current(), capturing(self.stream) as graph:
+            self.program(*self._arguments(reads))
+        return graph
+
     def execute(self, slots: Slots) -> list[Any]:
         """Run the component on the current stream, and push its boundary; returns the outputs."""
         read, write = slots

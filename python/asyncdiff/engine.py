@@ -169,6 +169,11 @@ class Engine:
                 self.workers[action.rank].prepare(self._slots(action))
         self._ready = plan
 
+    def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
+        """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
+        reads = self.partition.components[worker.index].reads
+        return worker.graph_alone({b.source: worker.mailbox[b.source, 0] for b in reads})
+
     def _slots(self, action: Action) -> Slots:
         reads = tuple((source, max(ordinal, 0) % self.slots) for source, ordinal in action.reads)
         return reads, None if action.put is None else action.put % self.slots

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,10 @@ from .groups import GROUPS, Groups, part
 from .partition import Partition, Split, partition
 from .plan import ring
 from .progress import Progress, bar
+from .recut import CUTS, WORTH, WORTH_COMPILING, component_ms, recut
 from .weights import Weights
+
+log = logging.getLogger("asyncdiff")
 
 #: Signatures whose engines are kept. Each engine holds mailboxes and graphs.
 _KEPT = 4
@@ -94,15 +99,40 @@ class Engines:
         """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
         one for each condition."""
         if not split:
-            return self._engine(call, self._partition(call, components), devices)
+            return self._even(call, components, devices)
         ranks = len(devices) // GROUPS
         mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
-        parts = self._partition(mine[0], components)
-        engines = [
-            self._engine(mine[g], parts, devices[g * ranks : (g + 1) * ranks])
-            for g in range(GROUPS)
+        first = self._even(mine[0], components, devices[:ranks])
+        others = [
+            self._engine(mine[g], first.partition, devices[g * ranks : (g + 1) * ranks])
+            for g in range(1, GROUPS)
         ]
-        return Groups(engines, call)
+        return Groups([first, *others], call)
+
+    def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
+        """An engine; where its components turn out too unequal, one that is cut again."""
+        copies = len(devices) - components + 1
+        parts = self._partition(call, components, copies)
+        engine = self._engine(call, parts, devices)
+        if components == 1 or self._making.split != "auto":
+            return engine
+        assert self._bytes_per_ms is not None
+        worth = WORTH_COMPILING if self._making.compile else WORTH
+        for _ in range(CUTS):
+            times = component_ms(engine)
+            better = times and recut(parts, times, self._bytes_per_ms, copies, worth)
+            if not better:
+                break
+            engine.close()
+            del engine
+            gc.collect()  # programs refer to themselves; what they have is needed now
+            try:
+                engine = self._engine(call, better, devices)
+            except Exception as e:  # the cut before had memory enough
+                log.warning("the denoiser stays cut as it was before: %s", e)
+                return self._engine(call, parts, devices)
+            parts = better
+        return engine
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
         making = self._making
@@ -124,7 +154,7 @@ class Engines:
                 compile=progress,
             )
 
-    def _partition(self, call: Call, components: int) -> Partition:
+    def _partition(self, call: Call, components: int, copies: int) -> Partition:
         making = self._making
         captured = capture(self._module, call)
         split = making.split if components == making.components else "auto"
@@ -135,4 +165,11 @@ class Engines:
             costs = measure(captured, call.tensors, making.devices[0])
             if making.compile:
                 costs = fused(captured, costs)
-        return partition(captured, components, split, costs=costs, bytes_per_ms=self._bytes_per_ms)
+        return partition(
+            captured,
+            components,
+            split,
+            costs=costs,
+            bytes_per_ms=self._bytes_per_ms,
+            copies=copies,
+        )
