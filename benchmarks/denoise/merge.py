@@ -4,7 +4,7 @@
 
 What an earlier file has of a model stays, but for figures that a later one has too: those of one
 GPU (every run measures its own, to compare with) are the first file's, all others the last's. Every
-ratio was taken within its own run.
+ratio was taken within its own run. A later run may have been let see fewer of the machine's GPUs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from denoise.models import MODELS
 from results_file import OF_THE_RUN
 
+#: What may differ between the environments of runs on one machine; of GPUs see below.
+ALLOWED = (*OF_THE_RUN, "gpus", "links")
+
 
 def merge(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """One document. Raises ValueError if they are not of the same machine and versions."""
-    machines = [
-        {k: v for k, v in d["environment"].items() if k not in OF_THE_RUN} for d in documents
-    ]
-    for machine in machines[1:]:
-        if machine != machines[0]:
-            differ = [k for k in machine if machine[k] != machines[0].get(k)]
+    first, *others = (d["environment"] for d in documents)
+    for other in others:
+        differ = [k for k in first if k not in ALLOWED and other.get(k) != first[k]]
+        if first["gpus"][: len(other["gpus"])] != other["gpus"]:
+            differ.append("gpus")
+        if differ:
             raise ValueError(f"not of the same machine and versions: {', '.join(differ)} differ")
     figures: dict[str, Any] = {}
     for document in documents:

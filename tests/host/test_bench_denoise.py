@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -112,9 +113,16 @@ def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
     assert merged["command"].count("run.py") == 2
     # Further lengths are for few ranks, and one round of eager is enough to compare with.
     assert "6 steps" in merged["N=2 S=1 w=1"] and "6 steps" not in merged["N=3 S=1 w=1"]
-    documents["b"]["environment"]["torch"] = "1.0"
+    here = documents["b"]["environment"]
+    here["torch"] = "1.0"
     with pytest.raises(ValueError, match="torch differ"):
         merge.merge(list(documents.values()))
+    here["torch"] = documents["a"]["environment"]["torch"]
+    documents["a"]["environment"]["gpus"] = ["GPU", "GPU"]
+    for gpus, fits in ((["GPU"], True), (["another"], False), (["GPU"] * 3, False)):
+        here["gpus"] = gpus
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="gpus differ"):
+            merge.merge(list(documents.values()))
 
 
 def test_the_table_of_committed_results_is_the_readmes() -> None:
