@@ -27,7 +27,8 @@ def merge(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """One document. Raises ValueError if they are not of the same machine and versions."""
     first, *others = (d["environment"] for d in documents)
     for other in others:
-        differ = [k for k in first if k not in ALLOWED and other.get(k) != first[k]]
+        keys = dict.fromkeys((*first, *other))
+        differ = [k for k in keys if k not in ALLOWED and first.get(k) != other.get(k)]
         if first["gpus"][: len(other["gpus"])] != other["gpus"]:
             differ.append("gpus")
         if differ:

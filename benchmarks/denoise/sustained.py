@@ -11,6 +11,7 @@ behind each other; ``tick`` is what a further step of a loop takes, from loops o
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -28,32 +29,43 @@ from denoise.timings import timed
 from denoise.ways import Asynchronous, Graphed, Team
 from markdown_table import markdown
 
-#: Seconds of a moment, of a while, and of rest before each.
-MOMENT, WHILE, REST = 0.1, 3.0, 1.0
+#: Milliseconds of a moment, of a while, and of what is given to a GPU at a time.
+MOMENT, WHILE, CHUNK = 100.0, 3000.0, 100.0
+#: Seconds of rest before each.
+REST = 1.0
 
 
-def replayed(graphs: Sequence[tuple[Any, torch.cuda.CUDAGraph]], seconds: float) -> list[float]:
-    """Milliseconds of one replay of each graph, in the last third of ``seconds``, all at once.
+def replayed(
+    graphs: Sequence[tuple[Any, torch.cuda.CUDAGraph]], ms: Sequence[float], during: float
+) -> list[float]:
+    """Milliseconds of one replay of each graph in the last third of the time, all at once.
 
-    ``graphs``: pairs of a worker, on whose stream it is replayed, and its graph.
+    ``graphs``: pairs of a worker, on whose stream it is replayed, and its graph; ``ms``: what each
+    takes, about, by which each GPU is given as much to do as the others; ``during``: milliseconds.
     """
     time.sleep(REST)
-    events: list[list[torch.cuda.Event]] = [[] for _ in graphs]
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(events[0]) < 4:
-        for (worker, graph), marks in zip(graphs, events, strict=True):
+    runs: list[list[tuple[int, Any, Any]]] = [[] for _ in graphs]
+    done = [0] * len(graphs)
+    for chunk in range(1, max(1, round(during / CHUNK)) + 1):
+        for i, (worker, graph) in enumerate(graphs):
+            count = max(1, round(chunk * CHUNK / ms[i]) - done[i])
+            done[i] += count
             with worker.current():
-                graph.replay()
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-        for marks in events:
-            if len(marks) > 2:
-                marks[-3].synchronize()  # two replays ahead, so that GPUs never wait for this
+                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                graph.replay()  # until then a GPU that had nothing to do waits for the launch
+                begun.record()
+                for _ in range(count):
+                    graph.replay()
+                ended.record()
+            runs[i].append((count, begun, ended))
+        for mine in runs:
+            if len(mine) > 2:
+                mine[-3][2].synchronize()  # two chunks ahead, so that no GPU waits for this
     out = []
-    for marks in events:
-        marks[-1].synchronize()
-        count = max(1, len(marks) // 3)
-        out.append(marks[-1 - count].elapsed_time(marks[-1]) / count)
+    for mine in runs:
+        last = mine[-max(1, len(mine) // 3) :]
+        last[-1][2].synchronize()
+        out.append(sum(a.elapsed_time(b) for _, a, b in last) / sum(n for n, _, _ in last))
     return out
 
 
@@ -72,7 +84,8 @@ def main() -> None:
     inputs = model.inputs(module)
     devices = [f"cuda:{r}" for r in range(setting.ranks)]
     one = Graphed(module, inputs)
-    team = Team(module, inputs, setting, devices, False)
+    # A module of its own: a denoiser moves its weights, which the graph reads where they lie.
+    team = Team(copy.deepcopy(module).to("cpu"), inputs, setting, devices, False)
     way = Asynchronous(team, setting)
     loops = [Loop(inputs, steps) for steps in args.steps]
     per_step = {}
@@ -82,18 +95,21 @@ def main() -> None:
         per_step[name] = (many - few) / (args.steps[1] - args.steps[0])
     engine = team.denoiser._engine
     graphs = [(worker, engine.graph_alone(worker)) for worker in engine.workers]
+    print(f"{model.title}, {setting.name}: {team.denoiser.partition.cuts}", flush=True)
+    once = [c.ms for c in team.denoiser.partition.report().components]
+    ms = [once[worker.index] for worker in engine.workers]
+    pairs = list(zip(graphs, ms, strict=True))
     columns = {
-        "alone, a moment": [replayed([g], MOMENT)[0] for g in graphs],
-        "alone, a while": [replayed([g], WHILE)[0] for g in graphs],
-        "at once, a moment": replayed(graphs, MOMENT),
-        "at once, a while": replayed(graphs, WHILE),
+        "alone, a moment": lambda: [replayed([g], [t], MOMENT)[0] for g, t in pairs],
+        "alone, a while": lambda: [replayed([g], [t], WHILE)[0] for g, t in pairs],
+        "at once, a moment": lambda: replayed(graphs, ms, MOMENT),
+        "at once, a while": lambda: replayed(graphs, ms, WHILE),
     }
-    rows = [["rank", *columns]]
-    rows += [
-        [str(rank), *(f"{times[rank]:.2f}" for times in columns.values())]
-        for rank in range(setting.ranks)
-    ]
-    print(f"{model.title}, {setting.name}: {team.denoiser.partition.cuts}\n{markdown(rows)}")
+    rows = [["", *(f"rank {rank}" for rank in range(setting.ranks))]]
+    for name, column in columns.items():
+        rows.append([name, *(f"{t:.2f}" for t in column())])
+        print(" | ".join(rows[-1]), flush=True)
+    print(markdown(rows))
     ticks = per_step["tick"] * setting.stride
     print(f"a tick takes {ticks:.2f} ms, a step on one GPU {per_step['one GPU']:.2f}")
     team.denoiser.close()

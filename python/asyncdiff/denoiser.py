@@ -51,9 +51,10 @@ class AsyncDenoiser:
         components, stride, warmup, time_shift: N, S, w and the time shift of the schedule. A warmup
             of "auto", or an :class:`asyncdiff.AutoWarmup`, ends when the denoiser's output changes
             less from step to step than it did.
-        split: ``"auto"`` (node costs measured on the first device), ``"estimate"`` (from FLOPs and
-            bytes, the same on every machine), one list of module paths for each component, or the
-            ``partition.cuts`` of an earlier run.
+        split: ``"auto"`` (node costs measured on the first device; where every component has a GPU
+            of its own they are then timed, and cut again if that makes the slowest faster),
+            ``"estimate"`` (from FLOPs and bytes, the same on every machine), one list of module
+            paths for each component, or the ``partition.cuts`` of an earlier run.
         latents, timestep: names of those arguments, where they are not the usual ones.
         schedule: ``"asyncdiff"``, as published, or ``"wavefront"``: an evaluation passes through
             the components in successive ticks, and the sampler goes on with an extrapolated clean
@@ -73,8 +74,9 @@ class AsyncDenoiser:
             steps but the last of the first ones run whole on two devices, a condition each. Those
             hold the whole denoiser then.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
-            new shape (results are cached on the disk, where torch keeps them) and makes a step a
-            third faster; None for denoisers of at least 100 million parameters on GPUs.
+            new shape, up to four where components turn out unequal (results are cached on the disk,
+            where torch keeps them) and makes a step a third faster; None for denoisers of at least
+            100 million parameters on GPUs.
         progress: called with (what, done, of how many) while components are compiled; None for a
             bar where stderr is a terminal.
         deadline: seconds after which a rank that waits for another gives up.

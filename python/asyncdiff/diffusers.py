@@ -238,12 +238,16 @@ def plan_partition(
     measure: bool | None = None,
     height: int | None = None,
     width: int | None = None,
+    copies: int = 1,
 ) -> Partition:
     """How a pipeline's denoiser would be split, without running the pipeline.
+
+    Engines may cut elsewhere: they measure the links, and components once these are placed.
 
     Inputs are made up from the denoiser's configuration (batch 2, for guidance) for pictures of
     ``height`` × ``width`` pixels (default: the denoiser's own size). ``measure``: time the nodes
     on ``device`` (default: there where the denoiser is, unless that is the meta device).
+    ``copies``: ranks that run the last component, as many as the stride but for waves.
     """
     check_numbers(components, 1, 1)
     module = find_denoiser(pipe)
@@ -258,7 +262,7 @@ def plan_partition(
     costs = None
     if measure if measure is not None else where.type != "meta" and home.type != "meta":
         costs = measure_costs(captured, call.tensors, where)
-    return partition(captured, components, split, costs=costs)
+    return partition(captured, components, split, costs=costs, copies=copies)
 
 
 def _twin(module: nn.Module) -> nn.Module:

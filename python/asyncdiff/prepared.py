@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,37 +103,60 @@ class Engines:
             return self._even(call, components, devices)
         ranks = len(devices) // GROUPS
         mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
-        first = self._even(mine[0], components, devices[:ranks])
-        others = [
-            self._engine(mine[g], first.partition, devices[g * ranks : (g + 1) * ranks])
-            for g in range(1, GROUPS)
-        ]
-        return Groups([first, *others], call)
+        engines = [self._even(mine[0], components, devices[:ranks])]
+        with contextlib.ExitStack() as undo:  # should there be no memory for the others
+            undo.callback(engines[0].close)
+            for g in range(1, GROUPS):
+                of_group = devices[g * ranks : (g + 1) * ranks]
+                engines.append(self._engine(mine[g], engines[0].partition, of_group))
+                undo.callback(engines[-1].close)
+            undo.pop_all()
+        return Groups(engines, call)
 
     def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
         """An engine; where its components turn out too unequal, one that is cut again."""
         copies = len(devices) - components + 1
-        parts = self._partition(call, components, copies)
+        parts = before = self._partition(call, components, copies)
         engine = self._engine(call, parts, devices)
         if components == 1 or self._making.split != "auto":
             return engine
         assert self._bytes_per_ms is not None
         worth = WORTH_COMPILING if self._making.compile else WORTH
-        for _ in range(CUTS):
+        slowest = math.inf
+        for cuts in range(CUTS + 1):
             times = component_ms(engine)
-            better = times and recut(parts, times, self._bytes_per_ms, copies, worth)
-            if not better:
+            if times is None:
+                break
+            worse = max(times) > slowest
+            if worse:
+                better: Partition | None = before
+            elif cuts < CUTS:
+                better = recut(parts, times, self._bytes_per_ms, copies, worth)
+            else:
+                better = None
+            if better is None:
                 break
             engine.close()
             del engine
-            gc.collect()  # programs refer to themselves; what they have is needed now
-            try:
-                engine = self._engine(call, better, devices)
-            except Exception as e:  # the cut before had memory enough
-                log.warning("the denoiser stays cut as it was before: %s", e)
-                return self._engine(call, parts, devices)
-            parts = better
+            engine = self._instead(call, better, parts, devices)
+            if worse or engine.partition is parts:
+                break
+            before, parts, slowest = parts, better, max(times)
         return engine
+
+    def _instead(
+        self, call: Call, parts: Partition, otherwise: Partition, devices: Sequence[torch.device]
+    ) -> Engine:
+        """An engine of ``parts``, in place of one of ``otherwise``, that was closed; should there
+        be no memory for it, one of ``otherwise`` again."""
+        _collect()
+        try:
+            return self._engine(call, parts, devices)
+        except Exception as e:
+            log.warning("the denoiser stays cut as it was before: %s", str(e))
+        # Only now: the exception, which a log would keep, holds what was made of the engine.
+        _collect()
+        return self._engine(call, otherwise, devices)
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
         making = self._making
@@ -173,3 +197,9 @@ class Engines:
             bytes_per_ms=self._bytes_per_ms,
             copies=copies,
         )
+
+
+def _collect() -> None:
+    """Free what closed engines had: programs refer to themselves, and torch keeps their memory."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ unequal the costs of the nodes of each are corrected by one factor, and the deno
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 
 from .capture import Captured
 from .cost import Costs
+from .errors import PartitionError
 from .partition import Component, Partition, partition
 
 if TYPE_CHECKING:
@@ -33,8 +35,10 @@ WORTH_COMPILING = 0.03
 CUTS = 2
 #: Milliseconds of the slowest component, below which launches are what is timed.
 SHORTEST = 0.5
-#: Milliseconds that each component is run for, all at once: shorter, and GPUs do not slow down yet.
+#: Milliseconds that each component is run for, all at once, and how often at most: shorter, and
+#: GPUs do not slow down yet.
 _RUN_FOR = 120.0
+_REPLAYS = 200
 #: Such runs, at least and at most, and by what share the two fastest of a component may differ:
 #: whatever else a GPU does makes runs slower, and some more than others.
 _RUNS = (3, 12)
@@ -57,7 +61,7 @@ def component_ms(engine: Engine) -> list[float] | None:
                 _fill(worker)
         graphs += [engine.graph_alone(w) for w in workers]
         once = _replay(engine, workers, graphs, [2] * len(workers))
-        replays = [max(2, min(50, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
+        replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
         runs: list[list[float]] = []
         while not settled(runs) and len(runs) < _RUNS[1]:
             runs.append(_replay(engine, workers, graphs, replays))
@@ -65,6 +69,8 @@ def component_ms(engine: Engine) -> list[float] | None:
         log.debug("components are not timed: %s", e)
         return None
     finally:
+        with contextlib.suppress(Exception):
+            engine.synchronize()
         graphs.clear()
         torch.cuda.empty_cache()  # what the graphs had is not for torch alone
     if not settled(runs):
@@ -137,13 +143,16 @@ def recut(
         for node in component.owned:
             ms[node] = parts.costs.ms[node] * factor
     costs = replace(parts.costs, ms=ms, source=f"{parts.costs.source}, corrected by components")
-    new = partition(
-        parts.captured,
-        len(parts.components),
-        costs=costs,
-        bytes_per_ms=bytes_per_ms,
-        copies=copies,
-    )
+    try:
+        new = partition(
+            parts.captured,
+            len(parts.components),
+            costs=costs,
+            bytes_per_ms=bytes_per_ms,
+            copies=copies,
+        )
+    except PartitionError:  # the split that there is works
+        return None
     expected = max(_ms(new.captured, c, costs) for c in new.components)
     better = expected < (1 - worth) * slowest
     log.info(

@@ -224,7 +224,8 @@ def _speedups(
     pipe: Any, family: Family, steps: int, device: torch.device, bytes_per_ms: float
 ) -> dict[tuple[int, int], float]:
     """Predicted speed-up by exact steps at both ends."""
-    parts = plan_partition(pipe, family.components, device=device)
+    copies = family.ranks - family.components + 1
+    parts = plan_partition(pipe, family.components, device=device, copies=copies)
     report = parts.report().to_dict()
     links = {"link_gb_per_s": bytes_per_ms / 1e6, "link_latency_us": _LATENCY_US}
     timing = Timing.from_report(report, **links)

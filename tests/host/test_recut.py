@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -90,9 +91,9 @@ def test_a_denoiser_is_made_with_the_new_cut(
     made: list[Any] = []
 
     def timed(engine: Engine) -> list[float] | None:
-        """As if the first component took far longer than it was cut for, and then even longer."""
+        """As if the first component took far longer than it was cut for, and still does."""
         made.append(engine.partition)
-        return [10.0 * len(made), 2.0]
+        return [10.0 - len(made), 2.0]
 
     monkeypatch.setattr(prepared, "measure", even)
     monkeypatch.setattr(prepared, "component_ms", timed)
@@ -101,9 +102,9 @@ def test_a_denoiser_is_made_with_the_new_cut(
     denoiser = asyncdiff.AsyncDenoiser(
         module, (), call, devices=["cpu"] * ranks, components=2, warmup=3, guidance=guidance
     )
-    assert len(made) == 2, "for one condition only"
-    owned = [len(parts.components[0].owned) for parts in (*made, denoiser.partition)]
-    assert owned[0] > owned[1] > owned[2]
+    assert len(made) == 3, "for one condition only"
+    owned = [len(parts.components[0].owned) for parts in made]
+    assert owned[0] > owned[1] > owned[2] == len(denoiser.partition.components[0].owned)
     want = [module(**{**call, "timestep": t})[0] for t in timesteps]
     with denoiser.generation(timesteps):
         for t, w in zip(timesteps, want, strict=True):
@@ -129,17 +130,35 @@ def test_components_are_not_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
         assert seen == times
 
 
+def test_a_cut_that_turns_out_slower_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([[10.0, 2.0], [30.0, 30.0]])
+    made: list[Any] = []
+
+    def timed(engine: Engine) -> list[float]:
+        made.append(engine.partition.cuts)
+        return next(times)
+
+    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(prepared, "component_ms", timed)
+    denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
+    assert denoiser.partition.cuts == made[0] != made[1]
+    denoiser.close()
+
+
 def test_without_memory_for_the_new_cut_the_old_one_stays(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made: list[Any] = []
+    engines: list[weakref.ref[Engine]] = []
 
     class Full(Engine):
         def __init__(self, partition: Partition, *args: Any, **kwargs: Any) -> None:
+            assert not any(engine() for engine in engines), "what is closed holds no memory"
+            super().__init__(partition, *args, **kwargs)
+            engines.append(weakref.ref(self))
             made.append(partition.cuts)
             if len(made) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            super().__init__(partition, *args, **kwargs)
 
     monkeypatch.setattr(prepared, "measure", even)
     monkeypatch.setattr(prepared, "Engine", Full)
@@ -148,3 +167,28 @@ def test_without_memory_for_the_new_cut_the_old_one_stays(
     assert made[2] == made[0] == denoiser.partition.cuts != made[1]
     assert "stays cut as it was" in caplog.text
     denoiser.close()
+
+
+def test_the_first_condition_is_closed_when_the_second_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Engine] = []
+    closed: list[Engine] = []
+
+    class Full(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if made:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(prepared, "Engine", Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        asyncdiff.AsyncDenoiser(
+            toy(), (), toy_call(), devices=["cpu"] * 4, components=2, guidance="split"
+        )
+    assert closed == made

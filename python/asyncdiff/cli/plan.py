@@ -69,7 +69,8 @@ def plan(
     }  # fmt: skip
     partition, told, timing = None, "", None
     if model is not None or demo:
-        report = _partition(model, components, device, height, width)
+        copies = plans.rank_count(components, stride, schedule) - components + 1
+        report = _partition(model, components, device, height, width, copies)
         partition, told = report.to_dict(), str(report)
         # Who sends to whom decides how late waves are.
         edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
@@ -120,7 +121,12 @@ def plan(
 
 
 def _partition(
-    model: str | None, components: int, device: str, height: int | None, width: int | None
+    model: str | None,
+    components: int,
+    device: str,
+    height: int | None,
+    width: int | None,
+    copies: int,
 ) -> Any:
     from ..diffusers import plan_partition
 
@@ -135,7 +141,9 @@ def _partition(
 
         pipe = load(model, "float32" if device == "cpu" else "float16")
     console.remark(f"capturing and measuring the denoiser on {device}")
-    partition = plan_partition(pipe, components, device=device, height=height, width=width)
+    partition = plan_partition(
+        pipe, components, device=device, height=height, width=width, copies=copies
+    )
     return partition.report()
 
 
