@@ -31,7 +31,8 @@ class Lock:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Part of preparing that times something on a GPU, or keeps one busy: one run at a time."""
+        """Part of preparing that times something on a GPU, or keeps one busy: one run at a time.
+        Not within another one."""
         if self._gpus is None:
             yield
             return

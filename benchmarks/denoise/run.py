@@ -33,6 +33,7 @@ over what the ranks could do at best (``efficiency``).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import itertools
@@ -102,16 +103,17 @@ def run_model(
 
     # One GPU first: without it nothing else says anything.
     before = Memory()
-    module = model.build(home, dtype)
-    inputs = model.inputs(module)
-    ways["eager"] = Eager(module)
     with lock.quiet():
+        module = model.build(home, dtype)
+        inputs = model.inputs(module)
+        ways["eager"] = Eager(module)
         ways["eager"].run(Loop(inputs, 3))
         synchronize()
     memory["eager"] = before.taken()
     for mode in modes:
         begun = time.perf_counter()
-        ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
+        with lock.quiet() if mode == "graph" else contextlib.nullcontext():
+            ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
         with lock.quiet():
             ways[mode].run(Loop(inputs, min(args.steps[0], args.warm_steps)))
             synchronize()
