@@ -5,8 +5,6 @@ python exchange_worker.py JOB RANK
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import fake_cuda
@@ -35,7 +33,8 @@ def main() -> None:
         start("gloo", **options)
 
     patch.setattr(dist, "init_process_group", with_gloo)
-    worker.run(worker.Job.read(Path(sys.argv[1])), int(sys.argv[2]))
+    # Ends the process as the worker itself does: gloo's threads may outlive an orderly end.
+    worker.main()
 
 
 if __name__ == "__main__":
