@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +11,14 @@ from typing import Any
 import torch
 from torch import fx
 
-import asyncdiff_core as core
-
-from .bundle import as_laid_out, dense, moved_on
+from .bundle import dense, moved_on
 from .calls import Role
 from .compiled import compile_program
 from .graphs import capturing
 from .hoist import Hoisted, hoist, store
 from .partition import Partition
 from .program import Emit
+from .push import Push, Sender
 from .timetable import Key, Row, Timetable, fits
 
 log = logging.getLogger("asyncdiff")
@@ -33,15 +31,6 @@ Slots = tuple[tuple[tuple[int, int], ...], int | None]
 Time = float | torch.Tensor
 #: Among a worker's CUDA graphs, that which computes a row.
 _ROW = "row"
-
-
-@dataclass
-class Sender:
-    """A component's end of one channel: where the values for one other component go."""
-
-    target: int
-    channel: core.Channel
-    layout: core.Layout
 
 
 class Caller:
@@ -361,11 +350,15 @@ class Worker:
             if source in reads:
                 bundle = moved_on(reads[source], bundle, self.extrapolate)
             reads[source] = bundle
-        push = None if write is None or not self.senders else _Push(self, write)
+        push = None
+        if write is not None and self.senders:
+            push = Push(self.senders, write, self.stream, self.comm)
         self._emit.hook = push
         outputs = self.program(*self._arguments(reads))
         if push is not None:
             push.finish()
+            self._spent += push.spent
+            self._pushes += 1
         return outputs
 
     def exposed_ms(self) -> float | None:
@@ -430,66 +423,9 @@ class Worker:
         with capturing(self.stream, self._pool) as graph:
             outputs = work()
         push = self._emit.hook
-        events = (push.computed, push.delivered) if isinstance(push, _Push) else (None, None)
+        events = (push.computed, push.delivered) if isinstance(push, Push) else (None, None)
         self._emit.hook = None
         return Recorded(graph, outputs, *events)
-
-
-class _Push:
-    """Pushes boundary values on their own stream, each as soon as it exists."""
-
-    def __init__(self, worker: Worker, slot: int) -> None:
-        self.worker = worker
-        self.slot = slot
-        self.senders = {s.target: s for s in worker.senders}
-        # The pushes read these values beside the computation, which must not reuse their memory.
-        self.held: list[torch.Tensor] = []
-        self.computed = self.delivered = None
-        self.stream = worker.comm
-        started = time.perf_counter()
-        self._follow()
-        for sender in worker.senders:
-            sender.channel.begin(slot, self.stream)
-        self.spent = time.perf_counter() - started
-
-    def __call__(self, target: int, index: int, value: torch.Tensor) -> None:
-        sender = self.senders[target]
-        value = as_laid_out(value, sender.layout.specs[index])
-        self.held.append(value)
-        started = time.perf_counter()
-        self._follow()
-        sender.channel.push(index, value, self.slot, self.stream)
-        self.spent += time.perf_counter() - started
-
-    def finish(self) -> None:
-        started = time.perf_counter()
-        self.computed = _mark(self.worker.stream)
-        for sender in self.worker.senders:
-            sender.channel.commit(self.slot, self.stream)
-        if self.stream is not None and self.worker.stream is not None:
-            self.worker.stream.wait_stream(self.stream)
-        self.delivered = _mark(self.worker.stream)
-        self.held.clear()
-        self.spent += time.perf_counter() - started
-        self.worker._spent += self.spent
-        self.worker._pushes += 1
-
-    def _follow(self) -> None:
-        """Let the pushes wait for what is computed so far."""
-        if self.stream is not None and self.worker.stream is not None:
-            self.stream.wait_stream(self.worker.stream)
-
-
-def _mark(stream: torch.cuda.Stream | None) -> Any:
-    """A timing event that is recorded again by every replay of the graph in capture."""
-    if stream is None:
-        return None
-    try:
-        event = torch.cuda.Event(enable_timing=True, external=True)
-    except TypeError:  # torch before 2.7 has no such events: exposed time is then not reported
-        return None
-    event.record(stream)
-    return event
 
 
 @contextlib.contextmanager

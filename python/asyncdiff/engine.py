@@ -20,12 +20,13 @@ import asyncdiff_core as core
 
 from .bundle import layout_of, views
 from .calls import Role
-from .component import Caller, Sender, Slots, Time, Worker
+from .component import Caller, Slots, Time, Worker
 from .errors import InputError, RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
 from .plan import Action, Kind, Plan, Tick
 from .progress import Progress
+from .push import Sender
 from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
