@@ -2,10 +2,10 @@
 
     python benchmarks/denoise/sustained.py --model animatediff --schedule 4,1,1
 
-A GPU under load may draw so much power that it slows down after a while, some more than others:
-then a component takes less in a few runs than in a loop. This tells how much of a tick that is,
-before anything is sought in the exchange. Milliseconds; CUDA graphs without exchange, replayed
-behind each other; ``tick`` is what a further step of a loop takes, from loops of two lengths.
+A GPU under load may slow down after a while, some more than others: then a component takes less in
+a few runs than in a loop. This tells how much of a tick that is, before anything is sought in the
+exchange. Milliseconds; CUDA graphs without exchange, replayed behind each other; a tick is what a
+further step of a loop takes, from loops of two lengths. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from asyncdiff.recut import replay
 from denoise.loop import Loop
 from denoise.models import MODELS
 from denoise.settings import Setting
@@ -29,44 +29,9 @@ from denoise.timings import timed
 from denoise.ways import Asynchronous, Graphed, Team
 from markdown_table import markdown
 
-#: Milliseconds of a moment, of a while, and of what is given to a GPU at a time.
-MOMENT, WHILE, CHUNK = 100.0, 3000.0, 100.0
-#: Seconds of rest before each.
+#: Milliseconds of a moment and of a while, and seconds of rest before each.
+MOMENT, WHILE = 100.0, 3000.0
 REST = 1.0
-
-
-def replayed(
-    graphs: Sequence[tuple[Any, torch.cuda.CUDAGraph]], ms: Sequence[float], during: float
-) -> list[float]:
-    """Milliseconds of one replay of each graph in the last third of the time, all at once.
-
-    ``graphs``: pairs of a worker, on whose stream it is replayed, and its graph; ``ms``: what each
-    takes, about, by which each GPU is given as much to do as the others; ``during``: milliseconds.
-    """
-    time.sleep(REST)
-    runs: list[list[tuple[int, Any, Any]]] = [[] for _ in graphs]
-    done = [0] * len(graphs)
-    for chunk in range(1, max(1, round(during / CHUNK)) + 1):
-        for i, (worker, graph) in enumerate(graphs):
-            count = max(1, round(chunk * CHUNK / ms[i]) - done[i])
-            done[i] += count
-            with worker.current():
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                graph.replay()  # until then a GPU that had nothing to do waits for the launch
-                begun.record()
-                for _ in range(count):
-                    graph.replay()
-                ended.record()
-            runs[i].append((count, begun, ended))
-        for mine in runs:
-            if len(mine) > 2:
-                mine[-3][2].synchronize()  # two chunks ahead, so that no GPU waits for this
-    out = []
-    for mine in runs:
-        last = mine[-max(1, len(mine) // 3) :]
-        last[-1][2].synchronize()
-        out.append(sum(a.elapsed_time(b) for _, a, b in last) / sum(n for n, _, _ in last))
-    return out
 
 
 def main() -> None:
@@ -94,18 +59,23 @@ def main() -> None:
         few, many = (min(timed(what, loop)[0] for _ in range(2)) for loop in loops)
         per_step[name] = (many - few) / (args.steps[1] - args.steps[0])
     engine = team.denoiser._engine
-    graphs = [(worker, engine.graph_alone(worker)) for worker in engine.workers]
+    graphs = [engine.graph_alone(worker) for worker in engine.workers]
     print(f"{model.title}, {setting.name}: {team.denoiser.partition.cuts}", flush=True)
-    once = [c.ms for c in team.denoiser.partition.report().components]
-    ms = [once[worker.index] for worker in engine.workers]
-    pairs = list(zip(graphs, ms, strict=True))
+    once = replay(engine, engine.workers, graphs, [2] * setting.ranks)
+
+    def for_ms(ms: float, ranks: Sequence[int]) -> list[float]:
+        time.sleep(REST)
+        workers, mine = ([of[r] for r in ranks] for of in (engine.workers, graphs))
+        return replay(engine, workers, mine, [max(1, round(ms / once[r])) for r in ranks])
+
+    ranks = range(setting.ranks)
     columns = {
-        "alone, a moment": lambda: [replayed([g], [t], MOMENT)[0] for g, t in pairs],
-        "alone, a while": lambda: [replayed([g], [t], WHILE)[0] for g, t in pairs],
-        "at once, a moment": lambda: replayed(graphs, ms, MOMENT),
-        "at once, a while": lambda: replayed(graphs, ms, WHILE),
+        "alone, a moment": lambda: [for_ms(MOMENT, [r])[0] for r in ranks],
+        "alone, a while": lambda: [for_ms(WHILE, [r])[0] for r in ranks],
+        "at once, a moment": lambda: for_ms(MOMENT, ranks),
+        "at once, a while": lambda: for_ms(WHILE, ranks),
     }
-    rows = [["", *(f"rank {rank}" for rank in range(setting.ranks))]]
+    rows = [["", *(f"rank {rank}" for rank in ranks)]]
     for name, column in columns.items():
         rows.append([name, *(f"{t:.2f}" for t in column())])
         print(" | ".join(rows[-1]), flush=True)

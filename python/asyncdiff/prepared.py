@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from .groups import GROUPS, Groups, part
 from .partition import Partition, Split, partition
 from .plan import ring
 from .progress import Progress, bar
-from .recut import CUTS, WORTH, WORTH_COMPILING, component_ms, recut
+from .recut import WORTH, WORTH_COMPILING, component_ms, next_cut
 from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
@@ -103,12 +102,14 @@ class Engines:
             return self._even(call, components, devices)
         ranks = len(devices) // GROUPS
         mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
-        engines = [self._even(mine[0], components, devices[:ranks])]
-        with contextlib.ExitStack() as undo:  # should there be no memory for the others
-            undo.callback(engines[0].close)
-            for g in range(1, GROUPS):
+        engines: list[Engine] = []
+        with contextlib.ExitStack() as undo:  # should there be no memory for all of them
+            for g in range(GROUPS):
                 of_group = devices[g * ranks : (g + 1) * ranks]
-                engines.append(self._engine(mine[g], engines[0].partition, of_group))
+                if g == 0:
+                    engines.append(self._even(mine[0], components, of_group))
+                else:
+                    engines.append(self._engine(mine[g], engines[0].partition, of_group))
                 undo.callback(engines[-1].close)
             undo.pop_all()
         return Groups(engines, call)
@@ -116,32 +117,24 @@ class Engines:
     def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
         """An engine; where its components turn out too unequal, one that is cut again."""
         copies = len(devices) - components + 1
-        parts = before = self._partition(call, components, copies)
-        engine = self._engine(call, parts, devices)
+        engine = self._engine(call, self._partition(call, components, copies), devices)
         if components == 1 or self._making.split != "auto":
             return engine
         assert self._bytes_per_ms is not None
         worth = WORTH_COMPILING if self._making.compile else WORTH
-        slowest = math.inf
-        for cuts in range(CUTS + 1):
+        timed: list[tuple[Partition, list[float]]] = []
+        # One that was timed before is there again when a new cut is slower, or has no memory.
+        while all(engine.partition is not parts for parts, _ in timed):
             times = component_ms(engine)
             if times is None:
                 break
-            worse = max(times) > slowest
-            if worse:
-                better: Partition | None = before
-            elif cuts < CUTS:
-                better = recut(parts, times, self._bytes_per_ms, copies, worth)
-            else:
-                better = None
+            timed.append((engine.partition, times))
+            better = next_cut(timed, self._bytes_per_ms, copies, worth)
             if better is None:
                 break
             engine.close()
-            del engine
-            engine = self._instead(call, better, parts, devices)
-            if worse or engine.partition is parts:
-                break
-            before, parts, slowest = parts, better, max(times)
+            del engine  # what it has is needed now
+            engine = self._instead(call, better, timed[-1][0], devices)
         return engine
 
     def _instead(

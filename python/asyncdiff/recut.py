@@ -1,9 +1,9 @@
-"""A split cut once more, when its components were timed.
+"""A split cut again, when its components were timed.
 
 Costs are measured node by node. In a component's CUDA graph the same nodes take a little more or
-less: large ones behind each other draw so much power that the GPU slows down, and what a compiler
-makes of them is only estimated. So the components themselves are timed, and where they are too
-unequal the costs of the nodes of each are corrected by one factor, and the denoiser is cut again.
+less, and what a compiler makes of them is only estimated. So the components themselves are timed,
+and where they are too unequal the costs of the nodes of each are corrected by one factor, and the
+denoiser is cut again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ WORTH_COMPILING = 0.03
 CUTS = 2
 #: Milliseconds of the slowest component, below which launches are what is timed.
 SHORTEST = 0.5
-#: Milliseconds that each component is run for, all at once, and how often at most: shorter, and
-#: GPUs do not slow down yet.
+#: Milliseconds that each component is run for, all at once, and how often at most.
 _RUN_FOR = 120.0
 _REPLAYS = 200
 #: Such runs, at least and at most, and by what share the two fastest of a component may differ:
@@ -60,11 +59,11 @@ def component_ms(engine: Engine) -> list[float] | None:
             with worker.current():
                 _fill(worker)
         graphs += [engine.graph_alone(w) for w in workers]
-        once = _replay(engine, workers, graphs, [2] * len(workers))
+        once = replay(engine, workers, graphs, [2] * len(workers))
         replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
         runs: list[list[float]] = []
         while not settled(runs) and len(runs) < _RUNS[1]:
-            runs.append(_replay(engine, workers, graphs, replays))
+            runs.append(replay(engine, workers, graphs, replays))
     except Exception as e:  # whatever the model does that a capture forbids; no memory is left
         log.debug("components are not timed: %s", e)
         return None
@@ -89,7 +88,7 @@ def settled(runs: Sequence[Sequence[float]]) -> bool:
 
 
 def _fill(worker: Worker) -> None:
-    """Values for the component to read: products of zeros take less power, and less time."""
+    """Values for the component to read, which in use are not all zero either."""
     # Of its own: the user's random numbers stay what they are. From 0 to 1, so that what is used as
     # an index, as integers, stays one.
     generator = torch.Generator(worker.device).manual_seed(0)
@@ -99,7 +98,7 @@ def _fill(worker: Worker) -> None:
                 value.uniform_(generator=generator)
 
 
-def _replay(
+def replay(
     engine: Engine,
     workers: Sequence[Worker],
     graphs: Sequence[torch.cuda.CUDAGraph],
@@ -118,6 +117,22 @@ def _replay(
             events.append((begun, ended))
     engine.synchronize()
     return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
+
+
+def next_cut(
+    timed: Sequence[tuple[Partition, Sequence[float]]],
+    bytes_per_ms: float,
+    copies: int = 1,
+    worth: float = WORTH,
+) -> Partition | None:
+    """What to make in place of the last of the splits that were ``timed``, with the milliseconds of
+    their components; None to keep it. See :func:`recut`; of a slower cut, back to the best one.
+    """
+    parts, times = timed[-1]
+    best, fastest = min(timed, key=lambda t: max(t[1]))
+    if max(fastest) < max(times):
+        return best
+    return recut(parts, times, bytes_per_ms, copies, worth) if len(timed) <= CUTS else None
 
 
 def recut(

@@ -1,4 +1,4 @@
-"""A split is cut once more where its components turn out to be unequal."""
+"""A split is cut again where its components turn out to be unequal."""
 
 from __future__ import annotations
 
