@@ -15,10 +15,17 @@ class Loop:
     """A generation with guidance: DDIM steps from fixed noise, the conditioning fixed.
 
     ``inputs`` are keyword arguments of one call of the denoiser; a batch of two is a pair
-    [unconditional, conditional].
+    [unconditional, conditional]. The denoiser gets the scheduler's timesteps over
+    ``timestep_divisor``.
     """
 
-    def __init__(self, inputs: dict[str, Any], steps: int, guidance_scale: float = 5.0) -> None:
+    def __init__(
+        self,
+        inputs: dict[str, Any],
+        steps: int,
+        guidance_scale: float = 5.0,
+        timestep_divisor: float = 1.0,
+    ) -> None:
         from diffusers import DDIMScheduler
 
         # The second one is for generate(), which moves its timesteps to the GPU.
@@ -34,10 +41,15 @@ class Loop:
         self.guided = self.noise.shape[0] == 2
         self.inputs = inputs
         self.guidance_scale = guidance_scale
-        #: on the denoiser's device, so that no step waits for a transfer
-        self.timesteps = self.scheduler.timesteps.to(self.noise.device)
-        time = inputs["timestep"]
-        self._times = [t.to(time.dtype).expand(time.shape) for t in self.timesteps]
+        #: The denoiser's timesteps, on its device, so that no step waits for a transfer.
+        self.timesteps = self._own(self.scheduler.timesteps, timestep_divisor)
+        self._divisor = timestep_divisor
+        # Views: as with pipelines, a call's timestep is then known without a look at its value.
+        self._times = [t.expand(inputs["timestep"].shape) for t in self.timesteps]
+
+    def _own(self, timesteps: torch.Tensor, divisor: float) -> torch.Tensor:
+        time = self.inputs["timestep"]
+        return (timesteps / divisor).to(time.device, time.dtype)
 
     def on_ranks(self, denoiser: Any) -> torch.Tensor:
         """The same generation by ``AsyncDenoiser.generate``."""
@@ -49,7 +61,7 @@ class Loop:
             self._other,
             num_inference_steps=len(self.timesteps),
             guidance_scale=self.guidance_scale if self.guided else 1.0,
-            timestep_argument=lambda t: t.to(time.device, time.dtype).expand(time.shape),
+            timestep_argument=lambda t: self._own(t, self._divisor).expand(time.shape),
             update="linear",
         )
         return result

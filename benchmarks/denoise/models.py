@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from denoise.loop import Loop
+
 
 @dataclass(frozen=True)
 class Published:
     """A denoiser's diffusers class and configuration, and the picture that it is used for.
 
-    ``guidance`` is whether a batch of two conditions is denoised; ``scale`` pixels a latent.
+    ``timestep_divisor``: what its pipeline divides the scheduler's timestep by.
     """
 
     key: str
@@ -23,6 +25,7 @@ class Published:
     height: int
     width: int
     frames: int | None = None
+    timestep_divisor: float = 1.0
 
     def build(self, device: str, dtype: Any) -> Any:
         """The denoiser with random weights, in eval mode (on "meta": without memory)."""
@@ -41,6 +44,10 @@ class Published:
         from asyncdiff.example_inputs import example_inputs
 
         return example_inputs(module, height=self.height, width=self.width, frames=self.frames)
+
+    def loop(self, inputs: dict[str, Any], steps: int) -> Loop:
+        """A generation of so many steps from such keyword arguments."""
+        return Loop(inputs, steps, timestep_divisor=self.timestep_divisor)
 
 
 _SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -142,7 +149,15 @@ MODELS = {
             16,
         ),
         Published("sd3", "SD3 medium, 1024²", "SD3Transformer2DModel", _SD3, 1024, 1024),
-        Published("flux", "FLUX.1-dev, 1024²", "FluxTransformer2DModel", _FLUX, 1024, 1024),
+        Published(
+            "flux",
+            "FLUX.1-dev, 1024²",
+            "FluxTransformer2DModel",
+            _FLUX,
+            1024,
+            1024,
+            timestep_divisor=1000.0,
+        ),
     )
 }
 #: Nobody's: to try the benchmark with.

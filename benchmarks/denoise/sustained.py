@@ -22,7 +22,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from asyncdiff.recut import replay
-from denoise.loop import Loop
 from denoise.models import MODELS
 from denoise.settings import Setting
 from denoise.timings import timed
@@ -52,7 +51,7 @@ def main() -> None:
     # A module of its own: a denoiser moves its weights, which the graph reads where they lie.
     team = Team(copy.deepcopy(module).to("cpu"), inputs, setting, devices, False)
     way = Asynchronous(team, setting)
-    loops = [Loop(inputs, steps) for steps in args.steps]
+    loops = [model.loop(inputs, steps) for steps in args.steps]
     per_step = {}
     for name, what in (("one GPU", one), ("tick", way)):
         what.run(loops[0])

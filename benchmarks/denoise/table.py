@@ -35,8 +35,8 @@ _DETAILED = ("N=2 S=1 w=1", "N=2 S=1 w=1, compiled", "N=4 S=1 w=1", "N=3 S=2 w=1
 
 def measured(figures: dict[str, Model]) -> str:
     """One GPU and every setting: milliseconds a step, and times the speed of one GPU in the same
-    mode; then what lies behind a few of the settings."""
-    return _speeds(figures) + "\n" + _details(figures)
+    mode; loops of other lengths; then what lies behind a few of the settings."""
+    return "\n".join((_speeds(figures), _lengths(figures), _details(figures)))
 
 
 def _speeds(figures: dict[str, Model]) -> str:
@@ -68,6 +68,36 @@ def _speed(entry: dict[str, Any]) -> str:
     ratio = entry.get(f"speedup_over_{entry.get('mode')}")
     times = f", **{ratio['median']:.2f}**" if ratio else ""
     return f"{entry['ms_a_step']['median']:.1f}{times}"
+
+
+def _lengths(figures: dict[str, Model]) -> str:
+    """Times one GPU in loops of other lengths, of the settings that were run with them."""
+    models = list(figures.values())
+    settings = dict.fromkeys(k for m in models for k in m if k.startswith("N="))
+    own = {str(m["steps"]) for m in models}
+    lengths = {
+        k.split()[0] for m in models for e in map(m.get, settings) for k in e or () if _further(k)
+    }
+    steps = sorted(lengths | own, key=int)
+    rows = [[f"times one GPU in {', '.join(steps)} steps", *(m["title"] for m in models)]]
+    for key in sorted(settings, key=_place):
+        entries = [m.get(key, {}) for m in models]
+        if any(_further(k) for e in entries for k in e):
+            rows.append([key, *(_over(m, e, steps) for m, e in zip(models, entries, strict=True))])
+    return markdown(rows)
+
+
+def _further(key: str) -> bool:
+    """Whether what stands under a key is of loops of another length."""
+    return key.endswith(" steps")
+
+
+def _over(model: Model, entry: dict[str, Any], steps: list[str]) -> str:
+    of = {str(model["steps"]): entry} | {k.split()[0]: v for k, v in entry.items() if _further(k)}
+    ratios = [of.get(n, {}).get(f"speedup_over_{entry.get('mode')}") for n in steps]
+    if None in ratios:
+        return ""
+    return ", ".join(f"{r['median']:.2f}" for r in ratios if r)
 
 
 def _details(figures: dict[str, Model]) -> str:

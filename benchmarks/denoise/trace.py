@@ -27,7 +27,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from denoise.loop import Loop
 from denoise.models import MODELS
 from denoise.settings import Setting
 from denoise.ways import Asynchronous, Team
@@ -180,7 +179,7 @@ def main() -> None:
     inputs = model.inputs(module)
     devices = [f"cuda:{r % gpus}" for r in range(setting.ranks)]
     team = Team(module, inputs, setting, devices, args.compiled)
-    way, loop = Asynchronous(team, setting), Loop(inputs, args.steps)
+    way, loop = Asynchronous(team, setting), model.loop(inputs, args.steps)
     for _ in range(2):
         way.run(loop)
     activities = [torch.profiler.ProfilerActivity.CUDA]

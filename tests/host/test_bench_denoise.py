@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 import results_file
 import tables
 from asyncdiff.plan import build
-from denoise import merge, table
+from denoise import merge, models, table, timings
 from denoise.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +86,30 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     rows = {k: v for k, v in figures.items() if k.startswith("N=")}
     plan = build(2, 1, 1, 5)
     assert len(rows["N=2 S=1 w=1"]["gmacs_per_step_by_rank"]) == plan.ranks
+
+
+def test_a_denoiser_gets_the_timesteps_of_its_pipeline() -> None:
+    inputs = {"hidden_states": torch.randn(1, 4, 8), "timestep": torch.ones(1, dtype=torch.float16)}
+    flux, sd3 = (models.MODELS[key].loop(inputs, 5) for key in ("flux", "sd3"))
+    seen: list[torch.Tensor] = []
+
+    def denoise(kwargs: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(kwargs["timestep"])
+        return kwargs["hidden_states"]
+
+    flux(denoise)
+    # FLUX multiplies them by 1000 again, in float16.
+    assert [float(t[0]) for t in seen] == pytest.approx(flux.scheduler.timesteps / 1000, rel=1e-3)
+    assert torch.equal(sd3.timesteps.long(), sd3.scheduler.timesteps)
+    # Views, as with most pipelines: an engine need not look at their values.
+    begins = [t.data_ptr() for t in flux.timesteps]
+    assert [t.data_ptr() for t in seen] == begins and len(set(begins)) == 5
+
+
+def test_a_loop_of_nan_is_not_timed() -> None:
+    way = SimpleNamespace(run=lambda loop: torch.full((2,), torch.nan))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        timings.Timings().take(way, cast(Any, None))
 
 
 def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
