@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -76,6 +76,13 @@ class Call:
     def indices(self, role: Role) -> tuple[int, ...]:
         """Positions in ``tensors`` of the inputs with this role."""
         return tuple(i for i, x in enumerate(self.signature.inputs) if x.role is role)
+
+    def replacing(self, index: int, tensor: torch.Tensor) -> Call:
+        """The same call with another tensor, of the same shape and dtype, at ``tensors[index]``."""
+        place = [i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)][index]
+        leaves, tensors = list(self.leaves), list(self.tensors)
+        leaves[place] = tensors[index] = tensor
+        return replace(self, tensors=tuple(tensors), leaves=tuple(leaves))
 
 
 def parse(

@@ -16,7 +16,7 @@ from torch import nn
 from . import devices as device_list
 from .assign import check_split_argument
 from .calibration import Calibration, Shape
-from .calls import Call, Role, parse
+from .calls import Call, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .drift import AutoWarmup, Drift
@@ -567,9 +567,3 @@ def _check_modes(
             "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
             "warmup_mode='chain'"
         )
-
-
-def time_value(call: Call) -> torch.Tensor | None:
-    """The timestep argument of a call, if the denoiser has one."""
-    indices = call.indices(Role.TIMESTEP)
-    return call.tensors[indices[0]] if indices else None

@@ -16,11 +16,11 @@ from torch import nn
 
 from .assign import check_split_argument
 from .calibration import Calibration
-from .calls import parse
+from .calls import Role, parse
 from .capture import capture
 from .clean_image import CleanImage, clean_image
 from .cost import measure as measure_costs
-from .denoiser import AsyncDenoiser, time_value
+from .denoiser import AsyncDenoiser
 from .devices import Devices
 from .drift import AutoWarmup
 from .errors import InputError
@@ -95,9 +95,10 @@ class Handle:
             call = parse(self.denoiser.module, args, kwargs)
             if self._interrupting:
                 raise FirstCall(call)
-            time = time_value(call)
-            if time is None:
+            where = call.indices(Role.TIMESTEP)
+            if not where:
                 raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
+            time = call.tensors[where[0]]
             scheduler = self.pipe.scheduler
             new = self._times is None or not self.denoiser.active
             if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
@@ -105,8 +106,9 @@ class Handle:
                 self.denoiser.start(self._times.values, self._clean(scheduler))
             assert self._times is not None
             try:
-                self._times.check(self.denoiser.step, time)
-                result = self.denoiser.call(call)
+                step = self.denoiser.step
+                self._times.check(step, time)
+                result = self.denoiser.call(call.replacing(where[0], self._times.known(step, time)))
                 if not self.denoiser.active:
                     self._times.finish()
             except BaseException:

@@ -9,9 +9,10 @@ import torch
 
 from .errors import SchedulerError
 
+_Mapping = Callable[[torch.Tensor, float], torch.Tensor]
 #: What pipelines make of a scheduler's timestep t: SD and SVD pass it on, FLUX passes t/1000,
 #: others count from the other end (n is the number of training timesteps).
-_MAPPINGS: tuple[tuple[str, Callable[[torch.Tensor, float], torch.Tensor]], ...] = (
+_MAPPINGS: tuple[tuple[str, _Mapping], ...] = (
     ("t", lambda t, n: t),
     ("t / n", lambda t, n: t / n),
     ("1 - t / n", lambda t, n: 1 - t / n),
@@ -39,6 +40,13 @@ def check_scheduler(scheduler: Any) -> torch.Tensor:
     return timesteps
 
 
+#: In which order they go to the denoiser's precision. To half of it that makes a difference.
+_ORDERS: tuple[Callable[[_Mapping, torch.Tensor, float, torch.dtype], torch.Tensor], ...] = (
+    lambda mapping, t, n, dtype: mapping(t.to(dtype), n).to(dtype),
+    lambda mapping, t, n, dtype: mapping(t, n).to(dtype),
+)
+
+
 class Times:
     """The timesteps that remain from the first call on, as the denoiser's own argument values.
 
@@ -50,17 +58,19 @@ class Times:
     def __init__(self, scheduler: Any, first: torch.Tensor) -> None:
         self.source = check_scheduler(scheduler)
         train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
-        schedule = self.source.detach().double().cpu()
         value = float(first.detach().double().reshape(-1)[0])
-        errors = []
+        found = []
         for name, mapping in _MAPPINGS:
-            # In the argument's own precision: half precision moves a timestep by up to 0.4 %.
-            values = mapping(schedule, train).to(first.dtype).double()
-            distance = (values - value).abs()
-            index = int(distance.argmin())
-            scale = float(values.abs().max()) or 1.0
-            errors.append((float(distance[index]) / scale, name, index, values))
-        error, self.mapping, self.start, values = min(errors, key=lambda e: e[0])
+            for order in _ORDERS:
+                # Where and as the pipeline computes them, so that they have the same bits.
+                values = order(mapping, self.source.detach(), train, first.dtype)
+                exact = values.double().cpu()
+                distance = (exact - value).abs()
+                index = int(distance.argmin())
+                scale = float(exact.abs().max()) or 1.0
+                found.append((float(distance[index]) / scale, name, index, values, exact))
+        # Of 1 as the last timestep and as t/n of the first one, the first.
+        error, self.mapping, self.start, values, exact = min(found, key=lambda f: (f[0], f[2]))
         if error > 1e-5 + 2 * torch.finfo(first.dtype).eps if first.is_floating_point() else error:
             raise SchedulerError(
                 f"the denoiser was called with timestep {value:g}, which is not made from the "
@@ -70,14 +80,33 @@ class Times:
             )
         #: whether the denoiser counts time from the other end than the scheduler
         self.backwards = self.mapping in _BACKWARDS
-        self.values = values[self.start :].to(device=first.device, dtype=first.dtype)
+        self.values = values[self.start :].to(first.device)
         own = self.source[self.start :]
         if self.mapping == "t" and (own.device, own.dtype) == (first.device, first.dtype):
             # Calls with views of the scheduler's own timesteps are then known to have these.
             self.values = own
-        self._exact = values[self.start :]
+        self._exact = exact[self.start :]
+        #: whether all calls so far had the very bits of ``values``
+        self._same = bool((first == self.values[0]).all())
+        rivals = [f[4] for f in found if f[0] == error == 0 and f[2] == self.start]
+        #: the first step that tells ``values`` from what else the first call may have come from
+        self._telling = min(
+            (int(k) for r in rivals for k in (r[self.start :] != self._exact).nonzero()[:1]),
+            default=None,
+        )
         self._offset = self.source.storage_offset()
         self._pending: list[tuple[int, torch.Tensor, Any]] = []
+
+    def known(self, step: int, value: torch.Tensor) -> torch.Tensor:
+        """The ``step``-th call's timestep as a view of ``values``, where it is known to be that; so
+        a denoiser that knows these need not look at it. Else ``value`` itself.
+
+        On a GPU the host waits for one call at most, the one that tells how the pipeline computes
+        its timesteps; :meth:`finish` looks at the others.
+        """
+        if self._same and (value.device.type == "cpu" or step == self._telling):
+            self._same = bool((value == self.values[step]).all())
+        return self.values[step].expand(value.shape) if self._same else value
 
     def check(self, step: int, value: torch.Tensor) -> None:
         """Raise SchedulerError unless the ``step``-th call has that step's timestep.
@@ -91,10 +120,11 @@ class Times:
                 self._refuse(step, f"timestep number {index} of the schedule")
             return
         if value.device.type == "cpu":
-            self._compare(step, value)
+            self._compare(step, value.detach().reshape(-1)[:1])
             return
-        arrived = torch.empty(1, dtype=value.dtype, pin_memory=True)
-        arrived.copy_(value.detach().reshape(-1)[:1], non_blocking=True)
+        seen = value.detach().reshape(-1)[: value.numel() if self._same else 1]
+        arrived = torch.empty(seen.shape, dtype=value.dtype, pin_memory=True)
+        arrived.copy_(seen, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(value.device))
         self._pending.append((step, arrived, event))
@@ -108,12 +138,18 @@ class Times:
             self._compare(step, value)
         self._pending.clear()
 
-    def _compare(self, step: int, value: torch.Tensor) -> None:
-        seen = float(value.reshape(-1)[0].double())
-        nearest = float((self._exact - seen).abs().min())
-        mine = float((self._exact[step] - seen).abs())
-        if mine > nearest:
-            self._refuse(step, f"timestep {seen:g}")
+    def _compare(self, step: int, seen: torch.Tensor) -> None:
+        seen, due = seen.double(), self._exact[step]
+        nearest = float((self._exact - seen[0]).abs().min())
+        if float((due - seen[0]).abs()) > nearest:
+            self._refuse(step, f"timestep {float(seen[0]):g}")
+        if self._same and not (seen == due).all():
+            if not (seen == seen[0]).all():  # those of some samples were taken for what was due
+                raise SchedulerError(
+                    f"call {step} of this generation came with a timestep for each sample, calls "
+                    "before it with one for all: use asyncdiff.AsyncDenoiser for such pipelines"
+                )
+            self._same = False  # rounded in another way: an ulp
 
     def _refuse(self, step: int, what: str) -> None:
         raise SchedulerError(
