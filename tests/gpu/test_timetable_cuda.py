@@ -13,6 +13,7 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, timetable
 from asyncdiff.component import Worker
+from asyncdiff.timesteps import Times
 
 pytestmark = pytest.mark.usefixtures("full_float32")
 
@@ -123,6 +124,33 @@ def test_a_pipeline_finds_its_rows_again(
     computed.clear()
     assert torch.equal(reference.run(pipe, spec), want)
     assert not computed
+    handle.restore()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flux_finds_its_rows_again(
+    place: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    """Its pipeline makes a new tensor of each timestep, with the bits that are computed ahead."""
+    from tiny_pipelines import tiny_flux
+
+    pipe, call = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cuda:0", dtype)
+    call = {k: v.to("cuda:0", dtype) if torch.is_tensor(v) else v for k, v in call.items()}
+
+    def run() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        return pipe(**call, num_inference_steps=9, generator=generator, output_type="latent").images
+
+    handle = asyncdiff.parallelize(pipe, devices=devices_for(place, 2), split="estimate")
+    want = run()
+    assert handle.report().cuda_graphs and want.isfinite().all()
+    computed.clear()
+    assert torch.equal(run(), want) and not computed
+    monkeypatch.setattr(Times, "known", lambda times, step, value: value)
+    assert torch.equal(run(), want) and computed
     handle.restore()
 
 
