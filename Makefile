@@ -1,5 +1,6 @@
 # make demo   set up .venv, build, draw with the shipped model, say where the picture is
 # make test   the same environment; all tests (those for GPUs skip themselves without one)
+# make env    the environment alone
 # make lint   ruff, mypy, clang-format
 # make cuda   compile all CUDA code with nvcc, where there is one
 # make clean  remove what was built (and .venv)
@@ -75,6 +76,7 @@ export CHECK_CUDA
 
 clean:
 	rm -rf $(VENV) build dist _skbuild out *.egg-info python/*.egg-info
+	rm -rf asyncdiff_core/include asyncdiff_core/lib
 	find . -name '*.so' -not -path './.git/*' -delete
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 

@@ -121,8 +121,6 @@ _SHOWN = (
     "wavefront, drained N=",
     "wavefront, guidance split N=",
     "wavefront, whole N=",
-    "wavefront, whole, calibrated N=",
-    "wavefront, whole, drained N=",
     "fewer",
     "guidance",
     "Faster Diffusion, 4 devices, the paper's keys",
@@ -130,6 +128,7 @@ _SHOWN = (
     "Faster Diffusion, 4 devices, every",
     "DistriFusion, 2 patches, 1 ",
     "DistriFusion, 4 patches, 1 ",
+    "DistriFusion, 4 patches, 9 ",
 )
 
 

@@ -1,7 +1,8 @@
 """What of the published denoisers depends on the timestep, but not on the latents.
 
 Run: python benchmarks/denoise/rows.py [--models sd15 sdxl]. Needs no GPU and no memory for weights.
-Prints the table of docs/design.md, and writes rows.json: by model and number of components.
+Prints the table of docs/design.md, and writes rows.json, of these models: by model and number of
+components.
 """
 
 from __future__ import annotations

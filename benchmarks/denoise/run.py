@@ -20,7 +20,8 @@ components of such partitions alone and reports what their plans would take on e
 
 What ``--out`` has already, from the same machine and versions, stays in it unless it is measured
 again: a run can be continued with other models, modes and schedules of as many steps. It is written
-anew after everything that was prepared or timed, so that a run which is stopped keeps what it has;
+anew after everything that was prepared or timed, so that a run which is stopped keeps what it has
+(to be shown in the README, the JSON goes to benchmarks/results/denoise_*.json);
 with ``--seconds`` it stops by itself, and says what it left out. Preparing takes far longer than
 timing, and mostly a core of the CPU: with ``--lock FILE`` several runs on one machine, with an
 ``--out`` each, prepare beside each other, and each times alone. ``merge.py`` beside this puts their

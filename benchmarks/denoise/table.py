@@ -42,7 +42,7 @@ def measured(figures: dict[str, Model]) -> str:
 def _speeds(figures: dict[str, Model]) -> str:
     models = list(figures.values())
     rows = [["ms a step, **times one GPU**", "GPUs", *(m["title"] for m in models)]]
-    rows.append(["steps, rounds", "", *(f"{m['steps']}, {m['rounds']}" for m in models)])
+    rows.append(["steps, rounds at least", "", *(f"{m['steps']}, {m['rounds']}" for m in models)])
     ways = {"eager": "one GPU, eager"} | {k: f"one GPU, {title}" for k, title in MODES.items()}
     settings = dict.fromkeys(k for m in models for k in m if k.startswith("N="))
     for key in (*ways, *sorted(settings, key=_place)):

@@ -2,12 +2,13 @@
 
 python benchmarks/exchange/bundles.py   # writes python/asyncdiff/bench/bundles.json
 
-The cuts are kept, so that figures of different versions are of the same bundles. The denoisers are
-captured on the meta device: a few seconds, no weights.
+The cuts are an early version's and stay, so that figures of different versions are of the same
+bundles. The denoisers are captured on the meta device: a few seconds, no weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,15 +25,16 @@ from asyncdiff.partition import partition
 from denoise.models import MODELS
 
 OUT = results_file.ROOT / "python" / "asyncdiff" / "bench" / "bundles.json"
-CUTS = results_file.ROOT / "benchmarks" / "results" / "denoise_1gpu.json"
+#: The node that component 1 begins with, by model.
+CUTS = {"sd21": "silu_45", "sdxl": "mul_45"}
 
 
-def bundle(key: str, cuts: list[str]) -> list[dict[str, Any]]:
+def bundle(key: str, cut: str) -> list[dict[str, Any]]:
     """The tensors that component 0 sends to component 1: dtype, shape, strides."""
     model = MODELS[key]
     module = model.build("meta", torch.float16)
     captured = capture(module, parse(module, (), model.inputs(module)))
-    boundary = partition(captured, 2, cuts).boundaries[0, 1]
+    boundary = partition(captured, 2, [cut]).boundaries[0, 1]
     out = []
     for value in boundary.values:
         for tensor in tensors_of(value):
@@ -48,10 +50,10 @@ def bundle(key: str, cuts: list[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    figures = json.loads(CUTS.read_text())["figures"]
-    bundles = {}
-    for key, model in figures.items():
-        bundles[f"{key}-N2"] = bundle(key, model["N=2 S=1 w=1"]["partition"]["cuts"])
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    bundles = {f"{key}-N2": bundle(key, cut) for key, cut in CUTS.items()}
     OUT.write_text(
         "{\n"
         + ",\n".join(

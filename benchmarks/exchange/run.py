@@ -1,4 +1,4 @@
-"""``asyncdiff bench exchange``, with its results where the README's table looks for them.
+"""``asyncdiff bench exchange``, its results with the hardware, versions and command, as a file.
 
     python benchmarks/exchange/run.py                # $OUT/exchange.json and .png
     python benchmarks/exchange/run.py --quick --cases latency

@@ -58,10 +58,6 @@ class Tick:
         """The steps whose noise predictions come out of it, in order."""
         return tuple(sorted(a.step for a in self.actions if a.step is not None))
 
-    def of_rank(self, rank: int) -> tuple[Action, ...]:
-        """The actions of one rank, in order."""
-        return tuple(a for a in self.actions if a.rank == rank)
-
 
 @dataclass(frozen=True)
 class Exchange:

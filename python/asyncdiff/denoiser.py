@@ -458,7 +458,7 @@ class AsyncDenoiser:
             correct: of waves only: when an exact prediction arrives, take the steps since its own
                 again with it (None: no, which measured better).
             drain: of waves only: at the end, finish the waves under way and take their steps again;
-                costs N − 1 ticks (None: wherever steps run on the ranks).
+                costs ``delay`` ticks (None: wherever steps run on the ranks).
 
         Raises PlanError, SchedulerError, InputError and RankError, each saying what to change.
         """

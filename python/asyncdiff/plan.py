@@ -76,17 +76,6 @@ class Plan:
             return tuple(range(component, self.ranks))
         return (component,)
 
-    def sources_of(self, component: int) -> tuple[int, ...]:
-        """The components whose bundles ``component`` reads."""
-        return tuple(e.source for e in self.exchanges if e.target == component)
-
-    def tick_of_step(self, step: int) -> Tick:
-        """The tick after which the sampler takes ``step``."""
-        for tick in self.ticks:
-            if step in tick.serves:
-                return tick
-        raise PlanError(f"step {step} is not in this plan of {self.steps} steps")
-
 
 def chain(components: int) -> tuple[Exchange, ...]:
     """Every component sends to every later one, lag one: the exchanges of a UNet with skips."""

@@ -5,8 +5,10 @@
 //   __global__ void mine(asyncdiff::ReceiverDevice from, int slot, ...) {   // any number of blocks
 //     __shared__ asyncdiff::Turn turn;
 //     if (!asyncdiff::start(from, slot, true, turn)) return;   // all threads call it
-//     if (threadIdx.x < from.flags) asyncdiff::wait_for_flag(from, slot, turn.epoch, threadIdx.x);
-//     __syncthreads();
+//     bool good = true;
+//     if (threadIdx.x < from.flags)
+//       good = asyncdiff::wait_for_flag(from, slot, turn.epoch, threadIdx.x);
+//     if (!__syncthreads_and(good)) return;                    // aborted, or too late
 //     ... reads from.source + slot * from.slot_nbytes ...
 //     asyncdiff::finish(from, true, turn);                     // gives the slot back
 //   }

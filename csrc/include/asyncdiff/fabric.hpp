@@ -34,8 +34,8 @@ class Fabric {
                                            const Layout& layout, int slots, const std::string& name,
                                            Mode mode = Mode::kAuto) = 0;
 
-  // Puts of channels of one sender, each channel once: on CUDA in one launch, whatever the
-  // channels' modes.
+  // Puts of channels of one sender, each channel once: on CUDA in one launch (of up to
+  // 8 channels and 320 tensors), whatever the channels' modes.
   virtual void put_together(const std::vector<Put>& puts, Stream stream);
 
   // Ends all waits, now and later, until reset().

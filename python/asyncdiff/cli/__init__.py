@@ -1,4 +1,4 @@
-"""The command line: ``asyncdiff demo | generate | plan | doctor | bench``.
+"""The command line: ``asyncdiff demo | generate | plan | tune | calibrate | doctor | bench``.
 
 One file a command. Nothing here imports torch before a command runs, so that ``--help`` is quick.
 """
