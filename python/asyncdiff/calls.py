@@ -128,6 +128,18 @@ def parse(
     return Call(signature, values, tuple(leaves), spec)
 
 
+def check_devices(call: Call, cuda: bool) -> None:
+    """Raise InputError for tensors on a kind of device that the ranks cannot read."""
+    for x, tensor in zip(call.signature.inputs, call.tensors, strict=True):
+        wrong = tensor.device.type != ("cuda" if cuda else "cpu")
+        if wrong and not (cuda and tensor.device.type == "cpu" and tensor.dim() == 0):
+            where = "a GPU" if cuda else "the CPU"
+            raise InputError(
+                f"{x.name} is on {tensor.device}, but the ranks run on {where}: move the pipeline "
+                f"there first (pipe.to({'cuda' if cuda else 'cpu'!r})), or choose other devices"
+            )
+
+
 def argument_names(
     module: nn.Module, latents: str | None = None, timestep: str | None = None
 ) -> tuple[str, str | None]:

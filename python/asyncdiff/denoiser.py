@@ -16,11 +16,11 @@ from torch import nn
 from . import devices as device_list
 from .assign import check_split_argument
 from .calibration import Calibration, Shape
-from .calls import Call, parse
+from .calls import Call, check_devices, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .drift import AutoWarmup, Drift
-from .engine import Engine, check_inputs
+from .engine import Engine
 from .errors import InputError, PlanError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
@@ -293,8 +293,7 @@ class AsyncDenoiser:
         check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
 
     def _check(self, call: Call) -> None:
-        names = [x.name for x in call.signature.inputs]
-        check_inputs(call.tensors, names, self.devices[0].type == "cuda")
+        check_devices(call, self.devices[0].type == "cuda")
 
     def _prepared(self, call: Call) -> Engine | Groups:
         self._engine = self._engines.get(call)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,7 +21,8 @@ import asyncdiff_core as core
 from .bundle import layout_of, views
 from .calls import Role
 from .component import Caller, Slots, Time, Worker
-from .errors import InputError, RankError
+from .conditioning import Conditioning
+from .errors import RankError
 from .executor import Crew, Inline, Threads
 from .partition import Partition
 from .plan import Action, Kind, Plan, Tick
@@ -66,13 +67,6 @@ class Engine:
         inputs = partition.captured.signature.inputs
         self._latents = [i for i, x in enumerate(inputs) if x.role is Role.LATENTS]
         self._times = [i for i, x in enumerate(inputs) if x.role is Role.TIMESTEP]
-        self._conditioning = [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING]
-        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
-        #: counts changes of the conditioning that rows were computed with
-        self.era = 0
-        #: what that was, and the caller's tensors that are known to be the same
-        self._held: dict[int, torch.Tensor] = {}
-        self._met: dict[int, tuple[torch.Tensor, int]] = {}
         count = len(partition.components)
 
         def weight(name: str, device: torch.device) -> torch.Tensor:
@@ -85,8 +79,10 @@ class Engine:
             program = partition.program(index, device, weight)
             self.workers.append(Worker.create(partition, rank, index, device, program, tensors))
             self.workers[-1].extrapolate = extrapolate
-        #: conditioning that rows of some rank depend on
-        self._of_rows = set[int]().union(*(w.row_conditioning for w in self.workers))
+        self.conditioning = Conditioning(
+            [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING],
+            set[int]().union(*(w.row_conditioning for w in self.workers)),
+        )
         if self.cuda:
             self.fabric: core.Fabric = core.CudaFabric(
                 [d.index for d in self.devices], deadline=deadline
@@ -192,12 +188,10 @@ class Engine:
             self.abandon()
         for worker in self.workers:
             worker.begin(steps)
-        self._met.clear()
-        self._renew(dict(enumerate(tensors)), compare=True)
+        self.conditioning.begin(tensors)
         self.fabric.reset()
         self._got.clear()
         self._freed.clear()
-        self._seen.clear()
         self._clean = False
 
     def tick(
@@ -231,7 +225,7 @@ class Engine:
         caller: Caller | None,
     ) -> dict[int, list[Any]]:
         self.check()
-        fresh = self.changed_conditioning(tensors)
+        fresh = self.conditioning.changed(tensors)
         if not self.cuda:
             # The ranks' threads may still read these after the caller went on to change them.
             moving = {*self._latents, *fresh}
@@ -311,8 +305,7 @@ class Engine:
             self.fabric.abort(0, "the generation was abandoned")
         self._crew.settle()
         # A rank that failed may have missed its conditioning: what it computed since is of no use.
-        self.era += 1
-        self._held.clear()
+        self.conditioning.forget()
         with contextlib.suppress(Exception):  # an error of the device shows again in its next use
             self.synchronize()
         self.fabric.reset()
@@ -352,7 +345,7 @@ class Engine:
     ) -> Callable[[], Any]:
         worker = self.workers[action.rank]
         slots = self._slots(action)
-        era = self.era
+        era = self.conditioning.era
         home = tensors[self._latents[0]].device
 
         def work() -> Any:
@@ -406,56 +399,6 @@ class Engine:
         main.wait_stream(worker.stream)
         return out
 
-    def changed_conditioning(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Conditioning that is not what the ranks hold: they have to be given it now. A tensor is
-        known by itself and its version, so that a generation copies its embeddings once."""
-        changed = []
-        first = not self._seen
-        for i in self._conditioning:
-            tensor, seen = tensors[i], self._seen.get(i)
-            if not _is(tensor, seen):
-                changed.append(i)
-                self._seen[i] = (tensor, _version(tensor))
-        self._renew({i: tensors[i] for i in changed}, compare=first)
-        return changed
-
-    def _renew(self, changed: Mapping[int, torch.Tensor], compare: bool) -> None:
-        """Begin a new era if rows of the ranks' tables depend on tensors that have changed; without
-        ``compare`` all of them have, unless they are known."""
-        mine = {i: t for i, t in changed.items() if i in self._of_rows}
-        mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
-        self._met |= {i: (t, _version(t)) for i, t in mine.items()}
-        if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
-            return
-        self.era += 1
-        self._held |= {i: t.clone() for i, t in mine.items()}
-
 
 def _tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """What changes with every write to a tensor; -1 where torch does not count (inference mode)."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _is(tensor: torch.Tensor, seen: tuple[torch.Tensor, int] | None) -> bool:
-    """Whether a tensor is one that was seen, not written to since then."""
-    return seen is not None and seen[0] is tensor and seen[1] == _version(tensor) >= 0
-
-
-def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:
-    return old is not None and new.device == old.device and torch.equal(new, old)
-
-
-def check_inputs(tensors: Sequence[torch.Tensor], names: Sequence[str], cuda: bool) -> None:
-    """Raise InputError for tensors on a kind of device that the ranks cannot read."""
-    for name, tensor in zip(names, tensors, strict=True):
-        wrong = tensor.device.type != ("cuda" if cuda else "cpu")
-        if wrong and not (cuda and tensor.device.type == "cpu" and tensor.dim() == 0):
-            where = "a GPU" if cuda else "the CPU"
-            raise InputError(
-                f"{name} is on {tensor.device}, but the ranks run on {where}: move the pipeline "
-                f"there first (pipe.to({'cuda' if cuda else 'cpu'!r})), or choose other devices"
-            )

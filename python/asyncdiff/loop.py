@@ -154,14 +154,15 @@ class Loop:
         The engine's generation must have begun; afterwards it is finished. Raises RankError.
         """
         engine = self.engine
-        fresh = engine.changed_conditioning(start.tensors)
+        fresh = engine.conditioning.changed(start.tensors)
         caller = Caller(start.latents.device) if engine.cuda else None
         waiting = dict(enumerate(self._seats))
 
         def begin(rank: int) -> None:
             seat = waiting.pop(rank)
             engine.submit(
-                rank, functools.partial(self._begin, seat, start, fresh, engine.era, caller)
+                rank,
+                functools.partial(self._begin, seat, start, fresh, engine.conditioning.era, caller),
             )
 
         for step, tick in zip(self._first_steps, self._ticks, strict=True):
