@@ -111,6 +111,8 @@ def parse(
     tensors = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
     latent_name = _choose("latents", latents, LATENTS, tensors, 0)
     time_name = _choose("timestep", timestep, TIMESTEP, tensors, 1)
+    by_name = {n: x for n, x in zip(names, leaves, strict=True) if n in tensors and n != time_name}
+    more_latents = _alike(latent_name, by_name)
     inputs, constants = [], []
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, torch.Tensor):
@@ -118,7 +120,7 @@ def parse(
             continue
         root = name.split(".")[0]
         role = Role.CONDITIONING
-        if name == latent_name or root in RESIDUALS:
+        if name == latent_name or name in more_latents or root in RESIDUALS:
             role = Role.LATENTS
         elif name == time_name:
             role = Role.TIMESTEP
@@ -198,6 +200,20 @@ def _choose(
     if what == "latents":
         raise InputError("the denoiser was called without any tensor: pass its latents")
     return None
+
+
+def _alike(name: str | None, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Where the latents are a list, a picture each: its further entries."""
+    if name is None or not name.rpartition(".")[2].isdecimal():
+        return []
+    prefix, first = name.rpartition(".")[0], tensors[name]
+    return [
+        n
+        for n, t in tensors.items()
+        if n.rpartition(".")[0] == prefix
+        and n.rpartition(".")[2].isdecimal()
+        and (t.shape, t.dtype) == (first.shape, first.dtype)
+    ]
 
 
 def _hashable(name: str, leaf: Any) -> Any:

@@ -42,9 +42,10 @@ class CleanImage:
             math.log(a / s) if a and s else (math.inf if a else -math.inf) for a, s in pairs
         )
 
-    def from_step(self, start: int) -> CleanImage:
-        """The same from step ``start`` on: image-to-image begins in the middle of a schedule."""
-        return CleanImage(*(values[start:] for values in astuple(self)))
+    def of_steps(self, start: int, steps: int) -> CleanImage:
+        """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
+        schedule, and one pipeline may leave the end to another."""
+        return CleanImage(*(values[start : start + steps] for values in astuple(self)))
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""

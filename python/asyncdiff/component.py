@@ -114,7 +114,7 @@ class Worker:
         """A worker whose static inputs have the shapes and dtypes of ``tensors``."""
         captured = partition.captured
         inputs = [captured.inputs[n.name] for n in partition.components[index].inputs]
-        with _current(device, None):
+        with torch.no_grad(), _current(device, None):
             static = {i: torch.empty_like(tensors[i], device=device) for i in inputs}
             for i in inputs:
                 static[i].copy_(tensors[i])
@@ -166,7 +166,7 @@ class Worker:
         if elsewhere and any(value.device == self.device for value in mine.values()):
             # What lies on this device, and not on the caller's, belongs to a stream of this one.
             users.append(torch.cuda.current_stream(self.device))
-        with self.current():
+        with torch.no_grad(), self.current():
             if self.stream is not None and caller is not None:
                 self.stream.wait_event(caller.ready)
                 for stream in users[1:]:

@@ -16,7 +16,7 @@ from torch import nn
 from . import devices as device_list
 from .assign import check_split_argument
 from .calibration import Calibration, Shape
-from .calls import Call, check_devices, parse
+from .calls import RESIDUALS, Call, Role, check_devices, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .drift import AutoWarmup, Drift
@@ -169,7 +169,8 @@ class AsyncDenoiser:
         )
         self._engines = Engines(module, self._weights, making)
         self._engine: Engine | Groups | None = None
-        self._lock = threading.RLock()
+        #: held by whoever runs a generation
+        self.lock = threading.RLock()
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         if self.compile and self.devices[0].type == "cuda":
@@ -243,7 +244,7 @@ class AsyncDenoiser:
 
         ``steps``: also record the CUDA graphs of a generation with so many steps.
         """
-        with self._lock:
+        with self.lock, self.own_modes():
             call = self.parse(args, kwargs)
             self._check(call)
             self._prepared(call)
@@ -289,11 +290,31 @@ class AsyncDenoiser:
         return phases
 
     def _check_steps(self, steps: int) -> None:
+        ranks = rank_count(self.components, self.stride, self.schedule)
+        _check_modes(self.guidance, self.warmup_mode, ranks, self.auto_warmup)
         warmup = self.exact_steps(steps)
         check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
 
     def _check(self, call: Call) -> None:
         check_devices(call, self.devices[0].type == "cuda")
+        if self.schedule != "wavefront" and not self.splits:
+            return
+        moving = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
+        several = [name for name in moving if name.split(".")[0] not in RESIDUALS]
+        if len(several) > 1:
+            raise InputError(
+                f"this denoiser takes its latents as a list ({', '.join(several)}), which waves "
+                "and guidance split do not serve: take schedule='asyncdiff', guidance='batched' "
+                "and warmup_mode='chain'"
+            )
+
+    @contextlib.contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Without the caller's modes: what ranks keep is written to outside of inference mode, too,
+        and has no gradient; a captured denoiser's dtypes are those of its weights."""
+        kind = self.devices[0].type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield
 
     def _prepared(self, call: Call) -> Engine | Groups:
         self._engine = self._engines.get(call)
@@ -313,7 +334,7 @@ class AsyncDenoiser:
         Raises PlanError where warmup exceeds the number of steps, SchedulerError where waves have
         no scheduler, or one whose α and σ cannot be had.
         """
-        with self._lock:
+        with self.lock:
             clean = None
             if self.schedule == "wavefront":
                 if scheduler is None:
@@ -322,7 +343,8 @@ class AsyncDenoiser:
                         "scheduler, generation(timesteps, scheduler)"
                     )
                 whole = clean_image(scheduler)
-                clean = whole.from_step(len(whole.of_input) - len(timesteps))
+                steps = len(timesteps)
+                clean = whole.of_steps(len(whole.of_input) - steps, steps)
             self.start(timesteps, clean)
             assert self._generation is not None
             try:
@@ -342,7 +364,7 @@ class AsyncDenoiser:
         what says what a step is given before its prediction arrives.
         """
         self._check_steps(len(timesteps))
-        with self._lock:
+        with self.lock:
             self.stop()
             if predict is None and self.schedule == "wavefront":
                 assert clean is not None
@@ -368,7 +390,7 @@ class AsyncDenoiser:
 
     def stop(self) -> None:
         """Give up the current generation, if one is unfinished."""
-        with self._lock:
+        with self.lock:
             if self._generation is not None:
                 self._generation.abandon()
                 self._generation = None
@@ -389,7 +411,7 @@ class AsyncDenoiser:
 
     def call(self, call: Call) -> Any:
         """:meth:`__call__` for a call that was taken apart by :func:`asyncdiff.calls.parse`."""
-        with self._lock:
+        with self.lock, self.own_modes():
             self._check(call)
             generation = self._generation
             if generation is None or generation.done:
@@ -476,7 +498,7 @@ class AsyncDenoiser:
             correct,
             drain,
         )
-        with self._lock:
+        with self.lock:
             self.stop()
             return generate(self, request)
 
@@ -516,7 +538,7 @@ class AsyncDenoiser:
             timestep_argument=timestep_argument,
             step_options=dict(step_options or {}),
         )
-        with self._lock:
+        with self.lock:
             self.stop()
             self.order = calibrate(self, request)
             return self.order
@@ -533,7 +555,7 @@ class AsyncDenoiser:
 
     def close(self) -> None:
         """Free the ranks' memory and put the module back on its device."""
-        with self._lock:
+        with self.lock:
             self.stop()
             self._engines.close()
             self._engine = None

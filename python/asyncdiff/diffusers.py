@@ -7,7 +7,6 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -41,7 +40,8 @@ class Handle:
         self.denoiser = denoiser
         self._module = module
         self._times: Times | None = None
-        self._lock = threading.RLock()
+        # One lock: a generation of the denoiser's own must not come between two steps.
+        self._lock = denoiser.lock
         self._interrupting = False
         self._originals = (type(pipe), type(module))
         module.__class__ = _denoiser_class(cast(Any, type(module)))
@@ -102,7 +102,7 @@ class Handle:
             scheduler = self.pipe.scheduler
             new = self._times is None or not self.denoiser.active
             if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
-                self._times = Times(scheduler, time)
+                self._times = Times(scheduler, time, getattr(self.pipe, "num_timesteps", None))
                 self.denoiser.start(self._times.values, self._clean(scheduler))
             assert self._times is not None
             try:
@@ -121,7 +121,7 @@ class Handle:
             return None
         assert self._times is not None
         whole = clean_image(scheduler, backwards=self._times.backwards)
-        return whole.from_step(self._times.start)
+        return whole.of_steps(self._times.start, self._times.values.shape[0])
 
     def _run(self, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
@@ -187,6 +187,11 @@ def parallelize(
     module = find_denoiser(pipe)
     if "_asyncdiff" in module.__dict__:
         raise InputError("this pipeline is parallelised already: call handle.restore() first")
+    if "forward" in module.__dict__:
+        raise InputError(
+            "the denoiser's forward was replaced (by group offloading, DeepCache or another "
+            "patch), which would go past asyncdiff: undo that first"
+        )
     if hasattr(module, "_orig_mod"):
         raise InputError("the denoiser is wrapped by torch.compile: parallelise it before that")
     if "_hf_hook" in module.__dict__:
@@ -268,9 +273,10 @@ def plan_partition(
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The same denoiser as an object of its own class, sharing every weight: what is exported."""
+    """The same denoiser as an object of its own class, sharing every attribute, also those that are
+    set later: what is exported."""
     twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
 
 

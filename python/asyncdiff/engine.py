@@ -385,8 +385,8 @@ class Engine:
 
     def _deliver(self, worker: Worker, outputs: list[Any], home: torch.device) -> list[Any]:
         """The outputs as new tensors on ``home``, ready in order of its current stream."""
-        if worker.stream is None:
-            return outputs
+        if worker.stream is None:  # these may lie in a mailbox, or in what the next run writes to
+            return [o.clone() if _tensor(o) else o for o in outputs]
         with torch.cuda.device(home):
             main = torch.cuda.current_stream(home)
             out = [torch.empty_like(o, device=home) if _tensor(o) else o for o in outputs]

@@ -74,8 +74,7 @@ def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
         )
     if denoiser.schedule != "wavefront" and (request.correct or request.drain):
         raise InputError("correct and drain belong to schedule='wavefront'")
-    # Memory made in inference mode could not be written to in later generations without it.
-    with torch.inference_mode(False), torch.no_grad():
+    with denoiser.own_modes():
         _set_timesteps(request)
         sampler = _sampler(denoiser, request)
         if sampler is None:
@@ -332,7 +331,7 @@ def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
     if denoiser.auto_warmup is not None:
         raise PlanError("a calibration is for a fixed number of exact steps: set warmup to it")
     warmup, tail = cast(int, denoiser.warmup), denoiser.exact_tail
-    with torch.inference_mode(False), torch.no_grad(), bar(denoiser.progress) as progress:
+    with denoiser.own_modes(), bar(denoiser.progress) as progress:
         _set_timesteps(request)
         sampler = denoiser.samplers.get(request.scheduler, request.step_options)
         clean = clean_image(request.scheduler)

@@ -167,7 +167,16 @@ class Groups:
 
 
 def part(module: nn.Module, call: Call, names: Mapping[str, str | None], group: int) -> Call:
-    """A group's share of a call. Raises InputError where the batch does not hold two conditions."""
+    """A group's share of a call. Raises InputError where the batch does not hold two conditions, or
+    the denoiser mixes them."""
+    processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
+    mixing = sorted(name for name in processors if "PAG" in name)
+    if mixing:
+        raise InputError(
+            f"{mixing[0]} mixes the parts of the batch, which guidance='split' and "
+            "warmup_mode='split' give to different ranks: take guidance='batched' and "
+            "warmup_mode='chain'"
+        )
     batched = iter(_batched(call))
     leaves = [
         leaf.chunk(GROUPS)[group] if isinstance(leaf, torch.Tensor) and next(batched) else leaf
@@ -183,9 +192,10 @@ def _batched(call: Call) -> list[bool]:
     batch = shape[0] if shape else 0
     if batch < GROUPS or batch % GROUPS:
         raise InputError(
-            f"guidance='split' gives each of two conditions its own ranks, but this call has a "
-            f"batch of {batch}: pass guidance_scale > 1 to the pipeline (where it guides by a "
-            "batch of two conditions), or take guidance='batched'"
+            "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
+            f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
+            "(where it guides by a batch of two conditions), or take guidance='batched' and "
+            "warmup_mode='chain'"
         )
     # Denoisers of videos take some conditioning once a frame.
     sizes = {batch, *(batch * frames for frames in shape[1:3] if len(shape) == 5)}

@@ -1,4 +1,5 @@
-"""Engines made ready for calls of one signature, and kept for later calls like them."""
+"""Engines made ready for calls of one signature, and kept for later calls like them, as long as the
+denoiser stays what it was."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from .capture import capture
 from .cost import fused, link_speed, measure
 from .engine import Engine
 from .groups import GROUPS, Groups, part
+from .module_state import ModuleState
 from .partition import Partition, Split, partition
 from .plan import ring
 from .progress import Progress, bar
@@ -25,8 +27,11 @@ from .weights import Weights
 
 log = logging.getLogger("asyncdiff")
 
-#: Signatures whose engines are kept. Each engine holds mailboxes and graphs.
+#: Kinds of calls whose engines are kept. Each engine holds mailboxes and graphs.
 _KEPT = 4
+
+#: The signature of a call, and what the denoiser was then (:class:`~.module_state.ModuleState`).
+_Kind = tuple[Signature, int]
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,15 @@ class Making:
 
 
 class Engines:
-    """The engines of one denoiser, by signature of the call."""
+    """The engines of one denoiser, by kind of the call."""
 
     def __init__(self, module: nn.Module, weights: Weights, making: Making) -> None:
         self._module = module
+        self._state = ModuleState(module)
         self._weights = weights
         self._making = making
-        self._kept: OrderedDict[Signature, list[Engine | Groups]] = OrderedDict()
-        self._whole: dict[Signature, Engine | Groups] = {}
+        self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
+        self._whole: dict[_Kind, Engine | Groups] = {}
         self._bytes_per_ms: float | None = None
 
     def __len__(self) -> int:
@@ -62,35 +68,43 @@ class Engines:
 
     def get(self, call: Call) -> Engine | Groups:
         """The engine of the components, for calls like this one."""
-        if call.signature not in self._kept:
+        kind = self._kind(call)
+        if kind not in self._kept:
             making = self._making
             made = self._team(call, making.components, making.devices, making.guidance == "split")
             while len(self._kept) >= _KEPT:
                 self._drop(next(iter(self._kept)))
-            self._kept[call.signature] = [made]
-        self._kept.move_to_end(call.signature)
-        return self._kept[call.signature][0]
+            kind = self._kind(call)  # capturing runs the denoiser, which may keep something
+            self._kept[kind] = [made]
+        self._kept.move_to_end(kind)
+        return self._kept[kind][0]
+
+    def _kind(self, call: Call) -> _Kind:
+        return call.signature, self._state.number()
 
     def whole(self, call: Call) -> Engine | Groups:
         """The engine of two devices that have the whole denoiser, a condition each. Only after
         :meth:`get` for the same call."""
-        made = self._whole.get(call.signature)
+        kind = next(reversed(self._kept))
+        made = self._whole.get(kind)
         if made is None:
             first = self._making.devices[0]
             others = [d for d in self._making.devices if d != first] or [first]
             made = self._team(call, 1, [first, others[0]], True)
-            self._whole[call.signature] = made
-            self._kept[call.signature].append(made)
+            self._whole[kind] = made
+            self._kept[kind].append(made)
         return made
 
     def close(self) -> None:
         """Free all engines."""
-        for signature in list(self._kept):
-            self._drop(signature)
+        for kind in list(self._kept):
+            self._drop(kind)
+        if self._making.devices[0].type == "cuda":
+            _collect()
 
-    def _drop(self, signature: Signature) -> None:
-        self._whole.pop(signature, None)
-        for engine in self._kept.pop(signature):
+    def _drop(self, kind: _Kind) -> None:
+        self._whole.pop(kind, None)
+        for engine in self._kept.pop(kind):
             engine.close()
 
     def _team(

@@ -51,12 +51,47 @@ class Times:
     """The timesteps that remain from the first call on, as the denoiser's own argument values.
 
     ``first`` is the timestep argument of the first call. An image-to-image pipeline starts in the
-    middle of the schedule: the first call says where. Raises SchedulerError where the argument is
-    not a known function of the timesteps.
+    middle of the schedule: the first call says where. ``steps`` is how many there will be, where
+    the pipeline knows (one that leaves the end to another stops before it); None: all that are
+    left. Raises SchedulerError where the argument is not a known function of the timesteps.
     """
 
-    def __init__(self, scheduler: Any, first: torch.Tensor) -> None:
+    def __init__(self, scheduler: Any, first: torch.Tensor, steps: int | None = None) -> None:
         self.source = check_scheduler(scheduler)
+        self._offset = self.source.storage_offset()
+        rivals: list[torch.Tensor] = []
+        if self._is_view(first):
+            # Where it lies tells more than its value, which a schedule may hold twice.
+            self.mapping, self.start = "t", int(first.storage_offset() - self._offset)
+            values, exact = self.source, self.source.detach().double().cpu()
+        else:
+            self.mapping, self.start, values, exact, rivals = self._found(scheduler, first)
+        #: whether the denoiser counts time from the other end than the scheduler
+        self.backwards = self.mapping in _BACKWARDS
+        mine = slice(self.start, None if not steps else self.start + steps)
+        self.values = values[mine].to(first.device)
+        own = self.source[mine]
+        if self.mapping == "t" and (own.device, own.dtype) == (first.device, first.dtype):
+            # Calls with views of the scheduler's own timesteps are then known to have these.
+            self.values = own
+        self._exact = exact[mine]
+        #: whether all calls so far had the very bits of ``values``
+        self._same = bool((first == self.values[0]).all())
+        #: the first step that tells ``values`` from what else the first call may have come from
+        self._telling = min(
+            (int(k) for r in rivals for k in (r[mine] != self._exact).nonzero()[:1]), default=None
+        )
+        self._pending: list[tuple[int, torch.Tensor, Any]] = []
+
+    def _is_view(self, value: torch.Tensor) -> bool:
+        """Whether a call's timestep is one of the scheduler's own, or several views of it."""
+        return value.untyped_storage().data_ptr() == self.source.untyped_storage().data_ptr()
+
+    def _found(
+        self, scheduler: Any, first: torch.Tensor
+    ) -> tuple[str, int, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """What is known of the first call by its value: the mapping, the step, all values in the
+        call's dtype and in float64, and those of other ways to the same first value."""
         train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
         value = float(first.detach().double().reshape(-1)[0])
         found = []
@@ -68,9 +103,9 @@ class Times:
                 distance = (exact - value).abs()
                 index = int(distance.argmin())
                 scale = float(exact.abs().max()) or 1.0
-                found.append((float(distance[index]) / scale, name, index, values, exact))
-        # Of 1 as the last timestep and as t/n of the first one, the first.
-        error, self.mapping, self.start, values, exact = min(found, key=lambda f: (f[0], f[2]))
+                found.append((float(distance[index]) / scale, index, name, values, exact))
+        # Most generations begin with the first timestep: 1 may be its t/n, and the last t.
+        error, start, name, values, exact = min(found, key=lambda f: (f[0], f[1] > 0))
         if error > 1e-5 + 2 * torch.finfo(first.dtype).eps if first.is_floating_point() else error:
             raise SchedulerError(
                 f"the denoiser was called with timestep {value:g}, which is not made from the "
@@ -78,24 +113,8 @@ class Times:
                 f"({', '.join(n for n, _ in _MAPPINGS)}): use asyncdiff.AsyncDenoiser and pass "
                 "the denoiser's timesteps to its generation()"
             )
-        #: whether the denoiser counts time from the other end than the scheduler
-        self.backwards = self.mapping in _BACKWARDS
-        self.values = values[self.start :].to(first.device)
-        own = self.source[self.start :]
-        if self.mapping == "t" and (own.device, own.dtype) == (first.device, first.dtype):
-            # Calls with views of the scheduler's own timesteps are then known to have these.
-            self.values = own
-        self._exact = exact[self.start :]
-        #: whether all calls so far had the very bits of ``values``
-        self._same = bool((first == self.values[0]).all())
-        rivals = [f[4] for f in found if f[0] == error == 0 and f[2] == self.start]
-        #: the first step that tells ``values`` from what else the first call may have come from
-        self._telling = min(
-            (int(k) for r in rivals for k in (r[self.start :] != self._exact).nonzero()[:1]),
-            default=None,
-        )
-        self._offset = self.source.storage_offset()
-        self._pending: list[tuple[int, torch.Tensor, Any]] = []
+        rivals = [f[4] for f in found if f[0] == error == 0 and f[1] == start]
+        return name, start, values, exact, rivals
 
     def known(self, step: int, value: torch.Tensor) -> torch.Tensor:
         """The ``step``-th call's timestep as a view of ``values``, where it is known to be that; so
@@ -113,7 +132,7 @@ class Times:
 
         Values on a GPU are looked at later, when they have arrived anyway: see :meth:`finish`.
         """
-        if value.untyped_storage().data_ptr() == self.source.untyped_storage().data_ptr():
+        if self._is_view(value):
             index = value.storage_offset() - self._offset
             # A schedule may name a timestep twice; the position says which of them this is.
             if index != self.start + step:
