@@ -12,7 +12,7 @@ import torch
 from toys import toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, RankError, component, engine, timetable
+from asyncdiff import AsyncDenoiser, RankError, component, conditioning, timetable
 from asyncdiff.component import Worker
 from asyncdiff.generation import Generation
 from asyncdiff.hoist import Hoisted, hoist
@@ -187,7 +187,7 @@ def test_conditioning_is_compared_before_anything_is_under_way(
 ) -> None:
     """On CUDA that is a wait of the host."""
     events: list[str] = []
-    same, work = engine._same, Worker.run
+    same, work = conditioning._same, Worker.run
 
     def compared(*tensors: Any) -> bool:
         events.append("compare")
@@ -197,7 +197,7 @@ def test_conditioning_is_compared_before_anything_is_under_way(
         events.append("run")
         return work(worker, slots)
 
-    monkeypatch.setattr(engine, "_same", compared)
+    monkeypatch.setattr(conditioning, "_same", compared)
     monkeypatch.setattr(Worker, "run", ran)
     denoiser = spread(warmup=3, **modes)
     for _ in range(2):
