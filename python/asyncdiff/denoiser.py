@@ -247,6 +247,12 @@ class AsyncDenoiser:
         with self.lock, self.own_modes():
             call = self.parse(args, kwargs)
             self._check(call)
+            used = self._generation.engine if self._generation and self.active else None
+            if used is not None and call.signature != used.signature:
+                raise InputError(
+                    "a generation with other inputs is under way, whose engine may have to make "
+                    "room: prepare before it or after it"
+                )
             self._prepared(call)
             if steps is not None:
                 self._phases(call, steps)

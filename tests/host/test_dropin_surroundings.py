@@ -294,6 +294,19 @@ def test_latents_in_a_list() -> None:
         refusing.close()
 
 
+def test_preparing_other_inputs_in_the_middle_is_refused() -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
+    call = toy_call()
+    with denoiser.generation([9, 8]):
+        denoiser(**call)
+        denoiser.prepare(**call)
+        with pytest.raises(InputError, match="prepare before it or after it"):
+            denoiser.prepare(**toy_call(size=4))
+        denoiser(**call)
+    denoiser.prepare(**toy_call(size=4))
+    denoiser.close()
+
+
 def test_modes_set_later_are_checked() -> None:
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
     denoiser.warmup_mode = "splt"
