@@ -45,7 +45,8 @@ def _containers(module: nn.Module) -> Iterator[Any]:
         own = getattr(processor, "__dict__", {})
         if own:
             yield own
-        yield from (x for x in (*attributes.values(), *own.values()) if isinstance(x, list))
+        named = [*attributes.items(), *own.items()]
+        yield from (x for n, x in named if n[:1] != "_" and isinstance(x, (list, dict)))
 
 
 def _frozen(value: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
 
 from .capture import Captured
+from .conditioning import version_of
 
 
 class Weights:
@@ -17,7 +19,7 @@ class Weights:
         self.module = module
         #: Where the module lay before its weights were spread.
         self.home = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._copies: weakref.WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = (
+        self._copies: weakref.WeakValueDictionary[tuple[Any, ...], torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
         self._offloaded = False
@@ -51,7 +53,8 @@ class Weights:
     def get(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
         """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
         weight = captured.weights[name]
-        key = (id(weight), device)
+        # An adapter that is merged into a weight gives it other memory, or writes to it.
+        key = (id(weight), weight.data_ptr(), version_of(weight), device)
         copy = self._copies.get(key)
         if copy is None:
             copy = weight.detach().to(device)

@@ -19,8 +19,11 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.calls import Role, parse
+from asyncdiff.capture import capture
 from asyncdiff.groups import part
+from asyncdiff.module_state import ModuleState
 from asyncdiff.timesteps import Times
+from asyncdiff.weights import Weights
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 XL = reference.case("sdxl_euler_n2s1w1")
@@ -142,6 +145,45 @@ def test_layers_that_are_loaded_later() -> None:
     denoiser.extra = torch.nn.Conv2d(4, 4, 1).double().requires_grad_(False)
     assert near()
     engine.close()
+
+
+def test_what_counts_as_another_state() -> None:
+    module = toy()
+    module.down[1].scaling = {"default": 1.0}  # as of a LoRA
+    state = ModuleState(module)
+    numbers = [state.number()]
+
+    def changed() -> bool:
+        numbers.append(state.number())
+        return numbers[-1] != numbers[-2]
+
+    assert not changed()
+    module.down[1].scaling["default"] = 0.5
+    assert changed() and not changed()
+    module.down[1].scaling["default"] = 1.0
+    assert changed() and numbers[-1] == numbers[0]
+    module.mix = torch.nn.Linear(8, 8)
+    assert changed()
+    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    assert changed()
+    module.mix.shift = torch.zeros(3)
+    assert changed()
+    module.mix.shift = torch.zeros(3)  # tensors are told apart by which they are
+    assert changed() and not changed()
+
+
+def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
+    """What is fused goes into the same parameter, in other memory."""
+    module = toy()
+    captured = capture(module, parse(module, (), toy_call()))
+    weights = Weights(module)
+    name, weight = next(iter(captured.weights.items()))
+    here = torch.device("cpu")
+    first = weights.get(captured, name, here)
+    assert weights.get(captured, name, here) is first
+    weight.data = weight.data + 1
+    assert torch.equal(weights.get(captured, name, here), weight)
+    assert not torch.equal(first, weight)
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
