@@ -49,7 +49,7 @@ class Conditioning:
             tensor, seen = tensors[i], self._seen.get(i)
             if not _is(tensor, seen):
                 changed.append(i)
-                self._seen[i] = (tensor, version_of(tensor))
+                self._seen[i] = (tensor, _version(tensor))
         self._renew({i: tensors[i] for i in changed}, compare=first)
         return changed
 
@@ -63,21 +63,21 @@ class Conditioning:
         ``compare`` all of them have, unless they are known."""
         mine = {i: t for i, t in changed.items() if i in self._of_rows}
         mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
-        self._met |= {i: (t, version_of(t)) for i, t in mine.items()}
+        self._met |= {i: (t, _version(t)) for i, t in mine.items()}
         if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
             return
         self.era += 1
         self._held |= {i: t.clone() for i, t in mine.items()}
 
 
-def version_of(tensor: torch.Tensor) -> int:
+def _version(tensor: torch.Tensor) -> int:
     """What changes with every write to a tensor; -1 where torch does not count (inference mode)."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _is(tensor: torch.Tensor, seen: _Seen | None) -> bool:
     """Whether a tensor is one that was seen, not written to since then."""
-    return seen is not None and seen[0] is tensor and seen[1] == version_of(tensor) >= 0
+    return seen is not None and seen[0] is tensor and seen[1] == _version(tensor) >= 0
 
 
 def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:

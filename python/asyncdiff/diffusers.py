@@ -43,6 +43,8 @@ class Handle:
         # One lock: a generation of the denoiser's own must not come between two steps.
         self._lock = denoiser.lock
         self._interrupting = False
+        #: whether the pipeline is being called
+        self._running = False
         self._originals = (type(pipe), type(module))
         module.__class__ = _denoiser_class(cast(Any, type(module)))
         module.__dict__["_asyncdiff"] = self
@@ -77,6 +79,8 @@ class Handle:
                 self.pipe(*args, **kwargs)
             except FirstCall as seen:
                 call = seen.call
+            else:
+                raise InputError("the pipeline did not call its denoiser: give it steps to take")
             finally:
                 self._interrupting = False
             return self.denoiser.calibrate(**as_generation(self.pipe, self.denoiser, call))
@@ -102,7 +106,9 @@ class Handle:
             scheduler = self.pipe.scheduler
             new = self._times is None or not self.denoiser.active
             if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
-                self._times = Times(scheduler, time, getattr(self.pipe, "num_timesteps", None))
+                # Left by an earlier run, where another caller than the pipeline is under way.
+                steps = getattr(self.pipe, "num_timesteps", None) if self._running else None
+                self._times = Times(scheduler, time, steps)
                 self.denoiser.start(self._times.values, self._clean(scheduler))
             assert self._times is not None
             try:
@@ -127,9 +133,11 @@ class Handle:
         with self._lock:
             # Whatever an earlier call left unfinished has nothing to do with this one.
             self.denoiser.stop()
+            self._running = True
             try:
                 return run(self.pipe, *args, **kwargs)
             finally:
+                self._running = False
                 self.denoiser.stop()
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from torch import nn
 
+#: States that are known again. What they consist of is kept as long.
+_KNOWN = 8
+
 
 class ModuleState:
     """The submodules of a denoiser, which tensors are their weights, and the plain values among the
@@ -18,14 +21,22 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._number = 0
         self._copies: list[tuple[Any, Any]] = []
+        self._known: dict[Any, int] = {}
+        self._last = 0
+        self._number = 0
 
     def number(self) -> int:
-        """The same for the same state, within one process. Quick as long as nothing changes."""
+        """Another one for every state. Quick as long as nothing changes."""
         if not self._copies or not self._unchanged():
             self._copies = [(x, x.copy()) for x in _containers(self._module)]
-            self._number = hash(tuple(_frozen(x) for x, _ in self._copies))
+            state = tuple(_frozen(x) for x, _ in self._copies)
+            if state not in self._known:
+                self._last += 1
+                self._known[state] = self._last
+                while len(self._known) > _KNOWN:
+                    del self._known[next(iter(self._known))]
+            self._number = self._known[state]
         return self._number
 
     def _unchanged(self) -> bool:
@@ -49,13 +60,32 @@ def _containers(module: nn.Module) -> Iterator[Any]:
         yield from (x for n, x in named if n[:1] != "_" and isinstance(x, (list, dict)))
 
 
+class _Object:
+    """An object as itself, kept so that its address is nobody else's."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
 def _frozen(value: Any) -> Any:
-    """What a hash takes of a value: plain ones as they are, containers entry by entry, of all else
-    which object it is."""
+    """What a state takes of a value: plain ones as they are, containers entry by entry, processors
+    by type and attributes, of all else which object it is. Private attributes are no options."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(x) for x in value)
     if isinstance(value, dict):
-        return tuple((name, _frozen(x)) for name, x in value.items())
-    return id(value)
+        return tuple((n, _named(n, x)) for n, x in value.items() if str(n)[:1] != "_")
+    return _Object(value)
+
+
+def _named(name: Any, value: Any) -> Any:
+    if name == "processor" and not isinstance(value, nn.Module):  # may be a new one in each call
+        return type(value), _frozen(getattr(value, "__dict__", {}))
+    return _frozen(value)

@@ -75,6 +75,8 @@ class Engines:
             while len(self._kept) >= _KEPT:
                 self._drop(next(iter(self._kept)))
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
+            if kind in self._kept:
+                self._drop(kind)
             self._kept[kind] = [made]
         self._kept.move_to_end(kind)
         return self._kept[kind][0]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .capture import Captured
-from .conditioning import version_of
 
 
 class Weights:
@@ -19,9 +18,12 @@ class Weights:
         self.module = module
         #: Where the module lay before its weights were spread.
         self.home = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._copies: weakref.WeakValueDictionary[tuple[Any, ...], torch.Tensor] = (
+        self._copies: weakref.WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
+        #: which of them are of the denoiser captured last, and known to be its weights
+        self._known: set[tuple[int, torch.device]] = set()
+        self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
         self._channels_last: list[torch.Tensor] = []
 
@@ -53,10 +55,15 @@ class Weights:
     def get(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
         """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
         weight = captured.weights[name]
-        # An adapter that is merged into a weight gives it other memory, or writes to it.
-        key = (id(weight), weight.data_ptr(), version_of(weight), device)
+        if captured is not self._captured():
+            self._captured = weakref.ref(captured)
+            self._known.clear()
+        key = (id(weight), device)
         copy = self._copies.get(key)
-        if copy is None:
-            copy = weight.detach().to(device)
-            self._copies[key] = copy
+        if copy is None or key not in self._known:
+            now = weight.detach().to(device)
+            # An adapter may have been merged into the weight since another engine took it.
+            if copy is None or not torch.equal(copy, now):
+                self._copies[key] = copy = now
+            self._known.add(key)
         return copy

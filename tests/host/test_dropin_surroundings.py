@@ -94,6 +94,19 @@ def test_a_pipeline_that_leaves_the_end_to_another() -> None:
     handle.restore()
 
 
+def test_the_denoiser_called_by_others_than_its_pipeline() -> None:
+    """They have as many steps as the schedule, whatever the pipeline last had."""
+    pipe, call = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=2, split="estimate")
+    pipe(**call, num_inference_steps=3, output_type="latent")
+    other = diffusers.FluxPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    other(**call, num_inference_steps=8, output_type="latent")
+    assert handle.report().steps == 8
+    handle.restore()
+
+
 def test_options_that_are_set_later() -> None:
     """FreeU sets plain values of blocks. An earlier state is prepared already."""
     pipe, plain = reference.pipeline(SPEC), reference.pipeline(SPEC)
@@ -163,6 +176,19 @@ def test_what_counts_as_another_state() -> None:
     assert changed() and not changed()
     module.down[1].scaling["default"] = 1.0
     assert changed() and numbers[-1] == numbers[0]
+    for scale in (-1.0, -2.0):  # of one hash
+        module.down[1].scaling["default"] = scale
+        assert changed()
+
+    class Processor:
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+    for scale, new in ((1.0, True), (1.0, False), (2.0, True)):
+        module.mix.processor = Processor(scale)
+        assert changed() == new
+    module.mix._calls = 5  # of nobody's options
+    assert not changed()
     module.mix = torch.nn.Linear(8, 8)
     assert changed()
     module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8))
@@ -183,8 +209,16 @@ def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
     first = weights.get(captured, name, here)
     assert weights.get(captured, name, here) is first
     weight.data = weight.data + 1
+    assert weights.get(captured, name, here) is first  # of one capture, the same
+    captured = capture(module, parse(module, (), toy_call()))
+    second = weights.get(captured, name, here)
+    assert torch.equal(second, weight) and not torch.equal(first, weight)
+    # Where the copy is elsewhere, and the same memory is written to, unseen by torch.
+    weights._copies[id(weight), here] = elsewhere = weight.detach().clone()
+    weight.data += 1
+    captured = capture(module, parse(module, (), toy_call()))
     assert torch.equal(weights.get(captured, name, here), weight)
-    assert not torch.equal(first, weight)
+    assert not torch.equal(elsewhere, weight)
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
