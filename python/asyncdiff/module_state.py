@@ -56,8 +56,9 @@ def _containers(module: nn.Module) -> Iterator[Any]:
         own = getattr(processor, "__dict__", {})
         if own:
             yield own
-        named = [*attributes.items(), *own.items()]
-        yield from (x for n, x in named if n[:1] != "_" and isinstance(x, (list, dict)))
+        for name, value in (*attributes.items(), *own.items()):
+            if isinstance(value, list) or (isinstance(value, dict) and name[:1] != "_"):
+                yield value
 
 
 class _Object:
@@ -75,14 +76,23 @@ class _Object:
 
 def _frozen(value: Any) -> Any:
     """What a state takes of a value: plain ones as they are, containers entry by entry, processors
-    by type and attributes, of all else which object it is. Private attributes are no options."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+    by type and attributes, of all else which object it is. Private attributes count where they are
+    plain: some adapters are switched by such."""
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(x) for x in value)
+    if _is_plain(value):
+        return value
     if isinstance(value, dict):
-        return tuple((n, _named(n, x)) for n, x in value.items() if str(n)[:1] != "_")
+        return tuple(
+            (n, _named(n, x)) for n, x in value.items() if str(n)[:1] != "_" or _is_plain(x)
+        )
     return _Object(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(x) for x in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _named(name: Any, value: Any) -> Any:

@@ -187,7 +187,13 @@ def test_what_counts_as_another_state() -> None:
     for scale, new in ((1.0, True), (1.0, False), (2.0, True)):
         module.mix.processor = Processor(scale)
         assert changed() == new
-    module.mix._calls = 5  # of nobody's options
+    module.mix._disabled = True  # as adapters have it
+    assert changed()
+    module.mix._active = ["a"]
+    assert changed()
+    module.mix._active.append("b")
+    assert changed()
+    module.mix._hooks = {"other": object()}  # nobody's options
     assert not changed()
     module.mix = torch.nn.Linear(8, 8)
     assert changed()
