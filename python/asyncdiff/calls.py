@@ -142,6 +142,18 @@ def check_devices(call: Call, cuda: bool) -> None:
             )
 
 
+def check_one_latents(call: Call) -> None:
+    """Raise InputError for latents in a list, for what serves one tensor of them only."""
+    names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
+    several = [name for name in names if name.split(".")[0] not in RESIDUALS]
+    if len(several) > 1:
+        raise InputError(
+            f"this denoiser takes its latents as a list ({', '.join(several)}), which waves and "
+            "guidance split do not serve: take schedule='asyncdiff', guidance='batched' and "
+            "warmup_mode='chain'"
+        )
+
+
 def argument_names(
     module: nn.Module, latents: str | None = None, timestep: str | None = None
 ) -> tuple[str, str | None]:

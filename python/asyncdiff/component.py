@@ -114,7 +114,7 @@ class Worker:
         """A worker whose static inputs have the shapes and dtypes of ``tensors``."""
         captured = partition.captured
         inputs = [captured.inputs[n.name] for n in partition.components[index].inputs]
-        with torch.no_grad(), _current(device, None):
+        with _current(device, None):
             static = {i: torch.empty_like(tensors[i], device=device) for i in inputs}
             for i in inputs:
                 static[i].copy_(tensors[i])

@@ -16,7 +16,7 @@ from torch import nn
 from . import devices as device_list
 from .assign import check_split_argument
 from .calibration import Calibration, Shape
-from .calls import RESIDUALS, Call, Role, check_devices, parse
+from .calls import Call, check_devices, check_one_latents, parse
 from .clean_image import CleanImage, clean_image
 from .compiled import pays
 from .drift import AutoWarmup, Drift
@@ -303,16 +303,6 @@ class AsyncDenoiser:
 
     def _check(self, call: Call) -> None:
         check_devices(call, self.devices[0].type == "cuda")
-        if self.schedule != "wavefront" and not self.splits:
-            return
-        moving = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
-        several = [name for name in moving if name.split(".")[0] not in RESIDUALS]
-        if len(several) > 1:
-            raise InputError(
-                f"this denoiser takes its latents as a list ({', '.join(several)}), which waves "
-                "and guidance split do not serve: take schedule='asyncdiff', guidance='batched' "
-                "and warmup_mode='chain'"
-            )
 
     @contextlib.contextmanager
     def own_modes(self) -> Iterator[None]:
@@ -323,6 +313,8 @@ class AsyncDenoiser:
             yield
 
     def _prepared(self, call: Call) -> Engine | Groups:
+        if self.schedule == "wavefront" or self.splits:
+            check_one_latents(call)
         self._engine = self._engines.get(call)
         return self._engine
 

@@ -114,7 +114,10 @@ class Handle:
             try:
                 step = self.denoiser.step
                 self._times.check(step, time)
-                result = self.denoiser.call(call.replacing(where[0], self._times.known(step, time)))
+                known = self._times.known(step, time)
+                if known is not time:
+                    call = call.replacing(where[0], known)
+                result = self.denoiser.call(call)
                 if not self.denoiser.active:
                     self._times.finish()
             except BaseException:
