@@ -74,8 +74,8 @@ class Fabric:
 
         On CUDA they are one launch (up to 8 channels and 320 tensors), whatever the channels'
         modes: as when a rank broadcasts its noise prediction to all and sends its hidden states to
-        one. Raises InvalidArgument for
-        channels of different senders or fabrics, or one named twice.
+        one. Raises InvalidArgument for channels of different senders or fabrics, or one named
+        twice.
         """
         all_puts = [(c._native, c._pointers(tensors), slot) for c, tensors, slot in puts]
         self._native.put_together(all_puts, pointer_of(stream))
