@@ -36,7 +36,7 @@ _DETAILED = ("N=2 S=1 w=1", "N=2 S=1 w=1, compiled", "N=4 S=1 w=1", "N=3 S=2 w=1
 def measured(figures: dict[str, Model]) -> str:
     """One GPU and every setting: milliseconds a step, and times the speed of one GPU in the same
     mode; loops of other lengths; then what lies behind a few of the settings."""
-    return "\n".join((_speeds(figures), _lengths(figures), _details(figures)))
+    return "\n".join(filter(None, (_speeds(figures), _lengths(figures), _details(figures))))
 
 
 def _speeds(figures: dict[str, Model]) -> str:
@@ -84,7 +84,7 @@ def _lengths(figures: dict[str, Model]) -> str:
         entries = [m.get(key, {}) for m in models]
         if any(_further(k) for e in entries for k in e):
             rows.append([key, *(_over(m, e, steps) for m, e in zip(models, entries, strict=True))])
-    return markdown(rows)
+    return markdown(rows) if rows[1:] else ""
 
 
 def _further(key: str) -> bool:

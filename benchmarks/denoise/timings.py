@@ -44,7 +44,7 @@ class Timings:
         self.latents: torch.Tensor | None = None
 
     def take(self, way: Any, loop: Loop) -> None:
-        """One round. ArithmeticError if the latents are not finite: a GPU is faster on NaN."""
+        """One round. ArithmeticError if the latents are not finite: it was of nothing then."""
         ms, self.latents = timed(way, loop)
         if not self.latents.isfinite().all():
             raise ArithmeticError("the latents are not finite: what such loops take says nothing")
