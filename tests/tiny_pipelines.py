@@ -8,6 +8,11 @@ import diffusers
 import torch
 
 
+def _no_text(encoders: int) -> dict[str, None]:
+    ends = ["", *(f"_{k}" for k in range(2, encoders + 1))]
+    return dict.fromkeys(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ends)
+
+
 def tiny_flux() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
@@ -25,10 +30,7 @@ def tiny_flux() -> Any:
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **_no_text(2),
     )
     call = {
         "prompt_embeds": torch.randn(1, 8, 32),
@@ -39,9 +41,9 @@ def tiny_flux() -> Any:
     return pipe, call
 
 
-def tiny_sd3() -> Any:
+def tiny_sd3_transformer() -> Any:
     torch.manual_seed(0)
-    transformer = diffusers.SD3Transformer2DModel(
+    return diffusers.SD3Transformer2DModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -53,16 +55,15 @@ def tiny_sd3() -> Any:
         pooled_projection_dim=24,
         pos_embed_max_size=8,
     ).eval()
+
+
+def tiny_sd3() -> Any:
+    transformer = tiny_sd3_transformer()
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        **_no_text(3),
     )
     call = {f"{n}prompt_embeds": torch.randn(1, 8, 32) for n in ("", "negative_")}
     call |= {f"{n}pooled_prompt_embeds": torch.randn(1, 24) for n in ("", "negative_")}

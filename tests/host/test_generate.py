@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import reference
 import torch
+from tiny_pipelines import tiny_sd3_transformer
 from toys import toy, toy_call
 
 import asyncdiff
@@ -247,19 +248,7 @@ def test_callbacks_see_and_change_latents() -> None:
 
 def test_transformers_with_their_own_timestep() -> None:
     """SD3 passes a timestep for each picture, FLUX t/1000; latents are tokens or pictures."""
-    torch.manual_seed(0)
-    sd3 = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=24,
-        pos_embed_max_size=8,
-    ).eval()
+    sd3 = tiny_sd3_transformer()
     denoiser = AsyncDenoiser(sd3, devices=["cpu"] * 3, stride=2, warmup=2, split="estimate")
     conditioning = {
         "encoder_hidden_states": torch.randn(2, 8, 32),
