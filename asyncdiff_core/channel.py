@@ -21,9 +21,9 @@ class Channel:
     The n-th bundle (from zero) uses slot ``n % slots``. The sender calls :meth:`begin`,
     :meth:`push` for every tensor, :meth:`commit`; each receiver :meth:`get`, reads the slot, and
     :meth:`release`. On the host these calls block, at most for the fabric's deadline, and raise
-    ExchangeTimeout, Aborted or SlotOrderError. On CUDA they only enqueue on the given stream, can
-    be captured in CUDA graphs, and such errors are raised by :meth:`Fabric.check`. Each end may be
-    used by one thread at a time.
+    ExchangeTimeout, Aborted or SlotOrderError; one whose wait Ctrl-C ended can be repeated. On CUDA
+    they only enqueue on the given stream, can be captured in CUDA graphs, and such errors are
+    raised by :meth:`Fabric.check`. Each end may be used by one thread at a time.
     """
 
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:

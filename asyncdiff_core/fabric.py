@@ -75,7 +75,7 @@ class Fabric:
         On CUDA they are one launch (up to 8 channels and 320 tensors), whatever the channels'
         modes: as when a rank broadcasts its noise prediction to all and sends its hidden states to
         one. Raises InvalidArgument for channels of different senders or fabrics, or one named
-        twice.
+        twice. After a KeyboardInterrupt some may have been put: :meth:`reset`.
         """
         all_puts = [(c._native, c._pointers(tensors), slot) for c, tensors, slot in puts]
         self._native.put_together(all_puts, pointer_of(stream))

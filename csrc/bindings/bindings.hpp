@@ -6,6 +6,7 @@
 namespace asyncdiff::bindings {
 
 void register_errors(pybind11::module_& m);
+void register_interrupt(pybind11::module_& m);
 void register_layout(pybind11::module_& m);
 void register_memory(pybind11::module_& m);
 void register_channel(pybind11::module_& m);

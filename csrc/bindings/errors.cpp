@@ -11,8 +11,24 @@ namespace asyncdiff::bindings {
 
 namespace {
 
-void raise(const char* name, const std::exception& error, const py::dict& attributes = {}) {
-  const py::object type = py::module_::import("asyncdiff_core.errors").attr(name);
+// Fetched once: an error may come when nothing can be imported, as while a signal is pending. Never
+// given back: errors also come while the interpreter ends.
+struct Classes {
+  explicit Classes(const py::module_& errors)
+      : timeout(errors.attr("ExchangeTimeout")),
+        slot_order(errors.attr("SlotOrderError")),
+        aborted(errors.attr("Aborted")),
+        argument(errors.attr("InvalidArgument")),
+        device(errors.attr("DeviceError")),
+        cuda(errors.attr("CudaError")),
+        core(errors.attr("CoreError")) {}
+
+  py::object timeout, slot_order, aborted, argument, device, cuda, core;
+};
+
+const Classes* classes = nullptr;
+
+void raise(const py::object& type, const std::exception& error, const py::dict& attributes = {}) {
   const py::object value = type(error.what(), **attributes);
   PyErr_SetObject(type.ptr(), value.ptr());
 }
@@ -23,32 +39,44 @@ py::dict attributes_of(const Incident& i) {
                   "expected"_a = i.expected, "seen"_a = i.seen, "operation"_a = i.operation);
 }
 
-void translate(std::exception_ptr pointer) {
+void raise_like(const std::exception_ptr& pointer) {
   using namespace pybind11::literals;
-  if (!pointer) return;
   try {
     std::rethrow_exception(pointer);
   } catch (const ExchangeTimeout& e) {
     py::dict attributes = attributes_of(e.incident);
     attributes["peer"] = e.incident.peer;
-    raise("ExchangeTimeout", e, attributes);
+    raise(classes->timeout, e, attributes);
   } catch (const SlotOrderError& e) {
-    raise("SlotOrderError", e, attributes_of(e.incident));
+    raise(classes->slot_order, e, attributes_of(e.incident));
   } catch (const Aborted& e) {
-    raise("Aborted", e, py::dict("rank"_a = e.rank));
+    raise(classes->aborted, e, py::dict("rank"_a = e.rank));
   } catch (const InvalidArgument& e) {
-    raise("InvalidArgument", e);
+    raise(classes->argument, e);
   } catch (const DeviceError& e) {
-    raise("DeviceError", e);
+    raise(classes->device, e);
   } catch (const CudaError& e) {
-    raise("CudaError", e);
+    raise(classes->cuda, e);
   } catch (const Error& e) {
-    raise("CoreError", e);
+    raise(classes->core, e);
+  }
+}
+
+void translate(std::exception_ptr pointer) {
+  if (!pointer) return;
+  try {
+    raise_like(pointer);
+  } catch (py::error_already_set& e) {
+    // Python's own, or what came up while it made one of ours, as KeyboardInterrupt may.
+    e.restore();
   }
 }
 
 }  // namespace
 
-void register_errors(py::module_&) { py::register_local_exception_translator(&translate); }
+void register_errors(py::module_&) {
+  classes = new Classes(py::module_::import("asyncdiff_core.errors"));
+  py::register_local_exception_translator(&translate);
+}
 
 }  // namespace asyncdiff::bindings

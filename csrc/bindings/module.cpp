@@ -4,6 +4,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Bindings of the asyncdiff library. Use the package asyncdiff_core.";
   using namespace asyncdiff::bindings;
   register_errors(m);
+  register_interrupt(m);
   register_layout(m);
   register_memory(m);
   register_channel(m);

@@ -94,12 +94,13 @@ void HostChannel::begin(int slot, Stream) {
   const bool allowed = done == sent_->committed.load(std::memory_order_relaxed);
   check_turn(sender(), slot, done, allowed, "begin");
   const std::uint64_t epoch = done + 1;
-  sent_->begun.store(epoch, std::memory_order_relaxed);
   const auto ring = static_cast<std::uint64_t>(slots());
   const std::uint64_t needed = epoch - ring;
   for (std::size_t i = 0; i < receivers().size(); ++i) {
     wait(received_[i].released, needed, {sender(), receivers()[i], name(), slot, 0, 0, "begin"});
   }
+  // Only now: a begin whose wait was interrupted was none.
+  sent_->begun.store(epoch, std::memory_order_relaxed);
 }
 
 void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
@@ -132,8 +133,8 @@ void HostChannel::get(int receiver, int slot, Stream) {
   check_end(receiver, slot);
   const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
   check_turn(receiver, slot, done, true, "get");
-  mine.got.store(done + 1, std::memory_order_relaxed);
   wait(sent_->committed, done + 1, {receiver, sender(), name(), slot, 0, 0, "get"});
+  mine.got.store(done + 1, std::memory_order_relaxed);  // after the wait, as in begin
 }
 
 void HostChannel::release(int receiver, int slot, Stream) {

@@ -9,6 +9,7 @@
 #include "../src/host_shared.hpp"
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/host_fabric.hpp"
+#include "asyncdiff/interrupt.hpp"
 #include "check.hpp"
 
 using namespace asyncdiff;
@@ -83,6 +84,28 @@ void an_abort_wakes_who_waits() {
   CHECK(std::chrono::steady_clock::now() - begun < std::chrono::seconds(10));
 }
 
+struct Interrupted {};
+
+void an_interrupted_wait_was_none() {
+  HostFabric fabric(2, 60.0);
+  const auto channel = fabric.channel(0, {1}, Layout({TensorSpec("uint8", {1})}), 1, "");
+  const std::uint8_t byte = 7;
+  std::uint8_t got = 0;
+  set_interrupt_check([] { throw Interrupted(); });
+  CHECK_THROWS(channel->get(1, 0, 0), Interrupted);
+  CHECK_THROWS(channel->unpack(1, {&got}, 0, 0), Interrupted);
+  channel->put({&byte}, 0, 0);
+  CHECK_THROWS(channel->begin(0, 0), Interrupted);
+  CHECK_THROWS(channel->put({&byte}, 0, 0), Interrupted);
+  set_interrupt_check(nullptr);
+  for (int n = 0; n < 2; ++n) {
+    channel->unpack(1, {&got}, 0, 0);
+    CHECK(got == 7);
+    channel->put({&byte}, 0, 0);
+  }
+  fabric.check();
+}
+
 // Its thread may wait for a core before it has written all of it.
 void a_report_may_take_long() {
   HostFabric::Shared shared(Processes(2), 60.0);
@@ -105,5 +128,6 @@ int main() {
   for (int slots : {1, 2, 3}) every_bundle_arrives_once_and_whole(slots);
   waits_end();
   an_abort_wakes_who_waits();
+  an_interrupted_wait_was_none();
   a_report_may_take_long();
 }

@@ -35,7 +35,8 @@ class Fabric {
                                            Mode mode = Mode::kAuto) = 0;
 
   // Puts of channels of one sender, each channel once: on CUDA in one launch (of up to
-  // 8 channels and 320 tensors), whatever the channels' modes.
+  // 8 channels and 320 tensors), whatever the channels' modes. An interrupt (interrupt.hpp) may
+  // leave some of them done: only reset() helps then.
   virtual void put_together(const std::vector<Put>& puts, Stream stream);
 
   // Ends all waits, now and later, until reset().
