@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from .dlpack import describe_dlpack
@@ -11,14 +11,16 @@ from .errors import InvalidArgument
 
 class Array(NamedTuple):
     """``strides`` in elements; ``device`` a CUDA device index, None on the host, or -1 for a GPU
-    that the array's interface does not name. ``keep`` is what the memory may hang on."""
+    that the array's interface does not name. ``keep`` is what the memory may hang on: hold it while
+    the pointer is used."""
 
     pointer: int
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     device: int | None
-    keep: Any = None
+    keep: Any
+    writable: bool = True
 
 
 def describe(array: Any) -> Array:
@@ -29,7 +31,7 @@ def describe(array: Any) -> Array:
     for name, device in (("__cuda_array_interface__", -1), ("__array_interface__", None)):
         interface = getattr(array, name, None)
         if interface is not None:
-            return _interface(interface, device)
+            return _interface(array, interface, device)
     if hasattr(array, "__dlpack__"):
         d = describe_dlpack(array)
         strides = _row_major(d.shape) if d.strides is None else d.strides
@@ -45,6 +47,7 @@ def is_torch(array: Any) -> bool:
     return hasattr(array, "data_ptr") and hasattr(array, "element_size")
 
 
+@lru_cache(maxsize=1024)  # the same bundles come again and again
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
@@ -63,10 +66,19 @@ def _torch(tensor: Any) -> Array:
         tuple(tensor.shape),
         tuple(tensor.stride()),
         tensor.device.index if kind == "cuda" else None,
+        tensor,
     )
 
 
-def _interface(interface: dict[str, Any], device: int | None) -> Array:
+def _interface(array: Any, interface: dict[str, Any], device: int | None) -> Array:
+    data = interface.get("data")
+    # Anything else is an object with the bytes in it, or none: the protocol knows that, too.
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], int)):
+        raise InvalidArgument(
+            f"the array interface of {type(array).__name__} gives no address, but data of type "
+            f"{type(data).__name__}: give numpy.asarray(array) of it"
+        )
+    pointer, read_only = data
     dtype, itemsize = _typestr(interface["typestr"])
     shape = tuple(interface["shape"])
     given = interface.get("strides")
@@ -76,7 +88,8 @@ def _interface(interface: dict[str, Any], device: int | None) -> Array:
         raise InvalidArgument(f"strides {tuple(given)} are no multiples of the element size")
     else:
         strides = tuple(s // itemsize for s in given)
-    return Array(interface["data"][0], dtype, shape, strides, device)
+    keep = array, interface  # either may be what was made for this look only
+    return Array(pointer, dtype, shape, strides, device, keep, not read_only)
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _core
 from ._core import Buffer, Layout
-from .arrays import describe
+from .arrays import Array, describe
 from .errors import InvalidArgument
 
 #: A CUDA stream: its address, any object with ``cuda_stream`` (torch) or ``ptr`` (CuPy), or None
@@ -29,6 +29,7 @@ class Channel:
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
         self._put_arrays = native.put_arrays
+        self._addresses = native.addresses
         self._specs = native.layout.specs
         #: of the sender; None on the host
         self._device = None if devices is None else devices[native.sender]
@@ -103,7 +104,8 @@ class Channel:
             address = pointer_of(stream)
             self._put_stream = stream, address
         if not self._put_arrays(tensors, slot, address, self._on_gpu):
-            self._native.put(self._looked_at(tensors), slot, address)
+            arrays = self._looked_at(tensors)  # held until they are copied
+            self._native.put([a.pointer for a in arrays], slot, address)
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Wait until the next bundle lies in ``slot`` of this receiver."""
@@ -119,27 +121,38 @@ class Channel:
         """Get, copy the bundle to ``tensors``, release: one launch, up to 96 tensors.
 
         An inline bundle is then not copied to the mailbox first. All earlier bundles must have been
-        released. Raises InvalidArgument for tensors unlike the layout's.
+        released. Raises InvalidArgument for tensors unlike the layout's, or that are read-only.
         """
-        self._native.unpack(receiver, self._pointers(tensors), slot, pointer_of(stream))
+        pointers, _held = self._pointers(tensors, True)
+        self._native.unpack(receiver, pointers, slot, pointer_of(stream))
 
-    def _pointers(self, tensors: Sequence[Any]) -> list[int]:
-        found = self._native.addresses(tensors, self._on_gpu)
-        return self._looked_at(tensors) if found is None else found
+    def _pointers(self, tensors: Sequence[Any], written: bool = False) -> tuple[list[int], Any]:
+        """Addresses, and what to hold while they are used: the caller's sequence may change."""
+        held = tuple(tensors)
+        found = self._addresses(held, self._on_gpu)
+        if found is not None:
+            return found, held
+        arrays = self._looked_at(held, written)
+        return [a.pointer for a in arrays], arrays
 
-    def _looked_at(self, tensors: Sequence[Any]) -> list[int]:
+    def _looked_at(self, tensors: Sequence[Any], written: bool = False) -> list[Array]:
         """For arrays of any library, and for saying what is wrong with one."""
         if len(tensors) != len(self._specs):
             raise InvalidArgument(
                 f"{len(tensors)} tensors for channel '{self.name}', whose bundle has "
                 f"{len(self._specs)}"
             )
-        pointers = []
+        arrays = []
         for index, tensor in enumerate(tensors):
             a = describe(tensor)
             self._check(index, a.dtype, a.shape, a.strides, a.device)
-            pointers.append(a.pointer)
-        return pointers
+            if written and not a.writable:
+                raise InvalidArgument(
+                    f"tensor {index} for channel '{self.name}' is read-only: give one that can be "
+                    "written"
+                )
+            arrays.append(a)
+        return arrays
 
     def _check(
         self,

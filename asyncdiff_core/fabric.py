@@ -77,7 +77,11 @@ class Fabric:
         one. Raises InvalidArgument for channels of different senders or fabrics, or one named
         twice. After a KeyboardInterrupt some may have been put: :meth:`reset`.
         """
-        all_puts = [(c._native, c._pointers(tensors), slot) for c, tensors, slot in puts]
+        all_puts, held = [], []
+        for channel, tensors, slot in puts:
+            pointers, arrays = channel._pointers(tensors)
+            all_puts.append((channel._native, pointers, slot))
+            held.append(arrays)
         self._native.put_together(all_puts, pointer_of(stream))
 
     def abort(self, rank: int, reason: str) -> None:

@@ -88,14 +88,14 @@ bool is_like(const dlpack::Tensor& array, const TensorSpec& spec, bool on_gpu) {
 
 }  // namespace
 
-std::optional<std::vector<const void*>> addresses_of(const py::handle& arrays, const Layout& layout,
-                                                     bool on_gpu) {
+std::optional<Held> addresses_of(const py::handle& arrays, const Layout& layout, bool on_gpu) {
   if (!PyList_Check(arrays.ptr()) && !PyTuple_Check(arrays.ptr())) return std::nullopt;
-  PyObject** items = PySequence_Fast_ITEMS(arrays.ptr());
   const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(arrays.ptr()));
   if (count != layout.specs.size()) return std::nullopt;
-  std::vector<const void*> out;
-  out.reserve(count);
+  Held out{py::reinterpret_steal<py::tuple>(PySequence_Tuple(arrays.ptr())), {}};
+  if (!out.arrays) throw py::error_already_set();
+  PyObject** items = PySequence_Fast_ITEMS(out.arrays.ptr());
+  out.addresses.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     const dlpack::ExchangeTable* table = table_of(Py_TYPE(items[i]));
     if (table == nullptr) return std::nullopt;
@@ -105,7 +105,7 @@ std::optional<std::vector<const void*>> addresses_of(const py::handle& arrays, c
       return std::nullopt;
     }
     if (!is_like(array, layout.specs[i], on_gpu)) return std::nullopt;
-    out.push_back(static_cast<const std::byte*>(array.data) + array.byte_offset);
+    out.addresses.push_back(static_cast<const std::byte*>(array.data) + array.byte_offset);
   }
   return out;
 }

@@ -10,11 +10,17 @@
 
 namespace asyncdiff::bindings {
 
-// The addresses of a sequence of arrays, each of them like its spec and on a GPU or not. Nothing
+// Arrays and where they lie. Holds the arrays: a list that they came in may change at any time that
+// the GIL is not held.
+struct Held {
+  pybind11::tuple arrays;
+  std::vector<const void*> addresses;
+};
+
+// For a list or tuple of arrays, each of them like its spec and on a GPU or not. Nothing
 // where one is of another library, or unlike its spec: asyncdiff_core.arrays knows all libraries,
 // and what to say. Takes tens of nanoseconds an array, where looking at its attributes takes a
 // microsecond.
-std::optional<std::vector<const void*>> addresses_of(const pybind11::handle& arrays,
-                                                     const Layout& layout, bool on_gpu);
+std::optional<Held> addresses_of(const pybind11::handle& arrays, const Layout& layout, bool on_gpu);
 
 }  // namespace asyncdiff::bindings

@@ -45,20 +45,20 @@ void register_channel(py::module_& m) {
       .def(
           "put_arrays",
           [](Channel& c, const py::handle& arrays, int slot, Stream stream, bool on_gpu) {
-            const auto data = addresses_of(arrays, c.layout(), on_gpu);
-            if (!data) return false;
+            const auto held = addresses_of(arrays, c.layout(), on_gpu);
+            if (!held) return false;
             const py::gil_scoped_release unlocked;
-            c.put(*data, slot, stream);
+            c.put(held->addresses, slot, stream);
             return true;
           },
           py::arg("arrays"), py::arg("slot"), py::arg("stream"), py::arg("on_gpu"))
       .def(
           "addresses",
           [](const Channel& c, const py::handle& arrays, bool on_gpu) -> py::object {
-            const auto data = addresses_of(arrays, c.layout(), on_gpu);
-            if (!data) return py::none();
+            const auto held = addresses_of(arrays, c.layout(), on_gpu);
+            if (!held) return py::none();
             py::list out;
-            for (const void* at : *data) out.append(reinterpret_cast<std::uintptr_t>(at));
+            for (const void* at : held->addresses) out.append(reinterpret_cast<std::uintptr_t>(at));
             return out;
           },
           py::arg("arrays"), py::arg("on_gpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,13 +40,13 @@ def test_the_table_finds_what_the_closer_look_finds(dtype: torch.dtype) -> None:
         torch.zeros(1, 3, dtype=dtype),
     ]
     _, channel = channel_for(many)
-    assert channel._native.addresses(many, False) == channel._looked_at(many)
-    assert channel._native.addresses(tuple(many), False) == channel._looked_at(many)
+    looked_at = [a.pointer for a in channel._looked_at(many)]
+    assert channel._native.addresses(many, False) == looked_at
+    assert channel._native.addresses(tuple(many), False) == looked_at
     if dtype.is_floating_point:
         weights = [torch.nn.Parameter(x) for x in many]  # of another type, and with a gradient
-        assert channel._looked_at(weights) == channel._looked_at(many)
-        found = channel._native.addresses(weights, False)
-        assert found is None or found == channel._looked_at(weights)
+        assert [a.pointer for a in channel._looked_at(weights)] == looked_at
+        assert channel._native.addresses(weights, False) in (None, looked_at)
 
 
 @has_table
@@ -77,3 +79,42 @@ def test_bundles_of_several_libraries() -> None:
         for sent, got in zip(pair, out, strict=True):
             assert np.array_equal(np.asarray(sent), np.asarray(got))
     fabric.close()
+
+
+class Interface:
+    """An array with this as the data of its interface."""
+
+    def __init__(self, data: Any) -> None:
+        self.__array_interface__ = {"shape": (4,), "typestr": "|u1", "version": 3} | data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"data": b"abcd"}, {"data": None}, {}, {"data": (b"abcd", False)}, {"data": (1, 2, 3)}],
+    ids=str,
+)
+def test_interfaces_without_an_address_are_refused(data: dict[str, Any]) -> None:
+    _, channel = channel_for([torch.zeros(4, dtype=torch.uint8)])
+    with pytest.raises(core.InvalidArgument, match=r"no address.*numpy\.asarray"):
+        channel.put([Interface(data)], 0)
+    with pytest.raises(core.InvalidArgument, match="no address"):
+        channel.push(0, Interface(data), 0)
+
+
+def test_pictures_are_refused() -> None:
+    image = pytest.importorskip("PIL.Image").new("L", (4, 4))
+    _, channel = channel_for([torch.zeros(4, 4, dtype=torch.uint8)])
+    with pytest.raises(core.InvalidArgument, match="interface of Image gives no address"):
+        channel.put([image], 0)
+    channel.put([np.asarray(image)], 0)
+
+
+def test_nothing_is_unpacked_into_read_only_memory() -> None:
+    fixed = np.frombuffer(b"aaaa", np.uint8)
+    _, channel = channel_for([torch.zeros(4, dtype=torch.uint8)])
+    channel.put([fixed], 0)  # it may be read
+    with pytest.raises(core.InvalidArgument, match=r"tensor 0 .* read-only"):
+        channel.unpack(1, [fixed], 0)
+    out = np.zeros(4, np.uint8)
+    channel.unpack(1, [out], 0)  # nothing was got
+    assert out.tobytes() == b"aaaa"

@@ -1,0 +1,88 @@
+"""Arrays are there as long as a call uses them, whatever becomes of the list that they came in."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import asyncdiff_core as core
+
+LAYOUT = core.Layout([core.TensorSpec("int64", (3,))])
+
+
+class Fleeting:
+    """Its memory is made for each look at it, and hangs on what the look gave."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Any]] = []
+
+    def look(self) -> torch.Tensor:
+        memory = np.arange(3)
+        self.made.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
+
+
+class FleetingDLPack(Fleeting):
+    def __dlpack__(self) -> object:
+        return self.look().__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+class FleetingInterface(Fleeting):
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        array = self.look().numpy()
+        return array.__array_interface__ | {"mine": array}
+
+
+def make(kind: str) -> tuple[list[Any], list[weakref.ref[Any]]]:
+    """A list with an array, and what is to stay alive."""
+    if kind in ("dlpack", "interface"):
+        fleeting = FleetingDLPack() if kind == "dlpack" else FleetingInterface()
+        return [fleeting], fleeting.made
+    array: Any = np.arange(3) if kind == "numpy" else torch.arange(3)
+    return [array], [weakref.ref(array)]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "dlpack", "interface"])
+@pytest.mark.parametrize("operation", ["put", "put_together", "unpack"])
+def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
+    fabric = core.HostFabric(2)
+    channel = fabric.channel(0, [1], LAYOUT, slots=1)
+    arrays, alive = make(kind)
+    out = np.zeros(3, np.int64)
+    if operation != "unpack":
+        channel.put([np.zeros(3, np.int64)], 0)  # now a put waits
+
+    def call() -> None:
+        if operation == "put":
+            channel.put(arrays, 0)
+        elif operation == "put_together":
+            fabric.put_together([(channel, arrays, 0)])
+        else:
+            channel.unpack(1, arrays, 0)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.2)
+    arrays.clear()
+    gc.collect()
+    waited_with = [ref() is not None for ref in alive]
+    if operation == "unpack":
+        channel.put([np.arange(3)], 0)
+    else:
+        channel.unpack(1, [out], 0)
+        channel.unpack(1, [out], 0)
+        assert out.tolist() == [0, 1, 2]
+    thread.join(10)
+    assert waited_with == [True]
+    fabric.check()
