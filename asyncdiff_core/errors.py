@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class CoreError(Exception):
     """Base class of all errors of asyncdiff_core."""
@@ -52,6 +55,10 @@ class IncidentError(CoreError, RuntimeError):
         self.expected = expected
         self.seen = seen
         self.operation = operation
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled and copied without __init__, whose arguments are not all in args.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ExchangeTimeout(IncidentError):

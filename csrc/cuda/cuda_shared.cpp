@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <exception>
 #include <mutex>
 #include <set>
@@ -13,6 +12,7 @@
 
 #include "asyncdiff/cuda_fabric.hpp"
 #include "check.hpp"
+#include "copy_text.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
 
@@ -161,7 +161,7 @@ void CudaFabric::Shared::abort(int rank, const std::string& reason) {
   std::uint32_t none = AbortNote::kNone;
   if (note->state.compare_exchange_strong(none, AbortNote::kBeingWritten)) {
     note->rank = rank;
-    std::snprintf(note->reason, sizeof note->reason, "%s", reason.c_str());
+    copy_text(note->reason, reason);
     note->state.store(AbortNote::kThere, std::memory_order_release);
   }
   __atomic_store_n(abort_word, 1, __ATOMIC_RELEASE);

@@ -5,8 +5,6 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,19 +15,11 @@
 #include <vector>
 
 #include "asyncdiff/shared_memory.hpp"
+#include "copy_text.hpp"
 #include "host_channel.hpp"
 #include "host_shared.hpp"
 
 namespace asyncdiff {
-
-namespace {
-
-template <std::size_t N>
-void copy_text(char (&to)[N], const std::string& from) {
-  std::snprintf(to, N, "%s", from.c_str());
-}
-
-}  // namespace
 
 HostFabric::Shared::Shared(Processes all, double deadline_seconds)
     : processes(std::move(all)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AsyncDiffError(Exception):
     """Base class of all errors raised by asyncdiff."""
@@ -49,3 +51,7 @@ class RankError(AsyncDiffError, RuntimeError):
     def __init__(self, rank: int, message: str) -> None:
         super().__init__(message)
         self.rank = rank
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # args alone, which pickle and copy would call __init__ with, lack the rank.
+        return type(self), (self.rank, *self.args), self.__dict__

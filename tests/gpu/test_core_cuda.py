@@ -524,6 +524,10 @@ def test_an_abort_ends_waits() -> None:
     assert time.monotonic() - begun < 10
     with pytest.raises(core.Aborted, match="rank 0 aborted the exchange: enough"):
         world.fabric.check()
+    world.fabric.reset()
+    world.fabric.abort(0, "x" + "é" * 300)  # what there is room for ends inside a character
+    with pytest.raises(core.Aborted, match=r"exchange: xé{250,251}$"):
+        world.fabric.check()
 
 
 @pytest.mark.parametrize("case", ["begin", "commit", "get", "release"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -22,6 +24,12 @@ from asyncdiff import (
 )
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
+
+
+def test_an_error_of_a_rank_keeps_it() -> None:
+    error = asyncdiff.RankError(3, "lost")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (type(again), again.rank, str(again)) == (asyncdiff.RankError, 3, "lost")
 
 
 def make(**options: Any) -> AsyncDenoiser:

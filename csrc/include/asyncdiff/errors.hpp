@@ -42,7 +42,7 @@ struct Incident {
   std::uint64_t
       expected;  // the epoch that was waited for (ExchangeTimeout) or the slot (SlotOrderError)
   std::uint64_t seen;     // what was there instead
-  std::string operation;  // begin, commit, get or release
+  std::string operation;  // begin, push, commit, get or release
 };
 
 // A wait passed its deadline.
