@@ -50,6 +50,14 @@ Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layou
     name_ = std::to_string(sender_) + " to";
     for (int receiver : receivers_) name_ += " " + std::to_string(receiver);
   }
+  // Of all mailboxes; inline words take twice the memory.
+  const std::size_t bundles = 2 * static_cast<std::size_t>(slots_) * receivers_.size();
+  if (bundles > 0 && layout_.nbytes > kMostBytes / bundles) {
+    throw InvalidArgument("channel '" + name_ + "' is too large to address: bundles of " +
+                          std::to_string(layout_.nbytes) + " bytes in " + std::to_string(slots_) +
+                          " slots of " + std::to_string(receivers_.size()) +
+                          " receivers; make bundles smaller or slots fewer");
+  }
 }
 
 void Channel::check_slot(int slot) const {

@@ -26,11 +26,14 @@ std::string tuple_text(const std::vector<std::int64_t>& values) {
 }
 
 std::vector<std::int64_t> row_major(const std::vector<std::int64_t>& shape) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
   std::vector<std::int64_t> strides(shape.size());
   std::int64_t step = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
     strides[i] = step;
-    step *= std::max<std::int64_t>(shape[i], 1);
+    const std::int64_t size = std::max<std::int64_t>(shape[i], 1);
+    // Sizes of an empty tensor may be any; its strides mean nothing.
+    step = step > kMost / size ? kMost : step * size;
   }
   return strides;
 }
@@ -95,7 +98,7 @@ TensorSpec::TensorSpec(std::string dtype_, std::vector<std::int64_t> shape_,
   }
   for (std::int64_t size : shape) {
     if (empty) break;
-    if (count > std::numeric_limits<std::size_t>::max() / 2 / static_cast<std::size_t>(size)) {
+    if (count > kMostBytes / static_cast<std::size_t>(size)) {
       throw InvalidArgument("shape " + tuple_text(shape) + " is too large to address");
     }
     count *= static_cast<std::size_t>(size);
@@ -113,6 +116,7 @@ TensorSpec::TensorSpec(std::string dtype_, std::vector<std::int64_t> shape_,
 }
 
 bool TensorSpec::same_strides(const std::vector<std::int64_t>& other) const {
+  if (other.size() != strides.size()) return false;
   if (nbytes == 0) return true;
   for (std::size_t i = 0; i < shape.size(); ++i) {
     if (shape[i] != 1 && strides[i] != other[i]) return false;
@@ -127,7 +131,13 @@ std::string TensorSpec::describe() const {
 Layout::Layout(std::vector<TensorSpec> specs_) : specs(std::move(specs_)) {
   for (const TensorSpec& spec : specs) {
     offsets.push_back(nbytes);
-    nbytes += (spec.nbytes + kAlignment - 1) / kAlignment * kAlignment;
+    const std::size_t padded = (spec.nbytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (padded > kMostBytes - nbytes) {
+      throw InvalidArgument("a bundle of " + std::to_string(specs.size()) +
+                            " tensors is too large to address: see the shape of " +
+                            spec.describe());
+    }
+    nbytes += padded;
   }
 }
 

@@ -22,6 +22,9 @@ int main() {
   CHECK(!channels_last.same_strides({60, 20, 5, 1}));
   CHECK(TensorSpec("float32", {1, 7}, {99, 1}).same_strides({7, 1}));
 
+  CHECK(!channels_last.same_strides({}));
+  CHECK(!channels_last.same_strides({60, 1, 15, 3, 1}));
+
   CHECK(TensorSpec("float64", {}).nbytes == 8);
   CHECK(TensorSpec("float64", {3, 0}).nbytes == 0);
   CHECK_THROWS(TensorSpec("float33", {1}), InvalidArgument);
@@ -35,4 +38,8 @@ int main() {
   CHECK((layout.offsets == std::vector<std::size_t>{0, 256, 256, 768}));
   CHECK(layout.nbytes == 1024);
   CHECK(Layout({}).nbytes == 0);
+  const TensorSpec huge("uint8", {std::int64_t{1} << 62});
+  CHECK(Layout({huge}).nbytes == std::size_t{1} << 62);
+  CHECK_THROWS(Layout({huge, huge}), InvalidArgument);
+  CHECK_THROWS(Layout({huge, huge, huge, huge}), InvalidArgument);
 }

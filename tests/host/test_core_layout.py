@@ -47,6 +47,26 @@ def test_refused(dtype: str, shape: tuple[int], strides: tuple[int] | None, mess
     assert isinstance(caught.value, ValueError)
 
 
+def test_strides_of_another_length_are_others() -> None:
+    for strides in ([], [1], [4, 1, 1]):
+        assert not core.TensorSpec("uint8", (4, 4)).same_strides(strides)
+        assert not core.TensorSpec("uint8", (0, 4)).same_strides(strides)
+
+
+def test_sizes_do_not_wrap() -> None:
+    huge = core.TensorSpec("uint8", (2**62,))
+    assert core.Layout([huge]).nbytes == 2**62
+    for count in (2, 4):
+        with pytest.raises(core.InvalidArgument, match=rf"{count} tensors is too large"):
+            core.Layout([huge] * count)
+    fabric = core.HostFabric(9)
+    for nbytes, slots, receivers in [(2**62, 4, 1), (2**59, 2, 8), (2**62, 1, 1)]:
+        layout = core.Layout([core.TensorSpec("uint8", (nbytes,))])
+        with pytest.raises(core.InvalidArgument, match="'big' is too large to address"):
+            fabric.channel(0, range(1, 1 + receivers), layout, slots=slots, name="big")
+    assert core.TensorSpec("uint8", (0, 2**62, 4)).strides == (2**63 - 1, 4, 1)
+
+
 def test_offsets_are_aligned() -> None:
     sizes = (1, 0, 256, 257)
     layout = core.Layout([core.TensorSpec("uint8", (n,)) for n in sizes])

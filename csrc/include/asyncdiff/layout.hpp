@@ -3,10 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
 namespace asyncdiff {
+
+// No tensor, bundle or mailbox is larger: sizes and offsets are also used with a sign.
+constexpr std::size_t kMostBytes = std::numeric_limits<std::size_t>::max() / 2;
 
 // The size in bytes of an element type, by its common name ("float16", "bfloat16", "int64", ...).
 // Throws InvalidArgument for an unknown one.
@@ -25,7 +29,7 @@ struct TensorSpec {
   std::size_t nbytes;
 
   // Whether a tensor with these strides lies in memory like this spec. The stride of a dimension
-  // of size one means nothing, nor do the strides of an empty tensor.
+  // of size one means nothing, nor do the strides of an empty tensor; but each has one.
   bool same_strides(const std::vector<std::int64_t>& other) const;
   std::string describe() const;
 };
