@@ -15,18 +15,6 @@
 
 namespace asyncdiff {
 
-namespace {
-
-const CudaChannel& of_this_fabric(const Channel& channel, const CudaFabric::Shared& shared) {
-  const auto* ours = dynamic_cast<const CudaChannel*>(&channel);
-  if (ours == nullptr || !ours->of(shared)) {
-    throw InvalidArgument("channel '" + channel.name() + "' belongs to another fabric");
-  }
-  return *ours;
-}
-
-}  // namespace
-
 Transport transport_from(const std::string& name) {
   if (name == "auto") return Transport::kAuto;
   if (name == "peer") return Transport::kPeer;
@@ -91,10 +79,14 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
   return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
 
+bool CudaFabric::made(const Channel& channel) const {
+  const auto* ours = dynamic_cast<const CudaChannel*>(&channel);
+  return ours != nullptr && ours->of(*shared_);
+}
+
 void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
   check_together(puts);
   if (puts.empty()) return;
-  for (const Put& put : puts) of_this_fabric(*put.channel, *shared_);
   const auto sender = static_cast<std::size_t>(puts.front().channel->sender());
   const DeviceGuard guard(shared_->devices[sender]);
   ManyPuts many;
@@ -113,7 +105,8 @@ void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
 }
 
 ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver) const {
-  return of_this_fabric(channel, *shared_).receiver_device(receiver);
+  check_own(channel);
+  return static_cast<const CudaChannel&>(channel).receiver_device(receiver);
 }
 
 void CudaFabric::abort(int rank, const std::string& reason) {

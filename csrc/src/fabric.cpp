@@ -38,9 +38,18 @@ void Fabric::check_endpoints(int sender, const std::vector<int>& receivers, int 
   if (slots < 1 || slots > 1024) throw InvalidArgument("a channel has 1 to 1024 slots");
 }
 
-void Fabric::check_together(const std::vector<Put>& puts) {
+void Fabric::check_own(const Channel& channel) const {
+  if (!made(channel)) {
+    throw InvalidArgument("channel '" + channel.name() +
+                          "' belongs to another fabric: use the one that made it");
+  }
+}
+
+void Fabric::check_together(const std::vector<Put>& puts) const {
   std::set<const Channel*> seen;
   for (const Put& put : puts) {
+    if (put.channel == nullptr) throw InvalidArgument("a put needs a channel, this one is null");
+    check_own(*put.channel);
     if (put.channel->sender() != puts.front().channel->sender()) {
       throw InvalidArgument("channels '" + puts.front().channel->name() + "' and '" +
                             put.channel->name() + "' have different senders: put one by one");

@@ -25,6 +25,8 @@ class HostChannel final : public Channel {
   void release(int receiver, int slot, Stream stream) override;
   void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
 
+  bool of(const HostFabric::Shared& fabric) const { return shared_.get() == &fabric; }
+
  private:
   std::byte* start_of(std::size_t place, int slot) const;
   // Throws unless this process owns the rank and nothing has failed.

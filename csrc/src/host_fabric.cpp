@@ -98,6 +98,11 @@ std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>&
   return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
 
+bool HostFabric::made(const Channel& channel) const {
+  const auto* ours = dynamic_cast<const HostChannel*>(&channel);
+  return ours != nullptr && ours->of(*shared_);
+}
+
 void HostFabric::abort(int rank, const std::string& reason) {
   Incident incident{};
   incident.rank = rank;

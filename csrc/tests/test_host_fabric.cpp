@@ -106,6 +106,17 @@ void an_interrupted_wait_was_none() {
   fabric.check();
 }
 
+void puts_together_are_of_one_fabric() {
+  HostFabric fabric(2, 1.0);
+  HostFabric other(2, 1.0);
+  const Layout nothing((std::vector<TensorSpec>()));
+  const auto mine = fabric.channel(0, {1}, nothing, 1, "");
+  const auto foreign = other.channel(0, {1}, nothing, 1, "");
+  CHECK_THROWS(fabric.put_together({{mine, {}, 0}, {foreign, {}, 0}}, 0), InvalidArgument);
+  CHECK_THROWS(fabric.put_together({{mine, {}, 0}, {nullptr, {}, 0}}, 0), InvalidArgument);
+  fabric.put_together({{mine, {}, 0}}, 0);  // nothing was put before
+}
+
 // Its thread may wait for a core before it has written all of it.
 void a_report_may_take_long() {
   HostFabric::Shared shared(Processes(2), 60.0);
@@ -129,5 +140,6 @@ int main() {
   waits_end();
   an_abort_wakes_who_waits();
   an_interrupted_wait_was_none();
+  puts_together_are_of_one_fabric();
   a_report_may_take_long();
 }

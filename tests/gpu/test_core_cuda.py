@@ -327,6 +327,11 @@ def test_bundles_of_several_channels_go_in_one_launch(place: str, transport: str
     other = core.CudaFabric(devices).channel(0, [1], small)
     with pytest.raises(core.InvalidArgument, match="another fabric"):
         fabric.put_together([(other, bundles[1], 0)], streams[0])
+    host = core.HostFabric(2).channel(0, [1], core.Layout([]))
+    with pytest.raises(core.InvalidArgument, match="another fabric"):
+        fabric.put_together([(host, [], 0)], streams[0])
+    with pytest.raises(core.InvalidArgument, match="null"):
+        fabric._native.put_together([(None, [], 0)], 0)
 
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)

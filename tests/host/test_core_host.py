@@ -293,6 +293,9 @@ def test_puts_of_several_channels() -> None:
         fabric.put_together([(one, bundle(1), 1), (one, bundle(1), 0)])
     with pytest.raises(core.InvalidArgument, match="different senders"):
         fabric.put_together([(one, bundle(1), 1), (fabric.channel(1, [0], LAYOUT), bundle(1), 0)])
+    other = core.HostFabric(3).channel(0, [1], LAYOUT)
+    with pytest.raises(core.InvalidArgument, match="another fabric"):
+        fabric.put_together([(other, bundle(1), 0)])
     fabric.put_together([])
 
 

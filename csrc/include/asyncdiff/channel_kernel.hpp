@@ -2,7 +2,8 @@
 //
 // A kernel that consumes a bundle itself, in place of get, a kernel and release (flagged protocol):
 //
-//   __global__ void mine(asyncdiff::ReceiverDevice from, int slot, ...) {   // any number of blocks
+//   // Any number of blocks, each of at least from.flags threads (up to 32).
+//   __global__ void mine(asyncdiff::ReceiverDevice from, int slot, ...) {
 //     __shared__ asyncdiff::Turn turn;
 //     if (!asyncdiff::start(from, slot, true, turn)) return;   // all threads call it
 //     bool good = true;

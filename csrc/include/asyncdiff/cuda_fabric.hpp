@@ -70,6 +70,8 @@ class CudaFabric final : public Fabric {
   struct Shared;
 
  private:
+  bool made(const Channel& channel) const override;
+
   std::shared_ptr<Shared> shared_;
 };
 

@@ -52,9 +52,13 @@ class Fabric {
 
  protected:
   void check_endpoints(int sender, const std::vector<int>& receivers, int slots) const;
-  static void check_together(const std::vector<Put>& puts);
+  void check_together(const std::vector<Put>& puts) const;
+  // Throws InvalidArgument unless channel() of this very fabric made it.
+  void check_own(const Channel& channel) const;
 
  private:
+  virtual bool made(const Channel& channel) const = 0;
+
   int ranks_;
   double deadline_;
 };

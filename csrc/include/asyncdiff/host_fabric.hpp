@@ -37,6 +37,8 @@ class HostFabric final : public Fabric {
   struct Shared;
 
  private:
+  bool made(const Channel& channel) const override;
+
   std::shared_ptr<Shared> shared_;
 };
 
