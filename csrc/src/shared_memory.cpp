@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -25,8 +26,8 @@ namespace asyncdiff {
 
 namespace {
 
-// In /dev/shm: asyncdiff-<pid>-<32 random hex digits>
-const std::string kPrefix = "asyncdiff-";
+// In /dev/shm: asyncdiff-<PID namespace in hex>-<pid>-<32 random hex digits>
+constexpr char kPrefix[] = "asyncdiff-";
 
 struct Handle {
   static constexpr char kMagic[8] = {'a', 's', 'y', 'n', 'c', 'd', 'i', 'f'};
@@ -38,13 +39,29 @@ struct Handle {
   std::uint64_t nbytes;
   char name[72];
 };
+// Slash, prefix, 64-bit namespace, dash, 32-bit pid, dash, random digits; and the zero at the end.
+static_assert(sizeof(Handle::name) >= 1 + (sizeof kPrefix - 1) + 16 + 1 + 10 + 1 + 32 + 1);
 
 [[noreturn]] void fail(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }
+
+// Containers may share /dev/shm and not know each other's processes. Zero: unknown. Asked each time,
+// because a fork may change it.
+std::uint64_t pid_namespace() {
+  struct stat status{};
+  return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
+}
+
+// What the names of all processes of a namespace begin with.
+std::string prefix_of(std::uint64_t pid_namespace) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%" PRIx64, pid_namespace);
+  return kPrefix + std::string(text) + "-";
+}
 
 std::string random_name() {
   unsigned char bytes[16];
   if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) fail("getting random bytes");
-  std::string name = "/" + kPrefix + std::to_string(getpid()) + "-";
+  std::string name = "/" + prefix_of(pid_namespace()) + std::to_string(getpid()) + "-";
   for (unsigned char byte : bytes) {
     char text[3];
     std::snprintf(text, sizeof text, "%02x", byte);
@@ -61,14 +78,18 @@ Buffer map(int descriptor, std::size_t nbytes) {
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
 }
 
-// Names of processes that ended before they could take their names away.
+// Names of processes that ended before they could take their names away. A process of another
+// namespace cannot be asked whether it lives.
 void remove_leftovers() {
+  const std::uint64_t here = pid_namespace();
+  if (here == 0) return;
+  const std::string prefix = prefix_of(here);
   DIR* folder = opendir("/dev/shm");
   if (folder == nullptr) return;
   while (const dirent* entry = readdir(folder)) {
     const std::string name = entry->d_name;
-    if (name.compare(0, kPrefix.size(), kPrefix) != 0) continue;
-    const long pid = std::strtol(name.c_str() + kPrefix.size(), nullptr, 10);
+    if (name.compare(0, prefix.size(), prefix) != 0) continue;
+    const long pid = std::strtol(name.c_str() + prefix.size(), nullptr, 10);
     // Another user's segments cannot be removed anyway.
     if (pid > 0 && kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) {
       shm_unlink(("/" + name).c_str());

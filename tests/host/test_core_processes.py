@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +68,10 @@ class Alone:
 
     def __init__(self, answer: list[bytes] | None = None) -> None:
         self.answer = answer
+        self.heard: list[bytes] = []
 
     def all_gather(self, mine: bytes) -> list[bytes]:
+        self.heard.append(mine)
         return [mine] if self.answer is None else self.answer
 
 
@@ -90,10 +93,23 @@ def test_a_callback_is_a_rendezvous() -> None:
     assert core.HostFabric(1, rendezvous=rendezvous).ranks == 1
 
 
-def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_dead_processes_are_removed() -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = Path(f"/dev/shm/asyncdiff-{dead.pid}-0123")
-    left.touch()
-    core.HostFabric(1, rendezvous=Alone())
-    assert not left.exists()
+    here = os.stat("/proc/self/ns/pid").st_ino
+    left = Path(f"/dev/shm/asyncdiff-{here:x}-{dead.pid}-0123")
+    # Of another container, where a process of this number may be alive.
+    others = Path(f"/dev/shm/asyncdiff-{here + 1:x}-{dead.pid}-0123")
+    unknown = Path(f"/dev/shm/asyncdiff-0-{dead.pid}-0123")
+    for name in (left, others, unknown):
+        name.touch()
+    try:
+        rendezvous = Alone()
+        core.HostFabric(1, rendezvous=rendezvous)
+        name = f"/asyncdiff-{here:x}-{os.getpid()}-".encode()
+        assert any(name in handle for handle in rendezvous.heard)
+        assert not left.exists()
+        assert others.exists() and unknown.exists()
+    finally:
+        for name in (left, others, unknown):
+            name.unlink(missing_ok=True)

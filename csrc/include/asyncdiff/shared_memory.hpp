@@ -10,7 +10,7 @@
 namespace asyncdiff {
 
 // A zeroed POSIX shared-memory segment with a random name that only this user can open. What is
-// left of segments whose process has died is removed on the way.
+// left of segments whose process has died is removed on the way, if it was of this PID namespace.
 class SharedSegment {
  public:
   explicit SharedSegment(std::size_t nbytes);
