@@ -1,7 +1,8 @@
 #include "asyncdiff/env.hpp"
 
-#include <cmath>
 #include <cstdlib>
+#include <locale>
+#include <sstream>
 #include <string>
 
 #include "asyncdiff/errors.hpp"
@@ -20,9 +21,12 @@ std::string text_of(const char* name, const char* otherwise) {
 double deadline() {
   const char* text = std::getenv("ASYNCDIFF_DEADLINE");
   if (text == nullptr || *text == '\0') return 10.0;
-  char* end = nullptr;
-  const double seconds = std::strtod(text, &end);
-  if (*end != '\0' || !std::isfinite(seconds) || seconds <= 0) {
+  // Neither strtod, which follows the program's locale, nor from_chars, which compilers lack that
+  // CUDA 12 supports.
+  std::istringstream in(text);
+  in.imbue(std::locale::classic());
+  double seconds = 0;
+  if (!(in >> seconds) || in.peek() != std::istringstream::traits_type::eof() || seconds <= 0) {
     throw InvalidArgument(std::string("ASYNCDIFF_DEADLINE='") + text +
                           "' is not a positive number of seconds");
   }

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <limits>
+#include <locale>
 #include <sstream>
 #include <string>
 
@@ -52,6 +53,7 @@ Mode PutCosts::fastest(std::size_t nbytes, std::size_t tensors, std::size_t targ
 
 std::string PutCosts::to_text() const {
   std::ostringstream out;
+  out.imbue(std::locale::classic());  // whatever the program's locale: others read it
   out << kTitle << "\n" << copy_node_us << " " << rows.size() << "\n";
   for (const Row& row : rows) {
     out << row.nbytes << " " << row.inline_us << " " << row.kernel_us << " " << row.copy_us << "\n";
@@ -61,6 +63,7 @@ std::string PutCosts::to_text() const {
 
 PutCosts PutCosts::from_text(const std::string& text) {
   std::istringstream in(text);
+  in.imbue(std::locale::classic());
   std::string title;
   std::getline(in, title);
   PutCosts out;

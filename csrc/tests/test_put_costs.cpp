@@ -7,6 +7,7 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/put_costs.hpp"
 #include "check.hpp"
+#include "commas.hpp"
 
 using asyncdiff::InvalidArgument;
 using asyncdiff::Mode;
@@ -15,6 +16,13 @@ using asyncdiff::PutCosts;
 namespace {
 
 bool near(double a, double b) { return std::abs(a - b) < 1e-9; }
+
+void check_read(const PutCosts& read, const PutCosts& costs) {
+  CHECK(read.rows.size() == 3 && read.rows[1].nbytes == 3000);
+  for (const Mode mode : {Mode::kKernel, Mode::kCopy}) {
+    CHECK(near(read.at(mode, 12345), costs.at(mode, 12345)));
+  }
+}
 
 }  // namespace
 
@@ -39,15 +47,17 @@ int main() {
   CHECK(costs.fastest(1000000, 2, 1) == Mode::kKernel);  // a second copy costs
   CHECK(costs.fastest(500000, 1, 2) == Mode::kKernel);   // and so does a second receiver's
 
-  const PutCosts read = PutCosts::from_text(costs.to_text());
-  CHECK(read.rows.size() == 3 && read.rows[1].nbytes == 3000);
-  for (const Mode mode : {Mode::kKernel, Mode::kCopy}) {
-    CHECK(near(read.at(mode, 12345), costs.at(mode, 12345)));
-  }
+  const std::string text = costs.to_text();
+  check_read(PutCosts::from_text(text), costs);
   for (const char* wrong :
        {"", "asyncdiff put costs 0\n2 1\n1 1 1 1\n", "asyncdiff put costs 3\n2 2\n1 1 1 1\n",
         "asyncdiff put costs 3\n2 1\n1 1 0 1\n",
         "asyncdiff put costs 3\n2 2\n5 1 1 1\n5 1 1 1\n"}) {
     CHECK_THROWS(PutCosts::from_text(wrong), InvalidArgument);
   }
+
+  // One program's table is another's, whatever their locales.
+  use_commas();
+  CHECK(costs.to_text() == text);
+  check_read(PutCosts::from_text(text), costs);
 }
