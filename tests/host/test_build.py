@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import asyncdiff
 import asyncdiff_core as core
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,20 @@ def test_cuda_setting_is_checked(tmp_path: Path) -> None:
     done = configure(tmp_path, "perhaps")
     assert done.returncode != 0
     assert "choose auto, on or off" in done.stderr
+
+
+def test_there_is_one_version(tmp_path: Path) -> None:
+    """pyproject.toml's, in Python as in CMake."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (version,) = re.findall(r'^version = "(.*)"$', text, re.MULTILINE)
+    assert core.build_info()["version"] == asyncdiff.__version__ == version
+    done = configure(tmp_path, "off", hide_nvcc=False)
+    assert done.returncode == 0, done.stderr
+    cache = (tmp_path / "CMakeCache.txt").read_text()
+    assert f"CMAKE_PROJECT_VERSION:STATIC={version}" in cache
+    # As find_package reads it.
+    package = (tmp_path / "asyncdiff_core-config-version.cmake").read_text()
+    assert f'set(PACKAGE_VERSION "{version}")' in package
 
 
 def test_the_extension_needs_no_driver() -> None:
