@@ -25,7 +25,7 @@ from .errors import (
 )
 from .fabric import CudaFabric, Fabric, HostFabric
 from .nvtx import nvtx_range
-from .paths import get_cmake_dir, get_include
+from .paths import get_cmake_dir, get_compile_flags, get_include, get_link_flags
 from .put_costs import PutCosts, put_costs
 from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
 
@@ -53,7 +53,9 @@ __all__ = [
     "cuda_built",
     "cuda_devices",
     "get_cmake_dir",
+    "get_compile_flags",
     "get_include",
+    "get_link_flags",
     "nvtx_range",
     "put_costs",
     "replace_memsets",

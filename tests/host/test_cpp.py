@@ -44,6 +44,23 @@ def test_example_against_the_installed_package(tmp_path: Path) -> None:
         assert "fused get (kernel): 10 bundles" in fused and "fused get (copy)" in fused
 
 
+def test_example_without_cmake(tmp_path: Path) -> None:
+    """A compiler and what the command line says are enough."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    if core.cuda_built() and shutil.which("nvcc") is None:
+        pytest.skip("the package holds CUDA code, which links with the CUDA toolkit only")
+    flags = run(sys.executable, "-m", "asyncdiff_core", "--cflags", "--libs")
+    compile_flags, link_flags = (line.split() for line in flags.splitlines())
+    assert compile_flags == core.get_compile_flags() and link_flags == core.get_link_flags()
+    source, program = ROOT / "examples" / "cpp" / "exchange.cpp", tmp_path / "exchange"
+    run(compiler, *compile_flags, source, "-o", program, *link_flags)
+    out = run(program)
+    assert "host: 10 bundles" in out
+    assert ("GPU" in out or "CUDA devices" in out) == core.cuda_built()
+
+
 def test_cmake_build_tests_and_install(tmp_path: Path) -> None:
     """The library without Python: CTest, then the example against the installed build."""
     options = ["-DASYNCDIFF_PYTHON=OFF", "-DASYNCDIFF_TESTS=ON", "-DASYNCDIFF_CUDA=off"]
