@@ -27,7 +27,8 @@ from .fabric import CudaFabric, Fabric, HostFabric
 from .nvtx import nvtx_range
 from .paths import get_cmake_dir, get_compile_flags, get_include, get_link_flags
 from .put_costs import PutCosts, put_costs
-from .rendezvous import CallbackRendezvous, Rendezvous, SocketRendezvous, StoreRendezvous
+from .rendezvous import CallbackRendezvous, Rendezvous, StoreRendezvous
+from .socket_rendezvous import SocketRendezvous
 
 __all__ = [
     "Aborted",
