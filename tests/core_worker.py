@@ -294,6 +294,94 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     return "no error"
 
 
+def cuda_contexts(process: int, processes: int, folder: Path, transport: str) -> Any:
+    """Which of the first two GPUs have a context after all that a fabric on the second does.
+
+    Without torch, which makes contexts of its own. One process has both ranks.
+    """
+    import ctypes
+    import threading
+
+    owners = [0, processes - 1]
+    if processes == 1:
+        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport)
+    else:
+        rendezvous = meet(folder, process, processes)
+        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport, rendezvous=rendezvous)
+    layout = core.Layout([core.TensorSpec("uint8", (4096,))])
+    channel, back = fabric.channel(0, [1], layout), fabric.channel(1, [0], layout)
+    fabric.reset(5)
+    for n in range(5, 9):
+        if process == owners[0]:
+            channel.put([back.slot(0, 0)], n % 2)
+        if process == owners[1]:
+            channel.get(1, n % 2)
+            channel.release(1, n % 2)
+    del channel, back
+    # A thread that has never used CUDA frees it all.
+    closing = threading.Thread(target=fabric.close)
+    closing.start()
+    closing.join()
+
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuInit(0) == 0
+    out = []
+    for device in range(2):
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        code = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+        assert code == 0
+        out.append(bool(active.value))
+    return out
+
+
+class Cut:
+    """A rendezvous that fails after so many gathers, in all processes at once."""
+
+    def __init__(self, whole: core.SocketRendezvous, gathers: int) -> None:
+        self.process, self.processes = whole.process, whole.processes
+        self.whole = whole
+        self.gathers = gathers
+
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        if self.gathers == 0:
+            raise ConnectionError("cut")
+        self.gathers -= 1
+        return self.whole.all_gather(mine)
+
+
+def cuda_cut(process: int, processes: int, folder: Path, gpus: int) -> Any:
+    """Making a fabric fails at every point of it where others may have memory of ours open; then a
+    bundle goes through one that is whole. Returns how often it failed, and the bundle."""
+    import torch
+
+    devices = [p % gpus for p in range(processes)]
+    whole = meet(folder, process, processes)
+    failed = 0
+    while True:
+        rendezvous = Cut(whole, failed)
+        try:
+            fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=rendezvous)
+            break
+        except ConnectionError:
+            failed += 1
+    rendezvous.gathers = 1000
+    layout = core.Layout([core.TensorSpec("int64", (3,))])
+    channel = fabric.channel(0, [1], layout, mode="kernel")
+    tensor = torch.tensor([1, 2, 3], device=f"cuda:{devices[process]}")
+    torch.cuda.synchronize(devices[process])
+    if process == 0:
+        channel.put([tensor], 0)
+    if process == 1:
+        tensor.zero_()
+        torch.cuda.synchronize(devices[1])
+        channel.unpack(1, [tensor], 0)
+    torch.cuda.synchronize(devices[process])
+    fabric.check()
+    result = [failed, tensor.tolist()]
+    fabric.close()
+    return result
+
+
 if __name__ == "__main__":
     scenario, process, processes, folder, *more = sys.argv[1:]
     options = [int(x) if x.isdigit() else x for x in more]

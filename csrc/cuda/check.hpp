@@ -1,4 +1,4 @@
-// Calls of the CUDA runtime: checked, and on the right device.
+// Calls of the CUDA runtime, checked.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,24 +16,5 @@ inline void check_cuda(cudaError_t code, const char* what) {
   throw CudaError(std::string(what) + ": " + cudaGetErrorName(code) + " (" +
                   cudaGetErrorString(code) + ")");
 }
-
-// Makes a device current for the life of the guard.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "reading the current device");
-    if (previous_ != device) check_cuda(cudaSetDevice(device), "choosing a device");
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
 
 }  // namespace asyncdiff

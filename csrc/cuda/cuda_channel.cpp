@@ -11,6 +11,7 @@
 
 #include "blocks.hpp"
 #include "check.hpp"
+#include "device_guard.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
 #include "nvtx.hpp"
@@ -57,8 +58,8 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   bool staged = false;
   for (const Receiver& receiver : receivers_) staged = staged || !receiver.direct;
   if (staged) {
-    staging_ =
-        keep_words(share_pinned(all.processes, all.processes.owner(sender()), landing_nbytes()));
+    staging_ = keep_words(
+        share_pinned(all.processes, all.processes.owner(sender()), all.home(), landing_nbytes()));
   }
   for (std::size_t i = 0; i < receivers_.size(); ++i) {
     Receiver& receiver = receivers_[i];

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.hpp"
 #include "cuda_channel.hpp"
 #include "cuda_shared.hpp"
+#include "device_guard.hpp"
 #include "kernels.hpp"
 
 namespace asyncdiff {

@@ -9,6 +9,7 @@
 
 #include "asyncdiff/shared_memory.hpp"
 #include "check.hpp"
+#include "device_guard.hpp"
 
 namespace asyncdiff {
 
@@ -18,42 +19,40 @@ Buffer allocate_device(int device, std::size_t nbytes) {
   const std::string what =
       "allocating " + std::to_string(nbytes) + " bytes on CUDA device " + std::to_string(device);
   check_cuda(cudaMalloc(&memory, std::max<std::size_t>(nbytes, 1)), what.c_str());
-  // Errors are of no use in a destructor, least of all when the process ends.
-  std::shared_ptr<void> owner(memory, [device](void* p) {
-    int previous = 0;
-    if (cudaGetDevice(&previous) != cudaSuccess) return;
-    cudaSetDevice(device);
-    cudaFree(p);
-    cudaSetDevice(previous);
-    cudaGetLastError();  // nor are they to be taken for the next call's
-  });
+  std::shared_ptr<void> owner(memory,
+                              [device](void* p) { quietly_on(device, [p] { cudaFree(p); }); });
   Buffer out{std::move(owner), static_cast<std::byte*>(memory), nbytes, device};
   clear(out, nbytes);
   return out;
 }
 
-Buffer allocate_pinned(std::size_t nbytes) {
+Buffer allocate_pinned(int device, std::size_t nbytes) {
+  const DeviceGuard guard(device);
   void* memory = nullptr;
   const std::size_t size = std::max<std::size_t>(nbytes, 1);
   const std::string what = "allocating " + std::to_string(size) + " bytes of pinned host memory";
   check_cuda(cudaHostAlloc(&memory, size, cudaHostAllocPortable | cudaHostAllocMapped),
              what.c_str());
-  std::shared_ptr<void> owner(memory, [](void* p) { cudaFreeHost(p); });
+  std::shared_ptr<void> owner(memory,
+                              [device](void* p) { quietly_on(device, [p] { cudaFreeHost(p); }); });
   std::memset(memory, 0, size);
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
 }
 
-Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes) {
-  if (!processes.several()) return allocate_pinned(nbytes);
+Buffer share_pinned(const Processes& processes, int creator, int device, std::size_t nbytes) {
+  if (!processes.several()) return allocate_pinned(device, nbytes);
   constexpr std::size_t kPage = 4096;
   const std::size_t size = (std::max<std::size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
   const Buffer shared = share(processes, creator, size);
   Buffer out;
   processes.together("pin shared memory", [&] {
+    const DeviceGuard guard(device);
     check_cuda(
         cudaHostRegister(shared.data, size, cudaHostRegisterPortable | cudaHostRegisterMapped),
         "pinning shared memory");
-    std::shared_ptr<void> owner(shared.data, [shared](void* p) { cudaHostUnregister(p); });
+    std::shared_ptr<void> owner(shared.data, [shared, device](void* p) {
+      quietly_on(device, [p] { cudaHostUnregister(p); });
+    });
     void* seen = nullptr;
     check_cuda(cudaHostGetDevicePointer(&seen, shared.data, 0), "mapping shared memory");
     if (seen != shared.data) throw DeviceError("devices see host memory at another address here");

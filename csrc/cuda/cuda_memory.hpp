@@ -11,11 +11,13 @@ namespace asyncdiff {
 // Zeroed device memory. Throws CudaError, naming the size, where there is not enough.
 Buffer allocate_device(int device, std::size_t nbytes);
 
-// Zeroed host memory that every device can read and write at the same address.
-Buffer allocate_pinned(std::size_t nbytes);
+// Zeroed host memory that every device can read and write at the same address. Pinned with `device`
+// current: with another one, that one would get a context.
+Buffer allocate_pinned(int device, std::size_t nbytes);
 
-// The same, seen by all processes; made by process `creator`. Collective.
-Buffer share_pinned(const Processes& processes, int creator, std::size_t nbytes);
+// The same, seen by all processes; made by process `creator`. Collective; `device` is this
+// process's own.
+Buffer share_pinned(const Processes& processes, int creator, int device, std::size_t nbytes);
 
 // Sets the first nbytes to zero, or to another byte, and waits until they are.
 void clear(const Buffer& buffer, std::size_t nbytes, unsigned char value = 0);

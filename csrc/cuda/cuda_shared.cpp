@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <set>
@@ -13,6 +14,7 @@
 #include "asyncdiff/cuda_fabric.hpp"
 #include "check.hpp"
 #include "copy_text.hpp"
+#include "device_guard.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
 
@@ -52,30 +54,31 @@ struct Left {
   std::vector<Buffer> buffers;
 };
 
-std::mutex left_mutex;
+std::mutex left_mutex;  // guards both
 
 std::vector<Left>& left_behind() {
   static auto* all = new std::vector<Left>;
   return *all;
 }
 
+void abandon(const std::vector<Buffer>& buffers) {
+  const std::lock_guard lock(left_mutex);
+  abandoned().insert(abandoned().end(), buffers.begin(), buffers.end());
+}
+
 // Freeing memory waits for all that its device was given to do. cudaDeviceSynchronize would, too,
 // but break a capture that another thread has under way.
 void wait_for(const std::set<int>& devices) noexcept {
-  int previous = 0;
-  if (cudaGetDevice(&previous) == cudaSuccess) {
-    for (int device : devices) {
+  for (int device : devices) {
+    quietly_on(device, [] {
       void* memory = nullptr;
-      if (cudaSetDevice(device) != cudaSuccess) continue;
       if (cudaMalloc(&memory, Lines::kBytes) == cudaSuccess) {
         cudaFree(memory);
       } else {
         cudaDeviceSynchronize();  // no memory left
       }
-    }
-    cudaSetDevice(previous);
+    });  // errors of kernels show again where somebody looks for them
   }
-  cudaGetLastError();  // errors of kernels show again where somebody looks for them
 }
 
 void free_left_behind() {
@@ -96,8 +99,19 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadl
       deadline(deadline_seconds),
       lines(devices.size()),
       own(devices.size()) {
-  const int ranks = static_cast<int>(devices.size());
   free_left_behind();
+  try {
+    open(how);
+  } catch (...) {
+    // Others may have opened the lines, and nobody will tell when they are done with them.
+    imported.clear();
+    if (processes.several()) abandon(own);
+    throw;
+  }
+}
+
+void CudaFabric::Shared::open(Transport how) {
+  const int ranks = static_cast<int>(devices.size());
   processes.together("prepare its devices", [&] {
     const int count = cuda_device_count();
     for (int rank = 0; rank < ranks; ++rank) {
@@ -116,7 +130,7 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> indices, double deadl
                                                 : allocate_device(device, Lines::kBytes);
     }
   });
-  host = share_pinned(processes, processes.owner(0), Lines::kBytes);
+  host = share_pinned(processes, processes.owner(0), home(), Lines::kBytes);
   abort_word = reinterpret_cast<std::uint64_t*>(host.data + host_lines.take());
   static_assert(sizeof(AbortNote) <= 4 * Lines::kLine);
   note = reinterpret_cast<AbortNote*>(host.data + host_lines.take(4));
@@ -206,7 +220,12 @@ void CudaFabric::Shared::reset(std::uint64_t first) {
   if (first == 0) return;
   for (const auto& [rank, offset] : counts) {
     if (!processes.mine(rank < 0 ? 0 : rank)) continue;
-    const Buffer& memory = rank < 0 ? host : own[static_cast<std::size_t>(rank)];
+    if (rank < 0) {
+      std::memcpy(host.data + offset, &first, sizeof first);
+      continue;
+    }
+    const Buffer& memory = own[static_cast<std::size_t>(rank)];
+    const DeviceGuard guard(memory.device);
     check_cuda(cudaMemcpy(memory.data + offset, &first, sizeof first, cudaMemcpyDefault),
                "setting a count");
   }
@@ -242,6 +261,14 @@ std::set<int> CudaFabric::Shared::own_devices() const {
   return out;
 }
 
+int CudaFabric::Shared::home() const {
+  const std::set<int> all = own_devices();
+  if (!all.empty()) return *all.begin();
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "reading the current device");
+  return device;
+}
+
 void CudaFabric::Shared::settle() const noexcept { wait_for(own_devices()); }
 
 void CudaFabric::Shared::free_retired() {
@@ -271,10 +298,8 @@ void CudaFabric::Shared::release() {
     }
   }
   if (!all_here) {
-    const std::lock_guard lock(left_mutex);
-    auto& left = abandoned();
-    left.insert(left.end(), own.begin(), own.end());
-    left.insert(left.end(), mailboxes.begin(), mailboxes.end());
+    abandon(own);
+    abandon(mailboxes);
   }
   own.clear();
   mailboxes.clear();

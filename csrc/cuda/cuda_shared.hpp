@@ -90,6 +90,9 @@ struct CudaFabric::Shared {
   bool alone(int rank) const { return alone_[static_cast<std::size_t>(rank)]; }
   // How this rank's kernels are launched.
   Launch launch_of(int rank) const { return alone(rank) ? Launch::kEarly : Launch::kOrdinary; }
+  // A device of this process, for what belongs to none: of its first rank, or the current one where
+  // it has no rank.
+  int home() const;
   // Waits until the devices of own ranks have done what was enqueued. Before anything is freed:
   // freeing waits for the memory's own device only, but others write there, too.
   void settle() const noexcept;
@@ -98,6 +101,8 @@ struct CudaFabric::Shared {
   void release();
 
  private:
+  // Takes what the fabric has. Collective.
+  void open(Transport how);
   void find_links(Transport how);
   std::set<int> own_devices() const;
   std::vector<bool> alone_;

@@ -13,6 +13,7 @@
 #include "asyncdiff/cuda_fabric.hpp"
 #include "check.hpp"
 #include "cuda_memory.hpp"
+#include "device_guard.hpp"
 
 namespace asyncdiff {
 
@@ -69,14 +70,8 @@ Buffer import_device(const std::string& bytes, int device, std::size_t nbytes) {
   void* memory = nullptr;
   check_cuda(cudaIpcOpenMemHandle(&memory, handle.memory, cudaIpcMemLazyEnablePeerAccess),
              "opening device memory of another process");
-  std::shared_ptr<void> owner(memory, [device](void* p) {
-    int previous = 0;
-    if (cudaGetDevice(&previous) != cudaSuccess) return;
-    cudaSetDevice(device);
-    cudaIpcCloseMemHandle(p);
-    cudaSetDevice(previous);
-    cudaGetLastError();
-  });
+  std::shared_ptr<void> owner(
+      memory, [device](void* p) { quietly_on(device, [p] { cudaIpcCloseMemHandle(p); }); });
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, device};
 }
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "check.hpp"
+#include "driver.hpp"
 
 namespace asyncdiff {
 
@@ -22,24 +23,12 @@ struct Grid {
 // leave no room for those that they wait for.
 enum class Launch { kOrdinary, kEarly };
 
-// The driver's own launch: the runtime's looks the kernel up each time. Asked for by name, because
-// the package also has to load where there is no driver.
+// The driver's own launch: the runtime's looks the kernel up each time.
 inline auto driver_launch() {
   static const auto found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    constexpr const char* kName = "cuLaunchKernelEx";
-    constexpr int kSince = 12000;
-#if CUDART_VERSION >= 12050
-    const cudaError_t code =
-        cudaGetDriverEntryPointByVersion(kName, &function, kSince, cudaEnableDefault, &result);
-#else
-    static_assert(CUDART_VERSION >= kSince);
-    const cudaError_t code = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &result);
-#endif
-    check_cuda(code, "looking for the driver's launch");
+    auto* const function = driver_function<decltype(&cuLaunchKernelEx)>("cuLaunchKernelEx");
     if (function == nullptr) throw CudaError("the driver is too old: CUDA 12 needs 525 or newer");
-    return reinterpret_cast<decltype(&cuLaunchKernelEx)>(function);
+    return function;
   }();
   return found;
 }

@@ -10,6 +10,7 @@
 
 #include "check.hpp"
 #include "cuda_memory.hpp"
+#include "device_guard.hpp"
 #include "kernels.hpp"
 
 namespace asyncdiff {

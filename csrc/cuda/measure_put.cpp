@@ -20,6 +20,7 @@
 #include "asyncdiff/env.hpp"
 #include "check.hpp"
 #include "cuda_memory.hpp"
+#include "device_guard.hpp"
 
 namespace asyncdiff {
 

@@ -6,6 +6,7 @@
 
 #include "asyncdiff/cuda_graph.hpp"
 #include "check.hpp"
+#include "device_guard.hpp"
 #include "kernels.hpp"
 #include "launch.hpp"
 

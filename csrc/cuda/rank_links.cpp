@@ -7,7 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include "check.hpp"
 #include "cuda_shared.hpp"
 #include "ipc.hpp"
 #include "links.hpp"

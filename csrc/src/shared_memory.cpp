@@ -44,8 +44,8 @@ static_assert(sizeof(Handle::name) >= 1 + (sizeof kPrefix - 1) + 16 + 1 + 10 + 1
 
 [[noreturn]] void fail(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }
 
-// Containers may share /dev/shm and not know each other's processes. Zero: unknown. Asked each time,
-// because a fork may change it.
+// Containers may share /dev/shm and not know each other's processes. Zero: unknown. Asked each
+// time, because a fork may change it.
 std::uint64_t pid_namespace() {
   struct stat status{};
   return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;

@@ -35,3 +35,20 @@ def test_a_killed_process_is_an_error_for_all_others(place: str, tmp_path: Path)
     for result in (first, third):
         assert result["peer"] == 1
         assert result["seconds"] < 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("transport", ["auto", "staged"])
+def test_another_gpu_is_left_alone(processes: int, transport: str, tmp_path: Path) -> None:
+    """A context takes half a gigabyte of it."""
+    devices_for("several GPUs", 2)
+    for contexts in run("cuda_contexts", processes, tmp_path, transport):
+        assert contexts == [False, True]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fabric_that_fails_half_made_harms_nobody(place: str, tmp_path: Path) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    for failed, bundle in run("cuda_cut", 2, tmp_path, gpus):
+        assert failed > 3
+        assert bundle == [1, 2, 3]
