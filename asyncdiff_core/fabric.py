@@ -140,7 +140,8 @@ class CudaFabric(Fabric):
 
     With a ``rendezvous``, ranks run in several processes, as with :class:`HostFabric`;
     ``devices[r]`` is the index in rank r's own process, and :meth:`close` is collective too. Device
-    memory is shared by CUDA IPC.
+    memory is shared by CUDA IPC, so nothing that others may have mapped is given back before
+    :meth:`close`: make channels once, and close the fabric.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ cudaStream_t as_stream(Stream stream) { return reinterpret_cast<cudaStream_t>(st
 CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string label, int from,
                          std::vector<int> ranks, Layout bundle, int ring, Mode how)
     : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring, how),
-      shared_(std::move(shared)) {
+      shared_(std::move(shared)),
+      lines_(shared_) {
   CudaFabric::Shared& all = *shared_;
-  const auto index = [](int rank) { return static_cast<std::size_t>(rank); };
   const auto words = [](std::byte* memory) { return reinterpret_cast<std::uint64_t*>(memory); };
   const bool sending = all.processes.mine(sender());
   if (mode() != Mode::kCopy &&
@@ -38,7 +38,6 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
                           std::to_string(ManyPuts::kMaxPieces) + " tensors, channel '" + name() +
                           "' has " + std::to_string(layout().specs.size()) + ": use mode copy");
   }
-  // Every process takes the same lines in the same order, those that it does not use included.
   handle_.slots = slots();
   handle_.slot_nbytes = layout().nbytes;
   handle_.protocol = inlined() ? Protocol::kInline : Protocol::kFlagged;
@@ -47,10 +46,10 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.flags = flags_for(layout().nbytes, inlined() ? kInlineFlags
                                              : alone   ? kMaxFlags
                                                        : kFewFlags);
-  handle_.guard = all.new_end(sender(), name());
-  const std::size_t counters = all.lines[index(sender())].take();
-  all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, begun));
-  all.counts.emplace_back(sender(), counters + offsetof(SenderCounters, committed));
+  handle_.guard = lines_.new_end(sender(), name());
+  const std::size_t counters = lines_.take(sender());
+  lines_.add_count(sender(), counters + offsetof(SenderCounters, begun));
+  lines_.add_count(sender(), counters + offsetof(SenderCounters, committed));
   if (sending) {
     handle_.counters = reinterpret_cast<SenderCounters*>(all.line(sender(), counters, sender()));
   }
@@ -65,18 +64,18 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
     Receiver& receiver = receivers_[i];
     const int rank = receivers()[i];
     const auto flags = static_cast<std::size_t>(handle_.flags);
-    Lines& flag_lines = receiver.direct ? all.lines[index(rank)] : all.host_lines;
-    Lines& credit_lines = receiver.direct ? all.lines[index(sender())] : all.host_lines;
-    const std::size_t arrived = flag_lines.take(flags);
-    const std::size_t credit = credit_lines.take();
-    const std::size_t mine = all.lines[index(rank)].take();
+    const int flags_at = receiver.direct ? rank : CudaFabric::Shared::kHostLines;
+    const int credit_at = receiver.direct ? sender() : CudaFabric::Shared::kHostLines;
+    const std::size_t arrived = lines_.take(flags_at, flags);
+    const std::size_t credit = lines_.take(credit_at);
+    const std::size_t mine = lines_.take(rank);
     for (std::size_t f = 0; f < flags; ++f) {
-      all.counts.emplace_back(receiver.direct ? rank : -1, arrived + f * Lines::kLine);
+      lines_.add_count(flags_at, arrived + f * Lines::kLine);
     }
-    all.counts.emplace_back(receiver.direct ? sender() : -1, credit);
-    all.counts.emplace_back(rank, mine + offsetof(ReceiverCounters, got));
-    all.counts.emplace_back(rank, mine + offsetof(ReceiverCounters, released));
-    const Guard guard = all.new_end(rank, name());
+    lines_.add_count(credit_at, credit);
+    lines_.add_count(rank, mine + offsetof(ReceiverCounters, got));
+    lines_.add_count(rank, mine + offsetof(ReceiverCounters, released));
+    const Guard guard = lines_.new_end(rank, name());
     if (sending) {
       const int place = handle_.receivers++;
       handle_.ranks[place] = rank;
@@ -111,11 +110,12 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
 CudaChannel::~CudaChannel() {
   if (shared_->closed) return;  // then nothing runs any more
   const std::lock_guard lock(shared_->retired_mutex);
+  std::vector<Buffer>& memory = shared_->retired.memory;
   for (Receiver& receiver : receivers_) {
-    shared_->retired.push_back(std::move(receiver.mailbox));
-    if (receiver.words) shared_->retired.push_back(*receiver.words);
+    memory.push_back(std::move(receiver.mailbox));
+    if (receiver.words) memory.push_back(*receiver.words);
   }
-  if (staging_) shared_->retired.push_back(*staging_);
+  if (staging_) memory.push_back(*staging_);
 }
 
 std::shared_ptr<Buffer> CudaChannel::keep_words(Buffer memory) {

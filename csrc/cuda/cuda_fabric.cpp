@@ -72,9 +72,11 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
   if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
     throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) + " receivers");
   }
-  shared_->free_retired();  // not under the lock: abort() may be what ends a wait
+  // Not under the lock: abort() may be what ends a wait.
+  const std::vector<Shared::Taken> gone = shared_->free_retired();
   const std::lock_guard lock(shared_->mutex);
   shared_->check_open();
+  shared_->deal_out_again(gone);
   if (mode == Mode::kAuto) mode = shared_->fastest(sender, receivers, layout);
   return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }

@@ -77,13 +77,4 @@ void clear(const Buffer& buffer, std::size_t nbytes, unsigned char value) {
   check_cuda(code, "clearing device memory");
 }
 
-std::size_t Lines::take(std::size_t count) {
-  if (used_ + count * kLine > kBytes) {
-    throw Error("the fabric has no room for more channels: make another fabric");
-  }
-  const std::size_t first = used_;
-  used_ += count * kLine;
-  return first;
-}
-
 }  // namespace asyncdiff

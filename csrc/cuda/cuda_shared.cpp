@@ -143,7 +143,7 @@ void CudaFabric::Shared::open(Transport how) {
 CudaFabric::Shared::~Shared() {
   if (closed) return;
   try {
-    Left left{own_devices(), std::move(retired)};
+    Left left{own_devices(), std::move(retired.memory)};
     const auto keep = [&](std::vector<Buffer>& buffers, std::vector<Buffer>& where) {
       for (Buffer& buffer : buffers) where.push_back(std::move(buffer));
     };
@@ -163,12 +163,6 @@ CudaFabric::Shared::~Shared() {
 std::byte* CudaFabric::Shared::line(int rank, std::size_t offset, int viewer) const {
   if (processes.mine(rank)) return own[static_cast<std::size_t>(rank)].data + offset;
   return imported.at({rank, devices[static_cast<std::size_t>(viewer)]}).data + offset;
-}
-
-Guard CudaFabric::Shared::new_end(int rank, const std::string& channel) {
-  auto* record = reinterpret_cast<FailureRecord*>(host.data + host_lines.take());
-  ends.push_back({record, rank, channel});
-  return {abort_word, record, static_cast<std::uint64_t>(deadline * 1e9)};
 }
 
 void CudaFabric::Shared::abort(int rank, const std::string& reason) {
@@ -265,19 +259,52 @@ int CudaFabric::Shared::home() const {
   const std::set<int> all = own_devices();
   if (!all.empty()) return *all.begin();
   int device = 0;
-  check_cuda(cudaGetDevice(&device), "reading the current device");
+  cudaGetDevice(&device);
+  cudaGetLastError();  // who uses the device will see
   return device;
 }
 
 void CudaFabric::Shared::settle() const noexcept { wait_for(own_devices()); }
 
-void CudaFabric::Shared::free_retired() {
-  std::vector<Buffer> gone;
+std::vector<CudaFabric::Shared::Taken> CudaFabric::Shared::free_retired() {
+  Retired gone;
   {
     const std::lock_guard lock(retired_mutex);
-    gone.swap(retired);
+    std::swap(gone, retired);
   }
-  if (!gone.empty()) settle();
+  if (!gone.memory.empty() || !gone.lines.empty()) settle();
+  return std::move(gone.lines);
+}
+
+void CudaFabric::Shared::deal_out_again(const std::vector<Taken>& gone) {
+  if (gone.empty()) return;
+  if (load_acquire(abort_word) != 0) {
+    // check() has still to tell what failed.
+    const std::lock_guard lock(retired_mutex);
+    retired.lines.insert(retired.lines.end(), gone.begin(), gone.end());
+    return;
+  }
+  std::set<std::pair<int, std::size_t>> all;
+  for (const Taken& taken : gone) {
+    for (std::size_t i = 0; i < taken.count; ++i) {
+      all.emplace(taken.rank, taken.first + i * Lines::kLine);
+    }
+  }
+  const auto is_gone = [&all](int rank, std::size_t offset) {
+    return all.count({rank, offset / Lines::kLine * Lines::kLine}) != 0;
+  };
+  const auto forget = [](auto& from, auto which) {
+    from.erase(std::remove_if(from.begin(), from.end(), which), from.end());
+  };
+  forget(ends, [&](const End& end) { return is_gone(kHostLines, end.offset); });
+  forget(counts, [&](const auto& count) { return is_gone(count.first, count.second); });
+  forget(inline_words, [](const auto& words) { return words.expired(); });
+  for (const Taken& taken : gone) {
+    Buffer part = taken.rank == kHostLines ? host : own[static_cast<std::size_t>(taken.rank)];
+    part.data += taken.first;
+    clear(part, taken.count * Lines::kLine);
+    lines_of(taken.rank).give_back(taken.first, taken.count);
+  }
 }
 
 void CudaFabric::Shared::release() {
@@ -305,7 +332,7 @@ void CudaFabric::Shared::release() {
   mailboxes.clear();
   {
     const std::lock_guard lock(retired_mutex);
-    retired.clear();
+    retired = {};
   }
   host = {};
   if (failure) std::rethrow_exception(failure);

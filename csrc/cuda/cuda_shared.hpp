@@ -18,6 +18,7 @@
 #include "asyncdiff/processes.hpp"
 #include "cuda_memory.hpp"
 #include "launch.hpp"
+#include "lines.hpp"
 #include "links.hpp"
 
 namespace asyncdiff {
@@ -55,12 +56,22 @@ struct CudaFabric::Shared {
   std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
   std::vector<Buffer> mailboxes;                   // of own ranks
   std::vector<Buffer> foreign;                     // mailboxes of others'
-  // Memory of channels that are gone. A destructor may run at any time, in the middle of a capture,
+  static constexpr int kHostLines = -1;            // in place of a rank: the lines in host memory
+  struct Taken {
+    int rank;
+    std::size_t first;  // offset
+    std::size_t count;
+  };
+  // What channels had that are gone. A destructor may run at any time, in the middle of a capture,
   // so that it neither waits nor frees: the next channel() and release() do.
+  struct Retired {
+    std::vector<Buffer> memory;
+    std::vector<Taken> lines;
+  };
   std::mutex retired_mutex;  // of its own: `mutex` may be held while Python runs
-  std::vector<Buffer> retired;
+  Retired retired;
 
-  // Words in the lines that count bundles: rank, or -1 for the lines in host memory, and offset.
+  // Words in the lines that count bundles: rank, or kHostLines, and offset.
   std::vector<std::pair<int, std::size_t>> counts;
   // Where inline words of channels lie that this process has to clear.
   std::vector<std::weak_ptr<Buffer>> inline_words;
@@ -68,6 +79,7 @@ struct CudaFabric::Shared {
   // One end of a channel: what its failure record belongs to.
   struct End {
     FailureRecord* record;
+    std::size_t offset;  // in the lines in host memory
     int rank;
     std::string channel;
   };
@@ -76,7 +88,9 @@ struct CudaFabric::Shared {
   const Link& link(int from, int to) const { return links.at({from, to}); }
   // Where `viewer`, a rank of this process, sees a line of `rank`.
   std::byte* line(int rank, std::size_t offset, int viewer) const;
-  Guard new_end(int rank, const std::string& channel);
+  Lines& lines_of(int rank) {
+    return rank == kHostLines ? host_lines : lines[static_cast<std::size_t>(rank)];
+  }
   void check_open() const {
     if (closed) throw Error("the fabric is closed");
   }
@@ -90,13 +104,17 @@ struct CudaFabric::Shared {
   bool alone(int rank) const { return alone_[static_cast<std::size_t>(rank)]; }
   // How this rank's kernels are launched.
   Launch launch_of(int rank) const { return alone(rank) ? Launch::kEarly : Launch::kOrdinary; }
-  // A device of this process, for what belongs to none: of its first rank, or the current one where
-  // it has no rank.
+  // The device for what belongs to none: of a rank of this process, or the current one where it has
+  // no rank.
   int home() const;
   // Waits until the devices of own ranks have done what was enqueued. Before anything is freed:
   // freeing waits for the memory's own device only, but others write there, too.
   void settle() const noexcept;
-  void free_retired();
+  // Frees the memory of channels that are gone. Their lines are for deal_out_again(); it needs
+  // `mutex`, which nobody may hold while this waits.
+  std::vector<Taken> free_retired();
+  // Forgets what lay in these lines, clears them, and lets others take them.
+  void deal_out_again(const std::vector<Taken>& gone);
   // Frees what the fabric has, after settle(). Collective.
   void release();
 

@@ -462,6 +462,57 @@ def test_what_is_dropped_in_the_middle_harms_nobody(place: str, mode: str) -> No
     world.fabric.close()
 
 
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+def test_channels_come_and_go_without_end(place: str, transport: str) -> None:
+    """Each takes more than 16 of the fabric's 16384 lines, which the next ones are given."""
+    world = World(place, transport, [torch.zeros(50_000)], mode="kernel")
+    (tensor,) = world.tensors
+    room = world.room(1)
+    first = world.channel
+
+    def check(channel: core.Channel, slot: int, value: float) -> None:
+        tensor.fill_(value)
+        torch.cuda.synchronize(world.devices[0])
+        channel.put(world.tensors, slot, world.streams[0])
+        channel.unpack(1, room, slot, world.streams[1])
+        world.synchronize()
+        world.fabric.check()
+        assert (room[0] == value).all()
+
+    uses = 0
+    for n in range(1500):
+        # One that was used, with counts and flags that are not to be found in the next one's lines.
+        world.channel = world.fabric.channel(0, [1], world.layout, mode=("kernel", "copy")[n % 2])
+        if n % 100 > 1:
+            continue
+        for slot in (0, 1, 0):
+            check(world.channel, slot, n + slot + 0.5)
+        check(first, uses % 2, n + 0.25)
+        uses += 1
+    world.fabric.close()
+
+
+def test_the_failure_of_a_dropped_channel_is_told() -> None:
+    world = World("one GPU", "auto", [torch.zeros(8)], deadline=0.3)
+    world.channel.get(1, 0, world.streams[1])
+    world.synchronize()
+    for _ in range(2):
+        world.channel = world.fabric.channel(0, [1], world.layout, name="another")
+    with pytest.raises(core.ExchangeTimeout, match="channel 'bundle', get of slot 0"):
+        world.fabric.check()
+    world.fabric.reset(1)
+    # At zero, though the lines of those that are gone were set to one.
+    world.channel = world.fabric.channel(0, [1], world.layout)
+    room = world.room(1)
+    world.tensors[0].fill_(3)
+    torch.cuda.synchronize()
+    world.put(0)
+    world.receive(1, 0, room)
+    world.synchronize()
+    world.fabric.check()
+    assert (room[0] == 3).all()
+
+
 def test_dropping_breaks_no_capture() -> None:
     """Neither in the thread that captures, where garbage is collected too, nor in another one."""
     worlds = [World("one GPU", "auto", [torch.zeros(8)]) for _ in range(2)]

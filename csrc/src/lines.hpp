@@ -1,0 +1,29 @@
+// Lines of a piece of memory: each holds a word, or a few, that one end writes and others watch.
+#pragma once
+
+#include <cstddef>
+#include <map>
+
+namespace asyncdiff {
+
+// Deals out 128-byte lines. Who takes and gives back the same numbers in the same order gets the
+// same lines, in every process, wherever it sees the memory.
+class Lines {
+ public:
+  static constexpr std::size_t kLine = 128;
+  // Memory that processes share comes in pieces of this size anyway.
+  static constexpr std::size_t kBytes = std::size_t{2} << 20;
+
+  // The offset in bytes of the first of `count` lines. Throws Error when all are taken.
+  std::size_t take(std::size_t count = 1);
+  // Takes back what was taken, for others: the caller has cleared it.
+  void give_back(std::size_t first, std::size_t count);
+  // Bytes from the start in which all lines lie that were ever taken.
+  std::size_t used() const { return used_; }
+
+ private:
+  std::size_t used_ = 0;
+  std::map<std::size_t, std::size_t> free_;  // bytes below used_, by offset; no two touch
+};
+
+}  // namespace asyncdiff
