@@ -356,14 +356,15 @@ def cuda_cut(process: int, processes: int, folder: Path, gpus: int) -> Any:
 
     devices = [p % gpus for p in range(processes)]
     whole = meet(folder, process, processes)
-    failed = 0
-    while True:
+    for failed in range(50):
         rendezvous = Cut(whole, failed)
         try:
             fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=rendezvous)
             break
         except ConnectionError:
-            failed += 1
+            continue
+    else:
+        return "no fabric"
     rendezvous.gathers = 1000
     layout = core.Layout([core.TensorSpec("int64", (3,))])
     channel = fabric.channel(0, [1], layout, mode="kernel")
