@@ -56,7 +56,8 @@ struct CudaFabric::Shared {
   std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
   std::vector<Buffer> mailboxes;                   // of own ranks
   std::vector<Buffer> foreign;                     // mailboxes of others'
-  static constexpr int kHostLines = -1;            // in place of a rank: the lines in host memory
+  // In place of a rank: the lines in host memory.
+  static constexpr int kHostLines = -1;
   struct Taken {
     int rank;
     std::size_t first;  // offset
