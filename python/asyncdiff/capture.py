@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,11 @@ log = logging.getLogger("asyncdiff")
 
 #: Nodes without effect on the result, which would pin the device of the export.
 _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
+
+#: What the exporter says where a value of a tensor would have to be known.
+_OF_VALUES = ("data-dependent", "data dependent", "unbacked", "u0")
+#: The exporter sets modes of the whole process, which two threads leave set for good.
+_exporting = threading.Lock()
 
 
 @dataclass
@@ -108,15 +114,16 @@ def capture(module: nn.Module, call: Call) -> Captured:
     ]
     kwargs = pytree.tree_unflatten(leaves, call.spec)
     try:
-        with torch.no_grad():
+        with _exporting, torch.no_grad():
             program = torch.export.export(module, (), kwargs, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 # In-place operations have no place in a graph that is cut into pieces.
                 program = program.run_decompositions({})
     except Exception as e:  # the exporter raises what it likes
+        hint = ". The denoiser's forward must not branch on values of tensors"
         raise CaptureError(
-            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
-            "The denoiser's forward must not branch on values of tensors"
+            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
+            + (hint if any(word in str(e) for word in _OF_VALUES) else "")
         ) from e
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:

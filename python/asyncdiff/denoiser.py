@@ -407,6 +407,28 @@ class AsyncDenoiser:
         """Index of the next step of the current generation; 0 without one."""
         return 0 if self._generation is None else self._generation.next_step
 
+    def fits(self, call: Call, *, options: bool = True) -> bool:
+        """Whether the generation under way can go on with this call: inputs of the same shapes,
+        dtypes and constants as before and, with ``options``, of a denoiser whose options are what
+        they were when it began."""
+        with self.lock:
+            engine = None if self._generation is None else self._generation.engine
+            if engine is None:
+                return True
+            return call.signature == engine.signature and not (options and self._engines.changed())
+
+    @contextlib.contextmanager
+    def at_most(self, steps: int) -> Iterator[None]:
+        """For the beginning of a generation with so few steps that the exact ones may be more: all
+        of them are exact then."""
+        kept = self.warmup, self.exact_tail
+        if self.exact_steps(steps) + self.exact_tail > steps:
+            self.warmup, self.exact_tail = steps, 0
+        try:
+            yield
+        finally:
+            self.warmup, self.exact_tail = kept
+
     def call(self, call: Call) -> Any:
         """:meth:`__call__` for a call that was taken apart by :func:`asyncdiff.calls.parse`."""
         with self.lock, self.own_modes():

@@ -6,7 +6,9 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,21 +17,24 @@ from torch import nn
 
 from .assign import check_split_argument
 from .calibration import Calibration
-from .calls import Role, parse
+from .calls import Call, Role, parse
 from .capture import capture
 from .clean_image import CleanImage, clean_image
 from .cost import measure as measure_costs
 from .denoiser import AsyncDenoiser
 from .devices import Devices
 from .drift import AutoWarmup
-from .errors import InputError
+from .errors import InputError, PlanError
 from .example_inputs import example_inputs
 from .first_call import FirstCall, as_generation
 from .generation import GenerationReport
 from .partition import Partition, Split, partition
+from .patches import check_forward, check_hooks
 from .plan import Plan, check_numbers
 from .progress import Progress
 from .timesteps import Times, check_scheduler
+
+log = logging.getLogger("asyncdiff")
 
 
 class Handle:
@@ -45,6 +50,10 @@ class Handle:
         self._interrupting = False
         #: whether the pipeline is being called
         self._running = False
+        #: whether options of the denoiser may change in the middle of a generation
+        self._watching = True
+        # It would go past the denoiser's class, and be exported in the place of its forward.
+        self._compiled = module.__dict__.pop("_compiled_call_impl", None)
         self._originals = (type(pipe), type(module))
         module.__class__ = _denoiser_class(cast(Any, type(module)))
         module.__dict__["_asyncdiff"] = self
@@ -92,7 +101,15 @@ class Handle:
                 return
             self.pipe.__class__, self._module.__class__ = self._originals
             del self._module.__dict__["_asyncdiff"], self.pipe.__dict__["_asyncdiff"]
+            if self._compiled is not None:
+                self._module.__dict__["_compiled_call_impl"] = self._compiled
             self.denoiser.close()
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a parallelised pipeline or denoiser cannot be pickled or copied deeply: call "
+            "handle.restore() first"
+        )
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
@@ -103,27 +120,54 @@ class Handle:
             if not where:
                 raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
             time = call.tensors[where[0]]
-            scheduler = self.pipe.scheduler
-            new = self._times is None or not self.denoiser.active
-            if new or self._times.source is not check_scheduler(scheduler):  # type: ignore[union-attr]
-                # Left by an earlier run, where another caller than the pipeline is under way.
-                steps = getattr(self.pipe, "num_timesteps", None) if self._running else None
-                self._times = Times(scheduler, time, steps)
-                self.denoiser.start(self._times.values, self._clean(scheduler))
-            assert self._times is not None
             try:
-                step = self.denoiser.step
-                self._times.check(step, time)
-                known = self._times.known(step, time)
-                if known is not time:
-                    call = call.replacing(where[0], known)
-                result = self.denoiser.call(call)
+                with self._due(call, time):
+                    assert self._times is not None
+                    step = self.denoiser.step
+                    self._times.check(step, time)
+                    known = self._times.known(step, time)
+                    if known is not time:
+                        call = call.replacing(where[0], known)
+                    result = self.denoiser.call(call)
                 if not self.denoiser.active:
                     self._times.finish()
             except BaseException:
                 self.denoiser.stop()
                 raise
             return result
+
+    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Begins a generation where this call does not belong to the one under way; what it returns
+        is to be open during the call."""
+        scheduler, denoiser = self.pipe.scheduler, self.denoiser
+        old = self._times
+        if old is None or not denoiser.active or old.source is not check_scheduler(scheduler):
+            check_forward(self._module)
+            # Left by an earlier run, where another caller than the pipeline is under way.
+            steps = getattr(self.pipe, "num_timesteps", None) if self._running else None
+            self._times = Times(scheduler, time, steps)
+            try:
+                denoiser.start(self._times.values, self._clean(scheduler))
+            except PlanError as e:
+                if not self._times.start:
+                    raise
+                raise PlanError(
+                    f"{e}. It begins with timestep number {self._times.start} (from 0) of its "
+                    f"scheduler's {len(self._times.source)}"
+                ) from e
+        elif not denoiser.fits(call, options=self._watching):
+            # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
+            # generation of its own, if this is the step that was due.
+            step = denoiser.step
+            old.check(step, time)
+            old.finish()
+            self._times = old.after(step)
+            left = len(self._times.values)
+            log.info("the denoiser's inputs or options changed: %d steps are left for these", left)
+            with denoiser.at_most(left):
+                denoiser.start(self._times.values, self._clean(scheduler))
+            return denoiser.at_most(left)
+        return contextlib.nullcontext()
 
     def _clean(self, scheduler: Any) -> CleanImage | None:
         if self.denoiser.schedule != "wavefront":
@@ -134,13 +178,20 @@ class Handle:
 
     def _run(self, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
+            if self._running:
+                raise InputError(
+                    "the pipeline was called in the middle of a call of its own (by a callback?), "
+                    "whose steps would be lost: call it afterwards, or another pipeline"
+                )
             # Whatever an earlier call left unfinished has nothing to do with this one.
             self.denoiser.stop()
             self._running = True
+            # Looking takes a millisecond or two in every step.
+            self._watching = any(k.startswith("callback") and v for k, v in kwargs.items())
             try:
                 return run(self.pipe, *args, **kwargs)
             finally:
-                self._running = False
+                self._running, self._watching = False, True
                 self.denoiser.stop()
 
 
@@ -196,20 +247,15 @@ def parallelize(
     pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
     """
     module = find_denoiser(pipe)
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise InputError(
+            f"{type(pipe).__name__} has two denoisers, for the first and for the last steps, of "
+            "which asyncdiff would see one: use asyncdiff.AsyncDenoiser on each"
+        )
     if "_asyncdiff" in module.__dict__:
         raise InputError("this pipeline is parallelised already: call handle.restore() first")
-    if "forward" in module.__dict__:
-        raise InputError(
-            "the denoiser's forward was replaced (by group offloading, DeepCache or another "
-            "patch), which would go past asyncdiff: undo that first"
-        )
-    if hasattr(module, "_orig_mod"):
-        raise InputError("the denoiser is wrapped by torch.compile: parallelise it before that")
-    if "_hf_hook" in module.__dict__:
-        raise InputError(
-            "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks() and move the "
-            "pipeline to a device first"
-        )
+    check_hooks(module)
+    check_forward(module)
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
@@ -301,12 +347,32 @@ def _named_like(cls: type, base: type) -> type:
     return cls
 
 
+def _reduce(parallel: Any, protocol: Any) -> Any:
+    return parallel.__dict__["_asyncdiff"].__reduce__()
+
+
+def _shallow_copy(parallel: Any) -> Any:
+    """What ``copy.copy`` makes, which would ask for what pickle does."""
+    twin = object.__new__(type(parallel))
+    twin.__dict__.update(parallel.__dict__)
+    return twin
+
+
 @functools.cache
 def _denoiser_class(base: Any) -> type:
     class Parallel(base):  # type: ignore[misc]
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.__dict__["_asyncdiff"]._forward(args, kwargs)
+
+        def compile(self, *args: Any, **kwargs: Any) -> None:
+            raise InputError(
+                "asyncdiff compiles the components of this denoiser by itself: pass compile=True "
+                "to parallelize (the default for large denoisers on GPUs)"
+            )
+
+        __reduce_ex__, __copy__ = _reduce, _shallow_copy
 
         @property
         def device(self) -> torch.device:
@@ -332,5 +398,7 @@ def _pipeline_class(base: Any) -> type:
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)
+
+        __reduce_ex__, __copy__ = _reduce, _shallow_copy
 
     return _named_like(Parallel, base)

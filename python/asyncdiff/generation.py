@@ -146,9 +146,10 @@ class Generation:
         """The denoiser's result for the next step."""
         assert self.engine is not None
         if call.signature != self.engine.signature:
+            step = self.next_step
             self.abandon()
             raise InputError(
-                f"the inputs changed in step {self.next_step} of a generation: "
+                f"the inputs changed in step {step} of a generation: "
                 f"{_difference(self.engine.signature, call.signature)}. Shapes, dtypes and options "
                 "may change between generations only"
             )

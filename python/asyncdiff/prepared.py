@@ -20,6 +20,7 @@ from .engine import Engine
 from .groups import GROUPS, Groups, part
 from .module_state import ModuleState
 from .partition import Partition, Split, partition
+from .patches import check_hooks
 from .plan import ring
 from .progress import Progress, bar
 from .recut import WORTH, WORTH_COMPILING, component_ms, next_cut
@@ -57,6 +58,8 @@ class Engines:
     def __init__(self, module: nn.Module, weights: Weights, making: Making) -> None:
         self._module = module
         self._state = ModuleState(module)
+        #: the denoiser's state when an engine was asked for last
+        self._number = 0
         self._weights = weights
         self._making = making
         self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
@@ -66,8 +69,14 @@ class Engines:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def changed(self) -> bool:
+        """Whether the denoiser is not what it was when an engine was asked for last."""
+        return self._state.number() != self._number
+
     def get(self, call: Call) -> Engine | Groups:
-        """The engine of the components, for calls like this one."""
+        """The engine of the components, for calls like this one. Raises InputError for a denoiser
+        with hooks."""
+        check_hooks(self._module)
         kind = self._kind(call)
         if kind not in self._kept:
             making = self._making
@@ -79,6 +88,7 @@ class Engines:
                 self._drop(kind)
             self._kept[kind] = [made]
         self._kept.move_to_end(kind)
+        self._number = kind[1]
         return self._kept[kind][0]
 
     def _kind(self, call: Call) -> _Kind:

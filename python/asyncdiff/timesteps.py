@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ _MAPPINGS: tuple[tuple[str, _Mapping], ...] = (
 )
 #: Pipelines that pass such times also turn a flow prediction's sign (Lumina 2, Z-Image).
 _BACKWARDS = ("1 - t / n", "n - t")
+
+_ANOTHER = "or another pipeline calls it, with a scheduler of its own (parallelise that one)"
 
 
 def check_scheduler(scheduler: Any) -> torch.Tensor:
@@ -58,6 +61,11 @@ class Times:
 
     def __init__(self, scheduler: Any, first: torch.Tensor, steps: int | None = None) -> None:
         self.source = check_scheduler(scheduler)
+        if first.numel() > 1 and not bool((first == first.reshape(-1)[0]).all()):
+            raise SchedulerError(
+                "the denoiser was called with several timesteps at once, one for each part of its "
+                "input (image to video, for example): asyncdiff serves pipelines with one for all"
+            )
         self._offset = self.source.storage_offset()
         rivals: list[torch.Tensor] = []
         if self._is_view(first):
@@ -82,6 +90,16 @@ class Times:
             (int(k) for r in rivals for k in (r[mine] != self._exact).nonzero()[:1]), default=None
         )
         self._pending: list[tuple[int, torch.Tensor, Any]] = []
+
+    def after(self, step: int) -> Times:
+        """Those from the ``step``-th call on. Call :meth:`finish` first."""
+        rest = copy.copy(self)
+        rest.start += step
+        rest.values, rest._exact = self.values[step:], self._exact[step:]
+        if self._telling is not None:
+            rest._telling = self._telling - step if self._telling >= step else None
+        rest._pending = []
+        return rest
 
     def _is_view(self, value: torch.Tensor) -> bool:
         """Whether a call's timestep is one of the scheduler's own, or several views of it."""
@@ -111,7 +129,7 @@ class Times:
                 f"the denoiser was called with timestep {value:g}, which is not made from the "
                 f"timesteps of {type(scheduler).__name__} in a way that is known "
                 f"({', '.join(n for n, _ in _MAPPINGS)}): use asyncdiff.AsyncDenoiser and pass "
-                "the denoiser's timesteps to its generation()"
+                f"the denoiser's timesteps to its generation(); {_ANOTHER}"
             )
         rivals = [f[4] for f in found if f[0] == error == 0 and f[1] == start]
         return name, start, values, exact, rivals
@@ -177,5 +195,5 @@ class Times:
             f"call {step} of this generation came with {what}, where timestep "
             f"{float(self._exact[step]):g} was due: the pipeline calls the denoiser more or less "
             "often than once a step (guidance in two calls, or a scheduler of higher order?), "
-            "which asynchronous denoising cannot serve"
+            f"which asynchronous denoising cannot serve; {_ANOTHER}"
         )

@@ -1,0 +1,54 @@
+"""What others may have done to a denoiser that an export would drop, or freeze as it then is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import InputError
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Raise InputError where hooks change what layers do from call to call."""
+    for child in module.modules():
+        attributes = vars(child)
+        if "_hf_hook" in attributes:
+            raise InputError(
+                "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks() and move "
+                "the pipeline to a device first"
+            )
+        # An empty registry is left behind where hooks were, or might have been.
+        hooks = getattr(attributes.get("_diffusers_hook"), "hooks", None)
+        if hooks:
+            raise InputError(
+                f"layers of the denoiser have hooks of diffusers ({', '.join(hooks)}), for "
+                "caching, offloading or casting: asyncdiff does not serve them. Undo that first "
+                "(disable_cache()), or load the pipeline without it"
+            )
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise InputError where calls of the denoiser would not come to the forward of its class."""
+    if hasattr(module, "_orig_mod"):
+        raise InputError(
+            "the denoiser is wrapped by torch.compile: parallelise it before that, or better let "
+            "asyncdiff compile its components (compile=True)"
+        )
+    forward = vars(module).get("forward")
+    if forward is None:
+        return
+    if _is_own(module, forward):  # what diffusers leaves where it has taken a hook away
+        del module.forward
+        return
+    raise InputError(
+        "the denoiser's forward was replaced (by offloading, DeepCache or another patch), which "
+        "would go past asyncdiff: undo that first"
+    )
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    return (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is type(module).forward
+    )
