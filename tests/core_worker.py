@@ -325,6 +325,9 @@ def cuda_contexts(process: int, processes: int, folder: Path, transport: str) ->
 
     driver = ctypes.CDLL("libcuda.so.1")
     assert driver.cuInit(0) == 0
+    context = ctypes.c_void_p()
+    assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
+    assert context.value is None  # GPU 0 is the current one, as it was
     out = []
     for device in range(2):
         flags, active = ctypes.c_uint(), ctypes.c_int()

@@ -21,19 +21,33 @@ bool has_context(int device) noexcept {
     if (get_state == nullptr || get_state(device, &flags, &active) != CUDA_SUCCESS) return true;
     return active != 0;
   } catch (...) {
-    return true;  // rather a context too many than another device than before
+    return true;  // rather a context too many than another current device
+  }
+}
+
+// Leaves this thread without a context, as one is that has used no GPU yet. Whether the runtime's
+// current device is this one then.
+bool without_context(int device) noexcept {
+  using SetCurrent = decltype(&cuCtxSetCurrent);
+  try {
+    static const auto set_current = driver_function<SetCurrent>("cuCtxSetCurrent");
+    if (set_current == nullptr || set_current(nullptr) != CUDA_SUCCESS) return false;
+    int now = -1;
+    return cudaGetDevice(&now) == cudaSuccess && now == device;
+  } catch (...) {
+    return false;
   }
 }
 
 }  // namespace
 
 void return_to_device(int device) noexcept {
-  // Asked until there is one: it is not taken away again before its device is reset.
+  // Asked until there is one, or is to be: it is not taken away before its device is reset.
   constexpr int kDevices = 64;
   static std::atomic<bool> known[kDevices] = {};
   const bool noted = device < kDevices && known[device].load(std::memory_order_relaxed);
   if (!noted) {
-    if (!has_context(device)) return;
+    if (!has_context(device) && without_context(device)) return;
     if (device < kDevices) known[device].store(true, std::memory_order_relaxed);
   }
   cudaSetDevice(device);

@@ -1,8 +1,8 @@
 // Work on a device that need not be the current one.
 //
-// From CUDA 12 on, making a device current makes a context there, of half a gigabyte. So a thread
-// goes back to the device that it came from only if that one has a context; else nothing can be on
-// it that the thread would miss, and it stays where it is.
+// From CUDA 12 on, making a device current makes a context there, of half a gigabyte. A thread that
+// came from a device without one is left without a context instead: the runtime then calls the
+// first device current, as it did before.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,7 @@
 
 namespace asyncdiff {
 
-// Makes it current if it has a context already. Throws nothing.
+// Makes it current, without making a context where that is possible. Throws nothing.
 void return_to_device(int device) noexcept;
 
 // Makes a device current for the life of the guard.
