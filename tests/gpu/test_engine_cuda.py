@@ -269,3 +269,43 @@ def test_tensors_on_the_cpu_and_missing_devices_are_refused() -> None:
         toy_on_gpu(devices=["cuda:0", f"cuda:{count}"])
     with pytest.raises(asyncdiff.DeviceError, match="mixes"):
         toy_on_gpu(devices=["cuda:0", "cpu"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_inputs_and_options_that_change_on_the_way(place: str) -> None:
+    """The rest of the steps, of half the batch or with FreeU, is a generation with engines of its
+    own; the other engine's are used again in the next picture."""
+    from diffusers.callbacks import SDCFGCutoffCallback
+
+    spec = reference.case("sd21_ddim_n2s2w1")
+    pipe = reference.pipeline(spec, "cuda:0", torch.float32)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
+
+    def change(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:
+            pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+        return cutoff.callback_fn(pipe, step, timestep, kwargs)
+
+    def run() -> torch.Tensor:
+        pipe.disable_freeu()
+        return reference.run(
+            pipe,
+            spec,
+            num_inference_steps=8,
+            callback_on_step_end=change,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        )
+
+    want = run()
+    pipe.disable_freeu()
+    handle = asyncdiff.parallelize(
+        pipe, devices=devices_for(place, 2), warmup=8, split=spec["split"]
+    )
+    for _ in range(2):
+        assert reference.distance(run(), want) < 1e-4
+        assert handle.report().steps == 2
+    assert len(handle.denoiser._engines) == 3
+    handle.denoiser.warmup = 1
+    got = run()
+    assert torch.equal(run(), got) and 0 < reference.distance(got, want) < 1
+    handle.restore()
