@@ -24,7 +24,7 @@ from .cost import measure as measure_costs
 from .denoiser import AsyncDenoiser
 from .devices import Devices
 from .drift import AutoWarmup
-from .errors import InputError, PlanError
+from .errors import InputError, PlanError, SchedulerError
 from .example_inputs import example_inputs
 from .first_call import FirstCall, as_generation
 from .generation import GenerationReport
@@ -32,7 +32,7 @@ from .partition import Partition, Split, partition
 from .patches import check_forward, check_hooks
 from .plan import Plan, check_numbers
 from .progress import Progress
-from .timesteps import Times, check_scheduler
+from .timesteps import Times, check_scheduler, is_mixed
 
 log = logging.getLogger("asyncdiff")
 
@@ -146,6 +146,14 @@ class Handle:
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self.pipe, "num_timesteps", None) if self._running else None
             self._times = Times(scheduler, time, steps)
+            if (
+                denoiser.stride > 1 or denoiser.time_shift or denoiser.schedule == "wavefront"
+            ) and (is_mixed(time)):
+                raise SchedulerError(
+                    "the denoiser was called with several timesteps at once, for the parts of its "
+                    "input (image to video, for example), of which other steps' cannot be told "
+                    "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
+                )
             try:
                 denoiser.start(self._times.values, self._clean(scheduler))
             except PlanError as e:

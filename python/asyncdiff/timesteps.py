@@ -50,6 +50,20 @@ _ORDERS: tuple[Callable[[_Mapping, torch.Tensor, float, torch.dtype], torch.Tens
 )
 
 
+def is_mixed(timestep: torch.Tensor) -> bool:
+    """Whether a call has several timesteps at once, for the parts of its input. A host that asks a
+    GPU waits for it."""
+    return timestep.numel() > 1 and not bool((timestep == timestep.reshape(-1)[0]).all())
+
+
+def _moving(timestep: torch.Tensor) -> torch.Tensor:
+    """The timestep of the parts that the sampler moves: where others are given as they are (the
+    first frame of a video), theirs is 0."""
+    flat = timestep.reshape(-1)
+    others = flat[flat != 0]
+    return others[0] if len(others) else flat[0]
+
+
 class Times:
     """The timesteps that remain from the first call on, as the denoiser's own argument values.
 
@@ -61,11 +75,6 @@ class Times:
 
     def __init__(self, scheduler: Any, first: torch.Tensor, steps: int | None = None) -> None:
         self.source = check_scheduler(scheduler)
-        if first.numel() > 1 and not bool((first == first.reshape(-1)[0]).all()):
-            raise SchedulerError(
-                "the denoiser was called with several timesteps at once, one for each part of its "
-                "input (image to video, for example): asyncdiff serves pipelines with one for all"
-            )
         self._offset = self.source.storage_offset()
         rivals: list[torch.Tensor] = []
         if self._is_view(first):
@@ -111,7 +120,7 @@ class Times:
         """What is known of the first call by its value: the mapping, the step, all values in the
         call's dtype and in float64, and those of other ways to the same first value."""
         train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
-        value = float(first.detach().double().reshape(-1)[0])
+        value = float(_moving(first.detach().double()))
         found = []
         for name, mapping in _MAPPINGS:
             for order in _ORDERS:
@@ -159,9 +168,9 @@ class Times:
                 self._refuse(step, f"timestep number {index} of the schedule")
             return
         if value.device.type == "cpu":
-            self._compare(step, value.detach().reshape(-1)[:1])
+            self._compare(step, value.detach().reshape(-1))
             return
-        seen = value.detach().reshape(-1)[: value.numel() if self._same else 1]
+        seen = value.detach().reshape(-1)
         arrived = torch.empty(seen.shape, dtype=value.dtype, pin_memory=True)
         arrived.copy_(seen, non_blocking=True)
         event = torch.cuda.Event()
@@ -179,9 +188,10 @@ class Times:
 
     def _compare(self, step: int, seen: torch.Tensor) -> None:
         seen, due = seen.double(), self._exact[step]
-        nearest = float((self._exact - seen[0]).abs().min())
-        if float((due - seen[0]).abs()) > nearest:
-            self._refuse(step, f"timestep {float(seen[0]):g}")
+        own = _moving(seen)
+        nearest = float((self._exact - own).abs().min())
+        if float((due - own).abs()) > nearest:
+            self._refuse(step, f"timestep {float(own):g}")
         if self._same and not (seen == due).all():
             if not (seen == seen[0]).all():  # those of some samples were taken for what was due
                 raise SchedulerError(

@@ -116,8 +116,31 @@ def test_times_of_the_rest() -> None:
         rest.check(1, ddim.timesteps[5].clone())
         with pytest.raises(SchedulerError, match="timestep 300 was due"):
             rest.check(2, ddim.timesteps[8])
-    with pytest.raises(SchedulerError, match="several timesteps at once"):
-        Times(ddim, torch.tensor([0, 900]))
+
+
+def test_parts_that_have_another_time() -> None:
+    """Image to video: the first frame is given, and has time 0."""
+    pipe = reference.pipeline(SPEC)
+    pipe.scheduler.set_timesteps(STEPS)
+    text, noise = reference.inputs(SPEC)["prompt_embeds"].expand(2, -1, -1), torch.randn(2, 4, 8, 8)
+
+    def steps() -> list[torch.Tensor]:
+        return [
+            pipe.unet(noise, torch.tensor([0, int(t)]), encoder_hidden_states=text).sample
+            for t in pipe.scheduler.timesteps
+        ]
+
+    want = steps()
+    handle = spread(pipe, warmup=STEPS)
+    for got, due in zip(steps(), want, strict=True):
+        assert reference.distance(got, due) < 1e-5
+    assert handle.report().steps == STEPS
+    handle.restore()
+    for wrong in ({"stride": 2, "devices": ["cpu"] * 3}, {"schedule": "wavefront"}):
+        handle = spread(pipe, **wrong)
+        with pytest.raises(SchedulerError, match=r"several timesteps at once.* stride=1"):
+            steps()
+        handle.restore()
 
 
 def test_too_few_steps_are_left() -> None:
