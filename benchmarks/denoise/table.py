@@ -79,7 +79,8 @@ def _lengths(figures: dict[str, Model]) -> str:
         k.split()[0] for m in models for e in map(m.get, settings) for k in e or () if _further(k)
     }
     steps = sorted(lengths | own, key=int)
-    rows = [[f"times one GPU in {', '.join(steps)} steps", *(m["title"] for m in models)]]
+    title = f"times one GPU in {', '.join(steps)} steps (–: not run)"
+    rows = [[title, *(m["title"] for m in models)]]
     for key in sorted(settings, key=_place):
         entries = [m.get(key, {}) for m in models]
         if any(_further(k) for e in entries for k in e):
@@ -94,10 +95,10 @@ def _further(key: str) -> bool:
 
 def _over(model: Model, entry: dict[str, Any], steps: list[str]) -> str:
     of = {str(model["steps"]): entry} | {k.split()[0]: v for k, v in entry.items() if _further(k)}
-    ratios = [of.get(n, {}).get(f"speedup_over_{entry.get('mode')}") for n in steps]
-    if None in ratios:
+    if len(of) < 2:
         return ""
-    return ", ".join(f"{r['median']:.2f}" for r in ratios if r)
+    ratios = [of.get(n, {}).get(f"speedup_over_{entry.get('mode')}") for n in steps]
+    return ", ".join(f"{r['median']:.2f}" if r else "–" for r in ratios)
 
 
 def _details(figures: dict[str, Model]) -> str:

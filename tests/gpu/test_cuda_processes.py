@@ -39,9 +39,12 @@ def test_a_killed_process_is_an_error_for_all_others(place: str, tmp_path: Path)
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("transport", ["auto", "staged"])
-def test_another_gpu_is_left_alone(processes: int, transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_another_gpu_is_left_alone(
+    place: str, processes: int, transport: str, tmp_path: Path
+) -> None:
     """A context takes half a gigabyte of it."""
-    devices_for("several GPUs", 2)
+    devices_for(place, 2)
     for contexts in run("cuda_contexts", processes, tmp_path, transport):
         assert contexts == [False, True]
 

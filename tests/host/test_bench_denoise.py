@@ -171,3 +171,18 @@ def test_what_a_tick_takes_follows_from_loops_of_few_and_many_exact_steps() -> N
     known = {"median": 0.9, "min": 0.8, "max": 1.0}
     model["N=4 S=1 w=1"] = loop(1) | {"steady": {"efficiency": known}}
     assert "| 0.900 (0.800 to 1.000) |" in table.measured({"model": model})
+
+
+def test_lengths_that_were_not_run() -> None:
+    def loop(ratio: float) -> dict[str, object]:
+        return {"ms_a_step": {"median": 1.0}, "speedup_over_graph": {"median": ratio}}
+
+    first = {"title": "a", "steps": 50, "rounds": 1, "eager": {"memory_mib": {"device": []}}}
+    rest = {"mode": "graph", "devices": ["cuda:0"]}
+    row = "N=2 S=1 w=1"
+    whole = first | {row: rest | loop(1.9) | {"25 steps": loop(1.8), "100 steps": loop(1.95)}}
+    part = first | {row: rest | loop(1.7) | {"25 steps": loop(1.6)}}
+    none = first | {row: rest | loop(1.5)}
+    text = table.measured({"whole": whole, "part": part, "none": none})
+    assert "times one GPU in 25, 50, 100 steps" in text
+    assert f"| {row} | 1.80, 1.90, 1.95 | 1.60, 1.70, – |  |" in text
