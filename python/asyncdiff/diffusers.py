@@ -36,6 +36,9 @@ from .timesteps import Times, check_scheduler, is_mixed
 
 log = logging.getLogger("asyncdiff")
 
+#: So many changes in successive steps are taken for a change in every step.
+_SHORT = 3
+
 
 class Handle:
     """A parallelised pipeline. Keep it to look at what happens, and to undo it."""
@@ -45,6 +48,8 @@ class Handle:
         self.denoiser = denoiser
         self._module = module
         self._times: Times | None = None
+        #: rests of a generation that followed each other after one step
+        self._short = 0
         # One lock: a generation of the denoiser's own must not come between two steps.
         self._lock = denoiser.lock
         self._interrupting = False
@@ -145,15 +150,8 @@ class Handle:
             check_forward(self._module)
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self.pipe, "num_timesteps", None) if self._running else None
-            self._times = Times(scheduler, time, steps)
-            if (
-                denoiser.stride > 1 or denoiser.time_shift or denoiser.schedule == "wavefront"
-            ) and (is_mixed(time)):
-                raise SchedulerError(
-                    "the denoiser was called with several timesteps at once, for the parts of its "
-                    "input (image to video, for example), of which other steps' cannot be told "
-                    "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
-                )
+            self._times, self._short = Times(scheduler, time, steps), 0
+            self._check_mixed(time)
             try:
                 denoiser.start(self._times.values, self._clean(scheduler))
             except PlanError as e:
@@ -169,6 +167,13 @@ class Handle:
             step = denoiser.step
             old.check(step, time)
             old.finish()
+            self._short = self._short + 1 if step == 1 else 0
+            if self._short == _SHORT:
+                raise InputError(
+                    "the denoiser's inputs (shapes, dtypes, constants) or options change in every "
+                    "step, and each time it has to be prepared anew: keep them for more steps, or "
+                    "pass as a tensor what changes"
+                )
             self._times = old.after(step)
             left = len(self._times.values)
             log.info("the denoiser's inputs or options changed: %d steps are left for these", left)
@@ -176,6 +181,15 @@ class Handle:
                 denoiser.start(self._times.values, self._clean(scheduler))
             return denoiser.at_most(left)
         return contextlib.nullcontext()
+
+    def _check_mixed(self, time: torch.Tensor) -> None:
+        ahead = self.denoiser.stride > 1 or self.denoiser.time_shift
+        if (ahead or self.denoiser.schedule == "wavefront") and is_mixed(time):
+            raise SchedulerError(
+                "the denoiser was called with several timesteps at once, for the parts of its "
+                "input (image to video, for example), of which other steps' cannot be told "
+                "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
+            )
 
     def _clean(self, scheduler: Any) -> CleanImage | None:
         if self.denoiser.schedule != "wavefront":

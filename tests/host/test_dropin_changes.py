@@ -95,6 +95,19 @@ def test_other_inputs_in_a_step_that_was_not_due() -> None:
     handle.restore()
 
 
+def test_inputs_that_change_in_every_step() -> None:
+    """Each of them would be exported and compiled."""
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    text, noise = reference.inputs(SPEC)["prompt_embeds"], torch.randn(STEPS, 4, 8, 8)
+    with pytest.raises(InputError, match="in every step"):
+        for k, time in enumerate(pipe.scheduler.timesteps):
+            pipe.unet(noise[k:], time, encoder_hidden_states=text.expand(STEPS - k, -1, -1))
+    assert k == 3
+    handle.restore()
+
+
 def test_the_step_in_which_inputs_changed() -> None:
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
     call = toy_call()
