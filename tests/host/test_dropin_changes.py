@@ -58,8 +58,10 @@ def test_options_that_a_callback_changes() -> None:
     handle.restore()
 
 
-@pytest.mark.parametrize("settings", [{}, {"exact_tail": 2}, {"schedule": "wavefront"}])
-@pytest.mark.parametrize("left", [1, 3])
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [({}, 3), ({"exact_tail": 2}, 3), ({"exact_tail": 2}, 1), ({"schedule": "wavefront"}, 3)],
+)
 def test_guidance_that_ends_early(settings: dict[str, Any], left: int) -> None:
     """The batch is halved then: the rest is a generation of its own, exact as far as asked for."""
     pipe = reference.pipeline(SPEC)
