@@ -22,7 +22,7 @@ log = logging.getLogger("asyncdiff")
 _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: What the exporter says where a value of a tensor would have to be known.
-_OF_VALUES = ("data-dependent", "data dependent", "unbacked", "u0")
+_OF_VALUES = ("data-dependent", "data dependent", "unbacked")
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
 

@@ -7,7 +7,6 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, cast
@@ -28,6 +27,7 @@ from .errors import InputError, PlanError, SchedulerError
 from .example_inputs import example_inputs
 from .first_call import FirstCall, as_generation
 from .generation import GenerationReport
+from .parallel_classes import denoiser_class, pipeline_class, twin
 from .partition import Partition, Split, partition
 from .patches import check_forward, check_hooks
 from .plan import Plan, check_numbers
@@ -60,9 +60,9 @@ class Handle:
         # It would go past the denoiser's class, and be exported in the place of its forward.
         self._compiled = module.__dict__.pop("_compiled_call_impl", None)
         self._originals = (type(pipe), type(module))
-        module.__class__ = _denoiser_class(cast(Any, type(module)))
+        module.__class__ = denoiser_class(cast(Any, type(module)))
         module.__dict__["_asyncdiff"] = self
-        pipe.__class__ = _pipeline_class(cast(Any, type(pipe)))
+        pipe.__class__ = pipeline_class(cast(Any, type(pipe)))
         pipe.__dict__["_asyncdiff"] = self
 
     @property
@@ -208,7 +208,7 @@ class Handle:
             # Whatever an earlier call left unfinished has nothing to do with this one.
             self.denoiser.stop()
             self._running = True
-            # Looking takes a millisecond or two in every step.
+            # Looking goes through all submodules, in every step.
             self._watching = any(k.startswith("callback") and v for k, v in kwargs.items())
             try:
                 return run(self.pipe, *args, **kwargs)
@@ -282,7 +282,7 @@ def parallelize(
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
     denoiser = AsyncDenoiser(
-        _twin(module),
+        twin(module),
         devices=devices,
         components=components,
         stride=stride,
@@ -349,78 +349,3 @@ def plan_partition(
     if measure if measure is not None else where.type != "meta" and home.type != "meta":
         costs = measure_costs(captured, call.tensors, where)
     return partition(captured, components, split, costs=costs, copies=copies)
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """The same denoiser as an object of its own class, sharing every attribute, also those that are
-    set later: what is exported."""
-    twin = object.__new__(type(module))
-    object.__setattr__(twin, "__dict__", module.__dict__)
-    return twin
-
-
-def _named_like(cls: type, base: type) -> type:
-    # Pipelines are saved, and components compared, by the names of their classes.
-    cls.__name__, cls.__qualname__, cls.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
-    return cls
-
-
-def _reduce(parallel: Any, protocol: Any) -> Any:
-    return parallel.__dict__["_asyncdiff"].__reduce__()
-
-
-def _shallow_copy(parallel: Any) -> Any:
-    """What ``copy.copy`` makes, which would ask for what pickle does."""
-    twin = object.__new__(type(parallel))
-    twin.__dict__.update(parallel.__dict__)
-    return twin
-
-
-@functools.cache
-def _denoiser_class(base: Any) -> type:
-    class Parallel(base):  # type: ignore[misc]
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        @functools.wraps(base.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_asyncdiff"]._forward(args, kwargs)
-
-        def compile(self, *args: Any, **kwargs: Any) -> None:
-            raise InputError(
-                "asyncdiff compiles the components of this denoiser by itself: pass compile=True "
-                "to parallelize (the default for large denoisers on GPUs)"
-            )
-
-        __reduce_ex__, __copy__ = _reduce, _shallow_copy
-
-        @property
-        def device(self) -> torch.device:
-            return self.__dict__["_asyncdiff"].denoiser.home
-
-        def to(self, *args: Any, **kwargs: Any) -> Any:
-            _, dtype, _, _ = torch._C._nn._parse_to(
-                *args, **{k: v for k, v in kwargs.items() if k != "silence_dtype_warnings"}
-            )
-            if dtype is not None and dtype != next(self.parameters()).dtype:
-                raise InputError(
-                    f"the denoiser's weights are spread over its ranks: call handle.restore() "
-                    f"before changing it to {dtype}"
-                )
-            return self  # its components lie on their own devices
-
-    return _named_like(Parallel, base)
-
-
-@functools.cache
-def _pipeline_class(base: Any) -> type:
-    class Parallel(base):  # type: ignore[misc]
-        @functools.wraps(base.__call__)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)
-
-        __reduce_ex__, __copy__ = _reduce, _shallow_copy
-
-    return _named_like(Parallel, base)

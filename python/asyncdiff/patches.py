@@ -29,7 +29,8 @@ def check_hooks(module: nn.Module) -> None:
 
 
 def check_forward(module: nn.Module) -> None:
-    """Raise InputError where calls of the denoiser would not come to the forward of its class."""
+    """Raise InputError where calls of the denoiser would not come to the forward of its class. What
+    diffusers leaves where it has taken a hook away is taken away, too."""
     if hasattr(module, "_orig_mod"):
         raise InputError(
             "the denoiser is wrapped by torch.compile: parallelise it before that, or better let "
@@ -38,7 +39,7 @@ def check_forward(module: nn.Module) -> None:
     forward = vars(module).get("forward")
     if forward is None:
         return
-    if _is_own(module, forward):  # what diffusers leaves where it has taken a hook away
+    if _is_own(module, forward):
         del module.forward
         return
     raise InputError(

@@ -190,7 +190,13 @@ def test_hooks_of_diffusers_are_refused() -> None:
         draw()
     pipe.transformer.disable_cache()
     assert torch.equal(draw(), want)
+    # A hook of the denoiser itself, which goes on with the forward that it found.
+    hook = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    hook.register_hook(diffusers.hooks.ModelHook(), "mine")
+    with pytest.raises(InputError, match=r"hooks of diffusers|forward was replaced"):
+        draw()
     handle.restore()
+    assert draw().isfinite().all()
 
 
 def test_denoisers_that_torch_compiles() -> None:

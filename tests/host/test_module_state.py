@@ -15,8 +15,8 @@ import asyncdiff
 from asyncdiff import AsyncDenoiser
 from asyncdiff.calls import parse
 from asyncdiff.capture import capture
-from asyncdiff.diffusers import _twin
 from asyncdiff.module_state import ModuleState
+from asyncdiff.parallel_classes import twin as twin_of
 from asyncdiff.weights import Weights
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
@@ -55,7 +55,7 @@ def test_layers_that_are_loaded_later() -> None:
             return (out if self.extra is None else self.extra(out),)
 
     denoiser.__class__ = WithExtra
-    twin = _twin(denoiser)
+    twin = twin_of(denoiser)
     engine = AsyncDenoiser(twin, devices=["cpu"] * 2, split="estimate", warmup=2)
     call = toy_call()
     latents, text = call["sample"], call["encoder_hidden_states"]
@@ -153,5 +153,5 @@ def test_the_same_pipeline_is_prepared_once(make: Any) -> None:
 
 def test_a_copy_of_a_denoiser_is_its_own() -> None:
     module = toy()
-    twin = _twin(module)
+    twin = twin_of(module)
     assert twin.__dict__ is module.__dict__ and copy.deepcopy(twin).__dict__ is not twin.__dict__
