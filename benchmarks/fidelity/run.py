@@ -53,7 +53,7 @@ def load(args: argparse.Namespace, sampler: str) -> Any:
         import diffusers
 
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            args.pipeline, torch_dtype=getattr(torch, args.dtype), local_files_only=True
+            args.pipeline, dtype=getattr(torch, args.dtype), local_files_only=True
         ).to(args.device)
         classes = {
             "ddim": "DDIMScheduler",

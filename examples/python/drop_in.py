@@ -1,0 +1,27 @@
+"""A diffusers pipeline on two devices: one call, and the pipeline is used as before.
+
+python examples/python/drop_in.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+import asyncdiff
+from asyncdiff import demo_model
+
+pipe = demo_model.load()  # the shipped model of emoji; any diffusers pipeline is used like it
+noise = torch.Generator().manual_seed(0)
+plain = pipe("red apple", num_inference_steps=30, generator=noise).images[0]
+
+handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=1, schedule="wavefront")
+noise = torch.Generator().manual_seed(0)
+parallel = pipe("red apple", num_inference_steps=30, generator=noise).images[0]
+
+print(handle.partition.report())  # which part of the denoiser went where, and what crosses
+print(handle.report())  # steps, ticks, milliseconds, bytes
+handle.restore()  # the pipeline as it was
+
+plain.save("plain.png")
+parallel.save("parallel.png")
+print("plain.png was drawn on one device, parallel.png on two, from the same noise")
