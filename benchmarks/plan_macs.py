@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asyncdiff.plan import Plan
-from asyncdiff.report import PartitionReport
+from asyncdiff.partition.report import PartitionReport
+from asyncdiff.schedule.plan import Plan
 
 
 def macs_by_rank(plan: Plan, parts: PartitionReport) -> list[float]:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from asyncdiff.assign import Owners
-from asyncdiff.calls import Call, Role
-from asyncdiff.capture import Captured
-from asyncdiff.program import resolve
+from asyncdiff.graph.capture import Captured
+from asyncdiff.graph.program import resolve
+from asyncdiff.graph.signature import Call, Role
+from asyncdiff.partition.ownership import Owners
 
 Values = dict[fx.Node, Any]
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]

@@ -46,8 +46,6 @@ def generate(
     order: float,
     reach: float,
     exact_tail: int = 0,
-    correct: bool = False,
-    drain: bool = False,
     predict: Predict | None = None,
     wave: Denoise | None = None,
 ) -> torch.Tensor:
@@ -59,7 +57,7 @@ def generate(
     known: dict[int, torch.Tensor] = {}
     noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
-    path = [x]  # latents before every step, those of steps that were taken again corrected
+    path = [x]  # latents before every step
 
     def exact(k: int) -> None:
         noise = noises[k] = denoise(path[k], k)
@@ -67,7 +65,6 @@ def generate(
         path.append(step(path[k], noise, k))
 
     def walk(first: int, last: int) -> None:
-        del path[first + 1 :]
         for j in range(first, last):
             x0 = predict(known, noises, j, path[j]) if predict else line(known, j, order, reach)
             path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
@@ -78,17 +75,10 @@ def generate(
         start = path[k]
         noises[k] = (wave or denoise)(start, k)
         waves[tick + delay] = k, (start - sigmas[k] * noises[k]) / alphas[k]
-        first = k
         if tick in waves:
             arrived, x0 = waves.pop(tick)
             known[arrived] = x0
-            first = arrived if correct else k
-        walk(first, min(k + stride, end))
-    if drain:
-        for tick in sorted(waves):
-            arrived, x0 = waves[tick]
-            known[arrived] = x0
-            walk(arrived, end)
+        walk(k, min(k + stride, end))
     for k in range(end, steps):
         exact(k)
     return path[-1]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyncdiff import prepared
+from asyncdiff.runtime import engine_cache as prepared
 from denoise.beside import Lock
 
 

@@ -28,12 +28,8 @@ class Loop:
     ) -> None:
         from diffusers import DDIMScheduler
 
-        # The second one is for generate(), which moves its timesteps to the GPU.
-        self.scheduler, self._other = (
-            DDIMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-            )
-            for _ in range(2)
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
         )
         self.scheduler.set_timesteps(steps)
         self.name = "sample" if "sample" in inputs else "hidden_states"
@@ -42,29 +38,10 @@ class Loop:
         self.inputs = inputs
         self.guidance_scale = guidance_scale
         #: The denoiser's timesteps, on its device, so that no step waits for a transfer.
-        self.timesteps = self._own(self.scheduler.timesteps, timestep_divisor)
-        self._divisor = timestep_divisor
+        time = inputs["timestep"]
+        self.timesteps = (self.scheduler.timesteps / timestep_divisor).to(time.device, time.dtype)
         # Views: as with pipelines, a call's timestep is then known without a look at its value.
         self._times = [t.expand(inputs["timestep"].shape) for t in self.timesteps]
-
-    def _own(self, timesteps: torch.Tensor, divisor: float) -> torch.Tensor:
-        time = self.inputs["timestep"]
-        return (timesteps / divisor).to(time.device, time.dtype)
-
-    def on_ranks(self, denoiser: Any) -> torch.Tensor:
-        """The same generation by ``AsyncDenoiser.generate``."""
-        rest = {k: v for k, v in self.inputs.items() if k not in (self.name, "timestep")}
-        time = self.inputs["timestep"]
-        result: torch.Tensor = denoiser.generate(
-            self.noise[:1],
-            rest,
-            self._other,
-            num_inference_steps=len(self.timesteps),
-            guidance_scale=self.guidance_scale if self.guided else 1.0,
-            timestep_argument=lambda t: self._own(t, self._divisor).expand(time.shape),
-            update="linear",
-        )
-        return result
 
     @torch.no_grad()
     def __call__(self, denoise: Denoise) -> torch.Tensor:

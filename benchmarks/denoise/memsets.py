@@ -2,8 +2,8 @@
 
     python benchmarks/denoise/memsets.py [--models sd15 sd21] [--out FILE]
 
-Each denoiser as one CUDA graph on one GPU, as torch captures it and as asyncdiff.graphs changes it,
-in turn; medians of many replays.
+Each denoiser as one CUDA graph on one GPU, as torch captures it and as
+asyncdiff.runtime.cuda_graphs changes it, in turn; medians of many replays.
 """
 
 from __future__ import annotations

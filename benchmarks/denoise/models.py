@@ -41,7 +41,7 @@ class Published:
 
     def inputs(self, module: Any) -> dict[str, Any]:
         """Keyword arguments of one call at the published size."""
-        from asyncdiff.example_inputs import example_inputs
+        from asyncdiff.graph.example_inputs import example_inputs
 
         return example_inputs(module, height=self.height, width=self.width, frames=self.frames)
 

@@ -1,7 +1,7 @@
 """What plans would take on more GPUs than there are, from components timed alone on one.
 
-Not measured: the plan's simulation (asyncdiff.timeline) of component times measured on this GPU,
-and of links as a prototype measured them between two H200s (docs/design.md).
+Not measured: the plan's simulation (asyncdiff.schedule.simulate) of component times measured on
+this GPU, and of links as a prototype measured them between two H200s (docs/design.md).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asyncdiff.plan import Exchange, build
-from asyncdiff.report import PartitionReport
-from asyncdiff.timeline import Timing, predict
+from asyncdiff.partition.report import PartitionReport
+from asyncdiff.schedule.plan import Exchange, build
+from asyncdiff.schedule.simulate import Timing, predict
 from plan_macs import macs_by_rank
 
 #: One way over NVLink: copy engines on 64 MiB, and a flag alone.

@@ -19,12 +19,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import results_file
-from asyncdiff.calls import parse
-from asyncdiff.capture import Captured, capture
-from asyncdiff.hoist import hoist
-from asyncdiff.partition import partition
-from asyncdiff.program import NBYTES
-from asyncdiff.timetable import padded
+from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.hoist import hoist
+from asyncdiff.graph.program import NBYTES
+from asyncdiff.graph.row import padded
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.partition import partition
 from denoise.models import MODELS
 
 OUT = results_file.ROOT / "benchmarks" / "results" / "rows.json"

@@ -3,7 +3,7 @@
     python benchmarks/denoise/run.py                    # SD 2.1 and SDXL, N=2 on two GPUs
     python benchmarks/denoise/run.py --models flux --schedules 2,1,1 2,2,1 --rounds 3
     python benchmarks/denoise/run.py --modes graph      # without what is compiled
-    python benchmarks/denoise/run.py --schedules 2,1,1 2,1,9,splitwarm 1,1,1,split 2,1,1,generate
+    python benchmarks/denoise/run.py --schedules 2,1,1 2,1,9,splitwarm 1,1,1,split
     python benchmarks/denoise/run.py --device cpu --models tiny --dtype float32  # a try-out
 
 Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
@@ -142,8 +142,7 @@ def run_model(
             way = Asynchronous(team, setting)
             begun = time.perf_counter()
             with lock.quiet():
-                # generate() records the graphs of a loop of so many steps.
-                few = args.steps[0] if setting.generate else setting.enough(args.warm_steps)
+                few = setting.enough(args.warm_steps)
                 way.run(model.loop(inputs, min(args.steps[0], few)))
                 synchronize()
         except Exception as e:  # what one setting cannot do costs the others nothing
@@ -186,9 +185,6 @@ def run_model(
             # Eager's loop takes longest, and its first length says enough.
             few = [n for n in bases if ways[n].setting.ranks <= args.further_ranks]
             order = [*(modes or ["eager"]), *few]
-            for name in few:
-                if ways[name].setting.generate:  # a schedule's first generation finds its steps
-                    ways[name].run(loop)
         lengths[steps] = timings = {name: Timings() for name in order}
         for number in range(args.rounds):
             if number > 0 and late(f"round {number + 1} of {steps} steps"):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from asyncdiff.plan import rank_count
+from asyncdiff.schedule.plan import rank_count
 
 #: What may follow N,S,w: its name, the field that it sets, and what it means.
 OPTIONS = {
     "waves": ("waves", "schedule='wavefront'"),
     "split": ("split", "guidance='split': twice the ranks"),
     "splitwarm": ("split_warmup", "warmup_mode='split'"),
-    "generate": ("generate", "AsyncDenoiser.generate: the sampler's steps on the ranks"),
 }
 
 
@@ -28,7 +27,6 @@ class Setting:
     waves: bool = False
     split: bool = False
     split_warmup: bool = False
-    generate: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Setting:

@@ -1,7 +1,7 @@
 """Where a tick's time goes: what each GPU does while a generation runs, from torch's profiler.
 
     python benchmarks/denoise/trace.py --model sd15 --schedule 2,1,1
-    python benchmarks/denoise/trace.py --model sd15 --schedule 4,1,1,generate --trace trace.json.gz
+    python benchmarks/denoise/trace.py --model sd15 --schedule 4,1,1 --trace trace.json.gz
 
 At every moment a GPU computes, or else moves data (a put, a copy), or else waits for another GPU (a
 get, a free slot), or else idles. Printed for the middle of a generation: the share of each, and the

@@ -102,8 +102,6 @@ class Asynchronous:
         denoiser, setting = self.denoiser, self.setting
         denoiser.warmup, denoiser.exact_tail = setting.warmup, setting.tail
         denoiser.warmup_mode = "split" if setting.split_warmup else "chain"
-        if setting.generate:
-            return loop.on_ranks(denoiser)
         with denoiser.generation(loop.timesteps, loop.scheduler):
             return loop(lambda kwargs: denoiser(**kwargs)[0])
 

@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
-from asyncdiff.calls import parse
-from asyncdiff.capture import capture, tensors_of
-from asyncdiff.partition import partition
+from asyncdiff.graph.capture import capture, tensors_of
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.partition import partition
 from denoise.models import MODELS
 
 OUT = results_file.ROOT / "python" / "asyncdiff" / "bench" / "bundles.json"

@@ -9,7 +9,7 @@ from typing import Any
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.method import Method
-from fidelity.ours import Asynchronous, Calibrated, OnRanks
+from fidelity.ours import Asynchronous, Calibrated
 from fidelity.simple import FewerSteps, GuidanceSplit
 
 #: Exact steps at the beginning, and at the end.
@@ -22,11 +22,10 @@ SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
 WHOLE = ((3, 1), (4, 1), (3, 2))
 #: Those that are also run with guidance split, on twice the devices.
 SPLIT = ((2, 1), (2, 2))
-#: Our own rows: what they are called, how they run, and their schedule.
+#: Our own rows: what they are called, and their schedule.
 OURS = (
-    ("asyncdiff", Asynchronous, "asyncdiff"),
-    ("wavefront", Asynchronous, "wavefront"),
-    ("wavefront, drained", OnRanks, "wavefront"),
+    ("asyncdiff", "asyncdiff"),
+    ("wavefront", "wavefront"),
 )
 #: Of these, what further rows are run with; calibrated waves are fitted for each.
 FURTHER_ENDS = ((1, 0), (5, 0), (1, 1), (1, 4))
@@ -41,11 +40,10 @@ def methods(
     drawn, to calibrate on."""
     # Shapes outside: what is prepared for one serves all kinds of the same schedule.
     for n, s in SHAPES[:1] if quick else SHAPES:
-        for kind, cls, schedule in OURS:
+        for kind, schedule in OURS:
             for w, tail in ENDS[:1] if quick else ENDS:
-                drained = cls is OnRanks  # its end is exact as it is
-                if w + tail < steps and not (tail and drained):
-                    yield cls(kind, device, n, s, w, schedule=schedule, tail=tail)
+                if w + tail < steps:
+                    yield Asynchronous(kind, device, n, s, w, schedule=schedule, tail=tail)
         more: dict[str, dict[str, Any]] = {}
         if (n, s) in WHOLE:
             more["wavefront, whole"] = {"delay": n - 1}

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from asyncdiff.calls import parse
-from asyncdiff.capture import Captured, capture
-from asyncdiff.cost import Costs, count_macs
-from asyncdiff.diffusers import find_denoiser
-from asyncdiff.example_inputs import example_inputs
-from asyncdiff.partition import Partition, partition
+from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.example_inputs import example_inputs
+from asyncdiff.graph.signature import parse
+from asyncdiff.integrations.diffusers.pipeline import find_denoiser
+from asyncdiff.partition.cost import Costs, count_macs
+from asyncdiff.partition.partition import Partition, partition
 
 _captured: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Captured, Costs]]
 _captured = weakref.WeakKeyDictionary()

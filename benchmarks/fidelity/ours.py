@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 import asyncdiff
-from asyncdiff.clean_image import clean_image
-from asyncdiff.partition import Partition
-from asyncdiff.plan import Plan, build, rank_count
-from asyncdiff.predictor import default_order
-from asyncdiff.timeline import Timing, predict
+from asyncdiff.partition.partition import Partition
+from asyncdiff.sampling.clean_image import clean_image
+from asyncdiff.sampling.predictor import default_order
+from asyncdiff.schedule.plan import Plan, build, rank_count
+from asyncdiff.schedule.simulate import Timing, predict
 from fidelity.macs import balanced, total
 from fidelity.method import Method, Work
 from plan_macs import macs_by_rank
@@ -72,9 +72,6 @@ class Asynchronous(Method):
 
     def plan(self, parts: Partition, steps: int) -> Plan:
         """The plan that such a generation follows."""
-        return self._plan(parts, steps)
-
-    def _plan(self, parts: Partition, steps: int, **more: Any) -> Plan:
         return build(
             self.components,
             self.stride,
@@ -84,35 +81,7 @@ class Asynchronous(Method):
             exact_tail=self.tail,
             delay=self.delay,
             exchanges=parts.exchanges,
-            **more,
         )
-
-
-class OnRanks(Asynchronous):
-    """Waves of the shipped model with ``AsyncDenoiser.generate``, which owns the latents: it
-    finishes the last waves and takes the steps of their predictions again."""
-
-    def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
-        """See :class:`Method`."""
-        handle = _spread(pipe, self)
-        pipe = handle.pipe
-        prompts = list(call["prompt"])
-        pipe.scheduler.set_timesteps(steps, device=self.device)
-        with torch.no_grad():
-            latents = handle.denoiser.generate(
-                pipe.prepare_latents(len(prompts), 64, 64, call["generator"]),
-                {"encoder_hidden_states": pipe.encode_prompt(prompts, True)},
-                pipe.scheduler,
-                num_inference_steps=steps,
-                guidance_scale=call["guidance_scale"],
-                drain=True,
-            )
-            images: torch.Tensor = pipe.decode(latents)
-        return images.cpu()
-
-    def plan(self, parts: Partition, steps: int) -> Plan:
-        """See :class:`Asynchronous`."""
-        return self._plan(parts, steps, drain=True)
 
 
 class Calibrated(Asynchronous):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from asyncdiff import compare
+from asyncdiff.tools import compare
 
 #: Pictures on a sheet.
 _COLUMNS = 10

@@ -32,11 +32,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
-from asyncdiff import demo_model
 from asyncdiff.cli.demo import spread
-from asyncdiff.fidelity import fidelity, learned_metrics
+from asyncdiff.demo import model as demo_model
+from asyncdiff.tools.fidelity import fidelity, learned_metrics
 from fidelity.grid import methods
-from fidelity.ours import OnRanks, plain_work
+from fidelity.ours import plain_work
 from fidelity.plots import scatter, sheet
 from fidelity.rivals import beaten
 
@@ -108,8 +108,6 @@ def run_sampler(
     shown = {"plain": reference}
     here = {r["method"]: r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)}
     for method in methods(args.device, sampler, steps, other_prompts(args), args.quick):
-        if args.pipeline is not None and isinstance(method, OnRanks):
-            continue  # it knows the shipped model's inputs
         if args.only and not any(re.search(pattern, method.name) for pattern in args.only):
             continue
         known, settings = here.get(method.name), method.settings(pipe, steps)

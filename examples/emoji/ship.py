@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from train import sheet  # also puts this checkout on the path
 
-from asyncdiff import demo_model
+from asyncdiff.demo import model as demo_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python/asyncdiff/demo"

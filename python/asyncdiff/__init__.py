@@ -19,10 +19,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
     from .denoiser import AsyncDenoiser
-    from .diffusers import parallelize
-    from .drift import AutoWarmup
+    from .integrations.diffusers.pipeline import parallelize
+    from .sampling.auto_warmup import AutoWarmup
+    from .sampling.calibration import Calibration
 
 __version__ = "0.1.0"
 
@@ -46,9 +46,9 @@ __all__ = [
 
 _LAZY = {
     "AsyncDenoiser": "denoiser",
-    "AutoWarmup": "drift",
-    "Calibration": "calibration",
-    "parallelize": "diffusers",
+    "AutoWarmup": "sampling.auto_warmup",
+    "Calibration": "sampling.calibration",
+    "parallelize": "integrations.diffusers.pipeline",
 }
 
 

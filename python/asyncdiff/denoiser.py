@@ -13,25 +13,25 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from . import devices as device_list
-from .assign import check_split_argument
-from .calibration import Calibration, Shape
-from .calls import Call, check_devices, check_one_latents, parse
-from .clean_image import CleanImage, clean_image
-from .compiled import pays
-from .drift import AutoWarmup, Drift
-from .engine import Engine
 from .errors import InputError, PlanError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
-from .groups import GROUPS, Groups
-from .partition import Partition, Split
-from .plan import Plan, build, check_delay, check_numbers, check_schedule, rank_count
-from .predictor import Late, Line, Predictor, Rule, check_order, default_order
-from .prepared import Engines, Making
+from .graph.compile import pays
+from .graph.signature import Call, check_devices, check_one_latents, parse
+from .graph.weights import Weights
+from .partition.ownership import Split, check_split_argument
+from .partition.partition import Partition
 from .progress import Progress
-from .sampler import Samplers
-from .weights import Weights
+from .runtime import devices as device_list
+from .runtime.cfg_parallel import GROUPS, Groups
+from .runtime.engine import Engine
+from .runtime.engine_cache import EngineCache, EngineConfig
+from .sampling.auto_warmup import AutoWarmup, Drift
+from .sampling.calibration import Calibration, Shape
+from .sampling.clean_image import CleanImage, clean_image
+from .sampling.linear import Samplers
+from .sampling.predictor import LatePredictor, Line, Predictor, Rule, check_order, default_order
+from .schedule.plan import Plan, build, check_delay, check_numbers, check_schedule, rank_count
 
 log = logging.getLogger("asyncdiff")
 
@@ -151,10 +151,10 @@ class AsyncDenoiser:
         self.progress = progress
         self.compile = pays(module, self.devices) if compile is None else compile
         self.names = {"latents": latents, "timestep": timestep}
-        #: schedulers whose steps the ranks can take
+        #: linear schedulers, whose waves can be calibrated
         self.samplers = Samplers()
         self._weights = Weights(module)
-        making = Making(
+        making = EngineConfig(
             self.devices,
             self.names,
             components,
@@ -167,7 +167,7 @@ class AsyncDenoiser:
             progress,
             deadline,
         )
-        self._engines = Engines(module, self._weights, making)
+        self._engines = EngineCache(module, self._weights, making)
         self._engine: Engine | Groups | None = None
         #: held by whoever runs a generation
         self.lock = threading.RLock()
@@ -216,10 +216,10 @@ class AsyncDenoiser:
             return auto.bound(steps, self.exact_tail)
         return cast(int, self.warmup)  # or what check_numbers refuses
 
-    def plan(self, steps: int, *, drain: bool = False, warmup: int | None = None) -> Plan:
+    def plan(self, steps: int, *, warmup: int | None = None) -> Plan:
         """The plan of a generation with this many steps, for each group of ranks; with
-        warmup_mode="split" without the exact steps that run split. ``drain``: its last waves are
-        finished. ``warmup``: with this many exact steps."""
+        warmup_mode="split" without the exact steps that run split. ``warmup``: with this many exact
+        steps."""
         warmup = self.exact_steps(steps) if warmup is None else warmup
         check_numbers(self.components, self.stride, warmup, steps, self.exact_tail)
         order = self._engine.partition if self._engine else None
@@ -233,7 +233,6 @@ class AsyncDenoiser:
             exact_tail=self.exact_tail - after,
             time_shift=self.time_shift,
             extrapolate=self.extrapolate,
-            drain=drain,
             delay=self.delay,
             exchanges=order.exchanges if order else None,
             exact_order=order.exact_order if order else None,
@@ -260,15 +259,6 @@ class AsyncDenoiser:
     def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
         return parse(self.module, args, kwargs, **self.names)
-
-    def prepared(self, call: Call, steps: int, *, drain: bool = False) -> tuple[Engine, Plan]:
-        """The engine for calls like this one, and the plan of a generation with so many steps.
-        Only where all of it is served by one engine."""
-        self._check_steps(steps)
-        self._check(call)
-        engine = self._prepared(call)
-        assert isinstance(engine, Engine)
-        return engine, self.plan(steps, drain=drain)
 
     @property
     def _split_steps(self) -> tuple[int, int]:
@@ -354,7 +344,7 @@ class AsyncDenoiser:
         self,
         timesteps: Sequence[Any] | torch.Tensor,
         clean: CleanImage | None = None,
-        predict: Callable[[Plan], Late] | None = None,
+        predict: Callable[[Plan], LatePredictor] | None = None,
     ) -> None:
         """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
 
@@ -430,7 +420,7 @@ class AsyncDenoiser:
             self.warmup, self.exact_tail = kept
 
     def call(self, call: Call) -> Any:
-        """:meth:`__call__` for a call that was taken apart by :func:`asyncdiff.calls.parse`."""
+        """:meth:`__call__` for a call that :func:`asyncdiff.graph.signature.parse` took apart."""
         with self.lock, self.own_modes():
             self._check(call)
             generation = self._generation
@@ -468,38 +458,26 @@ class AsyncDenoiser:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         callback: Callback | None = None,
-        update: str = "auto",
         timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None,
         step_options: Mapping[str, Any] | None = None,
-        correct: bool | None = None,
-        drain: bool | None = None,
     ) -> torch.Tensor:
         """A whole generation: the final latents, where and in the dtype that the first ones have.
-
-        Where the scheduler is linear (docs/samplers.md lists which are), its steps and guidance run
-        on the ranks, without the host between two ticks; else its own ``step`` is called, as
-        pipelines do. Both give the same latents (1e-5 relative in float32).
 
         Args:
             latents: the first latents, batch first, scaled as the scheduler wants them (a pipeline
                 multiplies noise by ``scheduler.init_noise_sigma``).
             conditioning: the denoiser's other arguments, by name, the same in every step. With
                 guidance their batch is twice that of the latents, the unconditional half first.
-            scheduler: a diffusers scheduler. It is stepped only where its own ``step`` is used.
+            scheduler: a diffusers scheduler. A copy of it takes the steps.
             num_inference_steps, timesteps: passed to ``scheduler.set_timesteps``; with neither, the
                 scheduler's timesteps are used as they were just set.
             guidance_scale: above 1, classifier-free guidance; else none.
             guidance_rescale: as in diffusers' ``rescale_noise_cfg``.
             callback: called as ``callback(step, timestep, latents)`` after each step; may return
-                other latents. The scheduler's own ``step`` is then used.
-            update: "auto", or "linear" or "scheduler" to force one of the two ways.
+                other latents.
             timestep_argument: makes the denoiser's timestep argument of a scheduler's timestep, if
                 it is not that itself: ``lambda t: (t / 1000).expand(batch)``.
             step_options: further arguments of ``scheduler.step``, such as ``eta``.
-            correct: of waves only: when an exact prediction arrives, take the steps since its own
-                again with it (None: no, which measured better).
-            drain: of waves only: at the end, finish the waves under way and take their steps again;
-                costs ``delay`` ticks (None: wherever steps run on the ranks).
 
         Raises PlanError, SchedulerError, InputError and RankError, each saying what to change.
         """
@@ -512,11 +490,8 @@ class AsyncDenoiser:
             guidance_scale,
             guidance_rescale,
             callback,
-            update,
             timestep_argument,
             dict(step_options or {}),
-            correct,
-            drain,
         )
         with self.lock:
             self.stop()
@@ -562,10 +537,6 @@ class AsyncDenoiser:
             self.stop()
             self.order = calibrate(self, request)
             return self.order
-
-    def keep_report(self, report: GenerationReport) -> None:
-        """What :meth:`report` tells from now on."""
-        self._report = report
 
     def report(self) -> GenerationReport:
         """What the last finished generation did. Raises InputError if there was none."""

@@ -1,14 +1,9 @@
-"""A whole generation from latents to latents: the loop that pipelines have, around an engine.
-
-Where the scheduler is linear, the ranks run the loop themselves (:mod:`asyncdiff.loop`); else, or
-if somebody wants to look at every step, the scheduler's own ``step`` is called here.
-"""
+"""A whole generation from latents to latents: the loop that pipelines have, around a denoiser."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -16,27 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from .calibrate import fit
-from .calibration import Calibration, Shape
-from .calls import Call, Role, argument_names
-from .clean_image import clean_image
 from .errors import InputError, PlanError, SchedulerError
-from .generation import Generation, Phase
-from .loop import Settings, Start, loop_for
-from .predictor import default_order
+from .graph.signature import Call, Role, argument_names
 from .progress import bar
-from .sampler import LinearSampler
-from .timesteps import check_scheduler
-from .wave_sampler import wave_samplers
+from .sampling.calibration import Calibration, Shape
+from .sampling.clean_image import clean_image
+from .sampling.fit import fit
+from .sampling.predictor import default_order
+from .sampling.scheduler import check_scheduler
 
 if TYPE_CHECKING:
     from .denoiser import AsyncDenoiser
 
-log = logging.getLogger("asyncdiff")
-
 #: Called after a step with its index, its timestep and the new latents; may return others.
 Callback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-UPDATES = ("auto", "linear", "scheduler")
 
 
 @dataclass
@@ -51,11 +39,8 @@ class Request:
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     callback: Callback | None = None
-    update: str = "auto"
     timestep_argument: Callable[[torch.Tensor], torch.Tensor] | None = None
     step_options: Mapping[str, Any] = field(default_factory=dict)
-    correct: bool | None = None
-    drain: bool | None = None
 
     @property
     def copies(self) -> int:
@@ -65,21 +50,36 @@ class Request:
 
 def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
     """The final latents. The caller holds the denoiser's lock."""
-    if request.update not in UPDATES:
-        raise InputError(f"update={request.update!r}: write one of {', '.join(UPDATES)}")
-    if request.update == "linear" and request.callback is not None:
-        raise InputError(
-            "a callback sees latents between steps, which update='linear' keeps on the ranks: "
-            "leave update at 'auto'"
-        )
-    if denoiser.schedule != "wavefront" and (request.correct or request.drain):
-        raise InputError("correct and drain belong to schedule='wavefront'")
     with denoiser.own_modes():
         _set_timesteps(request)
-        sampler = _sampler(denoiser, request)
-        if sampler is None:
-            return _by_scheduler(denoiser, request)
-        return _by_ranks(denoiser, request, sampler)
+        # The caller's keeps no trace of this generation: the next one may use it as it is.
+        scheduler, latents = copy.deepcopy(request.scheduler), request.latents
+        timesteps = check_scheduler(scheduler)
+        arguments = _Arguments(denoiser, request)
+        times = arguments.times(timesteps)
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+        dtype = latents.dtype
+        with denoiser.generation(arguments.announced(timesteps, times), scheduler):
+            for k, (t, time) in enumerate(zip(timesteps, times, strict=True)):
+                sample = scale(torch.cat([latents] * request.copies), t)
+                noise = _predicted(denoiser, request, arguments.call(sample, time)).to(dtype)
+                noise = _guided(noise, request)
+                out = scheduler.step(noise, t, latents, **request.step_options, return_dict=False)
+                latents = out[0].to(dtype)
+                if request.callback is not None:
+                    latents = _or(request.callback(k, t, latents), latents)
+        return latents
+
+
+def _predicted(
+    denoiser: AsyncDenoiser, request: Request, arguments: Mapping[str, Any]
+) -> torch.Tensor:
+    """The noise prediction of the next step, of all conditions."""
+    call = denoiser.parse((), arguments)
+    _check_call(call)
+    noise: torch.Tensor = pytree.tree_leaves(denoiser.call(call))[0]
+    _check_prediction(request, noise.shape)
+    return noise
 
 
 def _set_timesteps(request: Request) -> None:
@@ -99,38 +99,6 @@ def _set_timesteps(request: Request) -> None:
                 "set_timesteps() yourself, and pass neither num_inference_steps nor timesteps"
             ) from e
     check_scheduler(scheduler)
-
-
-def _sampler(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
-    """The scheduler's steps, or None where its own ``step`` is to be called."""
-    sampler = _linear(denoiser, request)
-    if sampler is None and (request.correct or request.drain):
-        raise SchedulerError(
-            "correct and drain take steps again, which only linear steps on the ranks can: take a "
-            "scheduler that docs/samplers.md lists, without callback, guidance='split', "
-            "warmup_mode='split' and update='scheduler'; or leave both at None"
-        )
-    return sampler
-
-
-def _linear(denoiser: AsyncDenoiser, request: Request) -> LinearSampler | None:
-    if request.update == "scheduler" or request.callback is not None:
-        return None
-    if denoiser.splits or denoiser.auto_warmup is not None:
-        if request.update == "linear":
-            raise InputError(
-                "update='linear' runs on one group of ranks, by a plan that is known ahead: take "
-                "guidance='batched', warmup_mode='chain' and a number for warmup, or leave update "
-                "at 'auto'"
-            )
-        return None
-    try:
-        return denoiser.samplers.get(request.scheduler, request.step_options)
-    except SchedulerError as e:
-        if request.update == "linear":
-            raise
-        log.info("the scheduler's own steps are used: %s", e)
-        return None
 
 
 # ---- the denoiser's arguments --------------------------------------------------------------------
@@ -190,91 +158,7 @@ def _check_prediction(request: Request, shape: Sequence[int]) -> None:
         )
 
 
-# ---- two ways to run -----------------------------------------------------------------------------
-
-
-def _by_ranks(denoiser: AsyncDenoiser, request: Request, sampler: LinearSampler) -> torch.Tensor:
-    started = time.perf_counter()
-    arguments = _Arguments(denoiser, request)
-    timesteps = check_scheduler(request.scheduler)
-    times = arguments.times(timesteps)
-    latents = request.latents
-    # In the latents' own precision, as the ranks scale all inputs that follow.
-    wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    sample = torch.cat([sampler.scales[0].to(wide) * wide] * request.copies)
-    call = denoiser.parse((), arguments.call(sample, times[0]))
-    _check_call(call)
-    waves = denoiser.schedule == "wavefront"
-    drain = waves and request.drain is not False
-    engine, plan = denoiser.prepared(call, len(times), drain=drain)
-    _check_prediction(request, engine.partition.captured.outputs[0].meta["val"].shape)
-    samplers = [sampler] * plan.ranks
-    if waves:
-        try:
-            clean = clean_image(request.scheduler)
-            rule = denoiser.rule_of(clean, plan)
-            samplers = wave_samplers(sampler, clean, plan, rule, bool(request.correct))
-        except SchedulerError as e:
-            if request.update == "linear" or request.correct or request.drain:
-                raise
-            log.info("the scheduler's own steps are used: %s", e)
-            return _by_scheduler(denoiser, request)
-    settings = Settings(
-        plan,
-        tuple(latents.shape),
-        latents.dtype,
-        samplers[0].width,
-        guided=request.copies > 1,
-        rescaled=request.copies > 1 and request.guidance_rescale > 0,
-    )
-    loop = loop_for(engine, settings)
-    loop.prepare()
-    index = call.indices(Role.TIMESTEP)
-    values = None
-    if index:
-        dtype = call.tensors[index[0]].dtype
-        values = arguments.announced(timesteps, times).to("cpu", dtype)
-    generation = Generation(torch.arange(len(times)) if values is None else values)
-    generation.begin([Phase(engine, plan)], call, time.perf_counter() - started)
-    try:
-        result = loop.run(
-            Start(
-                samplers,
-                latents,
-                call.tensors,
-                None if values is None else values.tolist(),
-                request.guidance_scale,
-                request.guidance_rescale,
-            )
-        )
-    except BaseException:
-        generation.abandon()
-        raise
-    generation.end(loop.prediction_bytes)
-    denoiser.keep_report(generation.report())
-    return result
-
-
-def _by_scheduler(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
-    scheduler, latents = request.scheduler, request.latents
-    timesteps = check_scheduler(scheduler)
-    arguments = _Arguments(denoiser, request)
-    times = arguments.times(timesteps)
-    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    dtype = latents.dtype
-    with denoiser.generation(arguments.announced(timesteps, times), scheduler):
-        for k, (t, time_) in enumerate(zip(timesteps, times, strict=True)):
-            sample = scale(torch.cat([latents] * request.copies), t)
-            call = denoiser.parse((), arguments.call(sample, time_))
-            _check_call(call)
-            noise = pytree.tree_leaves(denoiser.call(call))[0]
-            _check_prediction(request, noise.shape)
-            noise = _guided(noise.to(dtype), request)
-            out = scheduler.step(noise, t, latents, **request.step_options, return_dict=False)
-            latents = out[0].to(dtype)
-            if request.callback is not None:
-                latents = _or(request.callback(k, t, latents), latents)
-    return latents
+# ---- calibration --------------------------------------------------------------------------------
 
 
 class _Collector:
@@ -284,17 +168,17 @@ class _Collector:
         self.predictions: dict[int, torch.Tensor] = {}
 
     def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
-        """See :class:`asyncdiff.predictor.Late`."""
+        """See :class:`asyncdiff.sampling.predictor.LatePredictor`."""
         self.predictions[step] = prediction.clone()
         self._like = prediction
 
     def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`asyncdiff.predictor.Late`."""
+        """See :class:`asyncdiff.sampling.predictor.LatePredictor`."""
         return torch.zeros_like(self._like, dtype=dtype)
 
 
 class _Run:
-    """A generation whose steps somebody else takes; see :class:`asyncdiff.calibrate.Run`."""
+    """A generation whose steps somebody else takes; see :class:`asyncdiff.sampling.fit.Run`."""
 
     def __init__(
         self,
@@ -313,13 +197,10 @@ class _Run:
         denoiser.start(arriving, predict=lambda plan: self._collector)
 
     def step(self, k: int, z: torch.Tensor) -> Mapping[int, torch.Tensor]:
-        """See :class:`asyncdiff.calibrate.Run`."""
+        """See :class:`asyncdiff.sampling.fit.Run`."""
         self._collector.predictions = {}
         sample = torch.cat([z] * self._request.copies)
-        call = self._denoiser.parse((), self._arguments.call(sample, self._times[k]))
-        _check_call(call)
-        noise = pytree.tree_leaves(self._denoiser.call(call))[0]
-        _check_prediction(self._request, noise.shape)
+        _predicted(self._denoiser, self._request, self._arguments.call(sample, self._times[k]))
         found = self._collector.predictions
         return {j: _guided(p.float(), self._request) for j, p in found.items()}
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .calls import RESIDUALS, Call, Role, Signature
-from .component import Time
-from .drift import Drift
-from .engine import Engine, InputsOf
 from .errors import InputError, SchedulerError
-from .groups import Groups
-from .plan import Plan, Tick
-from .predictor import Late
+from .graph.signature import RESIDUALS, Call, Role, Signature
+from .runtime.cfg_parallel import Groups
+from .runtime.engine import Engine, InputsOf
+from .runtime.worker import Time
+from .sampling.auto_warmup import Drift
+from .sampling.predictor import LatePredictor
+from .schedule.plan import Plan, Tick
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Generation:
     def __init__(
         self,
         timesteps: torch.Tensor,
-        predict: Callable[[Plan], Late] | None = None,
+        predict: Callable[[Plan], LatePredictor] | None = None,
         drift: Drift | None = None,
     ) -> None:
         self.timesteps = timesteps
@@ -96,10 +96,9 @@ class Generation:
         self.steps = len(timesteps)
         self.engine: Engine | Groups | None = None
         self.next_step = 0
-        self._prediction_bytes = 0
         self._held: dict[int, list[Any]] = {}
         self._predict = predict
-        self._predictor: Late | None = None
+        self._predictor: LatePredictor | None = None
         self._drift = drift
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
@@ -168,7 +167,7 @@ class Generation:
         if self.done:
             for engine in self._engines:
                 engine.finish()
-            self.end()
+            self._end()
         return self.engine.partition.captured.unflatten(leaves)
 
     def _settle(self, step: int, drift: Drift) -> None:
@@ -194,7 +193,7 @@ class Generation:
         )
         return {k + phase.first: leaves for k, leaves in results.items()}
 
-    def _by_waves(self, step: int, call: Call, predictor: Late) -> list[Any]:
+    def _by_waves(self, step: int, call: Call, predictor: LatePredictor) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
@@ -216,11 +215,8 @@ class Generation:
         prediction = predictor.predict(step, moving[latents], newest[0].dtype)
         return [prediction, *newest[1:]]
 
-    def end(self, prediction_bytes: int = 0) -> None:
-        """Every step was served and the engine has finished; ``prediction_bytes`` is what ranks
-        sent each other besides the boundary."""
-        self.next_step = self.steps
-        self._prediction_bytes = prediction_bytes
+    def _end(self) -> None:
+        """Every step was served and the engine has finished."""
         self._total_ms = (time.perf_counter() - self._started) * 1e3
 
     def abandon(self) -> None:
@@ -277,7 +273,7 @@ class Generation:
             ticks=len(ticks),
             total_ms=self._total_ms,
             prepare_s=self._prepare_s,
-            exchange_bytes=sum(sent) + self._prediction_bytes,
+            exchange_bytes=sum(sent),
             exchange_bytes_per_tick=max(steady, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,

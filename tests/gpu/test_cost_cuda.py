@@ -10,10 +10,10 @@ import reference
 import torch
 from torch import nn
 
-from asyncdiff.calls import parse
-from asyncdiff.capture import capture
-from asyncdiff.cost import measure
-from asyncdiff.example_inputs import example_inputs
+from asyncdiff.graph.capture import capture
+from asyncdiff.graph.example_inputs import example_inputs
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.cost import measure
 
 
 def _measured_to_graph(

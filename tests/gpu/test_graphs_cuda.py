@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import asyncdiff_core as core
-from asyncdiff.graphs import capturing
+from asyncdiff.runtime.cuda_graphs import capturing
 
 # bytes before the memory that is set, bytes set, value
 CASES = [(0, 4, 0), (0, 1 << 16, 7), (1, 37, 255), (16, 4096, 1), (3, 1, 9), (0, (1 << 20) + 4, 5)]

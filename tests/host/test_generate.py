@@ -1,4 +1,4 @@
-"""Whole generations: the ranks' own loop equals the scheduler's steps, which equal the pipeline."""
+"""Whole generations by generate() equal the pipeline, and a loop around the denoiser."""
 
 from __future__ import annotations
 
@@ -65,7 +65,6 @@ def test_equals_the_pipeline(components: int, stride: int) -> None:
             scheduler(name),
             num_inference_steps=8,
             guidance_scale=SPEC["guidance_scale"],
-            update="linear",
         )
         assert reference.distance(got, want) < TOLERANCE
         report = denoiser.report()
@@ -88,49 +87,54 @@ def toys(components: int = 2, stride: int = 1, warmup: int = 1, **options: Any) 
     )
 
 
-def both(denoiser: AsyncDenoiser, sampler: Any, steps: int, **options: Any) -> float:
-    """The distance between the two ways to run a generation of a toy."""
+def both(denoiser: AsyncDenoiser, sampler: Any, steps: int, scale: float = 1.0) -> float:
+    """The distance between generate() and a loop around the denoiser."""
     call = {k: v.float() if v.is_floating_point() else v for k, v in toy_call(batch=4).items()}
-    latents = call["sample"][: 4 if options.get("guidance_scale", 1) <= 1 else 2]
-    results = [
-        denoiser.generate(
-            latents,
-            {"encoder_hidden_states": call["encoder_hidden_states"]},
-            sampler,
-            num_inference_steps=steps,
-            update=update,
-            **options,
-        )
-        for update in ("linear", "scheduler")
-    ]
-    assert results[0].shape == latents.shape and results[0].dtype == latents.dtype
-    return reference.distance(*results)
+    text = call["encoder_hidden_states"]
+    latents = want = call["sample"][: 4 if scale <= 1 else 2]
+    got = denoiser.generate(
+        latents,
+        {"encoder_hidden_states": text},
+        sampler,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+    )
+    assert got.shape == latents.shape and got.dtype == latents.dtype
+    sampler.set_timesteps(steps)
+    with denoiser.generation(sampler.timesteps):
+        for t in sampler.timesteps:
+            sample = sampler.scale_model_input(torch.cat([want] * (4 // len(want))), t)
+            (noise,) = denoiser(sample, t, text)
+            if scale > 1:
+                a, b = noise.chunk(2)
+                noise = a + scale * (b - a)
+            want = sampler.step(noise, t, want, return_dict=False)[0]
+    return reference.distance(got, want)
 
 
 @pytest.mark.parametrize("components", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_every_shape_of_plan(components: int, stride: int) -> None:
-    """All numbers of left-over steps in the last tick, guided and not, with rescaled guidance."""
+    """All numbers of left-over steps in the last tick, guided and not."""
     for warmup, shift in ((1, False), (3, True)):
         denoiser = toys(components, stride, warmup, time_shift=shift)
         for steps in (warmup, 4, 5, 7, 9):
             assert both(denoiser, scheduler(), steps) < TOLERANCE
-        guided = {"guidance_scale": 5.0, "guidance_rescale": 0.7}
         for name in ("EulerDiscreteScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
-            assert both(denoiser, scheduler(name), 7, **guided) < TOLERANCE
+            assert both(denoiser, scheduler(name), 7, 5.0) < TOLERANCE
         denoiser.close()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_components_in_a_circle(stride: int) -> None:
     denoiser = toys(2, stride, split=CIRCLE)
-    assert both(denoiser, scheduler(), 8, guidance_scale=3.0) < TOLERANCE
+    assert both(denoiser, scheduler(), 8, 3.0) < TOLERANCE
     assert denoiser.partition.exact_order == (1, 0, 1)
     denoiser.close()
 
 
 def test_generations_share_memory_and_change_everything_else() -> None:
-    """The same prepared loop, other latents, guidance and scheduler: nothing is left over."""
+    """Other latents, guidance and scheduler: nothing is left over."""
     denoiser = toys(2, 2)
     call = {k: v.float() for k, v in toy_call(batch=2).items()}
 
@@ -146,16 +150,12 @@ def test_generations_share_memory_and_change_everything_else() -> None:
     assert torch.equal(run(0, 4.0), first)
     assert torch.equal(run(1, 2.0, "EulerDiscreteScheduler"), other)
     assert not torch.equal(run(0, 4.0, "EulerDiscreteScheduler"), first)
-    assert len(denoiser._engine.loops) == 1  # type: ignore[union-attr]
-    # Wider samplers need loops of their own; two are kept.
     run(0, 4.0, "DPMSolverMultistepScheduler")
-    run(0, 4.0, "UniPCMultistepScheduler")
-    assert len(denoiser._engine.loops) == 2  # type: ignore[union-attr]
     assert torch.equal(run(0, 4.0), first)
     denoiser.close()
 
 
-def test_the_latents_are_left_alone_and_the_scheduler_unstepped() -> None:
+def test_latents_and_scheduler_are_left_alone() -> None:
     denoiser = toys()
     call = toy_call()
     latents = call["sample"].float()
@@ -180,17 +180,14 @@ def test_in_inference_mode_and_without() -> None:
             with torch.inference_mode(mode):
                 call = {k: v.float() for k, v in toy_call().items()}
                 text = {"encoder_hidden_states": call["encoder_hidden_states"]}
-                results += [
-                    denoiser.generate(
-                        call["sample"], text, scheduler(), num_inference_steps=4, update=update
-                    )
-                    for update in ("linear", "scheduler")
-                ]
+                results.append(
+                    denoiser.generate(call["sample"], text, scheduler(), num_inference_steps=4)
+                )
         assert all(reference.distance(r, results[0]) < TOLERANCE for r in results)
         denoiser.close()
 
 
-def test_schedulers_that_are_not_linear_take_their_own_steps() -> None:
+def test_stochastic_and_clipping_schedulers() -> None:
     denoiser = toys()
     call = toy_call()
     latents, text = call["sample"].float(), call["encoder_hidden_states"].float()
@@ -214,14 +211,6 @@ def test_schedulers_that_are_not_linear_take_their_own_steps() -> None:
                 (noise,) = denoiser(sampler.scale_model_input(want, t), t, text)
                 want = sampler.step(noise, t, want, **options, return_dict=False)[0]
         assert torch.equal(got, want), name
-        with pytest.raises(SchedulerError, match=r"stochastic|not linear"):
-            denoiser.generate(
-                latents,
-                {"encoder_hidden_states": text},
-                sampler,
-                num_inference_steps=6,
-                update="linear",
-            )
     denoiser.close()
 
 
@@ -241,8 +230,6 @@ def test_callbacks_see_and_change_latents() -> None:
     assert [s for s, _ in seen] == [0, 1, 2, 3]
     assert [t for _, t in seen] == sorted((t for _, t in seen), reverse=True)
     assert not out.any()
-    with pytest.raises(InputError, match="callback"):
-        denoiser.generate(call["sample"].float(), text, scheduler(), callback=look, update="linear")
     denoiser.close()
 
 
@@ -255,40 +242,23 @@ def test_transformers_with_their_own_timestep() -> None:
         "pooled_projections": torch.randn(2, 24),
     }
     latents = torch.randn(1, 4, 8, 8)
-    results = [
-        denoiser.generate(
-            latents,
-            conditioning,
-            diffusers.FlowMatchEulerDiscreteScheduler(),
-            num_inference_steps=7,
-            guidance_scale=3.0,
-            timestep_argument=lambda t: t.expand(2),
-            update=update,
-        )
-        for update in ("linear", "scheduler")
-    ]
-    assert reference.distance(*results) < TOLERANCE
-    denoiser.close()
-
-
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float16, 0.003), (torch.bfloat16, 0.03)])
-def test_half_precision_is_a_few_roundings_away(dtype: torch.dtype, near: float) -> None:
-    """The latents are rounded in every step, as the scheduler's own steps round them."""
-    denoiser = AsyncDenoiser(toy().to(dtype), devices=["cpu"] * 2, split=SPLITS[2])
-    call = toy_call()
-    results = [
-        denoiser.generate(
-            call["sample"][:1].to(dtype),
-            {"encoder_hidden_states": call["encoder_hidden_states"].to(dtype)},
-            scheduler(),
-            num_inference_steps=8,
-            guidance_scale=4.0,
-            update=update,
-        )
-        for update in ("linear", "scheduler")
-    ]
-    assert results[0].dtype is dtype
-    assert reference.distance(*results) < near
+    got = denoiser.generate(
+        latents,
+        conditioning,
+        sampler := diffusers.FlowMatchEulerDiscreteScheduler(),
+        num_inference_steps=7,
+        guidance_scale=3.0,
+        timestep_argument=lambda t: t.expand(2),
+    )
+    sampler.set_timesteps(7)
+    with denoiser.generation(sampler.timesteps):
+        for t in sampler.timesteps:
+            noise = denoiser(
+                torch.cat([latents] * 2), timestep=t.expand(2), **conditioning, return_dict=False
+            )[0]
+            a, b = noise.chunk(2)
+            latents = sampler.step(a + 3.0 * (b - a), t, latents, return_dict=False)[0]
+    assert reference.distance(got, latents) < TOLERANCE
     denoiser.close()
 
 
@@ -296,18 +266,18 @@ def test_float32_latents_of_a_half_precision_denoiser() -> None:
     """The latents keep their own precision; the denoiser's input is rounded."""
     denoiser = AsyncDenoiser(toy().half(), devices=["cpu"] * 2, split=SPLITS[2])
     call = toy_call()
-    results = [
-        denoiser.generate(
-            call["sample"].float(),
-            {"encoder_hidden_states": call["encoder_hidden_states"].half()},
-            scheduler(),
-            num_inference_steps=8,
-            update=update,
-        )
-        for update in ("linear", "scheduler")
-    ]
-    assert results[0].dtype is torch.float32
-    assert reference.distance(*results) < 1e-3
+    text = call["encoder_hidden_states"].half()
+    latents = call["sample"].float()
+    got = denoiser.generate(
+        latents, {"encoder_hidden_states": text}, scheduler(), num_inference_steps=8
+    )
+    (sampler := scheduler()).set_timesteps(8)
+    with denoiser.generation(sampler.timesteps):
+        for t in sampler.timesteps:
+            noise = denoiser(latents.half(), t, text)[0].float()
+            latents = sampler.step(noise, t, latents, return_dict=False)[0]
+    assert got.dtype is torch.float32
+    assert reference.distance(got, latents) < 1e-6
     denoiser.close()
 
 
@@ -317,9 +287,7 @@ def test_a_rank_that_fails_and_the_generation_after() -> None:
     text = {"encoder_hidden_states": call["encoder_hidden_states"].float()}
 
     def run() -> torch.Tensor:
-        return denoiser.generate(
-            call["sample"].float(), text, scheduler(), num_inference_steps=6, update="linear"
-        )
+        return denoiser.generate(call["sample"].float(), text, scheduler(), num_inference_steps=6)
 
     want = run()
     worker = denoiser._engine.workers[1]  # type: ignore[union-attr]
@@ -335,9 +303,6 @@ def test_a_rank_that_fails_and_the_generation_after() -> None:
     with pytest.raises(RankError, match=r"rank 1 .*cosmic ray"):
         run()
     worker.execute = sound  # type: ignore[method-assign]
-    assert torch.equal(run(), want)
-    # The other way of calling the same denoiser still works, and the loop after it too.
-    both(denoiser, scheduler(), 6)
     assert torch.equal(run(), want)
     denoiser.close()
 
@@ -362,7 +327,6 @@ def test_what_cannot_be_generated_says_why() -> None:
     refused(SchedulerError, "2 times a step", scheduler=scheduler("HeunDiscreteScheduler"))
     refused(InputError, "not both", timesteps=[900, 500])
     refused(SchedulerError, "takes no list", timesteps=[900, 500], num_inference_steps=None)
-    refused(InputError, "write one of", update="fast")
     refused(InputError, "conditioning holds sample", conditioning=text | {"sample": latents})
     refused(InputError, "no argument|cannot be called", conditioning={"words": 1})
     denoiser.close()

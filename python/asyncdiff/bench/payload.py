@@ -13,8 +13,8 @@ import torch
 
 import asyncdiff_core as core
 
-from ..bundle import tensors_in
 from ..errors import BenchError
+from ..runtime.buffers import tensors_in
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 #: Written by benchmarks/exchange/bundles.py.

@@ -33,7 +33,7 @@ app.add_typer(bench)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from ..doctor import version
+        from ..tools.doctor import version
 
         typer.echo(f"asyncdiff {version('asyncdiff') or 'not installed'}")
         raise typer.Exit

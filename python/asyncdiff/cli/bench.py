@@ -105,7 +105,7 @@ def exchange(
 def _machine(text: str | None) -> Machine:
     """Ranks on the devices asked for; all GPUs, else the CPU. Raises DeviceError, BenchError."""
     from ..bench.machine import Machine
-    from ..devices import resolve
+    from ..runtime.devices import resolve
 
     asked = opt.read_devices(text, 1)
     if asked is None:

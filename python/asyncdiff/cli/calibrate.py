@@ -35,7 +35,7 @@ def calibrate(
     as_json: opt.Json = False,
 ) -> None:
     """Fit how waves predict clean images to a pipeline, its sampler, N, S, w and exact end."""
-    from ..plan import check_delay, check_numbers, check_schedule
+    from ..schedule.plan import check_delay, check_numbers, check_schedule
     from .demo import SAMPLERS
 
     subject.check(model, demo, dtype)

@@ -36,7 +36,7 @@ def demo(
     as_json: opt.Json = False,
 ) -> None:
     """Draw with the shipped model: one device and asynchronously, side by side."""
-    from ..plan import check_delay, check_numbers, check_schedule
+    from ..schedule.plan import check_delay, check_numbers, check_schedule
 
     exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
@@ -73,7 +73,9 @@ def _run(
 ) -> dict[str, Any]:
     import torch
 
-    from .. import compare, demo_model, parallelize
+    from .. import parallelize
+    from ..demo import model as demo_model
+    from ..tools import compare
     from .devices import pick
     from .running import noise, picture, quiet
 

@@ -12,7 +12,7 @@ def pick(text: str | None, components: int, stride: int, groups: int = 1) -> lis
     Says so where ranks share a device: that is correct and not faster, and nobody should be left
     to wonder. Raises DeviceError for devices that do not fit the ranks or this machine.
     """
-    from ..devices import resolve
+    from ..runtime.devices import resolve
 
     ranks = groups * (components + stride - 1)
     devices = [str(d) for d in resolve(read_devices(text, ranks), ranks)]

@@ -8,7 +8,7 @@ from . import options as opt
 
 def doctor(as_json: opt.Json = False) -> None:
     """Look at versions, GPUs and the links between them (peer access is really tried)."""
-    from ..doctor import collect, tell
+    from ..tools.doctor import collect, tell
 
     with console.progress() as bar:
         task = bar.add_task("looking", total=4)

@@ -45,7 +45,7 @@ def generate(
     as_json: opt.Json = False,
 ) -> None:
     """Draw one picture with a diffusers pipeline, asynchronously."""
-    from ..plan import check_delay, check_numbers, check_schedule
+    from ..schedule.plan import check_delay, check_numbers, check_schedule
 
     exact, predictor = opt.read_warmup(warmup), opt.read_order(order)
     check_schedule(schedule, time_shift=time_shift, exact_tail=exact_tail)
@@ -54,7 +54,7 @@ def generate(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     opt.writable(out)
-    from .. import compare
+    from ..tools import compare
     from .devices import pick
     from .running import Preparing, noise, picture, quiet
 

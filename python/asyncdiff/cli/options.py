@@ -114,7 +114,7 @@ def read_order(text: str | None) -> Any:
         return float(text)
     except ValueError:
         pass
-    from ..calibration import Calibration
+    from ..sampling.calibration import Calibration
 
     if not Path(text).is_file():
         raise PlanError(f"--order {text!r} is no number from 0 to 1, and there is no such file")

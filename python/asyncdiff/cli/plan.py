@@ -52,9 +52,10 @@ def plan(
     as_json: opt.Json = False,
 ) -> None:
     """Print a plan; with a model its partition; with times the predicted latency."""
-    from .. import plan as plans
-    from .. import plan_text
-    from ..timeline import Timing, draw, predict, summary
+    from ..schedule import plan as plans
+    from ..schedule import text as plan_text
+    from ..schedule.plot import draw
+    from ..schedule.simulate import Timing, predict, summary
 
     numbers: dict[str, Any] = {
         "time_shift": time_shift, "schedule": schedule, "exact_tail": exact_tail, "delay": delay
@@ -128,12 +129,12 @@ def _partition(
     width: int | None,
     copies: int,
 ) -> Any:
-    from ..diffusers import plan_partition
+    from ..integrations.diffusers.pipeline import plan_partition
 
     if model is None:
         import torch
 
-        from .. import demo_model
+        from ..demo import model as demo_model
 
         pipe = demo_model.load("cpu", torch.float32)
     else:

@@ -41,7 +41,7 @@ def prompts(
     if file is not None:
         texts += [line for line in file.read_text().splitlines() if line.strip()]
     if demo and not texts:
-        from .. import demo_model
+        from ..demo import model as demo_model
         from .demo import spread
 
         return spread(list(demo_model.known_prompts()), demo_count)
@@ -57,7 +57,7 @@ def pipeline(model: str | None, device: str, dtype: str | None, sampler: str = "
     from .running import quiet
 
     if model is None:
-        from .. import demo_model
+        from ..demo import model as demo_model
 
         pipe: Any = demo_model.load(device, scheduler=sampler)
     else:

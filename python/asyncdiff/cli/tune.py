@@ -52,8 +52,8 @@ def tune(
     if others is not None:
         opt.writable(out)
 
-    from ..devices import resolve
-    from ..tune import tune as search
+    from ..runtime.devices import resolve
+    from ..tools.tune import tune as search
     from .running import Preparing
 
     asked = opt.read_devices(devices, 1)

@@ -1,4 +1,4 @@
-"""The demo model as a diffusers pipeline. asyncdiff.demo_model imports this lazily."""
+"""The demo model as a diffusers pipeline. asyncdiff.demo.load imports this lazily."""
 
 from __future__ import annotations
 

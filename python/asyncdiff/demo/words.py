@@ -48,7 +48,7 @@ class Vocabulary:
                 raise InputError(
                     f"the emoji model does not know {', '.join(hints)} in the prompt "
                     f"'{prompt}'. It knows {len(self.words)} words; "
-                    "asyncdiff.demo_model.known_prompts() lists prompts that it draws well."
+                    "asyncdiff.demo.load.known_prompts() lists prompts that it draws well."
                 )
             numbers = [self._number[word] for word in self.split(prompt)]
             if len(numbers) > self.length - 1:

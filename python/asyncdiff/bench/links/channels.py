@@ -10,7 +10,7 @@ import torch
 
 import asyncdiff_core as core
 
-from ...bundle import memory_of
+from ...runtime.buffers import memory_of
 from ..payload import Memory, Payload
 from .link import Link, Make
 

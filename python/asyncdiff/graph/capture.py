@@ -1,0 +1,205 @@
+"""torch.export of a denoiser: one graph with explicit inputs, and what each value depends on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .signature import Call, Role, Signature
+
+log = logging.getLogger("asyncdiff")
+
+#: Nodes without effect on the result, which would pin the device of the export.
+_DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
+
+#: What the exporter says where a value of a tensor would have to be known.
+_OF_VALUES = ("data-dependent", "data dependent", "unbacked")
+#: The exporter sets modes of the whole process, which two threads leave set for good.
+_exporting = threading.Lock()
+
+
+@dataclass
+class Captured:
+    """A denoiser as one flat graph of ATen operations.
+
+    ``graph`` has a placeholder for every weight and every tensor argument. ``weights`` maps the
+    former to their tensors (the module's own parameters, not copies), ``inputs`` the latter to
+    their index in ``signature.inputs``. ``outputs`` are the leaves of the result (nodes or
+    constants), ``out_spec`` puts them back together. ``seconds`` is what the export took.
+    ``variant`` are the nodes that depend on the latents, ``timed`` those that depend on the time
+    but not on the latents, ``once`` those that depend on the conditioning but on neither.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    signature: Signature
+    weights: dict[str, torch.Tensor]
+    inputs: dict[str, int]
+    outputs: list[Any]
+    out_spec: pytree.TreeSpec
+    seconds: float
+    nodes: list[fx.Node] = field(default_factory=list)
+    variant: set[fx.Node] = field(default_factory=set)
+    timed: set[fx.Node] = field(default_factory=set)
+    once: set[fx.Node] = field(default_factory=set)
+    views: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.nodes = [n for n in self.graph.nodes if n.op == "call_function"]
+        self.variant = self._descendants(Role.LATENTS)
+        self.timed = self._descendants(Role.TIMESTEP) - self.variant
+        self.once = self._descendants(Role.CONDITIONING) - self.variant - self.timed
+        self.views = {n for n in self.nodes if _is_view(n)}
+
+    def ownable(self, node: fx.Node) -> bool:
+        """Whether a component may own ``node``.
+
+        Values that do not depend on the latents, and views, cost nothing worth sending: whoever
+        needs one computes it.
+        """
+        return node in self.variant and node not in self.views
+
+    def each_run(self, node: fx.Node) -> bool:
+        """Whether every run computes ``node``, rather than that it is computed ahead, once a
+        generation or once a timestep (:mod:`asyncdiff.graph.hoist`)."""
+        return node not in self.once and node not in self.timed
+
+    def module_path(self, node: fx.Node) -> str:
+        """Dotted path of the innermost module whose forward made this node ('' at the top)."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = ""
+        for entry in stack.values():
+            path = entry[0]
+        # A module called twice appears as "path@1"; older exporters keep the name of the root.
+        path = path.split("@")[0]
+        return path.removeprefix("L['self']").removeprefix(".")
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        """The denoiser's result from its leaves."""
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def _descendants(self, *roles: Role) -> set[fx.Node]:
+        inputs = self.signature.inputs
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                index = self.inputs.get(node.name)
+                if index is not None and inputs[index].role in roles:
+                    found.add(node)
+            elif any(source in found for source in node.all_input_nodes):
+                found.add(node)
+        return {n for n in found if n.op == "call_function"}
+
+
+def capture(module: nn.Module, call: Call) -> Captured:
+    """Export ``module`` for the shapes, dtypes and constants of ``call``.
+
+    The weights may lie on any device, the meta device included; nothing is computed. Raises
+    CaptureError with the exporter's reason.
+    """
+    name = type(module).__name__
+    started = time.perf_counter()
+    home = next((p.device for p in module.parameters()), torch.device("cpu"))
+    leaves = [
+        torch.empty_like(x, device=home) if isinstance(x, torch.Tensor) else x for x in call.leaves
+    ]
+    kwargs = pytree.tree_unflatten(leaves, call.spec)
+    try:
+        with _exporting, torch.no_grad():
+            program = torch.export.export(module, (), kwargs, strict=False)
+            if any(_mutates(n) for n in program.graph.nodes):
+                # In-place operations have no place in a graph that is cut into pieces.
+                program = program.run_decompositions({})
+    except Exception as e:  # the exporter raises what it likes
+        hint = ". The denoiser's forward must not branch on values of tensors"
+        raise CaptureError(
+            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
+            + (hint if any(word in str(e) for word in _OF_VALUES) else "")
+        ) from e
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError(f"{name} changes its own buffers or inputs in forward: put it in eval()")
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target in _DROPPED:
+            graph.erase_node(node)
+    weights, inputs = _placeholders(program, call)
+    captured = Captured(
+        graph=graph,
+        root=program.graph_module,
+        signature=call.signature,
+        weights=weights,
+        inputs=inputs,
+        outputs=_outputs(graph),
+        out_spec=program.call_spec.out_spec,
+        seconds=time.perf_counter() - started,
+    )
+    log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
+    return captured
+
+
+def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    weights: dict[str, torch.Tensor] = {}
+    inputs: dict[str, int] = {}
+    user = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            user.append(str(getattr(spec.arg, "name", "")))
+        elif spec.target in program.state_dict:
+            weights[spec.arg.name] = program.state_dict[spec.target]
+        else:
+            weights[spec.arg.name] = program.constants[spec.target]
+    if len(user) != len(call.leaves):
+        raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
+    index = 0
+    for name, leaf in zip(user, call.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            inputs[name] = index
+            index += 1
+    return weights, inputs
+
+
+def _outputs(graph: fx.Graph) -> list[Any]:
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return list(output.args[0])
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The example tensors that a node produces: metadata only."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def nbytes_of(node: fx.Node) -> int:
+    """Bytes of the tensors that a node produces."""
+    return sum(t.numel() * t.element_size() for t in tensors_of(node))
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node's result shares memory with one of its inputs."""
+    theirs = {
+        StorageWeakRef(t.untyped_storage()) for a in node.all_input_nodes for t in tensors_of(a)
+    }
+    if not isinstance(node.target, torch._ops.OpOverload):  # getitem: a part of its input
+        return bool(node.all_input_nodes) and _is_view(node.all_input_nodes[0])
+    mine = {StorageWeakRef(t.untyped_storage()) for t in tensors_of(node)}
+    return bool(mine & theirs)
+
+
+def _first_lines(e: Exception, limit: int = 400) -> str:
+    text = " ".join(line.strip() for line in str(e).strip().splitlines() if line.strip())
+    return text[:limit] + ("…" if len(text) > limit else "")

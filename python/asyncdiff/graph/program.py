@@ -1,0 +1,145 @@
+"""One component as a torch.fx GraphModule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
+
+from .capture import Captured, nbytes_of
+from .signature import Role
+
+#: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
+EmitHook = Callable[[int, int, torch.Tensor], None]
+
+#: In the metadata of a program's node: whether its value can be kept, and for how long (ONCE or
+#: TIMED). Views are not kept: they cost nothing, and a kept copy of one would.
+KEEP = "asyncdiff_keep"
+#: It is the same for a whole generation.
+ONCE = "once"
+#: It is the same for all runs at one timestep.
+TIMED = "timed"
+#: In the metadata of a node that can be kept: the bytes of its value.
+NBYTES = "asyncdiff_nbytes"
+
+
+class Emit(nn.Module):
+    """Where a program hands out a boundary value. Without a hook the value is dropped."""
+
+    hook: EmitHook | None = None
+
+    def forward(self, target: int, index: int, value: torch.Tensor) -> None:
+        """Hand ``value`` to the hook."""
+        if self.hook is not None:
+            self.hook(target, index, value)
+
+
+def resolve(
+    node: fx.Node, value: Callable[[fx.Node], Any], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of ``node`` with values for nodes and ``device`` for the export's own device."""
+    args, kwargs = rehome((node.args, node.kwargs), device)
+    return map_arg(args, value), map_arg(kwargs, value)
+
+
+def rehome(aggregate: Any, device: torch.device) -> Any:
+    """Replace literal devices, which the exporter froze into the graph."""
+    return map_aggregate(aggregate, lambda a: device if isinstance(a, torch.device) else a)
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Make ``device`` the current CUDA device; nothing for other kinds."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+def build(
+    captured: Captured,
+    nodes: list[fx.Node],
+    inputs: list[fx.Node],
+    reads: list[fx.Node],
+    sends: dict[fx.Node, list[tuple[int, int]]],
+    outputs: list[Any],
+    device: torch.device,
+    weight: Callable[[str, torch.device], torch.Tensor],
+) -> fx.GraphModule:
+    """The program of one component.
+
+    ``forward`` takes the denoiser's tensor arguments ``inputs``, then the boundary values
+    ``reads``, and returns the list of ``outputs``. Each node of ``sends`` is handed to the
+    ``emit`` submodule for every (target, index) right after it was computed. ``weight`` brings a
+    weight, by placeholder name, to the device.
+    """
+    root = nn.Module()
+    emit = Emit()
+    root.add_module("emit", emit)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in [*inputs, *reads]:
+        env[node] = graph.placeholder(node.name)
+        _mark(captured, node, env[node])
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in env:
+                env[source] = _attribute(captured, source, root, graph, device, weight)
+        args = map_arg(rehome(node.args, device), env.__getitem__)
+        kwargs = map_arg(rehome(node.kwargs, device), env.__getitem__)
+        env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        _mark(captured, node, env[node])
+        for target, index in sends.get(node, ()):
+            graph.call_module("emit", (target, index, env[node]))
+    graph.output([env[o] if isinstance(o, fx.Node) else o for o in outputs])
+    program = fx.GraphModule(root, graph)
+    program.add_module("emit", emit)  # GraphModule keeps only what its graph uses
+    return program
+
+
+def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
+    """Say in the metadata of ``made``, the program's ``node``, whether its value can be kept."""
+    if node in captured.views or not isinstance(node.meta.get("val"), torch.Tensor):
+        return
+    index = captured.inputs.get(node.name)
+    if index is not None and captured.signature.inputs[index].role is Role.TIMESTEP:
+        keep = TIMED  # so that a program which reads it directly needs nothing but its row
+    elif node in captured.timed:
+        keep = TIMED
+    elif node in captured.once:
+        keep = ONCE
+    else:
+        return
+    made.meta |= {KEEP: keep, NBYTES: nbytes_of(node)}
+
+
+def _attribute(
+    captured: Captured,
+    source: fx.Node,
+    root: nn.Module,
+    graph: fx.Graph,
+    device: torch.device,
+    weight: Callable[[str, torch.device], torch.Tensor],
+) -> fx.Node:
+    name = f"w_{source.name}"
+    if source.op == "get_attr":  # the body of a higher-order operation
+        body = captured.root.get_submodule(str(source.target))
+        root.add_module(name, _rehomed_module(body, device))
+    else:
+        root.register_buffer(name, weight(source.name, device), persistent=False)
+    return graph.get_attr(name)
+
+
+def _rehomed_module(body: nn.Module, device: torch.device) -> nn.Module:
+    if not isinstance(body, fx.GraphModule):
+        return body
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    for node in graph.nodes:
+        node.args, node.kwargs = rehome((node.args, node.kwargs), device)
+    return fx.GraphModule(body, graph)

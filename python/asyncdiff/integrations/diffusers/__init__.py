@@ -1,0 +1,1 @@
+"""``asyncdiff.parallelize(pipe)`` for pipelines of diffusers."""

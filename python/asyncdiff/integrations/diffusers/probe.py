@@ -1,0 +1,66 @@
+"""A pipeline's generation, from the first call of its denoiser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import InputError
+from ...graph.signature import Call, Role
+from .timesteps import TimestepTracker
+
+if TYPE_CHECKING:
+    from ...denoiser import AsyncDenoiser
+
+
+class FirstCall(BaseException):
+    """Ends a pipeline's run at its first call of the denoiser. No Exception, which it may catch."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__("the pipeline was only wanted for its first step")
+        self.call = call
+
+
+def as_generation(pipe: Any, denoiser: AsyncDenoiser, call: Call) -> dict[str, Any]:
+    """The arguments of :meth:`asyncdiff.AsyncDenoiser.calibrate` for the generation that begins so.
+
+    Guidance is what ``pipe.guidance_scale`` says, where both halves of the batch hold the same
+    latents. Raises InputError where the generation begins in the middle of a schedule, or its
+    denoiser takes no timestep.
+    """
+    scheduler, arguments = pipe.scheduler, call.kwargs()
+    names = [x.name for x in call.signature.inputs if x.role is not Role.CONDITIONING]
+    if len(names) != 2:
+        raise InputError(
+            f"{', '.join(names)} change from step to step, where latents and a timestep were "
+            "expected: calibrate with AsyncDenoiser.calibrate()"
+        )
+    by_name = {x.name: t for x, t in zip(call.signature.inputs, call.tensors, strict=True)}
+    (z,), (time,) = (
+        [by_name[x.name] for x in call.signature.inputs if x.role is role]
+        for role in (Role.LATENTS, Role.TIMESTEP)
+    )
+    times = TimestepTracker(scheduler, time)
+    if times.start:
+        raise InputError(
+            f"the pipeline begins at step {times.start} of its schedule: calibrate on whole "
+            "generations"
+        )
+    scale = float(getattr(pipe, "guidance_scale", 1.0) or 1.0)
+    half = len(z) // 2
+    guided = scale > 1 and len(z) % 2 == 0 and torch.equal(z[:half], z[half:])
+    first = float(denoiser.samplers.get(scheduler, {}).scales[0])
+
+    def argument(t: torch.Tensor) -> torch.Tensor:
+        index = int((times.source == t).nonzero()[0])
+        return times.values[index].expand(time.shape)
+
+    return {
+        "latents": (z[:half] if guided else z).float() / first,
+        "conditioning": {k: v for k, v in arguments.items() if k not in names},
+        "scheduler": scheduler,
+        "guidance_scale": scale if guided else 1.0,
+        "guidance_rescale": float(getattr(pipe, "guidance_rescale", 0.0) or 0.0),
+        "timestep_argument": argument,
+    }

@@ -1,0 +1,1 @@
+"""Who owns which node of a denoiser: costs, balance, cuts, report."""

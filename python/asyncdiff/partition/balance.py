@@ -1,0 +1,77 @@
+"""Where to cut a sequence of nodes so that the slowest component is as fast as it can be.
+
+Exact dynamic programming over all contiguous cuts. The cost of a component is its compute time
+plus the time by which pushing its boundary outlasts that compute (the *exposed* exchange).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import PartitionError
+
+#: Milliseconds charged for each millisecond of exchange that is hidden behind compute: between
+#: cuts that are otherwise alike, the one with fewer bytes wins.
+_HIDDEN = 0.02
+
+
+def cut(
+    ms: Sequence[float],
+    nbytes: Sequence[int],
+    last_use: Sequence[int],
+    components: int,
+    bytes_per_ms: float,
+    copies: int = 1,
+) -> list[int]:
+    """Positions p_1 < … < p_{N−1}: component i owns nodes p_i … p_{i+1}−1.
+
+    ``ms[v]`` is the time of node v, ``nbytes[v]`` the size of its value (0 if it never crosses),
+    ``last_use[v]`` the position of the last node that reads it. ``copies`` is how many ranks run
+    the last component: its predecessor sends all it has to each of them. (What earlier ones send
+    there counts once: it leaves early.) Time O(M² N) in numpy for M nodes.
+    Raises PartitionError if there are fewer nodes than components.
+    """
+    count = len(ms)
+    if components > count:
+        raise PartitionError(
+            f"components={components}: this denoiser can be split into at most {count}"
+        )
+    segment = _segment_costs(ms, nbytes, last_use, bytes_per_ms)
+    fan_out = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies) if copies > 1 else segment
+    by_index = [fan_out if i == components - 2 else segment for i in range(components)]
+    best = by_index[0][0].copy()  # best[b]: slowest component over nodes 0 … b−1 with n components
+    best[0] = np.inf
+    choices = []
+    for costs in by_index[1:]:
+        worst = np.maximum(best[:, None], costs)  # [a, b]: last component is a … b−1
+        choice = worst.argmin(axis=0)
+        best = worst[choice, np.arange(count + 1)]
+        choices.append(choice)
+    cuts = []
+    end = count
+    for choice in reversed(choices):
+        end = int(choice[end])
+        cuts.append(end)
+    return cuts[::-1]
+
+
+def _segment_costs(
+    ms: Sequence[float], nbytes: Sequence[int], last_use: Sequence[int], bytes_per_ms: float
+) -> np.ndarray:
+    """[a, b]: cost of a component of nodes a … b−1; infinite where it is empty."""
+    count = len(ms)
+    done = np.concatenate([[0.0], np.cumsum(np.asarray(ms, dtype=np.float64))])
+    size = np.asarray(nbytes, dtype=np.float64) / bytes_per_ms
+    last = np.asarray(last_use)
+    cost = np.full((count + 1, count + 1), np.inf)
+    for b in range(1, count + 1):
+        crossing = np.where(last[:b] >= b, size[:b], 0.0)
+        # Pushes go out in order of production: from the moment v exists, it and all that come
+        # after it must leave. What is left of that when the compute ends is exposed.
+        queue = np.cumsum(crossing[::-1])[::-1]
+        late = np.where(crossing > 0, queue - (done[b] - done[1 : b + 1]), 0.0)
+        exposed = np.maximum(np.maximum.accumulate(late[::-1])[::-1], 0.0)
+        cost[:b, b] = done[b] - done[:b] + exposed + _HIDDEN * queue
+    return cost

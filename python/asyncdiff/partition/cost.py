@@ -1,0 +1,296 @@
+"""What every node of a captured denoiser costs: measured on a device, or estimated without one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..graph.capture import Captured, nbytes_of, tensors_of
+from ..graph.program import on_device, resolve
+
+#: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
+_BLOCK_NODES = 128
+#: Timed passes over each block, after one that warms up.
+_PASSES = 3
+#: A GPU's rates for estimates, about half of an H200's peaks. Only ratios matter for a cut.
+_FLOPS_PER_MS = {torch.float32: 2.5e10, torch.float16: 4e11, torch.bfloat16: 4e11}
+_BYTES_PER_MS = 2.5e9
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds and multiply-accumulates by node. ``source`` says where the times are from."""
+
+    ms: dict[fx.Node, float]
+    macs: dict[fx.Node, int]
+    source: str
+
+
+def estimate(captured: Captured) -> Costs:
+    """Costs from FLOPs and bytes moved: the same on every machine, for any device (also meta)."""
+    macs = count_macs(captured)
+    ms = {}
+    for node in captured.nodes:
+        if node in captured.views:
+            ms[node] = 0.0
+            continue
+        moved = nbytes_of(node) + sum(nbytes_of(source) for source in node.all_input_nodes)
+        dtype = next((t.dtype for t in tensors_of(node)), torch.float32)
+        rate = _FLOPS_PER_MS.get(dtype, _FLOPS_PER_MS[torch.float32])
+        ms[node] = max(2 * macs[node] / rate, moved / _BYTES_PER_MS)
+    return Costs(ms, macs, "estimated")
+
+
+def fused(captured: Captured, costs: Costs) -> Costs:
+    """Measured costs as they are once a compiler has fused what only moves memory.
+
+    Matrix products, convolutions and attention keep their times, without the pass that adds a
+    convolution's bias. Of all else what counts is the memory that still has to be read and written:
+    a chain of such nodes reads what heavy nodes and normalisations left, and writes what they need.
+    The memory's speed is that of the measured nodes of this kind.
+    """
+    light = {n for n in captured.nodes if n not in captured.views and not costs.macs[n]}
+    readers = _readers(captured)
+    # Written to memory: what a heavy node made or needs, or what a normalisation has to read twice.
+    written = {
+        n
+        for n in captured.nodes
+        if n not in captured.views
+        and (n not in light or any(r not in light or _reduces(r) for r in readers[n]))
+    }
+    speed = _memory_speed(costs, [n for n in light if not _reduces(n)])
+    ms = dict(costs.ms)
+    for node in captured.nodes:
+        if node in captured.views:
+            continue
+        size = nbytes_of(node)
+        if node not in light:
+            if "conv" in str(node.target) and node.args[2:3] != (None,):
+                ms[node] = max(ms[node] - 2 * size / speed, ms[node] / 2)
+            continue
+        moved = size if node in written else 0
+        for source in node.all_input_nodes:
+            base = _base(captured, source)
+            if base in written or base.op == "placeholder":
+                moved += nbytes_of(base) * (2 if _reduces(node) else 1)
+        ms[node] = min(ms[node], moved / speed)
+    return Costs(ms, costs.macs, f"{costs.source}, as if fused")
+
+
+def _memory_speed(costs: Costs, nodes: Sequence[fx.Node]) -> float:
+    """Bytes a millisecond that large nodes move which do nothing else (median)."""
+    large = [n for n in nodes if nbytes_of(n) > 1 << 22 and costs.ms[n] > 0]
+    rates = [
+        (nbytes_of(n) + sum(nbytes_of(s) for s in n.all_input_nodes)) / costs.ms[n] for n in large
+    ]
+    return statistics.median(rates) if rates else _BYTES_PER_MS
+
+
+def _readers(captured: Captured) -> dict[fx.Node, set[fx.Node]]:
+    """Who reads a node's value, through views."""
+    out: dict[fx.Node, set[fx.Node]] = {}
+    for node in reversed(captured.nodes):
+        users = [u for u in node.users if u.op == "call_function"]
+        out[node] = {r for u in users for r in (out[u] if u in captured.views else {u})}
+    return out
+
+
+def _base(captured: Captured, node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node in captured.views:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _reduces(node: fx.Node) -> bool:
+    return any(word in str(node.target) for word in ("norm", "softmax", "mean"))
+
+
+def count_macs(captured: Captured) -> dict[fx.Node, int]:
+    """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
+    macs = dict.fromkeys(captured.nodes, 0)
+    heavy = ("conv", "linear", "mm", "matmul", "attention", "einsum")
+    for node in captured.nodes:
+        if not any(word in str(node.target) for word in heavy):
+            continue
+        values = {n: _meta(n.meta.get("val")) for n in node.all_input_nodes}
+        args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
+        with FlopCounterMode(display=False) as counter:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+        macs[node] = counter.get_total_flops() // 2
+    return macs
+
+
+@torch.no_grad()
+def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.device) -> Costs:
+    """Run the denoiser node by node on ``device`` and time each (medians).
+
+    ``tensors`` are the call's inputs. Weights are brought to the device block by block, so that a
+    denoiser larger than the device's memory can be measured too.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in captured.inputs:
+            values[node] = tensors[captured.inputs[node.name]].to(device)
+    last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
+    ms: dict[fx.Node, float] = {}
+    timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    with on_device(device):
+        for start in range(0, len(captured.nodes), _BLOCK_NODES):
+            block = captured.nodes[start : start + _BLOCK_NODES]
+            run = _Block(block, values, _bring(captured, block, device), last_reader, device)
+            passes = list(timer(run.runs(), device))[1:]
+            for i, node in enumerate(block):
+                ms[node] = (
+                    0.0 if node in captured.views else statistics.median(p[i] for p in passes)
+                )
+            run.forget()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Costs(ms, count_macs(captured), f"measured on {name}")
+
+
+def link_speed(devices: Sequence[torch.device]) -> float:
+    """Bytes a millisecond from the first device to the first other one, measured (median).
+
+    Ranks that share their device, or run on the CPU, exchange at memory speed, which is assumed.
+    """
+    other = next((d for d in devices if d != devices[0]), None)
+    if other is None:
+        return 1e9 if devices[0].type == "cuda" else 5e6
+    source = torch.empty(1 << 26, dtype=torch.uint8, device=devices[0])
+    target = torch.empty_like(source, device=other)
+    speeds = []
+    for _ in range(6):
+        torch.cuda.synchronize(devices[0])
+        torch.cuda.synchronize(other)
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(devices[0])
+        torch.cuda.synchronize(other)
+        speeds.append(source.numel() / (time.perf_counter() - started) / 1e3)
+    return statistics.median(speeds[1:])
+
+
+def _bring(
+    captured: Captured, block: Sequence[fx.Node], device: torch.device
+) -> dict[fx.Node, Any]:
+    out: dict[fx.Node, Any] = {}
+    for node in block:
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" and source.name in captured.weights:
+                out[source] = captured.weights[source.name].detach().to(device)
+            elif source.op == "get_attr":
+                out[source] = captured.root.get_submodule(str(source.target))
+    return out
+
+
+class _Block:
+    """Nodes that are run again and again, one by one."""
+
+    def __init__(
+        self,
+        nodes: Sequence[fx.Node],
+        values: dict[fx.Node, Any],
+        weights: dict[fx.Node, Any],
+        last_reader: dict[fx.Node, fx.Node],
+        device: torch.device,
+    ) -> None:
+        self._values = values
+        self._weights = weights
+        self._device = device
+        self._nodes = nodes
+        mine = set(nodes)
+        self._dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+        #: values of earlier blocks that nobody reads after this one
+        self._done: list[fx.Node] = []
+        for value in [*values, *nodes]:
+            reader = last_reader.get(value, value)
+            if reader in mine:
+                (self._dies[reader] if value in mine else self._done).append(value)
+
+    def runs(self) -> list[Callable[[], None]]:
+        """Runs one node each."""
+        return [functools.partial(self._run, node) for node in self._nodes]
+
+    def forget(self) -> None:
+        """Drop the values that nobody reads any more."""
+        for node in self._done:
+            del self._values[node]
+
+    def _run(self, node: fx.Node) -> None:
+        def value(source: fx.Node) -> Any:
+            return self._weights[source] if source in self._weights else self._values[source]
+
+        args, kwargs = resolve(node, value, self._device)
+        self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        # As soon as in the component: what is written again while it is still in the cache never
+        # goes to memory, and large nodes take up to half longer where it does.
+        for dead in self._dies[node]:
+            del self._values[dead]
+
+
+def _time_on_cpu(runs: Sequence[Callable[[], None]], _: torch.device) -> Iterator[list[float]]:
+    for _pass in range(_PASSES + 1):
+        times = []
+        for run in runs:
+            before = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - before) * 1e3)
+        yield times
+
+
+def _time_on_gpu(runs: Sequence[Callable[[], None]], device: torch.device) -> Iterator[list[float]]:
+    too_long = _launch_ms(device)
+    for _ in range(_PASSES + 1):
+        yield [max(ms - too_long, 0.0) for ms in _apart(runs, device)]
+
+
+def _apart(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Milliseconds between events around each piece of work on the current stream."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(work) + 1)]
+    torch.cuda.synchronize(device)
+    # The gate holds the queue back while it fills, so that enqueueing is not what is timed.
+    torch.cuda._sleep(20_000_000)
+    events[0].record()
+    for piece, event in zip(work, events[1:], strict=True):
+        piece()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+@functools.cache
+def _launch_ms(device: torch.device) -> float:
+    """By how much a node between two events takes longer than in the CUDA graph that it will run
+    in, behind another node: about a microsecond. Components with many small nodes would seem
+    slower than they are."""
+    tiny = torch.zeros(1, device=device)
+    add = functools.partial(tiny.add_, 1)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(_BLOCK_NODES):
+            add()
+    differences = []
+    for _ in range(_PASSES):
+        apart = statistics.median(_apart([add] * _BLOCK_NODES, device))
+        together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK_NODES
+        differences.append(apart - together)
+    # The least: where others use the GPU too, events are further apart.
+    return max(min(differences), 0.0)
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(_meta(v) for v in value)
+    return value

@@ -1,0 +1,169 @@
+"""Which component owns which node: by measured cost, by module paths, or by given cuts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+
+from torch import fx, nn
+
+from ..errors import PartitionError
+from ..graph.capture import Captured, nbytes_of
+from .balance import cut
+from .cost import Costs
+
+Owners = dict[fx.Node, int]
+
+#: By hand: one list of module paths a component. Or names of nodes where components begin.
+Split = str | Sequence[str] | Sequence[Sequence[str]]
+
+
+def units(captured: Captured) -> list[fx.Node]:
+    """The nodes that may be owned, in order. Parts of a multi-part result follow their whole."""
+    return [n for n in captured.nodes if captured.ownable(n) and n.target is not operator.getitem]
+
+
+def unit_of(node: fx.Node) -> fx.Node:
+    """The node that decides who owns ``node``."""
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def balanced(
+    captured: Captured, costs: Costs, components: int, bytes_per_ms: float, copies: int = 1
+) -> list[str]:
+    """Names of the N−1 nodes at which components 1 … N−1 begin, by the exact optimum of
+    :mod:`asyncdiff.balance`."""
+    owned = units(captured)
+    position = {n: i for i, n in enumerate(owned)}
+    last_use = list(range(len(owned)))
+    nbytes = [0] * len(owned)
+    carried: dict[fx.Node, set[int]] = {}  # which owned values a node is computed from
+    ms = [costs.ms[n] for n in owned]
+    for node in captured.nodes:
+        sources: set[int] = set()
+        for s in node.all_input_nodes:
+            sources |= carried.get(s, set())
+        unit = unit_of(node)
+        if unit in position:
+            here = position[unit]
+            for v in sources:
+                last_use[v] = max(last_use[v], here)
+            nbytes[here] += nbytes_of(node)
+            sources = {here}
+        carried[node] = sources
+    for output in captured.outputs:
+        for v in carried.get(output, ()):
+            last_use[v] = len(owned)
+    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies)
+    return [owned[p].name for p in starts]
+
+
+def by_cuts(captured: Captured, cuts: Sequence[str]) -> Owners:
+    """Ownership from the names of the nodes at which components 1 … N−1 begin."""
+    owned = units(captured)
+    position = {n.name: i for i, n in enumerate(owned)}
+    unknown = [c for c in cuts if c not in position]
+    if unknown:
+        raise PartitionError(
+            f"split names nodes that this denoiser's graph does not have: {unknown}. Cuts hold for "
+            "one denoiser at one input shape: take them from handle.partition.cuts"
+        )
+    starts = [position[c] for c in cuts]
+    if starts != sorted(set(starts)) or (starts and starts[0] == 0):
+        raise PartitionError(f"cuts must rise and leave no component empty: {list(cuts)}")
+    owners: Owners = {}
+    for i, node in enumerate(owned):
+        owners[node] = sum(i >= s for s in starts)
+    return _with_parts(captured, owners)
+
+
+def by_modules(captured: Captured, split: Sequence[Sequence[str]]) -> Owners:
+    """Ownership from lists of module paths, one list a component.
+
+    The longest listed path that holds a node wins. Nodes in no listed module stay without owner:
+    every component that needs their value computes it.
+    """
+    component = {path: i for i, paths in enumerate(split) for path in paths}
+    owners: Owners = {}
+    for node in units(captured):
+        path = captured.module_path(node)
+        while path and path not in component:
+            path = path.rpartition(".")[0]
+        if path:
+            owners[node] = component[path]
+    for i, paths in enumerate(split):
+        if i not in owners.values():
+            raise PartitionError(
+                f"component {i} of the split owns nothing that depends on the latents: "
+                f"{list(paths)}"
+            )
+    return _with_parts(captured, owners)
+
+
+def check_split_argument(module: nn.Module, split: Split, components: int) -> None:
+    """Raise PartitionError for a ``split`` that cannot fit the module and the number of parts."""
+    if isinstance(split, str):
+        if split not in ("auto", "estimate"):
+            raise PartitionError(
+                f"split={split!r}: write 'auto', 'estimate', lists of module paths, or cuts"
+            )
+        return
+    entries = list(split)
+    by_cuts = bool(entries) and all(isinstance(s, str) for s in entries)
+    parts = len(entries) + 1 if by_cuts else len(entries)
+    if by_cuts and components == parts - 1:
+        # As many strings as components: a flat list where lists of paths were meant?
+        raise PartitionError(
+            "split is a list with one list of module paths for each component (or "
+            f"{components - 1} cuts), not {len(entries)} strings"
+        )
+    if parts != components:
+        raise PartitionError(f"split has {parts} parts, but components={components}")
+    if not by_cuts:
+        check_split(module, [s if isinstance(s, str) else list(s) for s in entries])
+
+
+def check_split(module: nn.Module, split: Sequence[Iterable[str]]) -> None:
+    """Raise PartitionError for a path that is no module of ``module``, or is listed twice."""
+    known = dict(module.named_modules())
+    seen: dict[str, int] = {}
+    for i, paths in enumerate(split):
+        if isinstance(paths, str):
+            raise PartitionError(
+                "split is a list with one list of module paths for each component; "
+                f"entry {i} is the string {paths!r}"
+            )
+        listed = list(paths)
+        if not listed:
+            raise PartitionError(f"component {i} of the split is empty")
+        for path in listed:
+            if path not in known or not path:
+                near = [k for k in known if k and k.split(".")[-1] == str(path).split(".")[-1]][:5]
+                hint = f"; did you mean one of {near}?" if near else ""
+                raise PartitionError(
+                    f"split, component {i}: {type(module).__name__} has no module {path!r}{hint}"
+                )
+            if path in seen:
+                raise PartitionError(
+                    f"module {path!r} is listed twice: in component {seen[path]} and in {i}"
+                )
+            seen[path] = i
+    for path, i in seen.items():
+        parent = path.rpartition(".")[0]
+        while parent:
+            if seen.get(parent, i) != i:
+                raise PartitionError(
+                    f"module {path!r} (component {i}) is part of {parent!r}, which component "
+                    f"{seen[parent]} owns: list the parts of {parent!r} instead"
+                )
+            parent = parent.rpartition(".")[0]
+
+
+def _with_parts(captured: Captured, owners: Owners) -> Owners:
+    for node in captured.nodes:
+        unit = unit_of(node)
+        if unit is not node and unit in owners:
+            owners[node] = owners[unit]
+    return owners

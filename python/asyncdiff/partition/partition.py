@@ -1,0 +1,235 @@
+"""A captured denoiser split into N components, and the values that cross between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import PartitionError
+from ..graph.capture import Captured, nbytes_of
+from ..graph.program import build
+from ..schedule.plan import Exchange
+from .cost import Costs, estimate
+from .ownership import Owners, Split, balanced, by_cuts, by_modules
+from .report import BoundaryReport, ComponentReport, PartitionReport
+
+
+@dataclass
+class Boundary:
+    """The values that component ``source`` sends to ``target``, in order of production."""
+
+    source: int
+    target: int
+    values: list[fx.Node]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one bundle, without padding."""
+        return sum(nbytes_of(v) for v in self.values)
+
+
+@dataclass
+class Component:
+    """What one component computes. ``nodes`` are its own and those that it repeats for itself."""
+
+    index: int
+    nodes: list[fx.Node]
+    owned: list[fx.Node]
+    inputs: list[fx.Node]
+    weights: list[str]
+    reads: list[Boundary] = field(default_factory=list)
+    sends: list[Boundary] = field(default_factory=list)
+
+
+@dataclass
+class Partition:
+    """Components, boundaries between them, and the order in which an exact step runs them."""
+
+    captured: Captured
+    components: list[Component]
+    boundaries: dict[tuple[int, int], Boundary]
+    exact_order: tuple[int, ...]
+    cuts: tuple[str, ...] | None
+    costs: Costs | None = None
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The boundaries as a plan knows them."""
+        return tuple(Exchange(i, j) for i, j in self.boundaries)
+
+    def program(
+        self,
+        index: int,
+        device: torch.device,
+        weight: Callable[[str, torch.device], torch.Tensor] | None = None,
+    ) -> fx.GraphModule:
+        """Component ``index`` as a module on ``device``; see :func:`asyncdiff.program.build`.
+
+        Its arguments are the tensors of ``components[index].inputs``, then of every boundary in
+        ``.reads``, in order.
+        """
+        component = self.components[index]
+        sends: dict[fx.Node, list[tuple[int, int]]] = {}
+        for boundary in component.sends:
+            for i, value in enumerate(boundary.values):
+                sends.setdefault(value, []).append((boundary.target, i))
+        reads = [v for boundary in component.reads for v in boundary.values]
+        last = index == len(self.components) - 1
+        return build(
+            self.captured,
+            component.nodes,
+            component.inputs,
+            reads,
+            sends,
+            self.captured.outputs if last else [],
+            device,
+            weight or self._weight,
+        )
+
+    def _weight(self, name: str, device: torch.device) -> torch.Tensor:
+        return self.captured.weights[name].detach().to(device)
+
+    def report(self) -> PartitionReport:
+        """What each component costs and what crosses; prints as a table, ``to_dict`` for JSON."""
+        costs = self.costs or estimate(self.captured)
+        components = []
+        for c in self.components:
+            paths = [p for p in map(self.captured.module_path, c.owned) if p]
+            components.append(
+                ComponentReport(
+                    nodes=len(c.nodes),
+                    ms=sum(costs.ms[n] for n in c.nodes if self.captured.each_run(n)),
+                    macs=sum(costs.macs[n] for n in c.nodes if self.captured.each_run(n)),
+                    parameters=sum(self.captured.weights[w].numel() for w in c.weights),
+                    first_module=paths[0] if paths else "",
+                    last_module=paths[-1] if paths else "",
+                )
+            )
+        boundaries = []
+        for (i, j), b in self.boundaries.items():
+            # What is pushed after the component's last computation has nothing to hide behind.
+            last = self.components[i].owned[-1]
+            tail = sum(nbytes_of(v) for v in b.values if v is last)
+            boundaries.append(BoundaryReport(i, j, b.nbytes, len(b.values), tail))
+        return PartitionReport(components, boundaries, costs.source, self.cuts)
+
+
+def partition(
+    captured: Captured,
+    components: int,
+    split: Split = "auto",
+    *,
+    costs: Costs | None = None,
+    bytes_per_ms: float = 3e8,
+    copies: int = 1,
+) -> Partition:
+    """Split ``captured`` into ``components`` parts.
+
+    ``split`` is ``"auto"`` (the cut that makes the slowest component fastest under ``costs``,
+    estimated ones if None), lists of module paths, or node names at which components begin.
+    ``bytes_per_ms`` is the speed of the links, ``copies`` how many ranks run the last component
+    (as many as the stride). Raises PartitionError where that cannot be done.
+    """
+    cuts: tuple[str, ...] | None = None
+    if isinstance(split, str):
+        costs = costs or estimate(captured)
+        cuts = tuple(balanced(captured, costs, components, bytes_per_ms, copies))
+        owners = by_cuts(captured, cuts)
+    elif all(isinstance(s, str) for s in split):
+        cuts = tuple(str(s) for s in split)
+        owners = by_cuts(captured, cuts)
+    else:
+        owners = by_modules(captured, [list(s) for s in split])
+    return _assemble(captured, owners, components, cuts, costs)
+
+
+def _assemble(
+    captured: Captured,
+    owners: Owners,
+    count: int,
+    cuts: tuple[str, ...] | None,
+    costs: Costs | None,
+) -> Partition:
+    local, crossing = _close(captured, owners, count)
+    position = {n: i for i, n in enumerate(captured.graph.nodes)}
+    components = []
+    for j in range(count):
+        nodes = sorted(local[j], key=position.__getitem__)
+        used = {s for n in nodes for s in n.all_input_nodes}
+        used |= {o for o in captured.outputs if isinstance(o, fx.Node)} if j == count - 1 else set()
+        inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
+        weights = sorted(n.name for n in used if n.name in captured.weights)
+        owned = [n for n in nodes if owners.get(n) == j]
+        if not owned:
+            raise PartitionError(f"component {j} computes nothing that the result needs")
+        components.append(Component(j, nodes, owned, inputs, weights))
+    boundaries = {}
+    for i, j in sorted(crossing):
+        values = sorted(crossing[i, j], key=position.__getitem__)
+        boundaries[i, j] = boundary = Boundary(i, j, values)
+        components[i].sends.append(boundary)
+        components[j].reads.append(boundary)
+    order = _exact_order(components, captured.outputs)
+    return Partition(captured, components, boundaries, order, cuts, costs)
+
+
+def _close(
+    captured: Captured, owners: Owners, count: int
+) -> tuple[list[set[fx.Node]], dict[tuple[int, int], set[fx.Node]]]:
+    """What every component computes, and what crosses, so that the outputs can be computed."""
+    local: list[set[fx.Node]] = [set() for _ in range(count)]
+    crossing: dict[tuple[int, int], set[fx.Node]] = {}
+    todo = [(o, count - 1) for o in captured.outputs if isinstance(o, fx.Node)]
+    while todo:
+        node, j = todo.pop()
+        if node.op != "call_function" or node in local[j]:
+            continue
+        owner = owners.get(node, j)
+        if owner != j:
+            values = crossing.setdefault((owner, j), set())
+            if node not in values:
+                values.add(node)
+                todo.append((node, owner))
+            continue
+        local[j].add(node)
+        todo += [(source, j) for source in node.all_input_nodes]
+    return local, crossing
+
+
+def _exact_order(components: list[Component], outputs: list[Any]) -> tuple[int, ...]:
+    """Run order after which every crossing value and the outputs are those of one exact step.
+
+    In a chain this is 0 … N−1. In a circle a component runs again once it has what it lacked.
+    """
+    sent = [{v for b in c.sends for v in b.values} for c in components]
+    wanted = {o for o in outputs if isinstance(o, fx.Node) and o.op == "call_function"}
+    sent[-1] = sent[-1] | (wanted & set(components[-1].nodes))
+    # In a circle a value may be computed by several components; each must have it right.
+    right: set[tuple[int, fx.Node]] = set()
+    order: list[int] = []
+    missing = {(i, v) for i, values in enumerate(sent) for v in values}
+    while missing:
+        for c in components:
+            stale = {
+                v for b in c.reads for v in b.values if (b.source, v) not in right
+            }  # fmt: skip
+            reachable: set[fx.Node] = set()
+            mine = set(c.nodes)
+            for node in c.nodes:
+                if not any(
+                    s in stale or (s in mine and s not in reachable) for s in node.all_input_nodes
+                ):
+                    reachable.add(node)
+            gained = {(c.index, v) for v in sent[c.index] & reachable} & missing
+            if gained:
+                order.append(c.index)
+                right |= gained
+                missing -= gained
+                break
+        else:
+            raise PartitionError("the components of this split wait for each other in a circle")
+    return tuple(order)

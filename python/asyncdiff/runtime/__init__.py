@@ -1,0 +1,1 @@
+"""Runs plans: engine, workers, mailboxes, CUDA graphs, caches. Knows nothing of samplers."""

@@ -1,0 +1,206 @@
+"""Guidance split: each condition of a guided batch has ranks of its own.
+
+With classifier-free guidance the denoiser's batch holds two conditions, one after the other, that
+do not know of each other. Two groups of ranks can take one each, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError
+from ..graph.signature import Call, Role, Signature, parse
+from ..partition.partition import Partition
+from ..schedule.plan import Plan, Tick
+from .engine import Engine, InputsOf, TimeOf
+from .worker import Caller, Time
+
+#: Guidance has two conditions.
+GROUPS = 2
+
+
+class Groups:
+    """Engines that serve one part of the batch each, used as one engine is.
+
+    ``call`` is a call with the whole batch; the engines are made for :func:`part` of it.
+    """
+
+    def __init__(self, engines: Sequence[Engine], call: Call) -> None:
+        self.engines = list(engines)
+        self.signature: Signature = call.signature
+        self._batched = _batched(call)
+        self._moving = call.indices(Role.LATENTS)
+        self._time = next(iter(call.indices(Role.TIMESTEP)), 0)
+        #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
+        self._parts: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+
+    @property
+    def partition(self) -> Partition:
+        """How each part's denoiser is split: all alike."""
+        return self.engines[0].partition
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """One entry a rank, group by group."""
+        return [d for engine in self.engines for d in engine.devices]
+
+    @property
+    def workers(self) -> list[Any]:
+        """All ranks' workers, group by group."""
+        return [w for engine in self.engines for w in engine.workers]
+
+    @property
+    def bundle_bytes(self) -> dict[tuple[int, int], int]:
+        """Bytes that cross from one component to another, in all groups together."""
+        edges = self.engines[0].bundle_bytes
+        return {e: sum(engine.bundle_bytes[e] for engine in self.engines) for e in edges}
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compiling took."""
+        return sum(engine.compile_s for engine in self.engines)
+
+    def prepare(self, plan: Plan) -> None:
+        """See :meth:`asyncdiff.runtime.engine.Engine.prepare`; so do the other methods."""
+        for engine in self.engines:
+            engine.prepare(plan)
+
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start a generation of so many steps, whose first call has these tensors."""
+        self._parts.clear()
+        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        for g, engine in enumerate(self.engines):
+            engine.begin(steps, [p[g] for p in parts])
+
+    def tick(
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        time_of: TimeOf,
+        inputs_of: InputsOf | None = None,
+    ) -> dict[int, list[Any]]:
+        """Issue one tick; the noise predictions of the whole batch, by step."""
+        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        # One for all: each engine has the caller's stream wait for its results, and those of one
+        # condition are nothing that the next has to wait for.
+        times = {a.time: time_of(a.time) for a in tick.runs if a.time is not None}
+        caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
+        try:
+            results = [
+                engine.tick(
+                    tick,
+                    [p[g] for p in parts],
+                    self._times_of(g, times.__getitem__),
+                    self._part_of(g, inputs_of),
+                    caller,
+                )
+                for g, engine in enumerate(self.engines)
+            ]
+        except BaseException:
+            self.abandon()
+            raise
+        return {
+            step: [_join(leaves) for leaves in zip(*(r[step] for r in results), strict=True)]
+            for step in results[0]
+        }
+
+    def finish(self) -> None:
+        """Wait for the generation's last work and raise what went wrong."""
+        try:
+            for engine in self.engines:
+                engine.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Stop a generation in the middle."""
+        for engine in self.engines:
+            engine.abandon()
+
+    def exposed_ms(self) -> float | None:
+        """By how long pushes outlast computation in a tick, worst rank; None if not measured."""
+        known = [ms for engine in self.engines if (ms := engine.exposed_ms()) is not None]
+        return max(known) if known else None
+
+    def close(self) -> None:
+        """Free all."""
+        for engine in self.engines:
+            engine.close()
+
+    def _times_of(self, group: int, time_of: TimeOf) -> TimeOf:
+        """A group's part of timesteps, where each sample has its own."""
+
+        def mine(index: int) -> Time | None:
+            time = time_of(index)
+            if isinstance(time, torch.Tensor) and self._batched[self._time]:
+                return time.chunk(len(self.engines))[group]
+            return time
+
+        return mine
+
+    def _part_of(self, group: int, inputs_of: InputsOf | None) -> InputsOf | None:
+        """A group's part of the inputs of earlier steps."""
+        if inputs_of is None:
+            return None
+
+        def mine(step: int) -> list[torch.Tensor]:
+            pairs = zip(self._moving, inputs_of(step), strict=True)
+            return [t.chunk(len(self.engines))[group] if self._batched[i] else t for i, t in pairs]
+
+        return mine
+
+    def _split(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if not self._batched[index]:
+            return [tensor] * len(self.engines)
+        kept = self._parts.get(index)
+        if kept is None or kept[0] is not tensor:
+            # Parts are views: they show when the caller writes to the tensor.
+            kept = tensor, list(tensor.chunk(len(self.engines)))
+            self._parts[index] = kept
+        return kept[1]
+
+
+def part(module: nn.Module, call: Call, names: Mapping[str, str | None], group: int) -> Call:
+    """A group's share of a call. Raises InputError where the batch does not hold two conditions, or
+    the denoiser mixes them."""
+    processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
+    mixing = sorted(name for name in processors if "PAG" in name)
+    if mixing:
+        raise InputError(
+            f"{mixing[0]} mixes the parts of the batch, which guidance='split' and "
+            "warmup_mode='split' give to different ranks: take guidance='batched' and "
+            "warmup_mode='chain'"
+        )
+    batched = iter(_batched(call))
+    leaves = [
+        leaf.chunk(GROUPS)[group] if isinstance(leaf, torch.Tensor) and next(batched) else leaf
+        for leaf in call.leaves
+    ]
+    return parse(module, (), pytree.tree_unflatten(leaves, call.spec), **names)
+
+
+def _batched(call: Call) -> list[bool]:
+    """Which tensors of a call hold both conditions along their first dimension."""
+    index = call.indices(Role.LATENTS)[0]
+    shape = call.signature.inputs[index].shape
+    batch = shape[0] if shape else 0
+    if batch < GROUPS or batch % GROUPS:
+        raise InputError(
+            "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
+            f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
+            "(where it guides by a batch of two conditions), or take guidance='batched' and "
+            "warmup_mode='chain'"
+        )
+    # Denoisers of videos take some conditioning once a frame.
+    sizes = {batch, *(batch * frames for frames in shape[1:3] if len(shape) == 5)}
+    return [bool(x.shape) and x.shape[0] in sizes for x in call.signature.inputs]
+
+
+def _join(leaves: Sequence[Any]) -> Any:
+    return torch.cat(list(leaves)) if isinstance(leaves[0], torch.Tensor) else leaves[0]

@@ -1,0 +1,78 @@
+"""The list of devices: one entry a rank, checked before anything runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+import asyncdiff_core as core
+
+from ..errors import DeviceError
+
+Devices = Sequence[str | int | torch.device] | None
+
+
+def resolve(
+    devices: Devices, ranks: int, why: str = "components + stride - 1"
+) -> list[torch.device]:
+    """One ``torch.device`` with an index for each of ``ranks`` ranks, as ``why`` explains.
+
+    None takes all visible GPUs, or the CPU where there is none; where there are fewer GPUs than
+    ranks, they are taken round robin. Raises DeviceError, saying what to change, for a list of the
+    wrong length, a device that does not exist, or CPU and CUDA mixed.
+    """
+    if devices is None:
+        return _default(ranks)
+    if isinstance(devices, (str, int, torch.device)):
+        raise DeviceError(f"devices is a list with one entry a rank; write [{devices!r}] * {ranks}")
+    out = [_device(d) for d in devices]
+    if len(out) != ranks:
+        raise DeviceError(
+            f"{len(out)} devices for {ranks} ranks: {why} = {ranks} entries are "
+            f"needed (entries may repeat, as in [{str(out[0]) if out else 'cpu'!r}] * {ranks})"
+        )
+    kinds = {d.type for d in out}
+    if len(kinds) > 1:
+        raise DeviceError(f"devices mixes {' and '.join(sorted(kinds))}: take one kind for all")
+    if kinds == {"cuda"}:
+        _check_cuda(out)
+    return out
+
+
+def _default(ranks: int) -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() and core.cuda_built() else 0
+    if count == 0:
+        return [torch.device("cpu")] * ranks
+    return [torch.device("cuda", i % count) for i in range(ranks)]
+
+
+def _device(entry: str | int | torch.device) -> torch.device:
+    try:
+        device = torch.device("cuda", entry) if isinstance(entry, int) else torch.device(entry)
+    except RuntimeError as e:
+        raise DeviceError(f"{entry!r} is not a device: write 'cpu', 'cuda:0', …") from e
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"{entry!r}: ranks run on 'cpu' or 'cuda:<n>'")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", 0)
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _check_cuda(devices: Sequence[torch.device]) -> None:
+    wanted = max(d.index for d in devices)
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            f"devices asks for cuda:{wanted}, but torch sees no GPU here "
+            "(torch.cuda.is_available() is False): use ['cpu'] entries, or see `asyncdiff doctor`"
+        )
+    count = torch.cuda.device_count()
+    if wanted >= count:
+        raise DeviceError(
+            f"devices asks for cuda:{wanted}, but there are {count} GPUs (0 … {count - 1})"
+        )
+    if not core.cuda_built():
+        raise DeviceError(
+            "asyncdiff_core was built without CUDA: install nvcc and reinstall with "
+            "ASYNCDIFF_CUDA=on"
+        )

@@ -1,0 +1,225 @@
+"""Engines made ready for calls of one signature, and kept for later calls like them, as long as the
+denoiser stays what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..graph.capture import capture
+from ..graph.hooks import check_hooks
+from ..graph.module_state import ModuleState
+from ..graph.signature import Call, Signature
+from ..graph.weights import Weights
+from ..partition.cost import fused, link_speed, measure
+from ..partition.ownership import Split
+from ..partition.partition import Partition, partition
+from ..progress import Progress, bar
+from ..schedule.plan import ring
+from .cfg_parallel import GROUPS, Groups, part
+from .engine import Engine
+from .rebalance import WORTH, WORTH_COMPILING, component_ms, next_cut
+
+log = logging.getLogger("asyncdiff")
+
+#: Kinds of calls whose engines are kept. Each engine holds mailboxes and graphs.
+_KEPT = 4
+
+#: The signature of a call, and what the denoiser was then (:class:`~.module_state.ModuleState`).
+_Kind = tuple[Signature, int]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What engines are made by; see :class:`asyncdiff.AsyncDenoiser`, whose arguments these are."""
+
+    devices: Sequence[torch.device]
+    names: Mapping[str, str | None]
+    components: int
+    split: Split
+    guidance: str
+    schedule: str
+    delay: int | None
+    extrapolate: float
+    compile: bool
+    progress: Progress | None
+    deadline: float
+
+
+class EngineCache:
+    """The engines of one denoiser, by kind of the call."""
+
+    def __init__(self, module: nn.Module, weights: Weights, making: EngineConfig) -> None:
+        self._module = module
+        self._state = ModuleState(module)
+        #: the denoiser's state when an engine was asked for last
+        self._number = 0
+        self._weights = weights
+        self._making = making
+        self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
+        self._whole: dict[_Kind, Engine | Groups] = {}
+        self._bytes_per_ms: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def changed(self) -> bool:
+        """Whether the denoiser is not what it was when an engine was asked for last."""
+        return self._state.number() != self._number
+
+    def get(self, call: Call) -> Engine | Groups:
+        """The engine of the components, for calls like this one. Raises InputError for a denoiser
+        with hooks."""
+        check_hooks(self._module)
+        kind = self._kind(call)
+        if kind not in self._kept:
+            making = self._making
+            made = self._team(call, making.components, making.devices, making.guidance == "split")
+            while len(self._kept) >= _KEPT:
+                self._drop(next(iter(self._kept)))
+            kind = self._kind(call)  # capturing runs the denoiser, which may keep something
+            if kind in self._kept:
+                self._drop(kind)
+            self._kept[kind] = [made]
+        self._kept.move_to_end(kind)
+        self._number = kind[1]
+        return self._kept[kind][0]
+
+    def _kind(self, call: Call) -> _Kind:
+        return call.signature, self._state.number()
+
+    def whole(self, call: Call) -> Engine | Groups:
+        """The engine of two devices that have the whole denoiser, a condition each. Only after
+        :meth:`get` for the same call."""
+        kind = next(reversed(self._kept))
+        made = self._whole.get(kind)
+        if made is None:
+            first = self._making.devices[0]
+            others = [d for d in self._making.devices if d != first] or [first]
+            made = self._team(call, 1, [first, others[0]], True)
+            self._whole[kind] = made
+            self._kept[kind].append(made)
+        return made
+
+    def close(self) -> None:
+        """Free all engines."""
+        for kind in list(self._kept):
+            self._drop(kind)
+        if self._making.devices[0].type == "cuda":
+            _collect()
+
+    def _drop(self, kind: _Kind) -> None:
+        self._whole.pop(kind, None)
+        for engine in self._kept.pop(kind):
+            engine.close()
+
+    def _team(
+        self, call: Call, components: int, devices: Sequence[torch.device], split: bool
+    ) -> Engine | Groups:
+        """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
+        one for each condition."""
+        if not split:
+            return self._even(call, components, devices)
+        ranks = len(devices) // GROUPS
+        mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
+        engines: list[Engine] = []
+        with contextlib.ExitStack() as undo:  # should there be no memory for all of them
+            for g in range(GROUPS):
+                of_group = devices[g * ranks : (g + 1) * ranks]
+                if g == 0:
+                    engines.append(self._even(mine[0], components, of_group))
+                else:
+                    engines.append(self._engine(mine[g], engines[0].partition, of_group))
+                undo.callback(engines[-1].close)
+            undo.pop_all()
+        return Groups(engines, call)
+
+    def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
+        """An engine; where its components turn out too unequal, one that is cut again."""
+        copies = len(devices) - components + 1
+        engine = self._engine(call, self._partition(call, components, copies), devices)
+        if components == 1 or self._making.split != "auto":
+            return engine
+        assert self._bytes_per_ms is not None
+        worth = WORTH_COMPILING if self._making.compile else WORTH
+        timed: list[tuple[Partition, list[float]]] = []
+        # One that was timed before is there again when a new cut is slower, or has no memory.
+        while all(engine.partition is not parts for parts, _ in timed):
+            times = component_ms(engine)
+            if times is None:
+                break
+            timed.append((engine.partition, times))
+            better = next_cut(timed, self._bytes_per_ms, copies, worth)
+            if better is None:
+                break
+            engine.close()
+            del engine  # what it has is needed now
+            engine = self._instead(call, better, timed[-1][0], devices)
+        return engine
+
+    def _instead(
+        self, call: Call, parts: Partition, otherwise: Partition, devices: Sequence[torch.device]
+    ) -> Engine:
+        """An engine of ``parts``, in place of one of ``otherwise``, that was closed; should there
+        be no memory for it, one of ``otherwise`` again."""
+        _collect()
+        try:
+            return self._engine(call, parts, devices)
+        except Exception as e:
+            log.warning("the denoiser stays cut as it was before: %s", str(e))
+        # Only now: the exception, which a log would keep, holds what was made of the engine.
+        _collect()
+        return self._engine(call, otherwise, devices)
+
+    def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
+        making = self._making
+        with bar(making.progress) if making.compile else contextlib.nullcontext() as progress:
+            return Engine(
+                parts,
+                devices,
+                self._weights,
+                call.tensors,
+                slots=ring(
+                    parts.exchanges,
+                    len(parts.components),
+                    making.schedule,
+                    making.extrapolate,
+                    making.delay,
+                ),
+                extrapolate=making.extrapolate,
+                deadline=making.deadline,
+                compile=progress,
+            )
+
+    def _partition(self, call: Call, components: int, copies: int) -> Partition:
+        making = self._making
+        captured = capture(self._module, call)
+        split = making.split if components == making.components else "auto"
+        costs = None
+        if self._bytes_per_ms is None:
+            self._bytes_per_ms = link_speed(making.devices)
+        if split == "auto" and components > 1:
+            costs = measure(captured, call.tensors, making.devices[0])
+            if making.compile:
+                costs = fused(captured, costs)
+        return partition(
+            captured,
+            components,
+            split,
+            costs=costs,
+            bytes_per_ms=self._bytes_per_ms,
+            copies=copies,
+        )
+
+
+def _collect() -> None:
+    """Free what closed engines had: programs refer to themselves, and torch keeps their memory."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,92 @@
+"""How a component's boundary leaves it: each value as soon as it exists, beside the computation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import asyncdiff_core as core
+
+from .buffers import as_laid_out
+
+
+@dataclass
+class Sender:
+    """A component's end of one channel: where the values for one other component go."""
+
+    target: int
+    channel: core.Channel
+    layout: core.Layout
+
+
+class Push:
+    """One bundle for every receiver; what a program's ``emit`` calls with each value.
+
+    ``stream`` computes, ``comm`` pushes; both are None on the CPU, where pushes are made at once.
+    """
+
+    def __init__(
+        self,
+        senders: Iterable[Sender],
+        slot: int,
+        stream: torch.cuda.Stream | None,
+        comm: torch.cuda.Stream | None,
+    ) -> None:
+        self._senders = {s.target: s for s in senders}
+        self._slot = slot
+        self._stream = stream
+        self._comm = comm
+        # The pushes read these values beside the computation, which must not reuse their memory.
+        self._held: list[torch.Tensor] = []
+        #: Events, once finished: all is computed; all has arrived.
+        self.computed: Any = None
+        self.delivered: Any = None
+        started = time.perf_counter()
+        self._follow()
+        for sender in self._senders.values():
+            sender.channel.begin(slot, comm)
+        #: Seconds of the calling thread.
+        self.spent = time.perf_counter() - started
+
+    def __call__(self, target: int, index: int, value: torch.Tensor) -> None:
+        """Push one value of the bundle for ``target``."""
+        sender = self._senders[target]
+        value = as_laid_out(value, sender.layout.specs[index])
+        self._held.append(value)
+        started = time.perf_counter()
+        self._follow()
+        sender.channel.push(index, value, self._slot, self._comm)
+        self.spent += time.perf_counter() - started
+
+    def finish(self) -> None:
+        """All values were pushed: tell the receivers, and let the computation's stream wait."""
+        started = time.perf_counter()
+        self.computed = _mark(self._stream)
+        for sender in self._senders.values():
+            sender.channel.commit(self._slot, self._comm)
+        if self._comm is not None and self._stream is not None:
+            self._stream.wait_stream(self._comm)
+        self.delivered = _mark(self._stream)
+        self._held.clear()
+        self.spent += time.perf_counter() - started
+
+    def _follow(self) -> None:
+        """Let the pushes wait for what is computed so far."""
+        if self._comm is not None and self._stream is not None:
+            self._comm.wait_stream(self._stream)
+
+
+def _mark(stream: torch.cuda.Stream | None) -> Any:
+    """A timing event that is recorded again by every replay of the graph in capture."""
+    if stream is None:
+        return None
+    try:
+        event = torch.cuda.Event(enable_timing=True, external=True)
+    except TypeError:  # torch before 2.7 has no such events: exposed time is then not reported
+        return None
+    event.record(stream)
+    return event

@@ -1,0 +1,184 @@
+"""A split cut again, when its components were timed.
+
+Costs are measured node by node. In a component's CUDA graph the same nodes take a little more or
+less, and what a compiler makes of them is only estimated. So the components themselves are timed,
+and where they are too unequal the costs of the nodes of each are corrected by one factor, and the
+denoiser is cut again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import PartitionError
+from ..graph.capture import Captured
+from ..partition.cost import Costs
+from ..partition.partition import Component, Partition, partition
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .worker import Worker
+
+log = logging.getLogger("asyncdiff")
+
+#: By how much of its time the slowest component has to become faster. A compiler runs for a minute.
+WORTH = 0.015
+WORTH_COMPILING = 0.03
+#: Times that a denoiser is cut again: what moves from one component to another brings that one's
+#: share of the correction along, wrongly.
+CUTS = 2
+#: Milliseconds of the slowest component, below which launches are what is timed.
+SHORTEST = 0.5
+#: Milliseconds that each component is run for, all at once, and how often at most.
+_RUN_FOR = 120.0
+_REPLAYS = 200
+#: Such runs, at least and at most, and by what share the two fastest of a component may differ:
+#: whatever else a GPU does makes runs slower, and some more than others.
+_RUNS = (3, 12)
+_ALIKE = 0.01
+
+
+def component_ms(engine: Engine) -> list[float] | None:
+    """Milliseconds of each component in a CUDA graph without exchange, all at once.
+
+    None where that says nothing: on the CPU, where components share a GPU, without graphs, or where
+    GPUs have other work too. Call it when the engine is idle.
+    """
+    workers = engine.workers[: len(engine.partition.components)]
+    if not engine.cuda or len({w.device for w in workers}) < len(workers):
+        return None
+    graphs: list[torch.cuda.CUDAGraph] = []
+    try:
+        for worker in workers:
+            with worker.current():
+                _fill(worker)
+        graphs += [engine.graph_alone(w) for w in workers]
+        once = replay(engine, workers, graphs, [2] * len(workers))
+        replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
+        runs: list[list[float]] = []
+        while not settled(runs) and len(runs) < _RUNS[1]:
+            runs.append(replay(engine, workers, graphs, replays))
+    except Exception as e:  # whatever the model does that a capture forbids; no memory is left
+        log.debug("components are not timed: %s", e)
+        return None
+    finally:
+        with contextlib.suppress(Exception):
+            engine.synchronize()
+        graphs.clear()
+        torch.cuda.empty_cache()  # what the graphs had is not for torch alone
+    if not settled(runs):
+        log.info("components are not timed: the GPUs are busy")
+        return None
+    return [min(ms) for ms in zip(*runs, strict=True)]
+
+
+def settled(runs: Sequence[Sequence[float]]) -> bool:
+    """Whether the two fastest runs of every component took the same time: by the milliseconds of
+    each component in each run."""
+    if len(runs) < _RUNS[0]:
+        return False
+    fastest = [sorted(ms)[:2] for ms in zip(*runs, strict=True)]
+    return all(b <= (1 + _ALIKE) * a for a, b in fastest)
+
+
+def _fill(worker: Worker) -> None:
+    """Values for the component to read, which in use are not all zero either."""
+    # Of its own: the user's random numbers stay what they are. From 0 to 1, so that what is used as
+    # an index, as integers, stays one.
+    generator = torch.Generator(worker.device).manual_seed(0)
+    for bundle in worker.mailbox.values():
+        for value in bundle:
+            if value.is_floating_point():
+                value.uniform_(generator=generator)
+
+
+def replay(
+    engine: Engine,
+    workers: Sequence[Worker],
+    graphs: Sequence[torch.cuda.CUDAGraph],
+    replays: Sequence[int],
+) -> list[float]:
+    """Milliseconds of one of so many replays behind each other, all workers at once."""
+    events = []
+    for worker, graph, count in zip(workers, graphs, replays, strict=True):
+        with worker.current():
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # until then the GPU waits for the launch
+            begun.record()
+            for _ in range(count):
+                graph.replay()
+            ended.record()
+            events.append((begun, ended))
+    engine.synchronize()
+    return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
+
+
+def next_cut(
+    timed: Sequence[tuple[Partition, Sequence[float]]],
+    bytes_per_ms: float,
+    copies: int = 1,
+    worth: float = WORTH,
+) -> Partition | None:
+    """What to make in place of the last of the splits that were ``timed``, with the milliseconds of
+    their components; None to keep it. See :func:`recut`; of a slower cut, back to the best one.
+    """
+    parts, times = timed[-1]
+    best, fastest = min(timed, key=lambda t: max(t[1]))
+    if max(fastest) < max(times):
+        return best
+    return recut(parts, times, bytes_per_ms, copies, worth) if len(timed) <= CUTS else None
+
+
+def recut(
+    parts: Partition,
+    times: Sequence[float],
+    bytes_per_ms: float,
+    copies: int = 1,
+    worth: float = WORTH,
+) -> Partition | None:
+    """The split under costs that ``times``, milliseconds by component, have corrected.
+
+    None where the slowest component is not expected to become faster by the share ``worth``.
+    ``parts`` is an automatic split; ``bytes_per_ms`` and ``copies`` are those of
+    :func:`~asyncdiff.partition.partition.partition`.
+    """
+    assert parts.costs is not None
+    slowest = max(times)
+    if slowest < SHORTEST:
+        return None
+    ms = dict(parts.costs.ms)
+    for component, time in zip(parts.components, times, strict=True):
+        factor = time / max(_ms(parts.captured, component, parts.costs), 1e-9)
+        for node in component.owned:
+            ms[node] = parts.costs.ms[node] * factor
+    costs = replace(parts.costs, ms=ms, source=f"{parts.costs.source}, corrected by components")
+    try:
+        new = partition(
+            parts.captured,
+            len(parts.components),
+            costs=costs,
+            bytes_per_ms=bytes_per_ms,
+            copies=copies,
+        )
+    except PartitionError:  # the split that there is works
+        return None
+    expected = max(_ms(new.captured, c, costs) for c in new.components)
+    better = expected < (1 - worth) * slowest
+    log.info(
+        "components take %s ms; cut again, at most %.2f ms: %s",
+        ", ".join(f"{t:.2f}" for t in times),
+        expected,
+        "done" if better else "not worth it",
+    )
+    return new if better else None
+
+
+def _ms(captured: Captured, component: Component, costs: Costs) -> float:
+    """What a component's nodes cost in every run."""
+    return sum(costs.ms[n] for n in component.nodes if captured.each_run(n))

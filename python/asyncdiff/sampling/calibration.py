@@ -1,0 +1,141 @@
+"""A predictor of clean images fitted to a model, a sampler and a shape of waves.
+
+Where steps are large, a line through the known clean images
+(:class:`asyncdiff.sampling.predictor.Line`) misses, and what misses is fed back. What the model
+does between two steps is much the same for all pictures, though: so every step has weights of its
+own, fitted on a few (:mod:`asyncdiff.sampling.fit`), for
+
+- the slope and the curve of the newest known clean images,
+- how far the noise in the step's latents lies from the newest known prediction's, and
+- by how much that prediction's noise had changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError
+from .clean_image import CleanImage
+from .predictor import Estimate
+
+#: Terms of a step, in the order of its coefficients.
+TERMS = ("slope", "curve", "noise", "noise_slope")
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Waves: N, S, the ticks until a prediction arrives, and the exact steps at both ends."""
+
+    components: int
+    stride: int
+    delay: int
+    warmup: int
+    exact_tail: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :meth:`asyncdiff.AsyncDenoiser.calibrate` found; pass it as ``order``.
+
+    ``alpha`` and ``sigma`` are those of the steps that it was fitted for. ``newest[k]`` is the
+    newest step known in step k, and ``coefficients[k]`` are the weights of :data:`TERMS`; where
+    another step is the newest, or there are no coefficients, it is held. ``tried`` has the relative
+    L2 distance to the sequential latents, by the way of predicting, of the pictures kept for that.
+    """
+
+    shape: Shape
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    newest: tuple[int, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    tried: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    depth = 3
+    noise = True
+
+    def estimate(self, known: Sequence[int], step: int) -> Estimate:
+        """See :class:`asyncdiff.sampling.predictor.Rule`."""
+        before = [k for k in known if k <= step][-3:][::-1]
+        newest = before[0]
+        if newest == step or newest != self.newest[step] or not any(self.coefficients[step]):
+            return Estimate({newest: 1.0})
+        out = Estimate({newest: 1.0}, {}, 0.0)
+        parts = terms(before, step, self.alpha, self.sigma)
+        for name, coefficient in zip(TERMS, self.coefficients[step], strict=True):
+            if coefficient and name in parts:
+                out = added(out, parts[name], coefficient)
+        return out
+
+    def check(self, shape: Shape, clean: CleanImage) -> None:
+        """Raise PlanError unless a generation is one that this was fitted for."""
+        for name, now in vars(shape).items():
+            was = getattr(self.shape, name)
+            if was != now:
+                raise PlanError(
+                    f"the calibration was made with {name}={was}, not {now}: call calibrate() with "
+                    "these settings, or set order=None"
+                )
+        levels = zip((*self.alpha, *self.sigma), (*clean.alpha, *clean.sigma), strict=False)
+        same = len(self.alpha) == len(clean.alpha)
+        if not same or any(not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in levels):
+            raise PlanError(
+                f"the calibration was made for {len(self.alpha)} steps of other noise levels than "
+                f"these {len(clean.alpha)}: call calibrate() with this scheduler and number of "
+                "steps, or set order=None"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        data = {"version": _VERSION, **asdict(self), "terms": TERMS}
+        Path(path).write_text(json.dumps(data, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what :meth:`save` wrote. Raises PlanError where it is something else."""
+        try:
+            data: dict[str, Any] = json.loads(Path(path).read_text())
+            if data.pop("version") != _VERSION or tuple(data.pop("terms")) != TERMS:
+                raise ValueError("it is of another version")
+            data["shape"] = Shape(**data["shape"])
+            for name in ("alpha", "sigma", "newest"):
+                data[name] = tuple(data[name])
+            data["coefficients"] = tuple(tuple(row) for row in data["coefficients"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise PlanError(
+                f"{path} is no calibration of this version of asyncdiff ({e}): make one with "
+                "calibrate()"
+            ) from e
+
+
+def terms(
+    before: Sequence[int], step: int, alpha: Sequence[float], sigma: Sequence[float]
+) -> dict[str, Estimate]:
+    """The terms that there are in a step, as weights. ``before``: known steps, the newest first."""
+    out = {}
+    a = before[0]
+    if sigma[step]:
+        ratio = alpha[step] / sigma[step]
+        out["noise"] = Estimate({a: -ratio}, {a: -1.0}, 1 / sigma[step])
+    if len(before) > 1:
+        b = before[1]
+        out["slope"] = Estimate({a: 1.0, b: -1.0})
+        out["noise_slope"] = Estimate({}, {a: 1.0, b: -1.0})
+    if len(before) > 2:
+        out["curve"] = Estimate({a: 1.0, b: -2.0, before[2]: 1.0})
+    return out
+
+
+def added(to: Estimate, other: Estimate, weight: float) -> Estimate:
+    """``to`` + ``weight`` · ``other``."""
+    clean, noise = dict(to.clean), dict(to.noise)
+    for mine, its in ((clean, other.clean), (noise, other.noise)):
+        for k, w in its.items():
+            mine[k] = mine.get(k, 0.0) + weight * w
+    return Estimate(clean, noise, to.of_input + weight * other.of_input)

@@ -1,0 +1,152 @@
+"""The clean image that a prediction means, by the scheduler's own noise schedule.
+
+A denoiser's input is z = α·x0 + σ·ε, with α and σ of its step; what it predicts is a linear mix of
+the same two: ε itself, x0 (*sample*), v = α·ε − σ·x0 (Salimans and Ho 2022) or ε − x0 (*flow*). So
+x0 is a weighted sum of z and of the prediction, and the prediction one of z and x0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import SchedulerError
+from .scheduler import check_scheduler
+
+#: Below this share of the prediction in x0, or above its inverse, the two cannot be told apart.
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class CleanImage:
+    """At step k: x0 = ``of_input[k]`` · z + ``of_output[k]`` · prediction.
+
+    z is the denoiser's input as it is given to it, scaled by the scheduler, and ``alpha[k]`` and
+    ``sigma[k]`` are the shares of x0 and ε in it.
+    """
+
+    of_input: tuple[float, ...]
+    of_output: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+
+    @property
+    def log_snr(self) -> tuple[float, ...]:
+        """ln(α/σ) of every step, for comparing them."""
+        pairs = zip(self.alpha, self.sigma, strict=True)
+        return tuple(
+            math.log(a / s) if a and s else (math.inf if a else -math.inf) for a, s in pairs
+        )
+
+    def of_steps(self, start: int, steps: int) -> CleanImage:
+        """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
+        schedule, and one pipeline may leave the end to another."""
+        return CleanImage(*(values[start : start + steps] for values in astuple(self)))
+
+    def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The clean image; same shape as both, in float32 (float64 if one of them is)."""
+        wide = torch.promote_types(torch.promote_types(z.dtype, prediction.dtype), torch.float32)
+        return self.of_input[step] * z.to(wide) + self.of_output[step] * prediction.to(wide)
+
+    def noise(self, step: int, z: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """ε, where z = α · x0 + σ · ε, in the dtype of ``x0``; zero where there is none (σ = 0)."""
+        if not self.sigma[step]:
+            return torch.zeros_like(x0)
+        return (z.to(x0.dtype) - self.alpha[step] * x0) / self.sigma[step]
+
+    def prediction(self, step: int, z: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """What the denoiser would have predicted at z, in the dtype of ``x0``."""
+        return (x0 - self.of_input[step] * z.to(x0.dtype)) / self.of_output[step]
+
+
+def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
+    """The weights for every step of a diffusers scheduler whose timesteps are set.
+
+    ``backwards``: the pipeline counts time from the other end (1 − t/n, as Lumina 2 does), so that
+    the denoiser predicts x0 − ε where others of its kind predict ε − x0.
+
+    Raises SchedulerError where α and σ cannot be had, or x0 does not follow from the prediction.
+    """
+    count = len(check_scheduler(scheduler))
+    name = type(scheduler).__name__
+    sigmas = getattr(scheduler, "sigmas", None)
+    levels = None  # of noise, one a step
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) in (count, count + 1):
+        levels = sigmas[:count].double().cpu()
+    config = scheduler.config
+    kind = str(config.get("prediction_type", "epsilon")).removeprefix("original_")
+    if levels is not None and config.get("sigma_data") is not None:
+        return _checked(name, *_preconditioned(levels, float(config["sigma_data"]), kind))
+    straight = any("FlowMatch" in c.__name__ for c in type(scheduler).__mro__)
+    if levels is not None and (straight or config.get("use_flow_sigmas")):
+        alpha, sigma = 1 - levels, levels
+        kind = "flow_prediction" if straight else kind
+    elif levels is not None:  # noise of this size on an image of size one, scaled to variance one
+        alpha = 1 / (1 + levels**2).sqrt()
+        sigma = levels * alpha
+    elif isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
+        kept = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps.long().cpu()]
+        alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+    else:
+        raise SchedulerError(
+            f"{name} has neither sigmas of its steps nor alphas_cumprod, so the clean image that a "
+            "prediction means cannot be had: take schedule='asyncdiff', or another scheduler, such "
+            "as DDIM, Euler, DPMSolverMultistep or FlowMatchEuler"
+        )
+    mix = _MIXES.get(kind)
+    if mix is None:
+        raise SchedulerError(
+            f"{name} has prediction_type={kind!r}, which is not one of {', '.join(_MIXES)}: take "
+            "schedule='asyncdiff'"
+        )
+    inputs, outputs = [], []
+    for a, s in zip(alpha.tolist(), sigma.tolist(), strict=True):
+        noise, image = mix(a, s)  # prediction = noise · ε + image · x0
+        if backwards and kind == "flow_prediction":
+            noise, image = -noise, -image
+        share = a * noise - s * image
+        inputs.append(noise / share if share else math.inf)
+        outputs.append(-s / share if share else math.inf)
+    return _checked(name, inputs, outputs, alpha, sigma)
+
+
+#: How much ε and x0 a prediction holds.
+_MIXES = {
+    "epsilon": lambda alpha, sigma: (1.0, 0.0),
+    "sample": lambda alpha, sigma: (0.0, 1.0),
+    "v_prediction": lambda alpha, sigma: (alpha, -sigma),
+    "flow_prediction": lambda alpha, sigma: (1.0, -1.0),
+}
+
+
+def _preconditioned(
+    sigma: torch.Tensor, data: float, kind: str
+) -> tuple[list[float], list[float], torch.Tensor, torch.Tensor]:
+    """Karras et al. 2022, table 1, row EDM: x0 = c_skip · x + c_out · F(c_in · x)."""
+    both = (sigma**2 + data**2).sqrt()
+    out = sigma * data / both
+    if kind == "v_prediction":  # as diffusers has it
+        out = -out
+    # The input is c_in · x with c_in = 1 / both, and c_skip = data² / both².
+    return (data**2 / both).tolist(), out.tolist(), 1 / both, sigma / both
+
+
+def _checked(
+    name: str,
+    inputs: Sequence[float],
+    outputs: Sequence[float],
+    alpha: torch.Tensor,
+    sigma: torch.Tensor,
+) -> CleanImage:
+    for k, weight in enumerate(outputs):
+        if not _TINY < abs(weight) < 1 / _TINY:
+            raise SchedulerError(
+                f"{name}: in step {k} the clean image does not follow from the prediction (its "
+                f"weight would be {weight:.1e}; zero terminal SNR needs v prediction): take "
+                "schedule='asyncdiff', or other settings"
+            )
+    return CleanImage(tuple(inputs), tuple(outputs), tuple(alpha.tolist()), tuple(sigma.tolist()))

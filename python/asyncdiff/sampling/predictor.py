@@ -1,0 +1,170 @@
+"""What the sampler is given while the exact prediction of its step is still on its way.
+
+A wave's noise prediction arrives some steps late (:mod:`asyncdiff.schedule.wavefront`). The clean
+image x0 that it means changes slowly from step to step, much more slowly than the noise prediction,
+so the x0 of a step is extrapolated from those of earlier steps, and turned back into a prediction
+at the step's own latents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..errors import InputError, PlanError
+from .clean_image import CleanImage
+
+#: The most that is extrapolated: so many times the distance of the two known steps.
+REACH = 4.0
+#: Steps in log-SNR, ln(α/σ): up to the first they are small, from the second on large.
+SMALL_STEP, LARGE_STEP = 0.12, 0.23
+
+
+def check_order(order: float | Rule | None, schedule: str) -> None:
+    """Raise PlanError for an order that there is not."""
+    if order is not None and schedule != "wavefront":
+        raise PlanError("order belongs to schedule='wavefront': it extrapolates clean images")
+    if order is None or hasattr(order, "estimate"):
+        return
+    if not isinstance(order, (int, float)) or not 0 <= order <= 1:
+        raise PlanError(
+            f"order={order!r}: take 0 (the newest known clean image is held) to 1 (a straight "
+            "line through the two newest), a Calibration, or None"
+        )
+
+
+def default_order(clean: CleanImage, delay: int, stride: int) -> float:
+    """The order that measured best for such steps (docs/wavefront.md has the figures), when
+    predictions arrive ``delay`` ticks late.
+
+    The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
+    it amplifies what it is fed back. With a stride it never paid.
+    """
+    if stride > 1 or delay == 0:
+        return 0.0
+    gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
+    middle = gaps[len(gaps) // 2] if gaps else 0.0
+    fine = min(1.0, max(0.0, (LARGE_STEP - middle) / (LARGE_STEP - SMALL_STEP)))
+    return 0.75 / delay**1.2 * fine
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step's x0 as a weighted sum: of the x0 and ε of earlier steps, by step, and of the step's
+    own denoiser input."""
+
+    clean: Mapping[int, float]
+    noise: Mapping[int, float] = field(default_factory=dict)
+    of_input: float = 0.0
+
+
+class Rule(Hashable, Protocol):
+    """How x0 is estimated where it is not known yet. Linear, so that ranks can do it."""
+
+    @property
+    def depth(self) -> int:
+        """How many of the newest known steps it looks at."""
+
+    @property
+    def noise(self) -> bool:
+        """Whether it looks at their ε and at the step's input, too."""
+
+    def estimate(self, known: Sequence[int], step: int) -> Estimate:
+        """Of ``step``, from ``known`` ones in ascending order; those after it are passed over."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through the two newest known x0, in the step's index, with ``order`` times its slope;
+    0 holds the newest."""
+
+    order: float
+    depth: int = 2
+    noise: bool = False
+
+    def estimate(self, known: Sequence[int], step: int) -> Estimate:
+        """See :class:`Rule`."""
+        before = [k for k in known if k <= step][-2:]
+        newest = before[-1]
+        if newest == step or len(before) < 2 or self.order == 0:
+            return Estimate({newest: 1.0})
+        reach = min((step - newest) / (newest - before[0]), REACH)
+        return Estimate({newest: 1 + self.order * reach, before[0]: -self.order * reach})
+
+
+class LatePredictor(Protocol):
+    """Takes predictions that arrive late, and says what a step is given meanwhile."""
+
+    def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
+        """The prediction of a step, and the denoiser's input that it belongs to."""
+
+    def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The prediction for ``step``, whose denoiser input is ``z``."""
+
+
+class Predictor:
+    """Predictions for the sampler's steps of one generation, from exact ones of earlier steps."""
+
+    def __init__(self, clean: CleanImage, rule: Rule) -> None:
+        self._clean = clean
+        self._rule = rule
+        self._known: dict[int, torch.Tensor] = {}
+        self._noise: dict[int, torch.Tensor] = {}
+
+    def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
+        """The exact prediction of a step, and the denoiser's input that it belongs to.
+
+        Both have any shape; where the input has more channels (a picture to paint into), the
+        latents are its first ones. Steps arrive in ascending order.
+        """
+        z = latents_in(z, prediction.shape)
+        self._known[step] = self._clean.x0(step, z, prediction)
+        if self._rule.noise:
+            self._noise[step] = self._clean.noise(step, z, self._known[step])
+        while len(self._known) > self._rule.depth:
+            oldest = min(self._known)
+            del self._known[oldest]
+            self._noise.pop(oldest, None)
+
+    def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The prediction for ``step``, whose denoiser input is ``z``."""
+        estimate = self._rule.estimate(sorted(self._known), step)
+        z = latents_in(z, next(iter(self._known.values())).shape)
+        x0 = evaluate(estimate, self._known, self._noise, z)
+        return self._clean.prediction(step, z, x0).to(dtype)
+
+
+def evaluate(
+    estimate: Estimate,
+    clean: Mapping[int, torch.Tensor],
+    noise: Mapping[int, torch.Tensor],
+    z: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted sum, in the dtype of ``clean``."""
+    terms = [(w, clean[k]) for k, w in estimate.clean.items()]
+    terms += [(w, noise[k]) for k, w in estimate.noise.items()]
+    weight, first = terms[0]
+    x0 = first * weight if weight != 1 else first
+    for weight, term in terms[1:]:
+        x0 = x0 + term * weight
+    return x0 + z.to(x0.dtype) * estimate.of_input if estimate.of_input else x0
+
+
+def latents_in(z: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The part of a denoiser's input that has the prediction's shape: its first channels.
+
+    Raises InputError where there is none.
+    """
+    if tuple(z.shape) == tuple(shape):
+        return z
+    where = [i for i, (a, b) in enumerate(zip(z.shape, shape, strict=False)) if a != b]
+    if z.dim() != len(shape) or len(where) != 1 or z.shape[where[0]] < shape[where[0]]:
+        raise InputError(
+            f"the denoiser predicts {tuple(shape)} for an input of {tuple(z.shape)}: waves need "
+            "one prediction for each latent. Take schedule='asyncdiff'"
+        )
+    return z.narrow(where[0], 0, shape[where[0]])

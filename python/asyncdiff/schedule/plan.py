@@ -1,0 +1,381 @@
+"""Which rank runs which component when: a generation as plain data.
+
+A plan is made of ticks, a tick of actions in a legal issue order: whoever issues the actions of a
+plan one after another, each to its rank, never waits for something that was not issued before.
+This file imports neither torch nor devices; it can be tested, printed and studied on paper.
+
+Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps.
+Rank i < N runs component i; rank N+o (o = 0 … S−2) runs a copy of the last component.
+
+The schedule "asyncdiff" is that of AsyncDiff (Chen et al., NeurIPS 2024), with stride denoising as
+the paper describes it; "wavefront" is in wavefront.py, and needs no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import PlanError
+from .actions import Action, Exchange, Kind, Tick
+from .wavefront import Builder as Waves
+from .wavefront import lagged, shortest_delay
+
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Exchange",
+    "Kind",
+    "Plan",
+    "Tick",
+    "build",
+    "chain",
+    "check_delay",
+    "check_numbers",
+    "check_schedule",
+    "rank_count",
+    "ring",
+    "wave_delay",
+]
+
+#: "asyncdiff": as published. "wavefront": see :mod:`asyncdiff.schedule.wavefront`.
+SCHEDULES = ("asyncdiff", "wavefront")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole generation. Build one with :func:`build`."""
+
+    components: int
+    stride: int
+    warmup: int
+    steps: int
+    time_shift: bool
+    slots: int
+    exchanges: tuple[Exchange, ...]
+    ticks: tuple[Tick, ...]
+    schedule: str = "asyncdiff"
+    exact_tail: int = 0
+    extrapolate: float = 0.0
+    #: ticks from a wave's start to its prediction; 0 in the published schedule
+    delay: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """World size: N + S − 1, for waves N."""
+        return rank_count(self.components, self.stride, self.schedule)
+
+    def component_of(self, rank: int) -> int:
+        """The component that ``rank`` holds; copies hold the last one."""
+        return min(rank, self.components - 1)
+
+    def ranks_of(self, component: int) -> tuple[int, ...]:
+        """The ranks that hold ``component``: itself, and for the last one its copies too."""
+        if component == self.components - 1:
+            return tuple(range(component, self.ranks))
+        return (component,)
+
+
+def chain(components: int) -> tuple[Exchange, ...]:
+    """Every component sends to every later one, lag one: the exchanges of a UNet with skips."""
+    return tuple(Exchange(i, j) for j in range(components) for i in range(j))
+
+
+def rank_count(components: int, stride: int, schedule: str) -> int:
+    """World size: copies of the last component serve the published schedule's stride."""
+    return components if schedule == "wavefront" else components + stride - 1
+
+
+def wave_delay(
+    components: int, exchanges: Sequence[Exchange], schedule: str, delay: int | None = None
+) -> int:
+    """The delay of plans of this schedule: ``delay``, or where that is None the one that measured
+    best for these exchanges. 0 for the published schedule, and where one component does it all."""
+    if schedule != "wavefront" or components == 1:
+        return 0
+    return shortest_delay(components, exchanges) if delay is None else delay
+
+
+def ring(
+    exchanges: Sequence[Exchange],
+    components: int,
+    schedule: str = "asyncdiff",
+    extrapolate: float = 0.0,
+    delay: int | None = None,
+) -> int:
+    """Slots of the rings that a schedule needs: a bundle is kept until its reader has used it.
+
+    One depth for all channels: then the slots that a rank uses repeat after so many ticks, and a
+    CUDA graph is recorded for each of them, not for every combination of several depths.
+    """
+    if schedule == "wavefront":
+        late = wave_delay(components, exchanges, schedule, delay)
+        return max([2, *(e.lag + 1 for e in lagged(exchanges, components, late))])
+    return 3 if extrapolate else 2
+
+
+def check_schedule(
+    schedule: str,
+    *,
+    time_shift: bool = False,
+    extrapolate: float = 0.0,
+    exact_tail: int = 0,
+) -> None:
+    """Raise :class:`PlanError` for an unknown schedule, or options that it does not have."""
+    if schedule not in SCHEDULES:
+        raise PlanError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
+    if not isinstance(exact_tail, int) or isinstance(exact_tail, bool) or exact_tail < 0:
+        raise PlanError(f"exact_tail must be a whole number of at least 0, not {exact_tail!r}")
+    if not 0 <= extrapolate <= 2:
+        raise PlanError(f"extrapolate={extrapolate!r}: take 0 (off) to 2; 1 is a straight line")
+    if schedule == "wavefront" and time_shift:
+        raise PlanError(
+            "time_shift belongs to schedule='asyncdiff': a wave runs at its own timestep"
+        )
+    if schedule == "wavefront" and extrapolate:
+        raise PlanError(
+            "extrapolate belongs to schedule='asyncdiff': no value inside a wave is stale. What a "
+            "wavefront extrapolates is the clean image: see order"
+        )
+
+
+def check_delay(delay: int | None, schedule: str, components: int) -> None:
+    """Raise :class:`PlanError` for a delay that waves of so many components cannot have."""
+    if delay is None:
+        return
+    if schedule != "wavefront":
+        raise PlanError(
+            "delay belongs to schedule='wavefront': here every prediction is one of its own step"
+        )
+    if isinstance(delay, bool) or not isinstance(delay, int) or not 1 <= delay < components:
+        raise PlanError(
+            f"delay={delay!r}: waves of {components} components arrive after 1 to "
+            f"{components - 1} ticks; None takes what measured best"
+            if components > 1
+            else f"delay={delay!r}: with one component nothing is late; leave it at None"
+        )
+
+
+def check_numbers(
+    components: int, stride: int, warmup: int, steps: int | None = None, exact_tail: int = 0
+) -> None:
+    """Raise :class:`PlanError` if no plan has these numbers (``steps=None``: not known yet)."""
+    for name, value in (("components", components), ("stride", stride), ("warmup", warmup)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if steps is None:
+        return
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise PlanError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if warmup > steps:
+        raise PlanError(
+            f"warmup={warmup} exceeds the {steps} steps of this generation: "
+            f"take warmup <= {steps} (warmup = steps runs every step exactly), or more steps"
+        )
+    if warmup + exact_tail > steps:
+        raise PlanError(
+            f"warmup={warmup} and exact_tail={exact_tail} exceed the {steps} steps of this "
+            f"generation: take exact_tail <= {steps - warmup}, or more steps"
+        )
+
+
+def build(
+    components: int,
+    stride: int = 1,
+    warmup: int = 1,
+    steps: int = 50,
+    *,
+    schedule: str = "asyncdiff",
+    exact_tail: int = 0,
+    time_shift: bool = False,
+    extrapolate: float = 0.0,
+    delay: int | None = None,
+    exchanges: Sequence[Exchange] | None = None,
+    exact_order: Sequence[int] | None = None,
+) -> Plan:
+    """The plan for N = ``components``, S = ``stride``, w = ``warmup``, T = ``steps``.
+
+    ``exact_tail``: the last so many steps are run exactly, like the first w.
+    ``exchanges`` says which components send to which (default: each to all later ones); their lags
+    are the schedule's.
+    ``exact_order`` is the order of runs of an exact step (default 0 … N−1). Where components
+    depend on each other in a circle, as hand-made splits may, it names some more than once: a
+    later run of the same component finds what it lacked the first time.
+
+    Of schedule "asyncdiff" only: ``time_shift``; ``extrapolate``, by how much of the last change
+    the values of other components are moved on before they are used (0: they are used as they
+    came). Of "wavefront" only: ``delay``, ticks from a wave's start to its prediction, from 1
+    to N − 1 (None: the fewest exchanges from the first component to the last).
+
+    Raises PlanError for numbers and options that no plan has.
+    """
+    check_schedule(
+        schedule,
+        time_shift=time_shift,
+        extrapolate=extrapolate,
+        exact_tail=exact_tail,
+    )
+    check_numbers(components, stride, warmup, steps, exact_tail)
+    check_delay(delay, schedule, components)
+    edges = tuple(chain(components) if exchanges is None else exchanges)
+    order = tuple(range(components) if exact_order is None else exact_order)
+    _check_edges(components, edges, order)
+    if extrapolate and len(order) > components:
+        raise PlanError(
+            "extrapolate needs components that follow each other: these depend on each other in a "
+            "circle. Split by cuts (split='auto' or 'estimate'), or leave extrapolate at 0"
+        )
+    slots = ring(edges, components, schedule, extrapolate, delay)
+    late = wave_delay(components, edges, schedule, delay)
+    if schedule == "wavefront":
+        edges = lagged(edges, components, late)
+        ticks = _waves(Waves(components, stride, edges, late), warmup, steps, exact_tail)
+    else:
+        builder = _Builder(components, stride, edges, 2 if extrapolate else 1)
+        ticks = builder.ticks(warmup, steps, exact_tail, order, time_shift)
+    return Plan(
+        components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks),
+        schedule, exact_tail, float(extrapolate), late,
+    )  # fmt: skip
+
+
+def _waves(builder: Waves, warmup: int, steps: int, exact_tail: int) -> list[Tick]:
+    for k in range(warmup):
+        builder.exact(k)
+    builder.asynchronous(warmup, steps - exact_tail)
+    for k in range(steps - exact_tail, steps):
+        builder.exact(k)
+    builder.finish()
+    return builder.ticks
+
+
+def _shifted(time: int, time_shift: bool) -> int:
+    return time - 1 if time_shift else time
+
+
+def _check_edges(components: int, edges: Iterable[Exchange], order: Sequence[int]) -> None:
+    for e in edges:
+        if not (0 <= e.source < components and 0 <= e.target < components) or e.source == e.target:
+            raise PlanError(f"exchange {e.source}->{e.target} does not fit {components} components")
+    if set(order) != set(range(components)):
+        raise PlanError(f"exact_order {tuple(order)} must name each of {components} components")
+
+
+class _Builder:
+    """Emits the published schedule's ticks; keeps count of what was put, taken and given back.
+
+    ``held`` bundles of every source are kept for a run: the newest ones.
+    """
+
+    def __init__(
+        self, components: int, stride: int, edges: tuple[Exchange, ...], held: int
+    ) -> None:
+        self.n = components
+        self.stride = stride
+        self.held = held
+        self.sources = {c: [e.source for e in edges if e.target == c] for c in range(components)}
+        self.senders = {e.source for e in edges}
+        self.puts = [0] * components  # bundles sent so far, by component
+        ranks = range(components + stride - 1)
+        self.got = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
+        self.freed = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
+
+    def ticks(
+        self, warmup: int, steps: int, exact_tail: int, order: tuple[int, ...], time_shift: bool
+    ) -> list[Tick]:
+        out: list[Tick] = []
+        for k in range(warmup):
+            out.append(self.exact_tick(len(out), k, order))
+        end = steps - exact_tail
+        for k in range(warmup, end, self.stride):
+            out.append(self.tick(len(out), k, min(k + self.stride, end), time_shift))
+        for k in range(end, steps):
+            out.append(self.exact_tick(len(out), k, order))
+        last = out[-1]
+        out[-1] = Tick(last.index, last.exact, last.serves, last.actions + self.drain())
+        return out
+
+    def component(self, rank: int) -> int:
+        return min(rank, self.n - 1)
+
+    def catch_up(self, rank: int) -> list[Action]:
+        """Give back what is older, and take, every bundle sent so far: the newest are held."""
+        out = []
+        for source in self.sources[self.component(rank)]:
+            while self.got[rank][source] < self.puts[source]:
+                if self.got[rank][source] - self.freed[rank][source] >= self.held:
+                    out.append(Action(Kind.RELEASE, rank, source))
+                    self.freed[rank][source] += 1
+                out.append(Action(Kind.GET, rank, source))
+                self.got[rank][source] += 1
+        return out
+
+    def give_back(self, rank: int, keep: int = 0) -> list[Action]:
+        """Give back all but the newest ``keep`` bundles."""
+        out = []
+        for source in self.sources[self.component(rank)]:
+            while self.freed[rank][source] < self.got[rank][source] - keep:
+                out.append(Action(Kind.RELEASE, rank, source))
+                self.freed[rank][source] += 1
+        return out
+
+    def run(
+        self,
+        rank: int,
+        latents: int,
+        time: int,
+        step: int | None,
+        sends: bool,
+        read: int = 1,
+    ) -> Action:
+        component = self.component(rank)
+        reads = []
+        for s in self.sources[component]:
+            # got - 1 is the newest bundle held; -1 where none was ever sent (first run in a circle)
+            newest = self.got[rank][s] - 1
+            oldest = max(newest - read + 1, min(newest, 0))
+            reads += [(s, ordinal) for ordinal in range(newest, oldest - 1, -1)]
+        put = None
+        if sends and component in self.senders:
+            put = self.puts[component]
+            self.puts[component] += 1
+        return Action(Kind.RUN, rank, component, latents, time, step, put, tuple(reads))
+
+    def exact_tick(self, index: int, k: int, order: tuple[int, ...]) -> Tick:
+        actions: list[Action] = []
+        final = {c: i for i, c in enumerate(order)}
+        for i, component in enumerate(order):
+            actions += self.catch_up(component)
+            delivers = k if component == self.n - 1 and final[component] == i else None
+            actions.append(self.run(component, k, k, delivers, sends=True))
+        for rank in self.got:  # copies, and whoever ran before its sources did: hold the newest
+            actions += self.catch_up(rank)
+        return Tick(index, True, (k,), tuple(actions))
+
+    def tick(self, index: int, k: int, end: int, time_shift: bool) -> Tick:
+        # A last tick with fewer steps left than S serves them with the copies first.
+        serves = tuple(range(k, end))
+        full = len(serves) == self.stride
+        actions: list[Action] = []
+        for rank in self.got:
+            actions += self.catch_up(rank)
+        if full:  # else the copies serve what is left, and nobody reads what the others would send
+            time = _shifted(k + self.stride - 1, time_shift)
+            for rank in range(self.n):
+                step = end - 1 if rank == self.n - 1 else None
+                actions.append(self.run(rank, k, time, step, sends=True, read=self.held))
+        for o in range(self.stride - 1):
+            if k + o < end:
+                time = _shifted(k + o, time_shift)
+                actions.append(self.run(self.n + o, k, time, k + o, sends=False, read=self.held))
+        for rank in self.got:
+            actions += self.give_back(rank, keep=self.held - 1)
+        return Tick(index, False, serves, tuple(actions))
+
+    def drain(self) -> tuple[Action, ...]:
+        """Take and give back what nobody will read, so that the channels end empty."""
+        out: list[Action] = []
+        for rank in self.got:
+            out += self.catch_up(rank)
+            out += self.give_back(rank)
+        return tuple(out)

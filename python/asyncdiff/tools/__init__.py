@@ -1,0 +1,1 @@
+"""What helps to choose settings: doctor, tune, fidelity, compare."""

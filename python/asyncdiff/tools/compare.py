@@ -1,0 +1,164 @@
+"""How alike two pictures are (PSNR, SSIM), and sheets that show them beside each other.
+
+Pictures are PIL images, or arrays of shape (height, width[, channels]): unsigned bytes, or floats
+between 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AsyncDiffError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+Picture = Any  # PIL image or array; the libraries are optional
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError as error:
+        raise AsyncDiffError("pictures need pillow: pip install 'asyncdiff[demo]'") from error
+    return Image, ImageDraw, ImageFont
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    """The picture as float64 (height, width, channels) between 0 and 1; alpha is dropped.
+
+    Raises InputError for what is no picture.
+    """
+    import numpy as np
+
+    array = np.asarray(picture)
+    scale = 255.0 if array.dtype == np.uint8 else 1.0
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.dtype.kind not in "uf" or 0 in array.shape:
+        raise InputError(f"no picture: an array of shape {array.shape} and type {array.dtype}")
+    return array[..., :3].astype(np.float64) / scale
+
+
+def _pair(a: Picture, b: Picture) -> tuple[np.ndarray, np.ndarray]:
+    first, second = pixels(a), pixels(b)
+    if first.shape != second.shape:
+        raise InputError(f"pictures of different shapes: {first.shape} and {second.shape}")
+    return first, second
+
+
+def psnr(a: Picture, b: Picture) -> float:
+    """Peak signal-to-noise ratio in dB over a range of 1; infinite for equal pictures.
+
+    Raises InputError for pictures of different sizes.
+    """
+    first, second = _pair(a, b)
+    error = float(((first - second) ** 2).mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(a: Picture, b: Picture) -> float:
+    """Structural similarity, 1 for equal pictures: windows of 7 pixels, mean over channels.
+
+    Raises InputError for different sizes or pictures below 7 pixels, AsyncDiffError where
+    scikit-image is missing.
+    """
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise AsyncDiffError("SSIM needs scikit-image: pip install 'asyncdiff[demo]'") from error
+    first, second = _pair(a, b)
+    if min(first.shape[:2]) < 7:
+        raise InputError(f"SSIM needs 7 pixels a side, not {first.shape[1]} x {first.shape[0]}")
+    return float(structural_similarity(first, second, channel_axis=-1, data_range=1.0))
+
+
+def image(picture: Picture) -> Image:
+    """The picture as an RGB PIL image."""
+    Image, _, _ = _pillow()
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    import numpy as np
+
+    array = (pixels(picture).clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(array.repeat(3, axis=-1) if array.shape[-1] == 1 else array)
+
+
+def sheet(
+    rows: Mapping[str, Sequence[Picture]],
+    columns: Sequence[str],
+    path: str | PathLike[str] | None = None,
+    cell: int | None = None,
+) -> Image:
+    """A labelled table of pictures: ``rows`` by heading, one picture for each of ``columns``.
+
+    ``cell`` is the side of a cell in pixels (default: the largest picture, at least 128; smaller
+    ones are enlarged by whole factors, so that no pixel is invented). Saved as PNG to ``path`` if
+    given. Raises InputError where rows and columns do not fit together.
+    """
+    Image, ImageDraw, ImageFont = _pillow()
+    table = {name: [image(p) for p in row] for name, row in rows.items()}
+    if not table or not columns or any(len(row) != len(columns) for row in table.values()):
+        raise InputError("a sheet needs as many pictures in every row as it has columns")
+    largest = max(max(p.size) for row in table.values() for p in row)
+    side = cell or max(128, largest)
+    font = ImageFont.load_default(size=max(11, side // 10))
+    line = int(1.6 * font.size)
+    heads = [_fit(label, font, side) for label in columns]
+    top = line * max(h.count("\n") + 1 for h in heads)
+    left = 8 + max(int(font.getlength(line)) for name in table for line in name.split("\n"))
+    gap = max(4, side // 24)
+    size = (left + len(columns) * (side + gap) + gap, top + len(table) * (side + gap) + gap)
+    out = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(out)
+    for c, head in enumerate(heads):
+        pen.multiline_text((left + gap + c * (side + gap), gap), head, fill="black", font=font)
+    for r, (name, row) in enumerate(table.items()):
+        y = top + gap + r * (side + gap)
+        pen.multiline_text((4, y + side // 2), name, fill="black", font=font, anchor="lm")
+        for c, picture in enumerate(row):
+            shown = _scaled(Image, picture, side)
+            x = left + gap + c * (side + gap)
+            out.paste(shown, (x + (side - shown.width) // 2, y + (side - shown.height) // 2))
+    if path is not None:
+        out.save(path, format="PNG")
+    return out
+
+
+def side_by_side(
+    images: Sequence[Picture], labels: Sequence[str], path: str | PathLike[str] | None = None
+) -> Image:
+    """Pictures in one row under their labels. Saved as PNG to ``path`` if given."""
+    return sheet({"": images}, labels, path)
+
+
+def _scaled(Image: Any, picture: Image, side: int) -> Image:
+    if max(picture.size) > side:
+        picture = picture.copy()
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return picture
+    factor = side // max(picture.size)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _fit(label: str, font: Any, width: int) -> str:
+    """Break a label into at most three lines of ``width`` pixels, with an ellipsis if it is cut."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for i, text in enumerate(lines):
+        while len(text) > 1 and font.getlength(text) > width:
+            text = text[:-2] + "…"
+        lines[i] = text
+    if len(lines) > 3:
+        lines = [*lines[:2], lines[2][: max(1, len(lines[2]) - 1)] + "…"]
+    return "\n".join(lines)

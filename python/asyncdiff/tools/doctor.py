@@ -1,0 +1,326 @@
+"""What this machine offers to asyncdiff, what will be used, and why not the rest.
+
+Whatever touches a driver runs in a child process with a deadline, and reports piece by piece: a
+driver that crashes or hangs costs the doctor that piece and no more. Works with nothing but a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PACKAGES = (
+    "asyncdiff", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy",
+    "pillow", "scikit-image", "matplotlib", "typer", "rich",
+)  # fmt: skip
+PROBE_SECONDS = 180
+#: codes of ``nvidia-smi topo -m`` that are no NVLink
+BUSES = {
+    "PIX": "PCIe, one switch",
+    "PXB": "PCIe, several switches",
+    "PHB": "PCIe through the host bridge",
+    "NODE": "PCIe, one NUMA node",
+    "SYS": "PCIe and the link between sockets",
+}
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def collect(step: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Everything as plain data. ``step`` is called four times on the way."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in PACKAGES},
+        "nvcc": _nvcc(),
+    }
+    step()
+    found["driver"] = _driver()
+    step()
+    found |= probe()
+    step()
+    buses = _buses(found)
+    for link in found.get("links", []):
+        link["bus"] = buses.get((link["from"], link["to"]))
+    found["use"], found["remarks"] = judge(found)
+    step()
+    return found
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _nvcc() -> str | None:
+    found = re.search(r"release ([\d.]+)", _output("nvcc", "--version") or "")
+    return found[1] if found else None
+
+
+def _driver() -> dict[str, Any]:
+    """What nvidia-smi sees; it ignores CUDA_VISIBLE_DEVICES."""
+    fields = "index,uuid,name,driver_version"
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") or ""
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 4 and row[0].isdigit()]
+    return {
+        "version": rows[0][3] if rows else None,
+        "gpus": [{"index": int(r[0]), "uuid": r[1], "name": r[2]} for r in rows],
+        "hidden_by": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+
+
+def probe(seconds: float = PROBE_SECONDS) -> dict[str, Any]:
+    """Torch, the core and the links as a child process sees them; ``probe_failed`` says what
+    went wrong if it did not come to its end."""
+    command = [sys.executable, "-m", "asyncdiff.tools.doctor"]
+    path = os.pathsep.join(p for p in sys.path if p)  # as we were found, so shall the child
+    failed = None
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            timeout=seconds,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        told = done.stdout
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            failed = f"the probe ended with {done.returncode}: {' '.join(last)}"
+    except subprocess.TimeoutExpired as error:
+        told = error.stdout or b""
+        failed = f"the probe did not answer within {seconds:.0f} s"
+    found: dict[str, Any] = {"probe_failed": failed}
+    for line in told.decode(errors="replace").splitlines():
+        if line.startswith("{"):
+            found |= json.loads(line)
+    return found
+
+
+def _probe_torch() -> dict[str, Any]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises OSError as often as ImportError
+        return {"torch": {"error": str(error) or type(error).__name__}}
+    facts: dict[str, Any] = {"version": str(torch.__version__), "cuda": torch.version.cuda}
+    gpus = []
+    if torch.cuda.is_available():
+        facts["architectures"] = torch.cuda.get_arch_list()
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            gpus.append(
+                {
+                    "index": index,
+                    "name": p.name,
+                    "uuid": str(getattr(p, "uuid", "")),
+                    "memory_gib": round(p.total_memory / 2**30, 1),
+                    "capability": f"{p.major}.{p.minor}",
+                }
+            )
+    elif torch.version.cuda:
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            facts["error"] = str(error).splitlines()[0]
+    return {"torch": facts, "gpus": gpus}
+
+
+def _probe_core() -> dict[str, Any]:
+    try:
+        import asyncdiff_core
+
+        return {
+            "core": {
+                "cuda_built": bool(asyncdiff_core.cuda_built()),
+                "build": dict(asyncdiff_core.build_info()),
+            }
+        }
+    except Exception as error:
+        return {"core": {"error": str(error) or type(error).__name__}}
+
+
+def _probe_links(gpus: int) -> dict[str, Any]:
+    """Build a fabric over all GPUs: it writes and reads back in each direction."""
+    try:
+        import asyncdiff_core
+
+        fabric = asyncdiff_core.CudaFabric(list(range(gpus)))
+        reasons = fabric.link_reasons()
+        links = [
+            {"from": a, "to": b, "kind": str(kind), "reason": reasons.get((a, b)) or None}
+            for (a, b), kind in sorted(fabric.links().items())
+            if a != b
+        ]
+        return {"links": links}
+    except Exception as error:
+        return {"links": [], "links_error": str(error) or type(error).__name__}
+
+
+def _say(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, default=str), flush=True)
+
+
+def _child() -> None:
+    torch = _probe_torch()
+    _say(torch)
+    core = _probe_core()
+    _say(core)
+    gpus = len(torch.get("gpus", []))
+    if gpus > 1 and core["core"].get("cuda_built"):
+        _say(_probe_links(gpus))
+
+
+def _buses(found: dict[str, Any]) -> dict[tuple[int, int], str]:
+    """NVLink or PCIe between visible GPUs, from ``nvidia-smi topo -m``."""
+    if len(found.get("gpus", [])) < 2:
+        return {}
+    matrix = read_topology(_output("nvidia-smi", "topo", "-m") or "")
+    # Torch counts visible devices only; the UUID says which one of the machine's each is.
+    place = {g["uuid"].removeprefix("GPU-"): g["index"] for g in found["driver"]["gpus"]}
+    real = {
+        g["index"]: place.get(g["uuid"].removeprefix("GPU-"), g["index"]) for g in found["gpus"]
+    }
+    return {
+        (a, b): matrix[(real[a], real[b])]
+        for a in real
+        for b in real
+        if (real[a], real[b]) in matrix
+    }
+
+
+def read_topology(text: str) -> dict[tuple[int, int], str]:
+    """The matrix of ``nvidia-smi topo -m`` in words, by pair of GPU numbers."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    heads = next(([c for c in cells if re.fullmatch(r"GPU\d+", c)] for cells in lines), [])
+    out: dict[tuple[int, int], str] = {}
+    for cells in lines:
+        if not re.fullmatch(r"GPU\d+", cells[0]) or cells[: len(heads)] == heads:
+            continue
+        for head, code in zip(heads, cells[1:], strict=False):
+            link = re.fullmatch(r"NV(\d+)", code)
+            words = f"NVLink, {link[1]} links" if link else BUSES.get(code)
+            if words:
+                out[(int(cells[0][3:]), int(head[3:]))] = words
+    return out
+
+
+def judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The devices that ``devices=None`` takes, and every reason why something is not used."""
+    remarks = []
+    torch, core, gpus = found.get("torch", {}), found.get("core", {}), found.get("gpus", [])
+    real = found["driver"]["gpus"]
+    if found.get("probe_failed"):
+        remarks.append(found["probe_failed"])
+    if "version" not in torch:
+        remarks.append(f"torch cannot be imported: {torch.get('error', 'unknown')}")
+    if "error" in core:
+        remarks.append(f"the core extension cannot be imported: {core['error']}")
+    if not real and not gpus:
+        remarks.append("no GPU: nvidia-smi sees none")
+    elif not gpus and "version" in torch:
+        if not torch.get("cuda"):
+            remarks.append(f"GPUs unused: torch {torch['version']} is a build without CUDA")
+        elif found["driver"]["hidden_by"] is not None:
+            remarks.append(f"GPUs unused: CUDA_VISIBLE_DEVICES={found['driver']['hidden_by']!r}")
+        else:
+            remarks.append(f"GPUs unused: {torch.get('error', 'torch sees none')}")
+    elif len(gpus) < len(real):
+        hidden = found["driver"]["hidden_by"]
+        remarks.append(
+            f"{len(real) - len(gpus)} of {len(real)} GPUs unused: "
+            + (
+                f"CUDA_VISIBLE_DEVICES={hidden!r}"
+                if hidden is not None
+                else "torch does not see them"
+            )
+        )
+    usable = []
+    for gpu in gpus:
+        needed = "sm_" + gpu["capability"].replace(".", "")
+        known = torch.get("architectures") or [needed]
+        # a build for an older architecture of the same generation runs on a newer one
+        same = [a for a in known if re.match(rf"(sm|compute)_{needed[3:-1]}\d[af]?$", a)]
+        if same or any(a.startswith("compute_") for a in known):
+            usable.append(f"cuda:{gpu['index']}")
+        else:
+            remarks.append(f"cuda:{gpu['index']} unused: this torch has no code for {needed}")
+    if usable and core.get("cuda_built") is False:
+        remarks.append(
+            "GPUs unused: the core was built without CUDA; ASYNCDIFF_CUDA=on pip install ."
+        )
+        usable = []
+    if found.get("links_error"):
+        remarks.append(f"links between GPUs could not be tried: {found['links_error']}")
+    for link in found.get("links", []):
+        if link["kind"] != "peer":
+            remarks.append(
+                f"cuda:{link['from']} to cuda:{link['to']} goes through {link['kind']} memory: "
+                f"{link['reason'] or 'no reason given'}"
+            )
+    for name in ("diffusers", "transformers"):
+        if found["versions"].get(name) is None:
+            remarks.append(f"{name} is not installed: pip install 'asyncdiff[diffusers]'")
+    if "error" in core or "version" not in torch:
+        return [], remarks
+    return usable or ["cpu"], remarks
+
+
+def tell(found: dict[str, Any]) -> str:
+    """The findings for people."""
+    core, torch = found.get("core", {}), found.get("torch", {})
+    versions = ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v)
+    lines = [
+        f"python     {found['python']} on {found['system']}, {found['cores']} cores",
+        f"packages   {versions or 'none'}",
+        f"torch      {torch.get('version', 'missing')}, CUDA {torch.get('cuda') or 'none'}",
+        f"core       {_core_line(core)}",
+        f"driver     {found['driver']['version'] or 'none'}; nvcc {found['nvcc'] or 'none'}",
+    ]
+    for gpu in found.get("gpus", []):
+        lines.append(
+            f"cuda:{gpu['index']}     {gpu['name']}, {gpu['memory_gib']} GiB, "
+            f"capability {gpu['capability']}"
+        )
+    for link in found.get("links", []):
+        lines.append(
+            f"link       cuda:{link['from']} to cuda:{link['to']}: {link['kind']}"
+            + (f" ({link['bus']})" if link.get("bus") else "")
+        )
+    lines.append(f"will use   {', '.join(found['use']) or 'nothing: see below'}")
+    lines += [f"note       {remark}" for remark in found["remarks"]]
+    return "\n".join(lines)
+
+
+def _core_line(core: dict[str, Any]) -> str:
+    if "cuda_built" not in core:
+        return "missing"
+    build = ", ".join(f"{k} {v}" for k, v in core.get("build", {}).items())
+    return f"built {'with' if core['cuda_built'] else 'without'} CUDA" + (
+        f" ({build})" if build else ""
+    )
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,243 @@
+"""The fastest setting that keeps a wanted fidelity, for a pipeline and prompts of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import InputError, TuneError
+from ..integrations.diffusers.pipeline import parallelize, plan_partition
+from ..partition.cost import link_speed
+from ..progress import Progress
+from ..runtime.devices import Devices, resolve
+from ..sampling.calibration import Calibration
+from ..schedule.plan import SCHEDULES, build, rank_count
+from ..schedule.simulate import Timing, predict
+from .fidelity import Fidelity, Learned, fidelity, lpips
+
+#: Exact steps that are tried: at the beginning, and at the end, where a few do the most.
+ENDS = ((1, 0), (1, 1), (1, 2), (3, 2), (5, 4), (9, 4), (13, 6), (17, 8), (25, 8), (33, 8))
+#: Microseconds that a message takes from one GPU to another; it hardly matters.
+_LATENCY_US = 5.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings that differ in their exact steps only."""
+
+    components: int
+    stride: int
+    schedule: str
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it takes."""
+        return rank_count(self.components, self.stride, self.schedule)
+
+    def arguments(self, end: tuple[int, int]) -> dict[str, Any]:
+        """Of :func:`asyncdiff.parallelize`, with so many exact steps at both ends."""
+        warmup, exact_tail = end
+        return {**vars(self), "warmup": warmup, "exact_tail": exact_tail}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that was tried: arguments of ``parallelize``, and what they gave.
+
+    ``speedup`` is predicted from the components' measured times and the links' speed, over the
+    plain pipeline's denoiser on one device.
+    """
+
+    arguments: dict[str, Any]
+    speedup: float
+    fidelity: Fidelity
+    #: of calibrated waves: the ``order`` that belongs to the arguments
+    calibration: Calibration | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "arguments": self.arguments,
+            "speedup": self.speedup,
+            "fidelity": asdict(self.fidelity),
+            "calibrated": self.calibration is not None,
+        }
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.arguments.items())
+        learned = "".join(f", {k} {v:.4f}" for k, v in self.fidelity.learned.items())
+        settings += ", calibrated" if self.calibration is not None else ""
+        return (
+            f"{settings}: {self.speedup:.2f} times the speed, {self.fidelity.psnr_db:.1f} dB, "
+            f"SSIM {self.fidelity.ssim:.3f}{learned}"
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen, and everything that was tried, in order."""
+
+    chosen: Trial
+    tried: list[Trial]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"chosen": self.chosen.to_dict(), "tried": [t.to_dict() for t in self.tried]}
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    psnr_db: float | None = None,
+    max_lpips: float | None = None,
+    devices: Devices = None,
+    ranks: int | None = None,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    calibrate_on: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """The fastest setting of :func:`asyncdiff.parallelize` that keeps a wanted fidelity.
+
+    Draws ``prompts`` plainly, then with one setting after another; fidelity is that of the
+    pictures to the plain ones from the same noise. Of each family of settings (components, stride,
+    schedule) the fewest exact steps that are enough are found by bisection, which takes fidelity to
+    grow with them. Families that cannot be faster than what was found are not tried.
+
+    Args:
+        pipe: a diffusers pipeline with a denoiser that :func:`parallelize` can split.
+        prompts: drawn as one batch.
+        psnr_db, max_lpips: keep at least this mean PSNR, in dB, or at most this mean LPIPS; one.
+        devices: where ranks run while this tries; they may share one: the pictures are the same.
+            Default: all GPUs in turn, else the CPU.
+        ranks: how many devices the setting may use; default: the different ones of ``devices``,
+            but at least two.
+        num_inference_steps, seed: of the generations.
+        call: further arguments of the pipeline's call.
+        calibrate_on: other prompts than ``prompts``, eight or more: waves are calibrated on them
+            (``Handle.calibrate``), each setting for itself, which takes five generations of these.
+        progress: called with (what, done, of how many).
+
+    Raises TuneError, which names the best setting tried, where none is good enough; InputError for
+    targets that make no sense, MetricError where LPIPS cannot be computed here.
+    """
+    good, learned = _target(psnr_db, max_lpips)
+    if not prompts:
+        raise InputError("tune() needs prompts: those that you care for")
+    where = resolve(devices, len(devices) if devices is not None else 2)
+    ranks = ranks or max(2, len(set(where)))
+    if ranks < 2:
+        raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
+    if calibrate_on is not None and set(calibrate_on) & set(prompts):
+        raise InputError("calibrate_on and prompts share some: judge by others than were fitted")
+
+    def arguments(texts: Sequence[str], first_seed: int) -> dict[str, Any]:
+        noise = [torch.Generator("cpu").manual_seed(first_seed + i) for i in range(len(texts))]
+        own = {"prompt": list(texts), "generator": noise, **dict(call or {})}
+        return own | {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+
+    def draw() -> torch.Tensor:
+        with torch.no_grad():
+            images: torch.Tensor = pipe(**arguments(prompts, seed)).images
+        return images.float().cpu()
+
+    def attempt(family: Family, end: tuple[int, int], speedup: float) -> Trial:
+        settings = family.arguments(end)
+        devices = [where[r % len(where)] for r in range(family.ranks)]
+        # The split is that which the user will get: it decides what is stale.
+        handle = parallelize(pipe, devices, compile=False, **settings)
+        try:
+            calibration = None
+            if calibrate_on is not None and family.schedule == "wavefront":
+                calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
+            close = fidelity(draw(), reference, prompts, learned)
+        finally:
+            handle.restore()
+        return Trial(settings, speedup, close, calibration)
+
+    reference = draw()
+    families = _families(ranks)
+    links = link_speed(where)
+    speeds = {id(f): _speedups(pipe, f, num_inference_steps, where[0], links) for f in families}
+    families.sort(key=lambda f: -max(speeds[id(f)].values(), default=0.0))
+    tried: list[Trial] = []
+    best: Trial | None = None
+    for number, family in enumerate(families):
+        ends = list(speeds[id(family)])
+        low, high = 0, len(ends)
+        while low < high:
+            middle = (low + high) // 2
+            end = ends[middle]
+            speedup = speeds[id(family)][end]
+            if best is not None and speedup <= best.speedup:
+                high = middle  # too slow to be of use, and with more exact steps slower still
+                continue
+            trial = attempt(family, end, speedup)
+            tried.append(trial)
+            if good(trial.fidelity):
+                best, high = trial, middle
+            else:
+                low = middle + 1
+            if progress is not None:
+                progress(f"trying settings, {len(tried)} so far", number, len(families))
+    if not tried:
+        raise InputError(f"{num_inference_steps} steps are too few to leave out anything")
+    if best is None:
+        closest = max(tried, key=lambda t: t.fidelity.psnr_db)
+        wanted = f"{psnr_db} dB" if psnr_db is not None else f"LPIPS {max_lpips}"
+        raise TuneError(
+            f"no setting on {ranks} devices keeps {wanted}; the best of {len(tried)} tried is "
+            f"{closest}. Ask for less, or take more steps or fewer devices"
+        )
+    return Tuned(best, tried)
+
+
+def _target(
+    psnr_db: float | None, max_lpips: float | None
+) -> tuple[Callable[[Fidelity], bool], dict[str, Learned]]:
+    if (psnr_db is None) == (max_lpips is None):
+        raise InputError("say what to keep: psnr_db or max_lpips, one of them")
+    if psnr_db is not None:
+        if not psnr_db > 0 or math.isinf(psnr_db):
+            raise InputError(f"psnr_db={psnr_db}: a PSNR in dB, such as 30")
+        return lambda f: f.psnr_db >= psnr_db, {}
+    assert max_lpips is not None
+    if not max_lpips > 0:
+        raise InputError(f"max_lpips={max_lpips}: a distance above 0, such as 0.1")
+    return lambda f: f.learned["lpips"] <= max_lpips, {"lpips": lpips()}
+
+
+def _families(ranks: int) -> list[Family]:
+    """All schedules and shapes that ``ranks`` devices allow."""
+    families = [Family(n, s, k) for k in SCHEDULES for n in range(2, ranks + 1) for s in (1, 2)]
+    return [f for f in families if f.ranks <= ranks]
+
+
+def _speedups(
+    pipe: Any, family: Family, steps: int, device: torch.device, bytes_per_ms: float
+) -> dict[tuple[int, int], float]:
+    """Predicted speed-up by exact steps at both ends."""
+    copies = family.ranks - family.components + 1
+    parts = plan_partition(pipe, family.components, device=device, copies=copies)
+    report = parts.report().to_dict()
+    links = {"link_gb_per_s": bytes_per_ms / 1e6, "link_latency_us": _LATENCY_US}
+    timing = Timing.from_report(report, **links)
+    out = {}
+    for w, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
+        plan = build(
+            family.components,
+            family.stride,
+            w,
+            steps,
+            schedule=family.schedule,
+            exact_tail=tail,
+            exchanges=parts.exchanges,
+        )
+        out[w, tail] = predict(plan, timing).speedup
+    return out

@@ -1,0 +1,185 @@
+"""The denoise benchmark's logic, on the CPU: its figures mean nothing there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+import results_file
+import tables
+from asyncdiff.schedule.plan import build
+from denoise import merge, models, table, timings
+from denoise.settings import Setting
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_settings_as_text() -> None:
+    plain = Setting.parse("2,1,1")
+    assert plain == Setting(2, 1, 1) and plain.name == "N=2 S=1 w=1" and plain.ranks == 2
+    all_of_it = Setting.parse("3,2,9,waves,split,splitwarm,tail=2")
+    assert all_of_it.name == "N=3 S=2 w=9 tail=2 waves split splitwarm"
+    late = Setting.parse("3,1,1,waves,delay=2")
+    assert late.delay == 2 and late.name == "N=3 S=1 w=1 delay=2 waves"
+    assert late.team != Setting.parse("3,1,1,waves").team
+    assert all_of_it.ranks == 6 and all_of_it.schedule == "wavefront"
+    assert Setting.parse("3,2,1").ranks == 4
+    # Exact steps may change between generations; ranks may not.
+    assert Setting.parse("3,2,1,waves,split").team == all_of_it.team != Setting.parse("3,2,9").team
+    # First generations may be short, but have exact ones and ticks in both slots.
+    assert Setting.parse("2,1,1").enough(6) == 6 and Setting.parse("3,2,9,tail=1").enough(6) == 22
+    for wrong in ("2,1", "2,1,1,often", "2,1,1,delay", "2,1,1,waves=2", "a,b,c"):
+        with pytest.raises(ValueError):
+            Setting.parse(wrong)
+
+
+def test_every_way_gives_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "denoise.json"
+    command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]
+    command += ["--models", "tiny", "--dtype", "float32", "--steps", "5", "4", "--rounds", "2"]
+    command += ["--out", str(out), "--schedules", "2,1,1", "2,1,5", "2,1,3,splitwarm,tail=1"]
+    command += ["1,1,1,split", "2,1,1,waves", "2,2,1", "--predict", "2", "3"]
+    command += ["--predict-steps", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    # 4 steps have no 5 exact ones: said, not hidden.
+    assert done.returncode != 0 and "warmup=5 exceeds the 4 steps" in done.stderr
+    command[command.index("4")] = "6"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["figures"]["tiny"]
+    rows = {k: v for k, v in figures.items() if k.startswith("N=")}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        assert row["ms_a_step"]["median"] > 0 and row["6 steps"]["ms_a_step"]["median"] > 0
+        assert row["shared_gpus"] and "speedup_over_eager" not in row
+        exact = name in ("N=2 S=1 w=5", "N=1 S=1 w=1 split")
+        assert (row["distance_to_eager"] < 1e-5) == exact, name
+    # N=1 exchanges nothing.
+    assert rows["N=1 S=1 w=1 split"]["exchange_mib_per_tick"] == 0
+    rows = figures["predicted"]["rows"]
+    # Too few steps for nine exact ones.
+    assert list(rows) == ["N=2 S=1 w=1", "N=3 S=1 w=1", "N=2 S=2 w=1", "N=3 S=2 w=1"]
+    assert rows["N=3 S=2 w=1"]["gpus"] == 4
+    # One exact step of five, and the others at the pace of the slowest component.
+    slowest, both = (f(rows["N=2 S=1 w=1"]["component_ms_alone"]) for f in (max, sum))
+    ideal = (both + 4 * slowest) / 5 + figures["predicted"]["update_ms"]
+    assert rows["N=2 S=1 w=1"]["ms_a_step"] == pytest.approx(ideal, rel=0.2)
+    # A further run adds its models; one on other software begins anew.
+    document = json.loads(out.read_text())
+    document["figures"]["flux"] = {"title": "kept"}
+    out.write_text(json.dumps(document))
+    assert list(results_file.continued(out)) == ["tiny", "flux"]
+    document["environment"]["torch"] = "1.0"
+    out.write_text(json.dumps(document))
+    assert results_file.continued(out) == {}
+    rows = {k: v for k, v in figures.items() if k.startswith("N=")}
+    plan = build(2, 1, 1, 5)
+    assert len(rows["N=2 S=1 w=1"]["gmacs_per_step_by_rank"]) == plan.ranks
+
+
+def test_a_denoiser_gets_the_timesteps_of_its_pipeline() -> None:
+    inputs = {"hidden_states": torch.randn(1, 4, 8), "timestep": torch.ones(1, dtype=torch.float16)}
+    flux, sd3 = (models.MODELS[key].loop(inputs, 5) for key in ("flux", "sd3"))
+    seen: list[torch.Tensor] = []
+
+    def denoise(kwargs: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(kwargs["timestep"])
+        return kwargs["hidden_states"]
+
+    flux(denoise)
+    # FLUX multiplies them by 1000 again, in float16.
+    assert [float(t[0]) for t in seen] == pytest.approx(flux.scheduler.timesteps / 1000, rel=1e-3)
+    assert torch.equal(sd3.timesteps.long(), sd3.scheduler.timesteps)
+    # Views, as with most pipelines: an engine need not look at their values.
+    begins = [t.data_ptr() for t in flux.timesteps]
+    assert [t.data_ptr() for t in seen] == begins and len(set(begins)) == 5
+
+
+def test_a_loop_of_nan_is_not_timed() -> None:
+    way = SimpleNamespace(run=lambda loop: torch.full((2,), torch.nan))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        timings.Timings().take(way, cast(Any, None))
+
+
+def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
+    """They prepare at once, time one after another, and one document comes of it."""
+    script = str(ROOT / "benchmarks/denoise/run.py")
+    command = [sys.executable, script, "--device", "cpu", "--models", "tiny", "--dtype", "float32"]
+    command += ["--steps", "4", "6", "3", "--rounds", "2", "--eager-rounds", "1"]
+    command += ["--further-ranks", "2", "--lock", str(tmp_path / "lock")]
+    settings = {"a": ["2,1,1", "2,1,2"], "b": ["3,1,1", "2,1,1"]}
+    outs = {name: tmp_path / f"{name}.json" for name in settings}
+    runs = [
+        subprocess.Popen(
+            [*command, "--out", str(outs[name]), "--schedules", *wanted],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, wanted in settings.items()
+    ]
+    for run in runs:
+        _, errors = run.communicate(timeout=250)
+        assert run.returncode == 0, errors
+    documents = {name: json.loads(path.read_text()) for name, path in outs.items()}
+    merged = merge.merge(list(documents.values()))["figures"]["tiny"]
+    first, last = (documents[name]["figures"]["tiny"] for name in settings)
+    assert merged["eager"] == first["eager"] and merged["N=2 S=1 w=1"] == last["N=2 S=1 w=1"]
+    assert {"N=3 S=1 w=1", "N=2 S=1 w=2"} < set(merged)
+    assert merged["command"].count("run.py") == 2
+    # Further lengths are for few ranks, and one round of eager is enough to compare with.
+    assert "6 steps" in merged["N=2 S=1 w=1"] and "6 steps" not in merged["N=3 S=1 w=1"]
+    here = documents["b"]["environment"]
+    here["torch"] = "1.0"
+    with pytest.raises(ValueError, match="torch differ"):
+        merge.merge(list(documents.values()))
+    here["torch"] = documents["a"]["environment"]["torch"]
+    documents["a"]["environment"]["gpus"] = ["GPU", "GPU"]
+    for gpus, fits in ((["GPU"], True), (["another"], False), (["GPU"] * 3, False)):
+        here["gpus"] = gpus
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="gpus differ"):
+            merge.merge(list(documents.values()))
+
+
+def test_the_table_of_committed_results_is_the_readmes() -> None:
+    assert tables.denoise().count("one GPU, eager") >= 1
+
+
+def test_what_a_tick_takes_follows_from_loops_of_few_and_many_exact_steps() -> None:
+    exact, tick, steps = 10.0, 2.5, 50
+
+    def loop(w: int) -> dict[str, object]:
+        ms = (w * exact + (steps - w) * tick) / steps
+        return {"mode": "graph", "devices": ["cuda:0"], "ms_a_step": {"median": ms}}
+
+    model = {"title": "a model", "steps": steps, "rounds": 1, "eager": {"memory_mib": {}}}
+    model |= {"graph": {"ms_a_step": {"median": exact}}, "N=4 S=1 w=1": loop(1)}
+    assert "efficiency" not in table.measured({"model": model})
+    model["N=4 S=1 w=9"] = loop(9)
+    assert "| efficiency of a steady tick | ≥ 1.000 |" in table.measured({"model": model})
+    known = {"median": 0.9, "min": 0.8, "max": 1.0}
+    model["N=4 S=1 w=1"] = loop(1) | {"steady": {"efficiency": known}}
+    assert "| 0.900 (0.800 to 1.000) |" in table.measured({"model": model})
+
+
+def test_lengths_that_were_not_run() -> None:
+    def loop(ratio: float) -> dict[str, object]:
+        return {"ms_a_step": {"median": 1.0}, "speedup_over_graph": {"median": ratio}}
+
+    first = {"title": "a", "steps": 50, "rounds": 1, "eager": {"memory_mib": {"device": []}}}
+    rest = {"mode": "graph", "devices": ["cuda:0"]}
+    row = "N=2 S=1 w=1"
+    whole = first | {row: rest | loop(1.9) | {"25 steps": loop(1.8), "100 steps": loop(1.95)}}
+    part = first | {row: rest | loop(1.7) | {"25 steps": loop(1.6)}}
+    none = first | {row: rest | loop(1.5)}
+    text = table.measured({"whole": whole, "part": part, "none": none})
+    assert "times one GPU in 25, 50, 100 steps" in text
+    assert f"| {row} | 1.80, 1.90, 1.95 | 1.60, 1.70, – |  |" in text

@@ -1,0 +1,120 @@
+"""Addresses of arrays: by DLPack's exchange table where there is one, else by a closer look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import asyncdiff_core as core
+from asyncdiff.runtime.buffers import layout_of
+
+has_table = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="this torch has no DLPack exchange table",
+)
+
+
+def channel_for(tensors: list[torch.Tensor]) -> tuple[core.HostFabric, core.Channel]:
+    fabric = core.HostFabric(2, deadline=2)
+    return fabric, fabric.channel(0, [1], layout_of(tensors), slots=2)
+
+
+TYPES = [
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.bool,
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+]  # fmt: skip
+
+
+@has_table
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_table_finds_what_the_closer_look_finds(dtype: torch.dtype) -> None:
+    base = torch.zeros(4, 6, 2, dtype=dtype)
+    many = [
+        base[1:],
+        base.permute(2, 0, 1),
+        base[0, 0, 0],
+        base[:0],
+        torch.zeros(1, 3, dtype=dtype),
+    ]
+    _, channel = channel_for(many)
+    looked_at = [a.pointer for a in channel._looked_at(many)]
+    assert channel._native.addresses(many, False) == looked_at
+    assert channel._native.addresses(tuple(many), False) == looked_at
+    if dtype.is_floating_point:
+        weights = [torch.nn.Parameter(x) for x in many]  # of another type, and with a gradient
+        assert [a.pointer for a in channel._looked_at(weights)] == looked_at
+        assert channel._native.addresses(weights, False) in (None, looked_at)
+
+
+@has_table
+def test_what_is_unlike_the_layout_is_left_to_the_closer_look() -> None:
+    x = torch.zeros(4, 6)
+    _, channel = channel_for([x])
+    found = channel._native.addresses
+    assert found([x], False) is not None
+    assert found([x], True) is None  # not on a GPU
+    for other in (x.half(), x.int(), x[:3], x[None], x.T, x.T.contiguous().T, torch.zeros(6, 4)):
+        assert found([other], False) is None, other
+        with pytest.raises(core.InvalidArgument, match="was agreed"):
+            channel.put([other], 0)
+    assert found([x, x], False) is None and found([], False) is None and found(x, False) is None
+    assert found([None], False) is None and found([x.numpy()], False) is None
+    # A dimension of one may have any stride.
+    _, one = channel_for([torch.zeros(1, 6)])
+    odd = torch.zeros(1, 12)[:, :6]
+    assert odd.stride() != (6, 1)
+    assert one._native.addresses([odd], False) == [odd.data_ptr()]
+
+
+def test_bundles_of_several_libraries() -> None:
+    x, y = torch.arange(6.0).reshape(2, 3), np.arange(6, dtype=np.float32).reshape(2, 3) + 10
+    fabric, channel = channel_for([x, torch.from_numpy(y)])
+    for slot, pair in enumerate([(x, y), (y, x)]):
+        channel.put(pair, slot)
+        out = [np.zeros((2, 3), np.float32), torch.zeros(2, 3)]
+        channel.unpack(1, out, slot)
+        for sent, got in zip(pair, out, strict=True):
+            assert np.array_equal(np.asarray(sent), np.asarray(got))
+    fabric.close()
+
+
+class Interface:
+    """An array with this as the data of its interface."""
+
+    def __init__(self, data: Any) -> None:
+        self.__array_interface__ = {"shape": (4,), "typestr": "|u1", "version": 3} | data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"data": b"abcd"}, {"data": None}, {}, {"data": (b"abcd", False)}, {"data": (1, 2, 3)}],
+    ids=str,
+)
+def test_interfaces_without_an_address_are_refused(data: dict[str, Any]) -> None:
+    _, channel = channel_for([torch.zeros(4, dtype=torch.uint8)])
+    with pytest.raises(core.InvalidArgument, match=r"no address.*numpy\.asarray"):
+        channel.put([Interface(data)], 0)
+    with pytest.raises(core.InvalidArgument, match="no address"):
+        channel.push(0, Interface(data), 0)
+
+
+def test_pictures_are_refused() -> None:
+    image = pytest.importorskip("PIL.Image").new("L", (4, 4))
+    _, channel = channel_for([torch.zeros(4, 4, dtype=torch.uint8)])
+    with pytest.raises(core.InvalidArgument, match="interface of Image gives no address"):
+        channel.put([image], 0)
+    channel.put([np.asarray(image)], 0)
+
+
+def test_nothing_is_unpacked_into_read_only_memory() -> None:
+    fixed = np.frombuffer(b"aaaa", np.uint8)
+    _, channel = channel_for([torch.zeros(4, dtype=torch.uint8)])
+    channel.put([fixed], 0)  # it may be read
+    with pytest.raises(core.InvalidArgument, match=r"tensor 0 .* read-only"):
+        channel.unpack(1, [fixed], 0)
+    out = np.zeros(4, np.uint8)
+    channel.unpack(1, [out], 0)  # nothing was got
+    assert out.tobytes() == b"aaaa"

@@ -1,0 +1,186 @@
+"""Components compiled by inductor: the same results, pushes as early as before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from toys import toy, toy_call
+
+from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.capture import capture, nbytes_of
+from asyncdiff.graph.compile import compile_program, pays
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.cost import Costs, count_macs, fused
+from asyncdiff.partition.ownership import units
+from asyncdiff.partition.partition import partition
+from asyncdiff.progress import bar
+
+SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
+TIMES = [torch.tensor(900 - 100 * k) for k in range(4)]
+
+
+def run(denoiser: AsyncDenoiser) -> torch.Tensor:
+    call = toy_call()
+    latents = call["sample"]
+    with denoiser.generation(torch.stack(TIMES)):
+        for t in TIMES:
+            (noise,) = denoiser(latents, t, encoder_hidden_states=call["encoder_hidden_states"])
+            latents = latents - 0.1 * noise
+    return latents
+
+
+def spread(**settings: Any) -> AsyncDenoiser:
+    return AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLIT, **settings)
+
+
+def test_the_result_is_that_of_the_plain_components() -> None:
+    plain = spread()
+    want = run(plain)
+    seen: list[tuple[str, int, int]] = []
+    compiled = spread(compile=True, progress=lambda *told: seen.append(told))
+    torch.testing.assert_close(run(compiled), want, rtol=1e-9, atol=1e-9)
+    report = compiled.report()
+    assert report.compiled and report.compile_s > 0 and report.prepare_s > report.compile_s
+    assert not plain.report().compiled
+    # Component 0 pushes three values, each after a segment of its own; component 1 none.
+    assert seen == [("compiling rank 0", i, 3) for i in (1, 2, 3)] + [("compiling rank 1", 1, 1)]
+    plain.close()
+    compiled.close()
+
+
+@pytest.fixture
+def segments(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """What inductor is given; it is run as it is."""
+    given: list[fx.GraphModule] = []
+
+    def take(segment: fx.GraphModule, arguments: list[Any]) -> Callable[..., Any]:
+        assert len(arguments) == len(segment.graph.find_nodes(op="placeholder"))
+        given.append(segment)
+        return segment
+
+    monkeypatch.setattr(torch._inductor, "compile", take)
+    return given
+
+
+def test_values_are_pushed_before_what_follows_them(segments: list[fx.GraphModule]) -> None:
+    module, kwargs = toy(), toy_call()
+    captured = capture(module, call := parse(module, (), kwargs))
+    parts = partition(captured, 2, SPLIT)
+    program = parts.program(0, torch.device("cpu"))
+    inputs = [call.tensors[captured.inputs[n.name]] for n in parts.components[0].inputs]
+    order: list[Any] = []
+
+    def trace(target: int, index: int, value: torch.Tensor) -> None:
+        order.append((target, index, value))
+
+    program.emit.hook = trace
+    with torch.no_grad():
+        program(*inputs)
+    want, order = order, []
+    compiled = compile_program(program, inputs, lambda done, total: None)
+    order.clear()
+    for number, segment in enumerate(segments):
+        segment.register_forward_hook(lambda *_, number=number: order.append(number))
+    with torch.no_grad():
+        compiled(*inputs)
+    numbers = [x for x in order if isinstance(x, int)]
+    pushed = [x for x in order if isinstance(x, tuple)]
+    assert numbers == list(range(len(segments))) and len(segments) == len(want) == 3
+    assert [isinstance(x, int) for x in order] == [True, False] * 3
+    for (t, i, value), (target, index, expected) in zip(pushed, want, strict=True):
+        assert (t, i) == (target, index)
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_every_computation_is_in_one_segment(segments: list[fx.GraphModule]) -> None:
+    module, kwargs = toy(), toy_call()
+    captured = capture(module, call := parse(module, (), kwargs))
+    parts = partition(captured, 1, "estimate")
+    program = parts.program(0, torch.device("cpu"))
+    inputs = [call.tensors[captured.inputs[n.name]] for n in parts.components[0].inputs]
+    compiled = compile_program(program, inputs, lambda done, total: None)
+    (segment,) = segments
+    assert (
+        len(segment.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)) == 3
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(*inputs)[0], module(**kwargs)[0], rtol=1e-12, atol=1e-12
+        )
+
+
+def test_what_inductor_cannot_take_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = run(spread())
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such lowering")
+
+    monkeypatch.setattr(torch._inductor, "compile", refuse)
+    with caplog.at_level(logging.WARNING, "asyncdiff"):
+        denoiser = spread(compile=True)
+        got = run(denoiser)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert not denoiser.report().compiled
+    assert "rank 0 runs uncompiled, which is slower: RuntimeError: no such lowering" in caplog.text
+    denoiser.close()
+
+
+def test_small_denoisers_and_cpus_are_not_compiled_by_default() -> None:
+    assert not pays(toy(), [torch.device("cpu")])
+    denoiser = spread()
+    assert not denoiser.compile
+    denoiser.close()
+
+
+def test_fused_costs_leave_out_what_need_not_be_moved() -> None:
+    module, kwargs = toy(), toy_call()
+    captured = capture(module, parse(module, (), kwargs))
+    macs = count_macs(captured)
+    before = Costs({n: 0.0 if n in captured.views else 1.0 for n in captured.nodes}, macs, "told")
+    after = fused(captured, before)
+    assert after.source == "told, as if fused" and after.macs == macs
+    for node in captured.nodes:
+        assert 0 <= after.ms[node] <= before.ms[node]
+        if "linear" in str(node.target):
+            assert after.ms[node] == 1  # a product stays what it is
+        if "conv2d" in str(node.target):
+            assert 0.5 <= after.ms[node] < 1  # the pass that adds the bias is gone
+
+    def only(word: str) -> list[fx.Node]:
+        return [n for n in units(captured) if word in str(n.target)]
+
+    # conv → add → relu → next conv: the addition reads (its result is never written), the ReLU
+    # writes (what it reads is not in memory).
+    speed = 2.5e9
+    relu = only("relu")[0]
+    add = relu.all_input_nodes[0]
+    assert after.ms[relu] * speed == pytest.approx(nbytes_of(relu))
+    assert after.ms[add] * speed == pytest.approx(nbytes_of(add.all_input_nodes[0]))
+
+
+def test_channels_last_is_undone() -> None:
+    module = toy()
+    denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split=SPLIT)
+    before = {n: p.clone() for n, p in module.named_parameters()}
+    denoiser._weights.channels_last()
+    assert module.up[0].weight.is_contiguous(memory_format=torch.channels_last)
+    denoiser.prepare(**toy_call())
+    want = run(spread())
+    torch.testing.assert_close(run(denoiser), want, rtol=1e-12, atol=1e-12)
+    denoiser.close()
+    for name, parameter in module.named_parameters():
+        assert parameter.is_contiguous()
+        assert torch.equal(parameter, before[name])
+
+
+def test_progress_without_a_terminal_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar(None) as progress:
+        progress("compiling", 1, 2)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,157 @@
+"""A denoiser that changes between generations: options, adapters, weights merged into."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import reference
+import torch
+from tiny_pipelines import tiny_flux, tiny_sd3
+from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.capture import capture
+from asyncdiff.graph.module_state import ModuleState
+from asyncdiff.graph.signature import parse
+from asyncdiff.graph.weights import Weights
+from asyncdiff.integrations.diffusers.subclass import twin as twin_of
+
+SPEC = reference.case("sd21_ddim_n2s1w1")
+
+
+def test_options_that_are_set_later() -> None:
+    """FreeU sets plain values of blocks. An earlier state is prepared already."""
+    pipe, plain = reference.pipeline(SPEC), reference.pipeline(SPEC)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=3, split="estimate")
+
+    def both() -> float:
+        got, want = (reference.run(p, SPEC, num_inference_steps=3) for p in (pipe, plain))
+        return reference.distance(got, want)
+
+    assert both() < 1e-5 and len(handle.denoiser._engines) == 1
+    for p in (pipe, plain):
+        p.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert both() < 1e-5 and len(handle.denoiser._engines) == 2
+    for p in (pipe, plain):
+        p.disable_freeu()
+    assert both() < 1e-5
+    prepared = len(handle.denoiser._engines)
+    assert both() < 1e-5 and len(handle.denoiser._engines) == prepared
+    handle.restore()
+
+
+def test_layers_that_are_loaded_later() -> None:
+    """Also where the attribute was None before, as that of an adapter's projection is."""
+    denoiser = toy()
+    denoiser.extra = None
+    forward = type(denoiser).forward
+
+    class WithExtra(type(denoiser)):  # type: ignore[misc]
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            (out,) = forward(self, sample, timestep, encoder_hidden_states)
+            return (out if self.extra is None else self.extra(out),)
+
+    denoiser.__class__ = WithExtra
+    twin = twin_of(denoiser)
+    engine = AsyncDenoiser(twin, devices=["cpu"] * 2, split="estimate", warmup=2)
+    call = toy_call()
+    latents, text = call["sample"], call["encoder_hidden_states"]
+
+    def near() -> bool:
+        with engine.generation([9, 8]):
+            got = [engine(latents, torch.tensor(t), text)[0] for t in (9, 8)]
+        return all(
+            torch.allclose(g, denoiser(latents, torch.tensor(t), text)[0])
+            for g, t in zip(got, (9, 8), strict=True)
+        )
+
+    assert near()
+    denoiser.extra = torch.nn.Conv2d(4, 4, 1).double().requires_grad_(False)
+    assert near()
+    engine.close()
+
+
+def test_what_counts_as_another_state() -> None:
+    module = toy()
+    module.down[1].scaling = {"default": 1.0}  # as of a LoRA
+    state = ModuleState(module)
+    numbers = [state.number()]
+
+    def changed() -> bool:
+        numbers.append(state.number())
+        return numbers[-1] != numbers[-2]
+
+    assert not changed()
+    module.down[1].scaling["default"] = 0.5
+    assert changed() and not changed()
+    module.down[1].scaling["default"] = 1.0
+    assert changed() and numbers[-1] == numbers[0]
+    for scale in (-1.0, -2.0):  # of one hash
+        module.down[1].scaling["default"] = scale
+        assert changed()
+
+    class Processor:
+        def __init__(self, scale: float) -> None:
+            self.scale = scale
+
+    for scale, new in ((1.0, True), (1.0, False), (2.0, True)):
+        module.mix.processor = Processor(scale)
+        assert changed() == new
+    module.mix._disabled = True  # as adapters have it
+    assert changed()
+    module.mix._active = ["a"]
+    assert changed()
+    module.mix._active.append("b")
+    assert changed()
+    module.mix._hooks = {"other": object()}  # nobody's options
+    assert not changed()
+    module.mix = torch.nn.Linear(8, 8)
+    assert changed()
+    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    assert changed()
+    module.mix.shift = torch.zeros(3)
+    assert changed()
+    module.mix.shift = torch.zeros(3)  # tensors are told apart by which they are
+    assert changed() and not changed()
+
+
+def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
+    """What is fused goes into the same parameter, in other memory."""
+    module = toy()
+    captured = capture(module, parse(module, (), toy_call()))
+    weights = Weights(module)
+    name, weight = next(iter(captured.weights.items()))
+    here = torch.device("cpu")
+    first = weights.get(captured, name, here)
+    assert weights.get(captured, name, here) is first
+    weight.data = weight.data + 1
+    assert weights.get(captured, name, here) is first  # of one capture, the same
+    captured = capture(module, parse(module, (), toy_call()))
+    second = weights.get(captured, name, here)
+    assert torch.equal(second, weight) and not torch.equal(first, weight)
+    # Where the copy is elsewhere, and the same memory is written to, unseen by torch.
+    weights._copies[id(weight), here] = elsewhere = weight.detach().clone()
+    weight.data += 1
+    captured = capture(module, parse(module, (), toy_call()))
+    assert torch.equal(weights.get(captured, name, here), weight)
+    assert not torch.equal(elsewhere, weight)
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
+def test_the_same_pipeline_is_prepared_once(make: Any) -> None:
+    pipe, call = make()
+    pipe.set_progress_bar_config(disable=True)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    for _ in range(3):
+        pipe(**call, num_inference_steps=3, output_type="latent")
+        assert len(handle.denoiser._engines) == 1
+    handle.restore()
+
+
+def test_a_copy_of_a_denoiser_is_its_own() -> None:
+    module = toy()
+    twin = twin_of(module)
+    assert twin.__dict__ is module.__dict__ and copy.deepcopy(twin).__dict__ is not twin.__dict__

@@ -1,0 +1,274 @@
+"""The drop-in where a denoiser, or what it is given, changes in the middle of a generation, and
+where others have changed it before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import reference
+import torch
+from diffusers.callbacks import SDCFGCutoffCallback
+from tiny_pipelines import tiny_flux
+from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
+from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
+
+SPEC = reference.case("sd21_ddim_n2s2w1")
+STEPS = 6
+
+
+def spread(pipe: Any, **settings: Any) -> asyncdiff.Handle:
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": SPEC["split"]}
+    return asyncdiff.parallelize(pipe, **options | settings)
+
+
+def run(pipe: Any, **options: Any) -> torch.Tensor:
+    return reference.run(pipe, SPEC, num_inference_steps=STEPS, **options)
+
+
+def freeu(at: int) -> Any:
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+        return kwargs
+
+    return callback
+
+
+def test_options_that_a_callback_changes() -> None:
+    pipe = reference.pipeline(SPEC)
+    want = run(pipe, callback_on_step_end=freeu(1))
+    pipe.disable_freeu()
+    without = run(pipe)
+    assert reference.distance(without, want) > 1e-3
+    handle = spread(pipe, warmup=STEPS)
+    for _ in range(2):
+        assert reference.distance(run(pipe, callback_on_step_end=freeu(1)), want) < 1e-5
+        assert handle.report().steps == handle.report().warmup == STEPS - 2
+        pipe.disable_freeu()
+        assert reference.distance(run(pipe), without) < 1e-5
+    assert len(handle.denoiser._engines) == 2  # of the denoiser with and without it
+    handle.restore()
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [({}, 3), ({"exact_tail": 2}, 3), ({"exact_tail": 2}, 1), ({"schedule": "wavefront"}, 3)],
+)
+def test_guidance_that_ends_early(settings: dict[str, Any], left: int) -> None:
+    """The batch is halved then: the rest is a generation of its own, exact as far as asked for."""
+    pipe = reference.pipeline(SPEC)
+    ends: dict[str, Any] = {
+        "callback_on_step_end": SDCFGCutoffCallback(
+            cutoff_step_ratio=None, cutoff_step_index=STEPS - left - 1
+        ),
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    want = run(pipe, **ends)
+    handle = spread(pipe, warmup=2, **settings)
+    got = run(pipe, **ends)
+    report = handle.report()
+    tail = settings.get("exact_tail", 0)
+    assert (report.steps, report.warmup) == (left, left if 2 + tail > left else 2)
+    assert 0 < reference.distance(got, want) < 1
+    assert (handle.denoiser.warmup, handle.denoiser.exact_tail) == (2, tail)
+    handle.denoiser.warmup, handle.denoiser.exact_tail = STEPS, 0
+    assert reference.distance(run(pipe, **ends), want) < 1e-5
+    handle.restore()
+
+
+def test_other_inputs_in_a_step_that_was_not_due() -> None:
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    call = reference.inputs(SPEC)
+    text, noise = call["prompt_embeds"], torch.randn(2, 4, 8, 8)
+    time = pipe.scheduler.timesteps[0]
+    pipe.unet(noise, time, encoder_hidden_states=text.expand(2, -1, -1))
+    with pytest.raises(SchedulerError, match="more or less often than once a step"):
+        pipe.unet(noise[:1], time, encoder_hidden_states=text)
+    handle.restore()
+
+
+def test_inputs_that_change_in_every_step() -> None:
+    """Each of them would be exported and compiled."""
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    text, noise = reference.inputs(SPEC)["prompt_embeds"], torch.randn(STEPS, 4, 8, 8)
+    with pytest.raises(InputError, match="in every step"):
+        for k, time in enumerate(pipe.scheduler.timesteps):
+            pipe.unet(noise[k:], time, encoder_hidden_states=text.expand(STEPS - k, -1, -1))
+    assert k == 3
+    handle.restore()
+
+
+def test_the_step_in_which_inputs_changed() -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
+    call = toy_call()
+    with denoiser.generation([9, 8, 7, 6]):
+        for t in (9, 8):
+            denoiser(call["sample"], torch.tensor(t), call["encoder_hidden_states"])
+        with pytest.raises(InputError, match="changed in step 2 of a generation"):
+            denoiser(call["sample"].half(), torch.tensor(7), call["encoder_hidden_states"])
+    denoiser.close()
+
+
+def test_times_of_the_rest() -> None:
+    ddim = diffusers.DDIMScheduler()
+    ddim.set_timesteps(10)
+    for first in (ddim.timesteps[0], ddim.timesteps[0].clone()):
+        rest = TimestepTracker(ddim, first).after(4)
+        assert rest.start == 4 and torch.equal(rest.values, ddim.timesteps[4:])
+        rest.check(0, ddim.timesteps[4])
+        rest.check(1, ddim.timesteps[5].clone())
+        with pytest.raises(SchedulerError, match="timestep 300 was due"):
+            rest.check(2, ddim.timesteps[8])
+
+
+def test_parts_that_have_another_time() -> None:
+    """Image to video: the first frame is given, and has time 0."""
+    pipe = reference.pipeline(SPEC)
+    pipe.scheduler.set_timesteps(STEPS)
+    text, noise = reference.inputs(SPEC)["prompt_embeds"].expand(2, -1, -1), torch.randn(2, 4, 8, 8)
+
+    def steps() -> list[torch.Tensor]:
+        return [
+            pipe.unet(noise, torch.tensor([0, int(t)]), encoder_hidden_states=text).sample
+            for t in pipe.scheduler.timesteps
+        ]
+
+    want = steps()
+    handle = spread(pipe, warmup=STEPS)
+    for got, due in zip(steps(), want, strict=True):
+        assert reference.distance(got, due) < 1e-5
+    assert handle.report().steps == STEPS
+    handle.restore()
+    for wrong in ({"stride": 2, "devices": ["cpu"] * 3}, {"schedule": "wavefront"}):
+        handle = spread(pipe, **wrong)
+        with pytest.raises(SchedulerError, match=r"several timesteps at once.* stride=1"):
+            steps()
+        handle.restore()
+
+
+def test_too_few_steps_are_left() -> None:
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe, warmup=4)
+    pipe.scheduler.set_timesteps(STEPS)
+    text = reference.inputs(SPEC)["prompt_embeds"]
+    with pytest.raises(PlanError, match=r"begins with timestep number 4 .* of its scheduler's 6"):
+        pipe.unet(torch.randn(1, 4, 8, 8), pipe.scheduler.timesteps[4], encoder_hidden_states=text)
+    handle.restore()
+
+
+def test_hooks_of_diffusers_are_refused() -> None:
+    """An export would drop a cache, or freeze what it just then does."""
+    pipe, call = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    config = diffusers.FirstBlockCacheConfig(threshold=0.1)
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate"}
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return pipe(**call, num_inference_steps=3, generator=generator, output_type="latent").images
+
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(InputError, match=r"hooks of diffusers \(fbc_.*disable_cache"):
+        asyncdiff.parallelize(pipe, **options)
+    pipe.transformer.disable_cache()
+    handle = asyncdiff.parallelize(pipe, **options)
+    want = draw()
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(InputError, match="hooks of diffusers"):
+        draw()
+    pipe.transformer.disable_cache()
+    assert torch.equal(draw(), want)
+    # A hook of the denoiser itself, which goes on with the forward that it found.
+    hook = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    hook.register_hook(diffusers.hooks.ModelHook(), "mine")
+    with pytest.raises(InputError, match=r"hooks of diffusers|forward was replaced"):
+        draw()
+    handle.restore()
+    assert draw().isfinite().all()
+
+
+def test_denoisers_that_torch_compiles() -> None:
+    pipe = reference.pipeline(SPEC)
+    want = run(pipe)
+    pipe.unet.compile(backend="eager")
+    handle = spread(pipe, warmup=STEPS)
+    assert reference.distance(run(pipe), want) < 1e-5
+    with pytest.raises(InputError, match="compile=True"):
+        pipe.unet.compile()
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    assert reference.distance(run(pipe), want) < 1e-5
+    pipe.unet = unet
+    handle.restore()
+    assert unet._compiled_call_impl is not None
+    pipe.unet = torch.compile(unet, backend="eager")
+    with pytest.raises(InputError, match="wrapped by torch"):
+        spread(pipe)
+
+
+def test_copies() -> None:
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe, warmup=STEPS)
+    want = run(pipe)
+    for copied in (copy.deepcopy, pickle.dumps):
+        for what in (pipe, pipe.unet):
+            with pytest.raises(InputError, match="restore"):
+                copied(what)
+    assert torch.equal(run(copy.copy(pipe)), want)
+    handle.restore()
+    assert copy.deepcopy(pipe.unet) is not pipe.unet
+
+
+def test_a_call_inside_a_call() -> None:
+    pipe = reference.pipeline(SPEC)
+    handle = spread(pipe)
+
+    def again(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        run(pipe)
+        return kwargs
+
+    with pytest.raises(InputError, match="in the middle of a call of its own"):
+        run(pipe, callback_on_step_end=again)
+    want = run(pipe)
+    assert torch.equal(run(pipe), want)
+    handle.restore()
+
+
+def test_two_denoisers_are_refused() -> None:
+    pipe, _ = tiny_flux()
+    pipe.transformer_2 = toy()
+    with pytest.raises(InputError, match="two denoisers"):
+        asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
+
+
+def test_two_threads_that_prepare_at_once() -> None:
+    """torch.export sets modes of the whole process."""
+    pipes = [reference.pipeline(SPEC) for _ in range(2)]
+    want = run(pipes[0])
+    handles = [spread(pipe, warmup=STEPS) for pipe in pipes]
+    got: list[Any] = [None, None]
+
+    def work(i: int) -> None:
+        got[i] = run(pipes[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert all(g is not None and reference.distance(g, want) < 1e-5 for g in got)
+    assert not torch.compiler.is_exporting()
+    for handle in handles:
+        handle.restore()

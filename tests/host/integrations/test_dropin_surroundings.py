@@ -1,0 +1,267 @@
+"""The drop-in in the surroundings that users bring: image to image, modes of torch, other threads,
+patched denoisers."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import reference
+import torch
+from tiny_pipelines import tiny_flux
+from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser, InputError
+from asyncdiff.graph.signature import Role, parse
+from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
+from asyncdiff.runtime.cfg_parallel import part
+
+SPEC = reference.case("sd21_ddim_n2s1w1")
+XL = reference.case("sdxl_euler_n2s1w1")
+
+
+def test_where_a_generation_begins() -> None:
+    """What lies in the scheduler's memory says where by its place; else the nearer to the start,
+    then the simpler mapping."""
+    ddim = diffusers.DDIMScheduler()  # 900 … 0: its own mirror image
+    ddim.set_timesteps(10)
+    pndm = diffusers.PNDMScheduler(skip_prk_steps=True)
+    pndm.set_timesteps(10)
+    assert pndm.timesteps[1] == pndm.timesteps[2]
+    for scheduler in (ddim, pndm):
+        for k, t in enumerate(scheduler.timesteps):
+            times = TimestepTracker(scheduler, t)
+            assert (times.mapping, times.start, times.backwards) == ("t", k, False)
+            assert len(times.values) == len(scheduler.timesteps) - k
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    flow.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8))
+    for k, t in enumerate(flow.timesteps):
+        times = TimestepTracker(flow, (t / 1000).expand(1))
+        assert (times.mapping, times.start, times.backwards) == ("t / n", k, False)
+    assert len(TimestepTracker(flow, flow.timesteps[2], 3).values) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "strength"), [("DDIMScheduler", 10, 0.5), ("PNDMScheduler", 10, 0.8)]
+)
+def test_any_strength(name: str, steps: int, strength: float) -> None:
+    base = reference.pipeline(SPEC)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        **base.components, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe.scheduler = getattr(diffusers, name)(**options)
+    call = {k: v for k, v in reference.inputs(SPEC).items() if k.endswith("embeds")}
+    image = torch.rand(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))  # latents
+    call |= {"image": image, "strength": strength, "guidance_scale": 4.0, "output_type": "latent"}
+    pipe.vae_scale_factor = 8
+
+    def run() -> torch.Tensor:
+        g = torch.Generator().manual_seed(2)
+        return pipe(**call, num_inference_steps=steps, generator=g).images
+
+    want = run()
+    count = pipe.num_timesteps  # all of them exact
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=count, split=SPEC["split"])
+    assert reference.distance(run(), want) < 1e-3  # of rounding, which some schedules amplify
+    assert handle.report().steps == pipe.num_timesteps < len(pipe.scheduler.timesteps)
+    handle.restore()
+
+
+def test_a_pipeline_that_leaves_the_end_to_another() -> None:
+    pipe = reference.pipeline(XL)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split=XL["split"], exact_tail=2)
+    reference.run(pipe, XL, num_inference_steps=10, denoising_end=0.7)
+    report = handle.report()
+    assert report.steps == pipe.num_timesteps == 7
+    # Two exact steps are at the end of these; with all of them exact it is the plain pipeline.
+    assert [tick.exact for tick in handle.plan(7).ticks] == [True] + [False] * 4 + [True] * 2
+    handle.denoiser.warmup, handle.denoiser.exact_tail = 7, 0
+    got = reference.run(pipe, XL, num_inference_steps=10, denoising_end=0.7)
+    plain = reference.pipeline(XL)
+    want = reference.run(plain, XL, num_inference_steps=10, denoising_end=0.7)
+    assert reference.distance(got, want) < 1e-5
+    handle.restore()
+
+
+def test_the_denoiser_called_by_others_than_its_pipeline() -> None:
+    """They have as many steps as the schedule, whatever the pipeline last had."""
+    pipe, call = tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=2, split="estimate")
+    pipe(**call, num_inference_steps=3, output_type="latent")
+    other = diffusers.FluxPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    other(**call, num_inference_steps=8, output_type="latent")
+    assert handle.report().steps == 8
+    handle.restore()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_modes_of_torch(first: bool) -> None:
+    """Inference mode for the first call or a later one; autocast, which changes dtypes inside."""
+    pipe = reference.pipeline(SPEC)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=2, split=SPEC["split"])
+    want = reference.run(reference.pipeline(SPEC), SPEC, num_inference_steps=4)
+    modes: list[Any] = [torch.inference_mode(), contextlib.nullcontext()]
+    modes = [*(modes if first else modes[::-1]), torch.autocast("cpu", torch.bfloat16)]
+    got = []
+    for mode in modes:
+        with mode:
+            got.append(reference.run(pipe, SPEC, num_inference_steps=4))
+    assert all(torch.equal(g, got[0]) for g in got) and reference.distance(got[0], want) < 1.0
+    handle.restore()
+
+
+def test_conditioning_with_a_gradient_keeps_no_graph() -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
+    call = toy_call()
+    text = call["encoder_hidden_states"].requires_grad_() * 1.0
+    for _ in range(2):
+        with denoiser.generation([9, 8, 7]):
+            for t in (9, 8, 7):
+                (out,) = denoiser(call["sample"], torch.tensor(t), text)
+    assert not out.requires_grad
+    assert denoiser._engine is not None
+    held = [t for w in denoiser._engine.workers for t in w.static.values()]
+    assert held and not any(t.requires_grad for t in held)
+    denoiser.close()
+
+
+def test_results_stay_what_they_were() -> None:
+    """A caller may keep all outputs of a step, also those of an earlier component."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, sample: Any, timestep: Any) -> Any:
+            h = self.a(sample + timestep)
+            return self.b(torch.relu(h)), h, timestep * 2.0
+
+    module = Two().eval().requires_grad_(False)
+    denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split=[["a"], ["b"]], warmup=6)
+    times, latents = torch.arange(6.0, 0, -1), torch.randn(6, 2, 4)
+    with denoiser.generation(times):
+        kept = [denoiser(x, t) for x, t in zip(latents, times, strict=True)]
+    for got, x, t in zip(kept, latents, times, strict=True):
+        assert all(torch.allclose(g, w) for g, w in zip(got, module(x, t), strict=True))
+    denoiser.close()
+
+
+def test_another_thread_takes_its_turn() -> None:
+    """A generation of the denoiser's own does not come between two steps of a pipeline."""
+    pipe = reference.pipeline(SPEC)
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split=SPEC["split"])
+    want = reference.run(pipe, SPEC)
+    call = toy_call()
+    began, order = threading.Event(), []
+
+    def other() -> None:
+        began.wait(60)
+        with handle.denoiser.generation(call["timestep"][None]):
+            order.append("other")
+
+    def step(pipe: Any, k: int, t: Any, kwargs: Any) -> Any:
+        if k == 2:
+            began.set()
+            thread.join(0.3)
+            order.append("pipeline")
+        return kwargs
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    got = reference.run(pipe, SPEC, callback_on_step_end=step)
+    thread.join(60)
+    assert order == ["pipeline", "other"] and torch.equal(got, want)
+    assert handle.report().steps == SPEC["steps"]
+    handle.restore()
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    pipe = reference.pipeline(SPEC)
+    pipe.unet.forward = lambda *args, **kwargs: None
+    with pytest.raises(InputError, match="forward was replaced"):
+        asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
+
+
+def test_processors_that_mix_the_batch_are_refused() -> None:
+    module = toy()
+    call = parse(module, (), toy_call())
+    assert part(module, call, {"latents": None, "timestep": None}, 0)
+
+    class PAGCFGProcessor:
+        pass
+
+    module.mix.processor = PAGCFGProcessor()
+    with pytest.raises(InputError, match="PAGCFGProcessor mixes the parts of the batch"):
+        part(module, call, {"latents": None, "timestep": None}, 0)
+
+
+def test_latents_in_a_list() -> None:
+    """As Z-Image takes them, a picture each; not so tuples of unlike tensors."""
+
+    class Listed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = toy()
+
+        def forward(self, x: Any, t: Any, text: Any) -> Any:
+            return tuple(self.inner(a[None], t, text)[0][0] for a in x)
+
+    module = Listed().eval()
+    call = toy_call()
+    pictures, text = list(call["sample"]), call["encoder_hidden_states"][:1]
+    roles = {
+        x.name: x.role
+        for x in parse(module, (pictures, torch.tensor(9), text), {}).signature.inputs
+    }
+    assert roles["x.0"] is roles["x.1"] is Role.LATENTS and roles["text"] is Role.CONDITIONING
+    unlike = parse(module, ([pictures[0], text], torch.tensor(9), text), {})
+    assert len(unlike.indices(Role.LATENTS)) == 1
+    times = torch.tensor([9, 8, 7])
+    denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split="estimate", warmup=3)
+    with denoiser.generation(times):
+        for t in times:
+            got = denoiser(pictures, t, text)
+            want = module(pictures, t, text)
+            assert all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
+            pictures = [p - 0.1 * g for p, g in zip(pictures, got, strict=True)]
+    denoiser.close()
+    for options in ({"schedule": "wavefront"}, {"warmup_mode": "split"}):
+        refusing = AsyncDenoiser(module, devices=["cpu"] * 2, split="estimate", **options)
+        with pytest.raises(InputError, match="takes its latents as a list"):
+            refusing.prepare(pictures, times[0], text)
+        refusing.close()
+
+
+def test_preparing_other_inputs_in_the_middle_is_refused() -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
+    call = toy_call()
+    with denoiser.generation([9, 8]):
+        denoiser(**call)
+        denoiser.prepare(**call)
+        with pytest.raises(InputError, match="prepare before it or after it"):
+            denoiser.prepare(**toy_call(size=4))
+        denoiser(**call)
+    denoiser.prepare(**toy_call(size=4))
+    denoiser.close()
+
+
+def test_modes_set_later_are_checked() -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
+    denoiser.warmup_mode = "splt"
+    with pytest.raises(InputError, match="write 'chain' or 'split'"), denoiser.generation([9, 8]):
+        pass
+    denoiser.warmup_mode = "split"
+    denoiser.warmup = "auto"
+    with pytest.raises(asyncdiff.PlanError, match="needs warmup_mode='chain'"):
+        denoiser.start([9, 8])
+    denoiser.close()

@@ -1,0 +1,163 @@
+"""Guidance split: two groups of ranks give what one gives, for asynchronous and for exact steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser, InputError, PlanError, RankError
+from asyncdiff.graph.signature import parse
+from asyncdiff.runtime.cfg_parallel import part
+
+SPLITS = {
+    1: [["enter", "down", "mix", "up", "leave"]],
+    2: [["enter", "down"], ["mix", "up", "leave"]],
+    3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
+}
+
+SCHEDULER = DDIMScheduler(clip_sample=False)
+SCHEDULER.set_timesteps(8)
+TIMES = SCHEDULER.timesteps
+
+
+def spread(components: int = 2, **settings: Any) -> AsyncDenoiser:
+    stride = 1 if settings.get("schedule") == "wavefront" else settings.get("stride", 1)
+    ranks = components + stride - 1
+    ranks *= 2 if settings.get("guidance") == "split" else 1
+    split = SPLITS[components]
+    return AsyncDenoiser(
+        toy(), devices=["cpu"] * ranks, components=components, split=split, **settings
+    )
+
+
+def run(denoiser: AsyncDenoiser, batch: int = 2) -> torch.Tensor:
+    call = toy_call(batch=batch)
+    latents = call["sample"]
+    with denoiser.generation(TIMES, SCHEDULER):
+        for k, t in enumerate(TIMES):
+            (noise,) = denoiser(latents, t, encoder_hidden_states=call["encoder_hidden_states"])
+            latents = latents - (0.1 + 0.01 * k) * noise
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("components", "stride", "warmup"), [(1, 1, 1), (2, 1, 1), (2, 2, 3), (3, 1, 4), (3, 2, 8)]
+)
+@pytest.mark.parametrize(
+    "modes",
+    [
+        {"guidance": "split"},
+        {"warmup_mode": "split"},
+        {"guidance": "split", "warmup_mode": "split"},
+    ],
+    ids=["guidance", "warmup", "both"],
+)
+@pytest.mark.parametrize(
+    ("schedule", "tail"), [("asyncdiff", 0), ("asyncdiff", 2), ("wavefront", 1)]
+)
+def test_equals_one_group(
+    components: int, stride: int, warmup: int, modes: dict[str, str], schedule: str, tail: int
+) -> None:
+    alone = components == 1 and (stride == 1 or schedule == "wavefront")
+    if alone and "guidance" not in modes:
+        pytest.skip("one rank has nobody to split its exact steps with")
+    tail = min(tail, 8 - warmup)
+    settings = {"components": components, "stride": stride, "warmup": warmup, "exact_tail": tail}
+    settings["schedule"] = schedule
+    one, two = spread(**settings), spread(**settings, **modes)
+    want = run(one)
+    torch.testing.assert_close(run(two), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(two), want, rtol=1e-12, atol=1e-12)  # and a second time
+    told, wanted = two.report(), one.report()
+    assert (told.steps, told.warmup, told.components) == (8, warmup, components)
+    assert told.ticks == wanted.ticks
+    # A batch sends as many bytes in halves as in one; exact steps that run whole send none.
+    assert told.exchange_bytes_per_tick == wanted.exchange_bytes_per_tick
+    if "warmup_mode" in modes and warmup + tail > 1:
+        assert told.exchange_bytes < wanted.exchange_bytes or components == 1
+    else:
+        assert told.exchange_bytes == wanted.exchange_bytes
+    one.close()
+    two.close()
+
+
+def test_conditioning_is_copied_once_and_changes_are_seen() -> None:
+    split, plain = spread(guidance="split"), spread()
+    call = toy_call()
+    results = []
+    for denoiser in (split, plain):
+        text = call["encoder_hidden_states"].clone()
+        latents = call["sample"]
+        with denoiser.generation(TIMES):
+            for k, t in enumerate(TIMES):
+                if k == 4:
+                    text.mul_(2)
+                (noise,) = denoiser(latents, t, encoder_hidden_states=text)
+                latents = latents - 0.1 * noise
+        results.append(latents)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    split.close()
+    plain.close()
+
+
+def test_larger_batches_are_halved_and_videos_too() -> None:
+    split, plain = spread(guidance="split"), spread()
+    torch.testing.assert_close(run(split, batch=6), run(plain, batch=6), rtol=1e-12, atol=1e-12)
+    split.close()
+    plain.close()
+
+    class Video(torch.nn.Module):
+        def forward(self, sample: Any, timestep: Any, text: Any, rope: Any) -> Any:
+            return sample
+
+    tensors = {
+        "sample": torch.randn(2, 4, 3, 8, 8),  # three frames
+        "timestep": torch.tensor(1),
+        "text": torch.randn(6, 7, 5),  # once a frame
+        "rope": torch.randn(12, 5),  # nothing to do with the batch
+    }
+    call = parse(Video(), (), tensors)
+    halves = [part(Video(), call, {}, group) for group in (0, 1)]
+    for group, half in enumerate(halves):
+        got = half.kwargs()
+        assert torch.equal(got["sample"], tensors["sample"][group : group + 1])
+        assert torch.equal(got["text"], tensors["text"][3 * group : 3 * group + 3])
+        assert torch.equal(got["rope"], tensors["rope"])
+
+
+def test_a_rank_that_raises_stops_both_groups_and_the_next_generation_works() -> None:
+    denoiser = spread(guidance="split")
+    want = run(denoiser)
+    worker = denoiser._engine.workers[3]  # type: ignore[union-attr]
+    sound, worker.run = worker.run, lambda slots: 1 / 0
+    with pytest.raises(RankError, match="ZeroDivisionError"):
+        run(denoiser)
+    worker.run = sound
+    torch.testing.assert_close(run(denoiser), want, rtol=0, atol=0)
+    denoiser.close()
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    denoiser = spread(guidance="split")
+    with pytest.raises(InputError, match=r"batch of 1: pass guidance_scale > 1"):
+        run(denoiser, batch=1)
+    with pytest.raises(InputError, match=r"batch of 3"):
+        run(denoiser, batch=3)
+    denoiser.close()
+    with pytest.raises(asyncdiff.DeviceError, match=r"2 x \(components \+ stride - 1\) = 4"):
+        AsyncDenoiser(toy(), devices=["cpu"] * 2, guidance="split")
+    with pytest.raises(InputError, match="write 'batched' or 'split'"):
+        spread(guidance="half")
+    with pytest.raises(InputError, match="write 'chain' or 'split'"):
+        spread(warmup_mode="half")
+    with pytest.raises(PlanError, match="needs two ranks"):
+        spread(1, warmup_mode="split")
+    late = spread(warmup=9, warmup_mode="split")
+    with pytest.raises(PlanError, match="warmup=9 exceeds the 8 steps"):
+        run(late)
+    late.close()

@@ -1,0 +1,194 @@
+"""A split is cut again where its components turn out to be unequal."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from toys import Toy, toy, toy_call
+
+import asyncdiff
+from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.partition import Component, Partition, partition
+from asyncdiff.runtime import engine_cache as prepared
+from asyncdiff.runtime.engine import Engine
+from asyncdiff.runtime.rebalance import component_ms, recut, settled
+
+FAST = 1e12  # bytes a millisecond: what crosses takes no time
+
+
+def deep() -> tuple[Captured, Costs]:
+    """A denoiser of many equal layers, by what was measured of its nodes."""
+    torch.manual_seed(0)
+    module = Toy(depth=12).double().eval().requires_grad_(False)
+    captured = capture(module, parse(module, (), toy_call()))
+    return captured, even(captured)
+
+
+def even(captured: Captured, *_: Any) -> Costs:
+    """As if every node took a millisecond."""
+    ms = {n: 0.0 if n in captured.views else 1.0 for n in captured.nodes}
+    return Costs(ms, dict.fromkeys(captured.nodes, 0), "measured on a GPU")
+
+
+def taken(parts: Partition, component: Component, slow: float) -> float:
+    """What it takes, where the nodes that go up take ``slow`` times what was measured."""
+    captured, ms = parts.captured, 0.0
+    for node in component.nodes:
+        if captured.each_run(node) and node not in captured.views:
+            ms += slow if captured.module_path(node).startswith("up") else 1.0
+    return ms
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("slow", [0.5, 1.4, 2.0])
+def test_the_new_cut_is_more_even(count: int, slow: float) -> None:
+    captured, costs = deep()
+    parts = partition(captured, count, costs=costs, bytes_per_ms=FAST)
+    before = [taken(parts, c, slow) for c in parts.components]
+    new = recut(parts, before, FAST)
+    assert new is not None and new.cuts != parts.cuts
+    after = [taken(new, c, slow) for c in new.components]
+    assert max(after) < 0.98 * max(before)
+    assert max(after) < 1.15 * sum(after) / count
+    # What is reported of it is what it is expected to take.
+    assert new.costs is not None and "corrected" in new.costs.source
+    assert max(c.ms for c in new.report().components) < 0.985 * max(before)
+
+
+def test_a_cut_that_is_even_stays() -> None:
+    captured, costs = deep()
+    parts = partition(captured, 2, costs=costs, bytes_per_ms=FAST)
+    times = [taken(parts, c, 1.0) for c in parts.components]
+    assert recut(parts, times, FAST) is None
+    # All slower by the same share: nothing to gain.
+    assert recut(parts, [3 * t for t in times], FAST) is None
+    unequal = [taken(parts, c, 1.3) for c in parts.components]
+    assert recut(parts, unequal, FAST) is not None
+    assert recut(parts, unequal, FAST, worth=0.5) is None
+    # Microseconds are not worth it.
+    assert recut(parts, [t / 1000 for t in unequal], FAST) is None
+
+
+def test_only_runs_that_agree_say_something() -> None:
+    quiet = [[10.0, 5.0], [10.05, 5.02], [10.02, 5.01]]
+    assert settled(quiet)
+    assert not settled(quiet[:2]), "too few"
+    # Whatever else a GPU does makes runs slower; then two undisturbed ones have to be there.
+    assert settled([[20.0, 5.0], *quiet[:2], [15.0, 9.0]])
+    assert not settled([[20.0, 5.0], [10.0, 5.0], [15.0, 5.0]])
+
+
+@pytest.mark.parametrize("guidance", ["batched", "split"])
+def test_a_denoiser_is_made_with_the_new_cut(
+    monkeypatch: pytest.MonkeyPatch, guidance: str
+) -> None:
+    module, call = toy(), toy_call()
+    made: list[Any] = []
+
+    def timed(engine: Engine) -> list[float] | None:
+        """As if the first component took far longer than it was cut for, and still does."""
+        made.append(engine.partition)
+        return [10.0 - len(made), 2.0]
+
+    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(prepared, "component_ms", timed)
+    ranks = 4 if guidance == "split" else 2
+    timesteps = torch.tensor([900, 500, 100])
+    denoiser = asyncdiff.AsyncDenoiser(
+        module, (), call, devices=["cpu"] * ranks, components=2, warmup=3, guidance=guidance
+    )
+    assert len(made) == 3, "for one condition only"
+    owned = [len(parts.components[0].owned) for parts in made]
+    assert owned[0] > owned[1] > owned[2] == len(denoiser.partition.components[0].owned)
+    want = [module(**{**call, "timestep": t})[0] for t in timesteps]
+    with denoiser.generation(timesteps):
+        for t, w in zip(timesteps, want, strict=True):
+            assert torch.allclose(denoiser(**{**call, "timestep": t})[0], w, atol=1e-12)
+    denoiser.close()
+
+
+def test_components_are_not_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float] | None] = []
+
+    def timed(engine: Engine) -> list[float] | None:
+        seen.append(component_ms(engine))
+        return seen[-1]
+
+    monkeypatch.setattr(prepared, "component_ms", timed)
+    call = toy_call()
+    for split, times in (("auto", [None]), ("estimate", []), ([["enter"], ["leave"]], [])):
+        seen.clear()
+        options: dict[str, Any] = {"components": 2, "split": split}
+        if not isinstance(split, str):
+            options["split"] = [["enter", "time", "text", "down"], ["mix", "up", "leave"]]
+        asyncdiff.AsyncDenoiser(toy(), (), call, devices=["cpu"] * 2, **options).close()
+        assert seen == times
+
+
+def test_a_cut_that_turns_out_slower_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([[10.0, 2.0], [30.0, 30.0]])
+    made: list[Any] = []
+
+    def timed(engine: Engine) -> list[float]:
+        made.append(engine.partition.cuts)
+        return next(times)
+
+    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(prepared, "component_ms", timed)
+    denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
+    assert denoiser.partition.cuts == made[0] != made[1]
+    denoiser.close()
+
+
+def test_without_memory_for_the_new_cut_the_old_one_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Any] = []
+    engines: list[weakref.ref[Engine]] = []
+
+    class Full(Engine):
+        def __init__(self, partition: Partition, *args: Any, **kwargs: Any) -> None:
+            assert not any(engine() for engine in engines), "what is closed holds no memory"
+            super().__init__(partition, *args, **kwargs)
+            engines.append(weakref.ref(self))
+            made.append(partition.cuts)
+            if len(made) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(prepared, "Engine", Full)
+    monkeypatch.setattr(prepared, "component_ms", lambda engine: [10.0, 2.0])
+    denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
+    assert made[2] == made[0] == denoiser.partition.cuts != made[1]
+    assert "stays cut as it was" in caplog.text
+    denoiser.close()
+
+
+def test_the_first_condition_is_closed_when_the_second_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Engine] = []
+    closed: list[Engine] = []
+
+    class Full(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            if made:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(prepared, "Engine", Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        asyncdiff.AsyncDenoiser(
+            toy(), (), toy_call(), devices=["cpu"] * 4, components=2, guidance="split"
+        )
+    assert closed == made

@@ -1,0 +1,299 @@
+"""Calibrated waves: the fit, what it gains, and the engine against an independent simulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import reference
+import torch
+from emulation import Waves
+from toys import Toy, toy, toy_call
+from wave_emulation import generate
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser, Calibration, InputError, PlanError, SchedulerError
+from asyncdiff.graph.capture import capture
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.ownership import by_modules
+from asyncdiff.sampling.calibration import TERMS, Shape
+from asyncdiff.sampling.clean_image import clean_image
+from asyncdiff.sampling.fit import AIMS, fit
+from asyncdiff.sampling.linear import linearize
+
+SPEC = reference.case("sd21_ddim_n2s1w1")
+SPLITS = {
+    2: [["enter", "down"], ["mix", "up", "leave"]],
+    3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
+}
+STEPS = 9
+
+
+def sampler_of(name: str, steps: int) -> Any:
+    options = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def waves(module: Toy, components: int, stride: int, **options: Any) -> AsyncDenoiser:
+    return AsyncDenoiser(
+        module, devices=["cpu"] * components, components=components, stride=stride,
+        split=SPLITS[components], schedule="wavefront", **options,
+    )  # fmt: skip
+
+
+def random_calibration(components: int, stride: int, warmup: int) -> Calibration:
+    """Any coefficients: what is tested is that they are used as they should be."""
+    clean = clean_image(sampler_of("DDIMScheduler", STEPS))
+    delay = 1  # the default of Toys, whose first component sends to the last one
+    late = delay * stride
+    newest = []
+    for k in range(STEPS):
+        tick = k - (k - warmup) % stride
+        starts = [j for j in range(k + 1) if j < warmup or (j - warmup) % stride == 0]
+        newest.append(
+            max([j for j in starts if j <= tick - late or j < warmup]) if k >= warmup else k
+        )
+    values = torch.rand(STEPS, len(TERMS), generator=torch.manual_seed(4)).double() * 0.2
+    return Calibration(
+        Shape(components, stride, delay, warmup, 0), clean.alpha, clean.sigma, tuple(newest),
+        tuple(tuple(row) for row in values.tolist()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("components", "stride"), [(2, 1), (3, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_the_engine_predicts_as_a_plain_simulation(
+    components: int, stride: int, warmup: int
+) -> None:
+    calibration = random_calibration(components, stride, warmup)
+    module, call = toy(), toy_call()
+    parsed = parse(module, (), call)
+    captured = capture(module, parsed)
+    owners = by_modules(captured, SPLITS[components])
+    scheduler = sampler_of("DDIMScheduler", STEPS)
+    kept = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    alphas, sigmas = kept.sqrt().tolist(), (1 - kept).sqrt().tolist()
+
+    def predict(
+        known: dict[int, torch.Tensor], noises: dict[int, torch.Tensor], k: int, x: torch.Tensor
+    ) -> torch.Tensor:
+        steps = sorted((j for j in known if j <= k), reverse=True)
+        a = steps[0]
+        if a == k or a != calibration.newest[k]:  # known already
+            return known[a]
+        slope, curve, off, change = calibration.coefficients[k]
+        x0 = known[a] + off * ((x - alphas[k] * known[a]) / sigmas[k] - noises[a])
+        if len(steps) > 1:
+            x0 = x0 + slope * (known[a] - known[steps[1]]) + change * (noises[a] - noises[steps[1]])
+        if len(steps) > 2:
+            x0 = x0 + curve * (known[a] - 2 * known[steps[1]] + known[steps[2]])
+        return x0
+
+    def simulated() -> torch.Tensor:
+        evaluations = Waves(captured, owners, components, 1, parsed)
+        return generate(
+            lambda x, k: evaluations.exact(x, scheduler.timesteps[k]),
+            lambda x, e, k: scheduler.step(e, scheduler.timesteps[k], x, return_dict=False)[0],
+            call["sample"], alphas, sigmas, delay=1, stride=stride, warmup=warmup,
+            order=0, reach=0, predict=predict,
+            wave=lambda x, k: evaluations.wave(x, scheduler.timesteps[k]),
+        )  # fmt: skip
+
+    denoiser = waves(module, components, stride, warmup=warmup, order=calibration)
+    x = call["sample"]
+    with denoiser.generation(scheduler.timesteps, scheduler):
+        for t in scheduler.timesteps:
+            (noise,) = denoiser(x, t, call["encoder_hidden_states"])
+            x = scheduler.step(noise, t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, simulated(), rtol=1e-9, atol=1e-9)
+    conditioning = {"encoder_hidden_states": call["encoder_hidden_states"]}
+    got = denoiser.generate(call["sample"], conditioning, scheduler)
+    torch.testing.assert_close(got, simulated(), rtol=1e-9, atol=1e-9)
+    denoiser.close()
+
+
+class Gaussian:
+    """The exact denoiser of pictures whose pixels are independent Gaussians."""
+
+    def __init__(self, clean: Any) -> None:
+        self.clean = clean
+        generator = torch.manual_seed(0)
+        self.mean = torch.randn(4, 6, 6, generator=generator)
+        self.variance = torch.rand(4, 6, 6, generator=generator) ** 4
+
+    def __call__(self, k: int, z: torch.Tensor) -> torch.Tensor:
+        a, s = self.clean.alpha[k], self.clean.sigma[k]
+        share = a * self.variance / (a * a * self.variance + s * s)
+        return self.clean.prediction(k, z, self.mean + share * (z - a * self.mean))
+
+
+class LateRun:
+    """A generation of exact predictions that arrive late: a ``asyncdiff.sampling.fit.Run``."""
+
+    def __init__(self, denoise: Any, shape: Shape, steps: int, exact: bool) -> None:
+        self.denoise, self.shape = denoise, shape
+        self.exact = range(steps) if exact else range(shape.warmup)
+        self.end = steps - shape.exact_tail
+        self.under_way: dict[int, dict[int, torch.Tensor]] = {}
+
+    def step(self, k: int, z: torch.Tensor) -> dict[int, torch.Tensor]:
+        if k in self.exact or k >= self.end:
+            return {k: self.denoise(k, z)}
+        if (k - self.shape.warmup) % self.shape.stride == 0:
+            arrival = k + self.shape.delay * self.shape.stride
+            self.under_way[arrival] = {k: self.denoise(k, z)}
+        return self.under_way.pop(k, {})
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "shape", [Shape(3, 1, 2, 1, 0), Shape(2, 2, 1, 1, 0), Shape(3, 1, 2, 2, 2)]
+)
+def test_it_beats_holding_on_pictures_that_it_was_not_fitted_on(name: str, shape: Shape) -> None:
+    scheduler = sampler_of(name, 12)
+    clean, sampler = clean_image(scheduler), linearize(scheduler)
+    first = torch.randn(8, 4, 6, 6, generator=torch.manual_seed(1))
+    told: list[tuple[int, int]] = []
+    denoise = Gaussian(clean)
+    found = fit(
+        lambda exact: LateRun(denoise, shape, 12, exact),
+        first, sampler, clean, shape, 0.0, lambda *p: told.append(p),
+    )  # fmt: skip
+    held, *fitted = found.tried.values()
+    assert min(fitted) < 0.7 * held
+    assert told[-1][0] == told[-1][1] and len(told) == 5 * 12 + 1
+    # Exact steps have none, nor has a term that cannot be told yet.
+    asynchronous = range(shape.warmup, 12 - shape.exact_tail)
+    for k, row in enumerate(found.coefficients):
+        assert any(row) == (k in asynchronous)
+        assert all(map(math.isfinite, row)) and max(map(abs, row)) < 1e3
+    assert found.coefficients[shape.warmup][TERMS.index("curve")] == 0
+
+
+def test_where_nothing_is_gained_the_line_stays() -> None:
+    """Of a denoiser whose clean image never changes, holding is exact."""
+    scheduler = sampler_of("DDIMScheduler", 6)
+    clean = clean_image(scheduler)
+    image = torch.randn(1, 4, 6, 6, generator=torch.manual_seed(1))
+    shape = Shape(2, 1, 1, 1, 0)
+
+    def denoise(k: int, z: torch.Tensor) -> torch.Tensor:
+        return clean.prediction(k, z, image.expand_as(z))
+
+    found = fit(
+        lambda exact: LateRun(denoise, shape, 6, exact),
+        torch.randn(4, 4, 6, 6), linearize(scheduler), clean, shape, 0.0,
+    )  # fmt: skip
+    assert min(found.tried.values()) < 1e-5
+    known = list(range(4))
+    estimate = found.estimate(known, 4)
+    assert sum(estimate.clean.values()) == pytest.approx(1 - estimate.of_input, abs=0.1)
+
+
+def test_a_denoiser_is_calibrated_and_uses_it() -> None:
+    module, call = toy(), toy_call(batch=4)
+    conditioning = {"encoder_hidden_states": call["encoder_hidden_states"]}
+    plain = waves(module, 2, 1, warmup=STEPS)
+    scheduler = sampler_of("DPMSolverMultistepScheduler", STEPS)
+    want = plain.generate(call["sample"], conditioning, scheduler)
+    plain.close()
+    denoiser = waves(module, 2, 1, order=0.0)
+    before = denoiser.generate(call["sample"], conditioning, scheduler)
+    calibration = denoiser.calibrate(call["sample"], conditioning, scheduler)
+    assert denoiser.order is calibration and denoiser.warmup == 1
+    assert set(calibration.tried) == {"line of order 0", *AIMS}
+    after = denoiser.generate(call["sample"], conditioning, scheduler)
+    assert reference.distance(after, want) < reference.distance(before, want)
+    # The drop-in predicts the same.
+    x = call["sample"]
+    with denoiser.generation(scheduler.timesteps, scheduler):
+        for t in scheduler.timesteps:
+            (noise,) = denoiser(x, t, call["encoder_hidden_states"])
+            x = scheduler.step(noise, t, x, return_dict=False)[0]
+    scheduler.set_timesteps(STEPS)
+    assert reference.distance(x, denoiser.generate(call["sample"], conditioning, scheduler)) < 1e-9
+    denoiser.close()
+
+
+def test_a_pipeline_is_calibrated() -> None:
+    pipe = reference.pipeline(SPEC)
+    handle = asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, split="estimate", schedule="wavefront"
+    )
+    inputs = reference.inputs(SPEC)
+    latents = inputs["latents"].repeat(2, 1, 1, 1) + torch.randn(
+        2, *inputs["latents"].shape[1:], generator=torch.manual_seed(0)
+    )
+    options = {
+        "prompt_embeds": inputs["prompt_embeds"].repeat(2, 1, 1),
+        "negative_prompt_embeds": inputs["negative_prompt_embeds"].repeat(2, 1, 1),
+        "latents": latents,
+        "output_type": "latent",
+        "guidance_scale": 4.0,
+        "num_inference_steps": 6,
+    }
+    found = handle.calibrate(**options)
+    assert len(found.coefficients) == 6 and handle.denoiser.order is found
+    got = pipe(**options).images
+    want = reference.pipeline(SPEC)(**options).images
+    assert reference.distance(got, want) < 0.5
+    with pytest.raises(PlanError, match="made for 6 steps"):
+        pipe(**options | {"num_inference_steps": 8})
+    handle.denoiser.warmup = 2
+    with pytest.raises(PlanError, match="warmup=1, not 2"):
+        pipe(**options)
+    handle.denoiser.order = None
+    pipe(**options)
+    handle.restore()
+
+
+def test_saved_and_read(tmp_path: Path) -> None:
+    calibration = random_calibration(2, 1, 1)
+    calibration.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == calibration
+    assert hash(Calibration.load(tmp_path / "c.json")) == hash(calibration)
+    text = (tmp_path / "c.json").read_text()
+    for wrong in ("", "[]", "{}", text.replace('"version": 2', '"version": 1')):
+        (tmp_path / "c.json").write_text(wrong)
+        with pytest.raises(PlanError, match="is no calibration"):
+            Calibration.load(tmp_path / "c.json")
+
+
+def test_what_cannot_be_calibrated_says_why() -> None:
+    module, call = toy(), toy_call()
+    conditioning = {"encoder_hidden_states": call["encoder_hidden_states"]}
+    scheduler = sampler_of("DDIMScheduler", STEPS)
+    published = AsyncDenoiser(module, devices=["cpu"] * 2, split=SPLITS[2])
+    with pytest.raises(PlanError, match="take schedule='wavefront'"):
+        published.calibrate(call["sample"], conditioning, scheduler)
+    denoiser = waves(module, 2, 1)
+    one = {k: v[:1] for k, v in conditioning.items()}
+    with pytest.raises(InputError, match="at least two pictures"):
+        denoiser.calibrate(call["sample"][:1], one, scheduler)
+    clipping = diffusers.DDIMScheduler()
+    clipping.set_timesteps(STEPS)
+    with pytest.raises(SchedulerError):
+        denoiser.calibrate(call["sample"], conditioning, clipping)
+    denoiser.warmup = "auto"
+    with pytest.raises(PlanError, match="fixed number of exact steps"):
+        denoiser.calibrate(call["sample"], conditioning, scheduler)
+    denoiser.warmup = STEPS + 1
+    with pytest.raises(PlanError):
+        denoiser.calibrate(call["sample"], conditioning, scheduler)
+    # What failed left everything as it was.
+    denoiser.warmup = 1
+    assert denoiser.order is None
+    denoiser.generate(call["sample"], conditioning, scheduler)
+    mine = random_calibration(2, 1, 1)
+    other = dataclasses.replace(mine, shape=dataclasses.replace(mine.shape, components=3))
+    with pytest.raises(PlanError, match="components=3, not 2"):
+        denoiser.order = other
+        denoiser.generate(call["sample"], conditioning, scheduler)
+    with pytest.raises(PlanError, match="order"):
+        waves(module, 2, 1, order="best")
