@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 import asyncdiff
-from asyncdiff import demo_model
+from asyncdiff import demo
 
-pipe = demo_model.load()  # the shipped model of emoji; any diffusers pipeline is used like it
+pipe = demo.load()  # the shipped model of emoji; any diffusers pipeline is used like it
 noise = torch.Generator().manual_seed(0)
 plain = pipe("red apple", num_inference_steps=30, generator=noise).images[0]
 
