@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed results.
+"""Write the tables of the README and of docs/results.md from the committed results.
 
-python benchmarks/tables.py            # rewrites README.md between its markers
-python benchmarks/tables.py --check    # exit code 1 if that would change it
+python benchmarks/tables.py            # rewrites both between their markers
+python benchmarks/tables.py --check    # exit code 1 if that would change anything
 """
 
 from __future__ import annotations
@@ -16,44 +16,78 @@ from typing import Any
 from asyncdiff.bench.figures import Figure, Results
 from asyncdiff.bench.table import digits, title_of
 from denoise import table as denoise_table
-from fidelity.rivals import rival
+from fidelity import table as fidelity_table
 from markdown_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
+
+#: The README's table: title, key of a model and mode of all runs in a row.
+_GLANCE = {
+    "SD 1.5, 512²": ("sd15", "graph"),
+    "SD 2.1, 768²": ("sd21", "graph"),
+    "SDXL, 1024²": ("sdxl", "graph"),
+    "SDXL, compiled": ("sdxl", "compiled"),
+    "SD3 medium, 1024²": ("sd3", "graph"),
+    "FLUX.1-dev, 1024²": ("flux", "graph"),
+    "SVD-XT, 25 frames 576×1024": ("svd", "graph"),
+    "AnimateDiff, 16 frames 512²": ("animatediff", "graph"),
+}
 
 
 def main() -> None:
-    text = old = README.read_text()
-    for name, table in TABLES.items():
-        pattern = rf"<!-- results:{name} -->\n.*?<!-- /results -->"
-        new = f"<!-- results:{name} -->\n{table()}<!-- /results -->"
-        text, count = re.subn(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for results:{name}, not one")
-    if "--check" in sys.argv[1:]:
-        raise SystemExit("README.md does not show the committed results" if text != old else 0)
-    README.write_text(text)
+    stale = []
+    for path, tables in ((README, {"glance": glance}), (PAGE, TABLES)):
+        text = old = path.read_text()
+        for name, table in tables.items():
+            pattern = rf"<!-- results:{name} -->\n.*?<!-- /results -->"
+            new = f"<!-- results:{name} -->\n\n{table()}\n<!-- /results -->"
+            text, count = re.subn(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
+            if count != 1:
+                raise SystemExit(f"{path.name} has {count} places for results:{name}, not one")
+        if text != old:
+            stale.append(path.name)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+    if "--check" in sys.argv[1:] and stale:
+        raise SystemExit(f"not of the committed results: {', '.join(stale)}")
 
 
-def denoise() -> str:
-    """All files ``denoise_*.json``, those of most GPUs first; a model is shown from the first one
-    that has it."""
+def _denoise() -> list[tuple[str, dict[str, Any]]]:
+    """All files ``denoise_*.json``, those of most GPUs first; a model is in the first one that
+    has it."""
     documents = [
         (p.name, json.loads(p.read_text())) for p in sorted(RESULTS.glob("denoise_*.json"))
     ]
     documents.sort(key=lambda d: len(d[1]["environment"]["gpus"]), reverse=True)
-    parts: list[str] = []
     shown: set[str] = set()
+    out = []
     for name, document in documents:
         figures = {k: m for k, m in document["figures"].items() if k not in shown}
         shown |= set(figures)
-        if not figures:
-            continue
-        caption = denoise_table.caption(name, {**document, "figures": figures})
-        parts.append(caption + denoise_table.measured(figures))
-    return "\n".join(parts) if parts else "Nothing was measured yet.\n"
+        if figures:
+            out.append((name, {**document, "figures": figures}))
+    return out
+
+
+def speeds() -> str:
+    """Milliseconds a step, a table a model."""
+    return "\n".join(
+        denoise_table.caption(name, document) + denoise_table.speeds(document["figures"])
+        for name, document in _denoise()
+    )
+
+
+def details() -> str:
+    """What lies behind some of the settings."""
+    return "\n".join(denoise_table.details(document["figures"]) for _, document in _denoise())
+
+
+def glance() -> str:
+    """The README's eight rows."""
+    return denoise_table.glance(_denoise()[0][1]["figures"], _GLANCE)
 
 
 def exchange() -> str:
@@ -67,8 +101,9 @@ def exchange() -> str:
         rounds = max((f.value.rounds for f in results.figures), default=0)
         parts.append(
             f"{gpus}, ranks on {', '.join(results.devices)}; medians of {rounds} rounds; torch "
-            f"{e['torch']}. `benchmarks/exchange/{e['command']}`, "
-            f"[{path.name}](benchmarks/results/{path.name}); [what is what](docs/metrics.md).\n\n"
+            f"{e['torch']}, commit {e.get('commit', 'unknown')}. "
+            f"`benchmarks/exchange/{e['command']}`, "
+            f"[{path.name}](../benchmarks/results/{path.name}); [what is what](metrics.md).\n\n"
             + "\n".join(filter(None, (_one_way(results), _other(results))))
         )
     return "\n".join(parts)
@@ -113,75 +148,40 @@ def _other(results: Results) -> str:
     return markdown(rows) if len(rows) > 1 else ""
 
 
-#: Rows of the fidelity benchmark that the README shows: those that begin so, in this order.
-_SHOWN = (
-    "asyncdiff N=",
-    "wavefront N=",
-    "wavefront, calibrated N=",
-    "wavefront, drained N=",
-    "wavefront, guidance split N=",
-    "wavefront, whole N=",
-    "fewer",
-    "guidance",
-    "Faster Diffusion, 4 devices, the paper's keys",
-    "Faster Diffusion, 2 devices, every",
-    "Faster Diffusion, 4 devices, every",
-    "DistriFusion, 2 patches, 1 ",
-    "DistriFusion, 4 patches, 1 ",
-    "DistriFusion, 4 patches, 9 ",
-)
-
-
-def fidelity() -> str:
-    """fidelity.json: a table for each sampler, of exact ends where a row has some."""
-    path = RESULTS / "fidelity.json"
-    if not path.exists():
-        return "Nothing was measured yet.\n"
-    document = json.loads(path.read_text())
-    e, settings = document["environment"], document["figures"]["settings"]
-    on = e["gpus"][0] if e["gpus"] else "CPU"
-    parts = [
-        f"{len(settings['prompts'])} prompts, guidance {settings['guidance']:g}, drawn on {on}, "
-        f"torch {e['torch']}. `benchmarks/fidelity/{e['command']}`, "
-        f"[{path.name}](benchmarks/results/{path.name}). †: a compared method on no more devices "
-        "is at least as fast and closer.\n"
-    ]
-    rows = document["figures"]["rows"]
-    for sampler, steps in dict.fromkeys((r["sampler"], r["steps"]) for r in rows):
-        mine = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
-        parts.append(f"{sampler}, {steps} steps:\n\n" + _fidelity_table(mine))
-    return "\n".join(parts)
-
-
-def _fidelity_table(rows: list[dict[str, Any]]) -> str:
-    ends = ("w=1", "w=5", "w=1 tail=1", "w=1 tail=4")
-    table = [["", "devices", *(f"{end}: speed-up, PSNR dB" for end in ends)]]
-    curves: dict[str, dict[str, dict[str, Any]]] = {}
-    place = {r["method"]: [r["method"].startswith(s) for s in _SHOWN] for r in rows}
-    for row in sorted(rows, key=lambda r: place[r["method"]], reverse=True):
-        name, _, end = row["method"].partition(" w=")
-        curves.setdefault(name, {})[f"w={end}" if end else ends[0]] = row
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        psnr = row["psnr_db"]
-        mark = "" if rival(row, rows) is None else " †"
-        return f"{row['speedup']:.2f}, " + ("exact" if psnr > 90 else f"{psnr:.1f}{mark}")
-
-    for name, by_end in curves.items():
-        if name.startswith(_SHOWN):
-            devices = str(next(iter(by_end.values()))["devices"])
-            table.append([name, devices, *(cell(by_end.get(end)) for end in ends)])
-    return markdown(table)
-
-
 def _rate(figure: Figure, case: str) -> str | None:
     rate = figure.gb_per_s
     return digits(rate) if figure.case == case and rate is not None else None
 
 
-TABLES = {"denoise": denoise, "exchange": exchange, "fidelity": fidelity}
+def fidelity() -> str:
+    """What the pictures keep, each way."""
+    return fidelity_table.kept(RESULTS / "fidelity.json")
+
+
+def few_steps() -> str:
+    """The same with less than two dozen steps."""
+    return fidelity_table.few_steps(RESULTS / "fidelity_few_steps.json")
+
+
+def delays() -> str:
+    """What the delay of waves does."""
+    return fidelity_table.delays(RESULTS / "fidelity.json")
+
+
+def orders() -> str:
+    """What the order of waves does."""
+    return fidelity_table.orders(RESULTS / "fidelity.json", RESULTS / "fidelity_orders.json")
+
+
+TABLES = {
+    "speeds": speeds,
+    "details": details,
+    "exchange": exchange,
+    "fidelity": fidelity,
+    "few-steps": few_steps,
+    "delays": delays,
+    "orders": orders,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """What plans would take on more GPUs than there are, from components timed alone on one.
 
 Not measured: the plan's simulation (asyncdiff.schedule.simulate) of component times measured on
-this GPU, and of links as a prototype measured them between two H200s (docs/design.md).
+this GPU, and of links as they are between two H200s.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def run_model(
                 entry = figures.setdefault(name, {})
                 if steps != args.steps[0]:  # further lengths stand under their own key
                     entry = entry.setdefault(f"{steps} steps", {})
-                entry |= timings[name].figures(steps)
+                entry |= {"commit": results_file.commit(), **timings[name].figures(steps)}
                 shared = figures[name].get("shared_gpus", False)
                 for base in dict.fromkeys(("eager", bases.get(name, "eager"))):
                     if name != base and base in timings and not shared:

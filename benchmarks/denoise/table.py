@@ -1,6 +1,6 @@
-"""The README's tables of what ``run.py`` measured: a column a model, a row a way and figure.
+"""Tables of what ``run.py`` measured: one of speeds for each model, one of what lies behind them.
 
-Models need not have been run with the same settings: a cell whose model lacks it stays empty.
+Models need not have been run with the same settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from markdown_table import markdown
 #: What one model's entry in denoise.json is.
 Model = dict[str, Any]
 #: Titles of one GPU's modes.
-MODES = {"graph": "one CUDA graph", "compiled": "compiled, one CUDA graph"}
+MODES = {
+    "eager": "one GPU, eager",
+    "graph": "one GPU, one CUDA graph",
+    "compiled": "one GPU, compiled, one CUDA graph",
+}
+#: Settings that details are shown of, where they were run.
+_DETAILED = ("N=2 S=1 w=1", "N=2 S=1 w=1, compiled", "N=4 S=1 w=1", "N=3 S=2 w=1")
 
 
 def caption(name: str, document: dict[str, Any]) -> str:
@@ -22,36 +28,63 @@ def caption(name: str, document: dict[str, Any]) -> str:
     models = document["figures"].values()
     dtypes = ", ".join(dict.fromkeys(m["dtype"] for m in models))
     return (
-        f"{len(e['gpus'])} × {e['gpus'][0]}, {dtypes}, guidance on, DDIM, the whole loop; medians; "
-        f"torch {e['torch']}, diffusers {e['diffusers']}. "
-        f"[{name}](benchmarks/results/{name}) has each column's command of "
-        "`benchmarks/denoise/run.py`.\n\n"
+        f"{len(e['gpus'])} × {e['gpus'][0]}, {dtypes}, guidance on (FLUX has none), DDIM, torch "
+        f"{e['torch']}, diffusers {e['diffusers']}. [{name}](../benchmarks/results/{name}) has "
+        "each model's commands of `benchmarks/denoise/run.py`.\n\n"
     )
 
 
-#: Settings that details are shown of, where they were run.
-_DETAILED = ("N=2 S=1 w=1", "N=2 S=1 w=1, compiled", "N=4 S=1 w=1", "N=3 S=2 w=1")
+def speeds(figures: dict[str, Model]) -> str:
+    """Every model's settings: milliseconds a step, times one GPU in the same mode by the number
+    of steps, and the commit that brought the row."""
+    return "\n".join(f"### {m['title']}\n\n{_speeds(m)}" for m in figures.values())
 
 
-def measured(figures: dict[str, Model]) -> str:
-    """One GPU and every setting: milliseconds a step, and times the speed of one GPU in the same
-    mode; loops of other lengths; then what lies behind a few of the settings."""
-    return "\n".join(filter(None, (_speeds(figures), _lengths(figures), _details(figures))))
+def glance(figures: dict[str, Model], rows: dict[str, tuple[str, str]]) -> str:
+    """One GPU beside several: a row for each title of ``rows``, of a model's key and a mode."""
+    columns = {
+        "two GPUs": "N=2 S=1 w=1",
+        "four GPUs": "N=4 S=1 w=1",
+        "four GPUs, two steps at once": "N=3 S=2 w=1",
+    }
+    out = [["ms a step, **times as fast**", "one GPU", *columns]]
+    for title, (key, mode) in rows.items():
+        model = figures[key]
+        suffix = "" if mode == "graph" else f", {mode}"
+        cells = [_glance(model.get(name + suffix, {})) for name in columns.values()]
+        out.append([title, f"{model[mode]['ms_a_step']['median']:.1f}", *cells])
+    return markdown(out)
 
 
-def _speeds(figures: dict[str, Model]) -> str:
-    models = list(figures.values())
-    rows = [["ms a step, **times one GPU**", "GPUs", *(m["title"] for m in models)]]
-    rows.append(["steps, rounds at least", "", *(f"{m['steps']}, {m['rounds']}" for m in models)])
-    ways = {"eager": "one GPU, eager"} | {k: f"one GPU, {title}" for k, title in MODES.items()}
-    settings = dict.fromkeys(k for m in models for k in m if k.startswith("N="))
-    for key in (*ways, *sorted(settings, key=_place)):
-        entries = [m.get(key, {}) for m in models]
-        if not any("ms_a_step" in e for e in entries):
-            continue
-        gpus = {str(len(set(e["devices"]))) for e in entries if "devices" in e} or {"1"}
-        rows.append([ways.get(key, key), ", ".join(sorted(gpus)), *map(_speed, entries)])
+def _glance(entry: dict[str, Any]) -> str:
+    if "ms_a_step" not in entry:
+        return ""
+    ratio = entry[f"speedup_over_{entry['mode']}"]["median"]
+    return f"{entry['ms_a_step']['median']:.1f}, **{ratio:.1f}**"
+
+
+def _speeds(model: Model) -> str:
+    settings = [k for k in model if k.startswith("N=") and "generate" not in k]
+    order = [k for k in (*MODES, *sorted(settings, key=_place)) if "ms_a_step" in model.get(k, {})]
+    own = str(model["steps"])
+    lengths = {own} | {k.split()[0] for key in order for k in model[key] if _further(k)}
+    steps = sorted(lengths, key=int)
+    times = [f"{'times one GPU in ' if n == steps[0] else ''}{n} steps" for n in steps]
+    rows = [["", "GPUs", f"ms a step, {own} steps", *times, "commit"]]
+    for key in order:
+        entry = model[key]
+        by_steps = {own: entry} | {k.split()[0]: v for k, v in entry.items() if _further(k)}
+        ratios = [_times(by_steps.get(n, {}), entry.get("mode")) for n in steps]
+        gpus = str(len(set(entry["devices"]))) if "devices" in entry else "1"
+        commits = dict.fromkeys(e["commit"] for e in by_steps.values() if "commit" in e)
+        ms = f"{entry['ms_a_step']['median']:.1f}"
+        rows.append([MODES.get(key, key), gpus, ms, *ratios, ", ".join(commits)])
     return markdown(rows)
+
+
+def _times(entry: dict[str, Any], mode: str | None) -> str:
+    ratio = entry.get(f"speedup_over_{mode}")
+    return f"{ratio['median']:.2f}" if ratio else ""
 
 
 def _place(key: str) -> tuple[Any, ...]:
@@ -62,46 +95,13 @@ def _place(key: str) -> tuple[Any, ...]:
     return bool(compiled), (n + s - 1) * (2 if "split" in options else 1), n, s, options, w
 
 
-def _speed(entry: dict[str, Any]) -> str:
-    if "ms_a_step" not in entry:
-        return ""
-    ratio = entry.get(f"speedup_over_{entry.get('mode')}")
-    times = f", **{ratio['median']:.2f}**" if ratio else ""
-    return f"{entry['ms_a_step']['median']:.1f}{times}"
-
-
-def _lengths(figures: dict[str, Model]) -> str:
-    """Times one GPU in loops of other lengths, of the settings that were run with them."""
-    models = list(figures.values())
-    settings = dict.fromkeys(k for m in models for k in m if k.startswith("N="))
-    own = {str(m["steps"]) for m in models}
-    lengths = {
-        k.split()[0] for m in models for e in map(m.get, settings) for k in e or () if _further(k)
-    }
-    steps = sorted(lengths | own, key=int)
-    title = f"times one GPU in {', '.join(steps)} steps (–: not run)"
-    rows = [[title, *(m["title"] for m in models)]]
-    for key in sorted(settings, key=_place):
-        entries = [m.get(key, {}) for m in models]
-        if any(_further(k) for e in entries for k in e):
-            rows.append([key, *(_over(m, e, steps) for m, e in zip(models, entries, strict=True))])
-    return markdown(rows) if rows[1:] else ""
-
-
 def _further(key: str) -> bool:
     """Whether what stands under a key is of loops of another length."""
     return key.endswith(" steps")
 
 
-def _over(model: Model, entry: dict[str, Any], steps: list[str]) -> str:
-    of = {str(model["steps"]): entry} | {k.split()[0]: v for k, v in entry.items() if _further(k)}
-    if len(of) < 2:
-        return ""
-    ratios = [of.get(n, {}).get(f"speedup_over_{entry.get('mode')}") for n in steps]
-    return ", ".join(f"{r['median']:.2f}" if r else "–" for r in ratios)
-
-
-def _details(figures: dict[str, Model]) -> str:
+def details(figures: dict[str, Model]) -> str:
+    """What lies behind a few of the settings: a column a model."""
     models = list(figures.values())
     rows = [["", *(m["title"] for m in models)]]
     for key in _DETAILED:

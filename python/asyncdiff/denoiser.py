@@ -58,7 +58,7 @@ class AsyncDenoiser:
         latents, timestep: names of those arguments, where they are not the usual ones.
         schedule: ``"asyncdiff"``, as published, or ``"wavefront"``: an evaluation passes through
             the components in successive ticks, and the sampler goes on with an extrapolated clean
-            image until it arrives (docs/wavefront.md).
+            image until it arrives (docs/guide/waves.md).
         delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
             nothing inside a wave is stale. None for what measured best: 1 where the first component
             sends to the last one, as in UNets, N − 1 in a chain of components.
@@ -516,7 +516,7 @@ class AsyncDenoiser:
         Arguments as of :meth:`generate`; ``latents`` are those of a few pictures of the kind that
         will be drawn, eight or more, two at least. Takes five generations of them, one after
         another, the first with every step exact. It gains most where steps are large
-        (docs/wavefront.md), and is not worse than the default on the pictures that it was judged
+        (docs/guide/waves.md), and is not worse than the default on the pictures that it was judged
         by.
 
         Raises PlanError unless the schedule is "wavefront" and warmup a number, SchedulerError for

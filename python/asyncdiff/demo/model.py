@@ -1,11 +1,12 @@
 """The text-to-emoji model that comes with asyncdiff, as a diffusers pipeline. Needs no network.
 
-    from asyncdiff import demo_model
-    pipe = demo_model.load()
+    from asyncdiff import demo
+    pipe = demo.load()
     pipe("smiling face with sunglasses").images[0].save("emoji.png")
 
 It draws 64 x 64 pictures from a closed vocabulary; ``known_prompts()`` lists the prompts that it
-draws well. How it was made: examples/emoji/README.md. What it draws well and badly: docs/emoji.md.
+draws well. How it was made: examples/emoji/README.md. What it draws well and badly:
+docs/guide/shipped_model.md.
 """
 
 from __future__ import annotations

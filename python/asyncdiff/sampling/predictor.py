@@ -38,7 +38,7 @@ def check_order(order: float | Rule | None, schedule: str) -> None:
 
 
 def default_order(clean: CleanImage, delay: int, stride: int) -> float:
-    """The order that measured best for such steps (docs/wavefront.md has the figures), when
+    """The order that measured best for such steps (docs/results.md has the figures), when
     predictions arrive ``delay`` ticks late.
 
     The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:

@@ -149,8 +149,18 @@ def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
             merge.merge(list(documents.values()))
 
 
-def test_the_table_of_committed_results_is_the_readmes() -> None:
-    assert tables.denoise().count("one GPU, eager") >= 1
+def test_every_row_of_the_committed_results_has_its_commit() -> None:
+    text = tables.speeds()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| N=")]
+    assert len(rows) > 100
+    for setting, *_, commits in rows:
+        assert all(len(c.strip()) == 7 for c in commits.split(",")), setting
+
+
+def test_the_readme_shows_eight_rows() -> None:
+    lines = tables.glance().splitlines()
+    assert len(lines) == 2 + 8
+    assert all("**" in line for line in lines[2:])  # two GPUs were measured of each
 
 
 def test_what_a_tick_takes_follows_from_loops_of_few_and_many_exact_steps() -> None:
@@ -162,24 +172,26 @@ def test_what_a_tick_takes_follows_from_loops_of_few_and_many_exact_steps() -> N
 
     model = {"title": "a model", "steps": steps, "rounds": 1, "eager": {"memory_mib": {}}}
     model |= {"graph": {"ms_a_step": {"median": exact}}, "N=4 S=1 w=1": loop(1)}
-    assert "efficiency" not in table.measured({"model": model})
+    assert "efficiency" not in table.details({"model": model})
     model["N=4 S=1 w=9"] = loop(9)
-    assert "| efficiency of a steady tick | ≥ 1.000 |" in table.measured({"model": model})
+    assert "| efficiency of a steady tick | ≥ 1.000 |" in table.details({"model": model})
     known = {"median": 0.9, "min": 0.8, "max": 1.0}
     model["N=4 S=1 w=1"] = loop(1) | {"steady": {"efficiency": known}}
-    assert "| 0.900 (0.800 to 1.000) |" in table.measured({"model": model})
+    assert "| 0.900 (0.800 to 1.000) |" in table.details({"model": model})
 
 
 def test_lengths_that_were_not_run() -> None:
-    def loop(ratio: float) -> dict[str, object]:
-        return {"ms_a_step": {"median": 1.0}, "speedup_over_graph": {"median": ratio}}
+    def loop(ratio: float, commit: str) -> dict[str, object]:
+        ratios = {"speedup_over_graph": {"median": ratio}}
+        return {"commit": commit, "ms_a_step": {"median": 1.0}, **ratios}
 
     first = {"title": "a", "steps": 50, "rounds": 1, "eager": {"memory_mib": {"device": []}}}
     rest = {"mode": "graph", "devices": ["cuda:0"]}
     row = "N=2 S=1 w=1"
-    whole = first | {row: rest | loop(1.9) | {"25 steps": loop(1.8), "100 steps": loop(1.95)}}
-    part = first | {row: rest | loop(1.7) | {"25 steps": loop(1.6)}}
-    none = first | {row: rest | loop(1.5)}
-    text = table.measured({"whole": whole, "part": part, "none": none})
-    assert "times one GPU in 25, 50, 100 steps" in text
-    assert f"| {row} | 1.80, 1.90, 1.95 | 1.60, 1.70, – |  |" in text
+    further = {"25 steps": loop(1.8, "b"), "100 steps": loop(1.95, "a")}
+    whole = first | {row: rest | loop(1.9, "a") | further}
+    part = first | {row: rest | loop(1.7, "c") | {"25 steps": loop(1.6, "c")}}
+    text = table.speeds({"whole": whole, "part": part})
+    assert "times one GPU in 25 steps | 50 steps | 100 steps" in text
+    assert f"| {row} | 1 | 1.0 | 1.80 | 1.90 | 1.95 | a, b |" in text
+    assert f"| {row} | 1 | 1.0 | 1.60 | 1.70 | c |" in text

@@ -486,7 +486,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert [digits(x) for x in (0.123, 9.876, 12.34, 389.2)] == ["0.12", "9.88", "12.3", "389"]
 
 
-def test_the_table_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.exchange() == ""
     environment = {
