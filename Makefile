@@ -3,6 +3,7 @@
 # make env    the environment alone
 # make lint   ruff, mypy, clang-format
 # make cuda   compile all CUDA code with nvcc, where there is one
+# make docs   build the documentation site in out/site
 # make clean  remove what was built (and .venv)
 #
 # What was done leaves a stamp in .venv/stamps, so that nothing is installed twice. A changed
@@ -29,7 +30,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
 
-.PHONY: demo test lint cuda clean env
+.PHONY: demo test lint cuda docs clean env
 demo: $(STAMPS)/package
 	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
 
@@ -48,6 +49,11 @@ lint: $(STAMPS)/lint
 	$(BIN)/python benchmarks/figures.py --check
 	find csrc examples/cpp \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
 		-print0 | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
+
+# What a page links to and does not find is an error.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "the site: file://$(abspath out/site/index.html)"
 
 # A wheel of its own, not the installed package: what users get from pip, with CUDA in it, must
 # also be importable on a machine without a driver, and a C++ program must build against it.
@@ -116,17 +122,22 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch pyproject.toml
-	@$(BIN)/python -c "$$REQUIRES" >$(STAMPS)/requires.txt
+	@$(BIN)/python -c "$$REQUIRES" build-system requires >$(STAMPS)/requires.txt
 	$(PIP) install -q -r $(STAMPS)/requires.txt
 	touch $@
 
+# What a list in pyproject.toml names, found by the keys that lead to it.
 define REQUIRES
+import sys
 try:
     import tomllib
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["build-system"]["requires"], sep="\n")
+    found = tomllib.load(file)
+for key in sys.argv[1:]:
+    found = found[key]
+print(*found, sep="\n")
 endef
 export REQUIRES
 
@@ -134,6 +145,11 @@ export REQUIRES
 $(STAMPS)/package: $(STAMPS)/build $(BUILD) $(NATIVE)
 	@echo "building and installing asyncdiff[$(EXTRAS)]"
 	$(PIP) install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
+	@$(BIN)/python -c "$$REQUIRES" project optional-dependencies docs >$(STAMPS)/docs.txt
+	$(PIP) install -q -r $(STAMPS)/docs.txt
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package
