@@ -47,12 +47,12 @@ def glance(figures: dict[str, Model], rows: dict[str, tuple[str, str]]) -> str:
         "four GPUs": "N=4 S=1 w=1",
         "four GPUs, two steps at once": "N=3 S=2 w=1",
     }
-    out = [["ms a step, **times as fast**", "one GPU", *columns]]
+    out = [["", "one GPU", *columns]]
     for title, (key, mode) in rows.items():
         model = figures[key]
         suffix = "" if mode == "graph" else f", {mode}"
         cells = [_glance(model.get(name + suffix, {})) for name in columns.values()]
-        out.append([title, f"{model[mode]['ms_a_step']['median']:.1f}", *cells])
+        out.append([title, f"{model[mode]['ms_a_step']['median']:.1f} ms", *cells])
     return markdown(out)
 
 
@@ -60,7 +60,7 @@ def _glance(entry: dict[str, Any]) -> str:
     if "ms_a_step" not in entry:
         return ""
     ratio = entry[f"speedup_over_{entry['mode']}"]["median"]
-    return f"{entry['ms_a_step']['median']:.1f}, **{ratio:.1f}**"
+    return f"**{ratio:.1f} times**, {entry['ms_a_step']['median']:.1f} ms"
 
 
 def _speeds(model: Model) -> str:
