@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .deadline import check_deadline
 from .errors import InputError, PlanError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
@@ -79,7 +80,8 @@ class AsyncDenoiser:
             100 million parameters on GPUs.
         progress: called with (what, done, of how many) while components are compiled; None for a
             bar where stderr is a terminal.
-        deadline: seconds after which a rank that waits for another gives up.
+        deadline: seconds after which a rank that waits for another gives up; None takes
+            ``ASYNCDIFF_DEADLINE``, else 10.
 
     Calls happen inside a generation::
 
@@ -119,7 +121,7 @@ class AsyncDenoiser:
         warmup_mode: str = "chain",
         compile: bool | None = None,
         progress: Progress | None = None,
-        deadline: float = 10.0,
+        deadline: float | None = None,
     ) -> None:
         self.warmup = warmup
         self.exact_tail = exact_tail
@@ -165,7 +167,7 @@ class AsyncDenoiser:
             extrapolate,
             self.compile,
             progress,
-            deadline,
+            check_deadline(deadline),
         )
         self._engines = EngineCache(module, self._weights, making)
         self._engine: Engine | Groups | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from asyncdiff_core import errors as core
+
 
 class AsyncDiffError(Exception):
     """Base class of all errors raised by asyncdiff."""
@@ -21,8 +23,10 @@ class CaptureError(AsyncDiffError, RuntimeError):
     """The denoiser cannot be exported; the exporter's reason is part of the message."""
 
 
-class DeviceError(AsyncDiffError, ValueError):
-    """The list of devices does not fit the plan or the machine."""
+class DeviceError(AsyncDiffError, core.DeviceError, ValueError):
+    """The list of devices does not fit the plan or the machine, or a device cannot do what is
+    needed. It is an ``asyncdiff_core.DeviceError`` too, and stands for it: what the core says of a
+    device reaches users of this package as this one."""
 
 
 class InputError(AsyncDiffError, ValueError):

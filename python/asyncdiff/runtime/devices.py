@@ -40,6 +40,21 @@ def resolve(
     return out
 
 
+def fabric(devices: Sequence[torch.device], deadline: float | None) -> core.Fabric:
+    """What ranks on these devices exchange through.
+
+    ``deadline`` in seconds; None takes ``ASYNCDIFF_DEADLINE``, else 10. Raises DeviceError for what
+    the core says of devices, such as GPUs that do not reach each other as ``ASYNCDIFF_TRANSPORT``
+    wants.
+    """
+    if devices[0].type == "cpu":
+        return core.HostFabric(len(devices), deadline=deadline)
+    try:
+        return core.CudaFabric([d.index for d in devices], deadline=deadline)
+    except core.DeviceError as e:
+        raise DeviceError(str(e)) from e
+
+
 def _default(ranks: int) -> list[torch.device]:
     count = torch.cuda.device_count() if torch.cuda.is_available() and core.cuda_built() else 0
     if count == 0:

@@ -25,6 +25,7 @@ from ..partition.partition import Partition
 from ..progress import Progress
 from ..schedule.plan import Action, Kind, Plan, Tick
 from .buffers import layout_of, views
+from .devices import fabric
 from .executor import Inline, RankQueue, Threads
 from .input_cache import InputCache
 from .push import Sender
@@ -56,7 +57,7 @@ class Engine:
         *,
         slots: int = 2,
         extrapolate: float = 0.0,
-        deadline: float = 10.0,
+        deadline: float | None = None,
         compile: Progress | None = None,
     ) -> None:
         self.partition = partition
@@ -83,12 +84,7 @@ class Engine:
             [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING],
             set[int]().union(*(w.row_conditioning for w in self.workers)),
         )
-        if self.cuda:
-            self.fabric: core.Fabric = core.CudaFabric(
-                [d.index for d in self.devices], deadline=deadline
-            )
-        else:
-            self.fabric = core.HostFabric(len(self.devices), deadline=deadline)
+        self.fabric = fabric(self.devices, deadline)
         self._connect(self._first_run())
         #: seconds that compiling took
         self.compile_s = 0.0

@@ -13,6 +13,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from toys import toy, toy_call
 
 import asyncdiff
+import asyncdiff_core as core
 from asyncdiff import (
     AsyncDenoiser,
     CaptureError,
@@ -22,6 +23,8 @@ from asyncdiff import (
     PlanError,
     SchedulerError,
 )
+from asyncdiff.runtime.devices import fabric
+from asyncdiff.runtime.engine import Engine
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 
@@ -45,6 +48,9 @@ def make(**options: Any) -> AsyncDenoiser:
         ({"devices": ["cpu", "gpu"]}, DeviceError, "'gpu' is not a device"),
         ({"devices": ["cpu", "cuda:0"]}, DeviceError, "mixes cpu and cuda"),
         ({"devices": ["meta"] * 2}, DeviceError, "ranks run on"),
+        ({"deadline": -1}, InputError, "deadline=-1: write a positive number"),
+        ({"deadline": float("nan")}, InputError, "deadline=nan: .* at most a day"),
+        ({"deadline": "soon"}, InputError, "deadline='soon': write a positive number of seconds"),
         ({"warmup": 0}, PlanError, "warmup must be"),
         ({"components": 0}, PlanError, "components must be"),
         ({"stride": 1.5}, PlanError, "stride must be"),
@@ -60,6 +66,32 @@ def make(**options: Any) -> AsyncDenoiser:
 def test_refused_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**options)
+
+
+def test_the_deadline_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCDIFF_DEADLINE", "2.5")
+    for options, seconds in [({}, 2.5), ({"deadline": 3.0}, 3.0)]:
+        denoiser = make(example_kwargs=toy_call(), **options)
+        assert isinstance(denoiser._engine, Engine)
+        assert denoiser._engine.fabric.deadline == seconds
+        denoiser.close()
+    monkeypatch.setenv("ASYNCDIFF_DEADLINE", "soon")
+    with pytest.raises(InputError, match="ASYNCDIFF_DEADLINE='soon'"):
+        make()
+
+
+def test_what_the_core_says_of_devices_is_a_device_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise core.DeviceError("GPUs 0 and 1 do not reach each other")
+
+    monkeypatch.setattr(core, "CudaFabric", refused)
+    with pytest.raises(DeviceError, match="do not reach each other") as raised:
+        fabric([torch.device("cuda", 0), torch.device("cuda", 1)], None)
+    # Whoever uses both packages may catch either.
+    assert isinstance(raised.value, (core.DeviceError, asyncdiff.AsyncDiffError, ValueError))
+    assert issubclass(DeviceError, core.DeviceError)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

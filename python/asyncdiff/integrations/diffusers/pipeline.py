@@ -237,7 +237,7 @@ def parallelize(
     warmup_mode: str = "chain",
     compile: bool | None = None,
     progress: Progress | None = None,
-    deadline: float = 10.0,
+    deadline: float | None = None,
 ) -> Handle:
     """Run the denoiser of a diffusers pipeline on several devices at once.
 
@@ -265,7 +265,7 @@ def parallelize(
             :class:`asyncdiff.AsyncDenoiser`.
         compile, progress: compile the components with inductor; see
             :class:`asyncdiff.AsyncDenoiser`.
-        deadline: seconds after which a rank that waits for another gives up.
+        deadline: see :class:`asyncdiff.AsyncDenoiser`.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
     pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
