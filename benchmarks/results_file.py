@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from asyncdiff.bench.results import environment, write
+from asyncdiff.bench.results import commit, environment, write
 
 __all__ = ["ROOT", "commit", "continued", "environment", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: What differs between runs whose figures may stand in one file.
-OF_THE_RUN = ("command", "date")
-
-
-@cache
-def commit() -> str:
-    """The commit that figures of this run are of, with ``+`` where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy of the files alone
-        return "unknown"
+OF_THE_RUN = ("command", "commit", "date")
 
 
 def continued(path: Path) -> dict[str, Any]:

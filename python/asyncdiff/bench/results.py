@@ -22,6 +22,7 @@ def environment() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     out: dict[str, Any] = {
+        "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "gpus": gpus,
@@ -67,6 +68,14 @@ def _links(gpus: int) -> list[str]:
         and row[0].startswith("GPU")
         and row[0][3:].isdigit()
     ]
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the engine that is measured, with ``+`` where files differ from it; "unknown"
+    where it is no checkout."""
+    where = ("-C", str(Path(__file__).parent))
+    return _output("git", *where, "describe", "--always", "--dirty=+", "--exclude=*") or "unknown"
 
 
 @functools.cache
