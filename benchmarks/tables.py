@@ -85,6 +85,17 @@ def details() -> str:
     return "\n".join(denoise_table.details(document["figures"]) for _, document in _denoise())
 
 
+def rows() -> str:
+    """What no step computes."""
+    path = RESULTS / "rows.json"
+    document = json.loads(path.read_text())
+    e = document["environment"]
+    return (
+        f"`benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
+        f"[{path.name}](../benchmarks/results/{path.name}).\n\n" + denoise_table.rows(document)
+    )
+
+
 def glance() -> str:
     """The README's eight rows."""
     return denoise_table.glance(_denoise()[0][1]["figures"], _GLANCE)
@@ -176,6 +187,7 @@ def orders() -> str:
 TABLES = {
     "speeds": speeds,
     "details": details,
+    "rows": rows,
     "exchange": exchange,
     "fidelity": fidelity,
     "few-steps": few_steps,

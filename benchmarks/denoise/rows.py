@@ -1,8 +1,7 @@
 """What of the published denoisers depends on the timestep, but not on the latents.
 
 Run: python benchmarks/denoise/rows.py [--models sd15 sdxl]. Needs no GPU and no memory for weights.
-Prints the table of docs/design.md, and writes rows.json, of these models: by model and number of
-components.
+Writes rows.json, by model and number of components.
 """
 
 from __future__ import annotations
@@ -68,25 +67,18 @@ def _results(program: fx.GraphModule) -> list[fx.Node]:
 
 
 def main() -> None:
-    """Print the table of docs/design.md and write its figures."""
+    """Write the figures, as far as they are known, after every model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    print("| | nodes | taken out | values in a row | its KiB | with N = 2, KiB by rank |")
-    print("| --- | --- | --- | --- | --- | --- |")
     figures = {}
     for key in parser.parse_args().models:
         model = MODELS[key]
         module = model.build("meta", torch.float16)
         captured = capture(module, parse(module, (), model.inputs(module)))
-        one, two = rows_of(captured, 1), rows_of(captured, 2)
-        figures[key] = {"N=1": asdict(one), "N=2": asdict(two)}
+        figures[key] = {"title": model.title}
+        figures[key] |= {f"N={n}": asdict(rows_of(captured, n)) for n in (1, 2)}
         results_file.write(OUT, figures)
-        halves = " + ".join(f"{n / 1024:.0f}" for n in two.nbytes)
-        size = f"{one.nbytes[0] / 1024:.0f}"
-        print(
-            f"| {model.title} | {one.nodes} | {one.taken} | {one.values[0]} | {size} | {halves} |",
-            flush=True,
-        )
+        print(figures[key], flush=True)
 
 
 if __name__ == "__main__":

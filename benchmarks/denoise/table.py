@@ -170,3 +170,16 @@ def _ratio(spread: dict[str, float], digits: int = 2) -> str:
 def _memory(entry: dict[str, Any]) -> str:
     # What was taken from the device: weights, activations, graphs, mailboxes, torch's cache.
     return ", ".join(f"{mib:.0f}" for mib in entry["memory_mib"]["device"] if mib)
+
+
+def rows(document: dict[str, Any]) -> str:
+    """What of each denoiser no step computes: how many nodes, and what their values take."""
+    heads = ["nodes", "taken out", "values in a row", "its KiB", "in two components, KiB of each"]
+    table = [["", *heads]]
+    for model in document["figures"].values():
+        one, two = model["N=1"], model["N=2"]
+        halves = " + ".join(f"{n / 1024:.0f}" for n in two["nbytes"])
+        size = f"{one['nbytes'][0] / 1024:.0f}"
+        cells = (one["nodes"], one["taken"], one["values"][0], size, halves)
+        table.append([model["title"], *map(str, cells)])
+    return markdown(table)
