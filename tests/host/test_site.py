@@ -1,4 +1,4 @@
-"""The pages of the C++ headers, made by docs/site/cpp_api.py; `make docs` builds the whole site."""
+"""The pages of the C++ headers, made by docs/site/cpp_api.py; `make docs` builds all of them."""
 
 from __future__ import annotations
 
