@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import asyncdiff
 import asyncdiff_core
 from asyncdiff import errors
 
@@ -54,6 +57,19 @@ def test_pages_that_the_code_names_exist() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("package", [asyncdiff, asyncdiff_core], ids=lambda p: p.__name__)
+def test_what_is_public_is_documented(package: Any) -> None:
+    for name in package.__all__:
+        public = getattr(package, name)
+        assert inspect.getdoc(public), f"{package.__name__}.{name} has no docstring"
+        # The extension's classes have theirs in its stub.
+        if inspect.isclass(public) and not public.__module__.endswith("_core"):
+            for part, thing in vars(public).items():
+                if not part.startswith("_") and (callable(thing) or isinstance(thing, property)):
+                    said = inspect.getdoc(getattr(public, part))
+                    assert said, f"{package.__name__}.{name}.{part} has no docstring"
 
 
 # ---- troubleshooting -----------------------------------------------------------------------------
