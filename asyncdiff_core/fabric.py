@@ -67,7 +67,7 @@ class Fabric:
         native = self._native.channel(sender, list(receivers), layout, slots, name, mode)
         return Channel(native, self._devices)
 
-    def put_together(
+    def put_batch(
         self, puts: Sequence[tuple[Channel, Sequence[Any], int]], stream: Stream = None
     ) -> None:
         """Put bundles of several channels of one sender: (channel, tensors, slot) for each.
@@ -82,7 +82,7 @@ class Fabric:
             pointers, arrays = channel._pointers(tensors)
             all_puts.append((channel._native, pointers, slot))
             held.append(arrays)
-        self._native.put_together(all_puts, pointer_of(stream))
+        self._native.put_batch(all_puts, pointer_of(stream))
 
     def abort(self, rank: int, reason: str) -> None:
         """End all waits, now and later, until :meth:`reset`; the others get Aborted."""

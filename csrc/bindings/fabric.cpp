@@ -50,13 +50,13 @@ void register_fabric(py::module_& m) {
           py::arg("sender"), py::arg("receivers"), py::arg("layout"), py::arg("slots"),
           py::arg("name"), py::arg("mode"), Unlocked())
       .def(
-          "put_together",
+          "put_batch",
           [](Fabric& f, const std::vector<OnePut>& puts, Stream stream) {
             std::vector<Put> all;
             for (const auto& [channel, data, slot] : puts) {
               all.push_back({channel, pointers<const void*>(data), slot});
             }
-            f.put_together(all, stream);
+            f.put_batch(all, stream);
           },
           py::arg("puts"), py::arg("stream"), Unlocked())
       .def("abort", &Fabric::abort, py::arg("rank"), py::arg("reason"), Unlocked())

@@ -46,7 +46,7 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
   handle_.flags = flags_for(layout().nbytes, inlined() ? kInlineFlags
                                              : alone   ? kMaxFlags
                                                        : kFewFlags);
-  handle_.guard = lines_.new_end(sender(), name());
+  handle_.context = lines_.new_end(sender(), name());
   const std::size_t counters = lines_.take(sender());
   lines_.add_count(sender(), counters + offsetof(SenderCounters, begun));
   lines_.add_count(sender(), counters + offsetof(SenderCounters, committed));
@@ -70,12 +70,12 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
     const std::size_t credit = lines_.take(credit_at);
     const std::size_t mine = lines_.take(rank);
     for (std::size_t f = 0; f < flags; ++f) {
-      lines_.add_count(flags_at, arrived + f * Lines::kLine);
+      lines_.add_count(flags_at, arrived + f * FlagPool::kLine);
     }
     lines_.add_count(credit_at, credit);
     lines_.add_count(rank, mine + offsetof(ReceiverCounters, got));
     lines_.add_count(rank, mine + offsetof(ReceiverCounters, released));
-    const Guard guard = lines_.new_end(rank, name());
+    const WaitContext context = lines_.new_end(rank, name());
     if (sending) {
       const int place = handle_.receivers++;
       handle_.ranks[place] = rank;
@@ -92,7 +92,7 @@ CudaChannel::CudaChannel(std::shared_ptr<CudaFabric::Shared> shared, std::string
                               : inlined()      ? *receiver.words
                                                : receiver.mailbox;
       receiver.handle = {reinterpret_cast<ReceiverCounters*>(all.line(rank, mine, rank)),
-                         guard,
+                         context,
                          handle_.protocol,
                          slots(),
                          handle_.flags,

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "channel_lines.hpp"
+#include "channel_flags.hpp"
 #include "cuda_shared.hpp"
 #include "kernels.hpp"
 
@@ -61,7 +61,7 @@ class CudaChannel final : public Channel {
   Piece piece_of(std::size_t index, const void* data) const;
 
   std::shared_ptr<CudaFabric::Shared> shared_;
-  ChannelLines lines_;
+  ChannelFlags lines_;
   SenderDevice handle_{};
   std::vector<Receiver> receivers_;
   std::shared_ptr<Buffer> staging_;  // all slots; null where no receiver is staged

@@ -86,8 +86,8 @@ bool CudaFabric::made(const Channel& channel) const {
   return ours != nullptr && ours->of(*shared_);
 }
 
-void CudaFabric::put_together(const std::vector<Put>& puts, Stream stream) {
-  check_together(puts);
+void CudaFabric::put_batch(const std::vector<Put>& puts, Stream stream) {
+  check_batch(puts);
   if (puts.empty()) return;
   const auto sender = static_cast<std::size_t>(puts.front().channel->sender());
   const DeviceGuard guard(shared_->devices[sender]);

@@ -72,7 +72,7 @@ void wait_for(const std::set<int>& devices) noexcept {
   for (int device : devices) {
     quietly_on(device, [] {
       void* memory = nullptr;
-      if (cudaMalloc(&memory, Lines::kBytes) == cudaSuccess) {
+      if (cudaMalloc(&memory, FlagPool::kBytes) == cudaSuccess) {
         cudaFree(memory);
       } else {
         cudaDeviceSynchronize();  // no memory left
@@ -126,13 +126,13 @@ void CudaFabric::Shared::open(Transport how) {
       const DeviceGuard guard(device);
       preload_kernels();
       own[static_cast<std::size_t>(rank)] = processes.several()
-                                                ? allocate_exportable(device, Lines::kBytes)
-                                                : allocate_device(device, Lines::kBytes);
+                                                ? allocate_exportable(device, FlagPool::kBytes)
+                                                : allocate_device(device, FlagPool::kBytes);
     }
   });
-  host = share_pinned(processes, processes.owner(0), home(), Lines::kBytes);
+  host = share_pinned(processes, processes.owner(0), home(), FlagPool::kBytes);
   abort_word = reinterpret_cast<std::uint64_t*>(host.data + host_lines.take());
-  static_assert(sizeof(AbortNote) <= 4 * Lines::kLine);
+  static_assert(sizeof(AbortNote) <= 4 * FlagPool::kLine);
   note = reinterpret_cast<AbortNote*>(host.data + host_lines.take(4));
   find_links(how);
   for (const std::string& uuid : uuids) {
@@ -287,11 +287,11 @@ void CudaFabric::Shared::deal_out_again(const std::vector<Taken>& gone) {
   std::set<std::pair<int, std::size_t>> all;
   for (const Taken& taken : gone) {
     for (std::size_t i = 0; i < taken.count; ++i) {
-      all.emplace(taken.rank, taken.first + i * Lines::kLine);
+      all.emplace(taken.rank, taken.first + i * FlagPool::kLine);
     }
   }
   const auto is_gone = [&all](int rank, std::size_t offset) {
-    return all.count({rank, offset / Lines::kLine * Lines::kLine}) != 0;
+    return all.count({rank, offset / FlagPool::kLine * FlagPool::kLine}) != 0;
   };
   const auto forget = [](auto& from, auto which) {
     from.erase(std::remove_if(from.begin(), from.end(), which), from.end());
@@ -302,7 +302,7 @@ void CudaFabric::Shared::deal_out_again(const std::vector<Taken>& gone) {
   for (const Taken& taken : gone) {
     Buffer part = taken.rank == kHostLines ? host : own[static_cast<std::size_t>(taken.rank)];
     part.data += taken.first;
-    clear(part, taken.count * Lines::kLine);
+    clear(part, taken.count * FlagPool::kLine);
     lines_of(taken.rank).give_back(taken.first, taken.count);
   }
 }

@@ -17,8 +17,8 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/processes.hpp"
 #include "cuda_memory.hpp"
+#include "flag_pool.hpp"
 #include "launch.hpp"
-#include "lines.hpp"
 #include "links.hpp"
 
 namespace asyncdiff {
@@ -44,14 +44,15 @@ struct CudaFabric::Shared {
 
   std::mutex mutex;  // guards all below
   std::atomic<bool> closed{false};
-  // Lines in pinned host memory: abort word, abort note, failure records, flags of staged channels.
+  // FlagPool in pinned host memory: abort word, abort note, failure records, flags of staged
+  // channels.
   Buffer host;
-  Lines host_lines;
+  FlagPool host_lines;
   std::uint64_t* abort_word = nullptr;
   AbortNote* note = nullptr;
-  // Lines in each rank's device memory: counters, flags, credits. Every process takes the same
+  // FlagPool in each rank's device memory: counters, flags, credits. Every process takes the same
   // lines, and sees those of its own ranks and of those that its ranks can reach.
-  std::vector<Lines> lines;
+  std::vector<FlagPool> lines;
   std::vector<Buffer> own;                         // by rank; empty for others'
   std::map<std::pair<int, int>, Buffer> imported;  // by (rank, device that looks)
   std::vector<Buffer> mailboxes;                   // of own ranks
@@ -89,7 +90,7 @@ struct CudaFabric::Shared {
   const Link& link(int from, int to) const { return links.at({from, to}); }
   // Where `viewer`, a rank of this process, sees a line of `rank`.
   std::byte* line(int rank, std::size_t offset, int viewer) const;
-  Lines& lines_of(int rank) {
+  FlagPool& lines_of(int rank) {
     return rank == kHostLines ? host_lines : lines[static_cast<std::size_t>(rank)];
   }
   void check_open() const {

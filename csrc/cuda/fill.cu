@@ -24,7 +24,7 @@ void preload_fill() { preload<fill_kernel>(); }
 void preload_kernels() {
   preload_signals();
   preload_put();
-  preload_take();
+  preload_get();
   preload_fill();
   preload_memsets();
 }

@@ -49,7 +49,7 @@ void launch_put(const ManyPuts& puts, Launch how, cudaStream_t stream);
 void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot,
                         cudaStream_t stream);
 
-// take.cu: gets of more than a wait.
+// get.cu: gets of more than a wait.
 
 // Waits for the next bundle of an inline channel and leaves it in the mailbox.
 void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
@@ -74,7 +74,7 @@ void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
 void preload_kernels();
 void preload_signals();
 void preload_put();
-void preload_take();
+void preload_get();
 void preload_fill();
 void preload_memsets();
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int kWarp = 32;
 
 // Starts a fused put: false in all threads where it must not be.
-__device__ bool start_put(const SenderDevice& sender, int slot, Turn& turn) {
+__device__ bool start_put(const SenderDevice& sender, int slot, BundleState& bundle) {
   if (threadIdx.x < kWarp) {
     const SenderCounters& counters = *sender.counters;
     // All blocks read them before the last of them, which is the one that changes them, is done.
@@ -25,13 +25,13 @@ __device__ bool start_put(const SenderDevice& sender, int slot, Turn& turn) {
     bool good = true;
     if (threadIdx.x == 0) {
       good =
-          in_turn(sender.guard, Operation::kBegin, slot, begun, begun == committed, sender.slots);
+          in_turn(sender.context, Operation::kBegin, slot, begun, begun == committed, sender.slots);
     }
     good = __all_sync(~0u, good) != 0 && credit.wait(sender, begun + 1, slot);
-    if (threadIdx.x == 0) turn = {begun + 1, good};
+    if (threadIdx.x == 0) bundle = {begun + 1, good};
   }
   __syncthreads();
-  return turn.go;
+  return bundle.go;
 }
 
 // Up to 8 bytes; those from `nbytes` on are zero.
@@ -65,19 +65,19 @@ __device__ void put_word(const SenderDevice& sender, const Tile& tile, int slot,
 // In both protocols, the words of the first tile are on their way from memory together with the
 // counters and credits that say whether they may be stored. `more`: whether there is such a tile.
 
-__device__ void put_inline(const SenderDevice& sender, Deal& deal, Tile& tile, bool more, int slot,
-                           Turn& turn) {
+__device__ void put_inline(const SenderDevice& sender, TileScheduler& tiles, Tile& tile, bool more,
+                           int slot, BundleState& bundle) {
   std::uint64_t word = more ? word_of(tile) : 0;
-  if (!start_put(sender, slot, turn)) return;
+  if (!start_put(sender, slot, bundle)) return;
   while (more) {
-    put_word(sender, tile, slot, turn.epoch, word);
-    more = deal.next(tile);
+    put_word(sender, tile, slot, bundle.epoch, word);
+    more = tiles.next(tile);
     if (more) word = word_of(tile);
   }
 }
 
-__device__ void put_flagged(const SenderDevice& sender, Deal& deal, Tile& tile, bool more, int slot,
-                            Turn& turn) {
+__device__ void put_flagged(const SenderDevice& sender, TileScheduler& tiles, Tile& tile, bool more,
+                            int slot, BundleState& bundle) {
   const std::uint64_t begin = sender.slot_nbytes * slot;
   const auto store = [&](std::uint64_t i, auto word) {
     for (int t = 0; t < sender.targets; ++t) {
@@ -93,12 +93,12 @@ __device__ void put_flagged(const SenderDevice& sender, Deal& deal, Tile& tile, 
     middle = tile.to / sizeof(uint4) * sizeof(uint4);
     loaded.load(tile.piece.memory, mine, middle);
   }
-  if (!start_put(sender, slot, turn)) return;
+  if (!start_put(sender, slot, bundle)) return;
   if (more) loaded.store(mine, middle, store);
   tile.from = middle;
   while (more) {
     copy_part(tile.piece.memory, tile.piece.memory, tile.from, tile.to, store);
-    more = deal.next(tile);
+    more = tiles.next(tile);
   }
 }
 
@@ -112,13 +112,13 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   const unsigned block = blockIdx.x - puts.first_block[c];
   const unsigned blocks = puts.first_block[c + 1] - puts.first_block[c];
   const bool inlined = sender.protocol == Protocol::kInline;
-  __shared__ Turn turn;
+  __shared__ BundleState bundle;
   const int first = puts.first_piece[c];
   const int count = puts.first_piece[c + 1] - first;
   const unsigned shift = inlined ? kInlineShift : shift_of(sender.slot_nbytes);
-  Deal deal(puts.pieces + first, count, shift, block, blocks);
+  TileScheduler tiles(puts.pieces + first, count, shift, block, blocks);
   Tile tile{};
-  const bool more = deal.next(tile);
+  const bool more = tiles.next(tile);
   ptx::hold(tile.piece.memory);
   ptx::hold(tile.piece.offset);
   ptx::hold(tile.piece.nbytes);
@@ -126,31 +126,31 @@ __global__ void __launch_bounds__(kThreads, 2) put_kernel(const __grid_constant_
   ptx::let_next_kernel_launch();
 
   if (inlined) {
-    put_inline(sender, deal, tile, more, slot, turn);
+    put_inline(sender, tiles, tile, more, slot, bundle);
   } else {
-    put_flagged(sender, deal, tile, more, slot, turn);
+    put_flagged(sender, tiles, tile, more, slot, bundle);
   }
-  if (!turn.go) return;  // aborted: nothing counts until the next reset
+  if (!bundle.go) return;  // aborted: nothing counts until the next reset
   // Data before flag: the barrier orders the block's stores before what a thread releases.
   __syncthreads();
   if (!inlined && threadIdx.x < sender.receivers) {
     std::uint64_t* flags = sender.arrived[threadIdx.x];
-    ptx::store_release_system(flags + block * kFlagStride, turn.epoch);
+    ptx::store_release_system(flags + block * kFlagStride, bundle.epoch);
   }
   if (threadIdx.x != 0) return;
   SenderCounters& counters = *sender.counters;
   if (ptx::add_one_acquire_release_device(&counters.finished) + 1 == blocks) {
     counters.finished = 0;
-    counters.begun = turn.epoch;
-    counters.committed = turn.epoch;
+    counters.begun = bundle.epoch;
+    counters.committed = bundle.epoch;
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     push_inline_kernel(SenderDevice sender, Piece piece, int slot) {
   const std::uint64_t epoch = sender.counters->begun;
-  Deal deal(&piece, 1, kInlineShift, blockIdx.x, gridDim.x);
-  for (Tile tile; deal.next(tile);) put_word(sender, tile, slot, epoch, word_of(tile));
+  TileScheduler tiles(&piece, 1, kInlineShift, blockIdx.x, gridDim.x);
+  for (Tile tile; tiles.next(tile);) put_word(sender, tile, slot, epoch, word_of(tile));
 }
 
 template <class P>

@@ -54,7 +54,7 @@ void CudaFabric::Shared::find_links(Transport how) {
   const auto device = [this](int rank) { return devices[static_cast<std::size_t>(rank)]; };
   // A place for each rank's probe in every rank's lines.
   std::vector<std::size_t> probes;
-  for (Lines& all : lines) probes.push_back(all.take(static_cast<std::size_t>(ranks) * 2));
+  for (FlagPool& all : lines) probes.push_back(all.take(static_cast<std::size_t>(ranks) * 2));
   const auto probe = [&](int from, int to) {
     return probes[static_cast<std::size_t>(to)] + static_cast<std::size_t>(from) * kProbeBytes;
   };
@@ -109,7 +109,7 @@ void CudaFabric::Shared::find_links(Transport how) {
         try {
           Buffer& seen = imported[{b, device(a)}];
           if (seen.data == nullptr) {
-            seen = import_device(handle[static_cast<std::size_t>(b)], device(a), Lines::kBytes);
+            seen = import_device(handle[static_cast<std::size_t>(b)], device(a), FlagPool::kBytes);
           }
           reason = write_probe(device(a), seen.data + probe(a, b), seed_of(a, b));
         } catch (const CudaError& error) {

@@ -19,7 +19,7 @@ __global__ void begin_kernel(SenderDevice sender, int slot) {
   const std::uint64_t done = counters.begun;
   bool good = true;
   if (threadIdx.x == 0) {
-    good = in_turn(sender.guard, Operation::kBegin, slot, done, done == counters.committed,
+    good = in_turn(sender.context, Operation::kBegin, slot, done, done == counters.committed,
                    sender.slots);
     if (good) counters.begun = done + 1;
   }
@@ -31,7 +31,7 @@ __global__ void commit_kernel(SenderDevice sender, int slot) {
   const std::uint64_t epoch = counters.committed + 1;
   bool good = true;
   if (threadIdx.x == 0) {
-    good = in_turn(sender.guard, Operation::kCommit, slot, epoch - 1, counters.begun == epoch,
+    good = in_turn(sender.context, Operation::kCommit, slot, epoch - 1, counters.begun == epoch,
                    sender.slots);
     if (good) counters.committed = epoch;
   }
@@ -49,7 +49,7 @@ __global__ void get_kernel(ReceiverDevice receiver, int slot) {
   const std::uint64_t done = counters.got;
   bool good = true;
   if (threadIdx.x == 0) {
-    good = in_turn(receiver.guard, Operation::kGet, slot, done, true, receiver.slots);
+    good = in_turn(receiver.context, Operation::kGet, slot, done, true, receiver.slots);
     if (good) counters.got = done + 1;
   }
   if (everywhere(good) && static_cast<int>(threadIdx.x) < receiver.flags) {
@@ -62,7 +62,7 @@ __global__ void release_kernel(ReceiverDevice receiver, int slot) {
   ptx::let_next_kernel_launch();
   if (threadIdx.x != 0) return;
   ReceiverCounters& counters = *receiver.counters;
-  if (!in_turn(receiver.guard, Operation::kRelease, slot, counters.released,
+  if (!in_turn(receiver.context, Operation::kRelease, slot, counters.released,
                counters.released != counters.got, receiver.slots)) {
     return;
   }

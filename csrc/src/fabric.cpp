@@ -45,7 +45,7 @@ void Fabric::check_own(const Channel& channel) const {
   }
 }
 
-void Fabric::check_together(const std::vector<Put>& puts) const {
+void Fabric::check_batch(const std::vector<Put>& puts) const {
   std::set<const Channel*> seen;
   for (const Put& put : puts) {
     if (put.channel == nullptr) throw InvalidArgument("a put needs a channel, this one is null");
@@ -61,8 +61,8 @@ void Fabric::check_together(const std::vector<Put>& puts) const {
   }
 }
 
-void Fabric::put_together(const std::vector<Put>& puts, Stream stream) {
-  check_together(puts);
+void Fabric::put_batch(const std::vector<Put>& puts, Stream stream) {
+  check_batch(puts);
   for (const Put& put : puts) put.channel->put(put.tensors, put.slot, stream);
 }
 

@@ -112,9 +112,9 @@ void puts_together_are_of_one_fabric() {
   const Layout nothing((std::vector<TensorSpec>()));
   const auto mine = fabric.channel(0, {1}, nothing, 1, "");
   const auto foreign = other.channel(0, {1}, nothing, 1, "");
-  CHECK_THROWS(fabric.put_together({{mine, {}, 0}, {foreign, {}, 0}}, 0), InvalidArgument);
-  CHECK_THROWS(fabric.put_together({{mine, {}, 0}, {nullptr, {}, 0}}, 0), InvalidArgument);
-  fabric.put_together({{mine, {}, 0}}, 0);  // nothing was put before
+  CHECK_THROWS(fabric.put_batch({{mine, {}, 0}, {foreign, {}, 0}}, 0), InvalidArgument);
+  CHECK_THROWS(fabric.put_batch({{mine, {}, 0}, {nullptr, {}, 0}}, 0), InvalidArgument);
+  fabric.put_batch({{mine, {}, 0}}, 0);  // nothing was put before
 }
 
 // Its thread may wait for a core before it has written all of it.

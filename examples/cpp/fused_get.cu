@@ -28,11 +28,11 @@ __global__ void fill(float* values, float value) {
 }
 
 __global__ void add_bundle(ReceiverDevice from, int slot, float* sum) {
-  __shared__ Turn turn;
-  if (!start(from, slot, true, turn)) return;
+  __shared__ BundleState bundle;
+  if (!start(from, slot, true, bundle)) return;
   bool good = true;
   if (static_cast<int>(threadIdx.x) < from.flags) {
-    good = wait_for_flag(from, slot, turn.epoch, static_cast<int>(threadIdx.x));
+    good = wait_for_flag(from, slot, bundle.epoch, static_cast<int>(threadIdx.x));
   }
   if (__syncthreads_and(good) == 0) return;  // aborted or too late: Fabric::check() says why
   const auto* values = reinterpret_cast<const float*>(from.source + from.slot_nbytes * slot);
@@ -40,7 +40,7 @@ __global__ void add_bundle(ReceiverDevice from, int slot, float* sum) {
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < kElements; i += step) {
     sum[i] += values[i];
   }
-  finish(from, true, turn);
+  finish(from, true, bundle);
 }
 
 void run(Mode mode) {

@@ -233,7 +233,7 @@ def test_bundles_of_several_channels_go_in_one_launch(place: str, transport: str
             for tensor in bundle:
                 tensor.normal_()
         torch.cuda.synchronize(devices[0])
-        fabric.put_together(
+        fabric.put_batch(
             [(c, b, n % 2) for c, b in zip(channels, bundles, strict=True)], streams[0]
         )
         for c, bundle in zip(channels, bundles, strict=True):
@@ -248,17 +248,17 @@ def test_bundles_of_several_channels_go_in_one_launch(place: str, transport: str
                 assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(bundle, into, strict=True))
     first, second = channels[0], fabric.channel(1, [0], small)
     with pytest.raises(core.InvalidArgument, match="named twice"):
-        fabric.put_together([(first, bundles[0], 0)] * 2, streams[0])
+        fabric.put_batch([(first, bundles[0], 0)] * 2, streams[0])
     with pytest.raises(core.InvalidArgument, match="different senders"):
-        fabric.put_together([(first, bundles[0], 0), (second, bundles[1], 0)], streams[0])
+        fabric.put_batch([(first, bundles[0], 0), (second, bundles[1], 0)], streams[0])
     other = core.CudaFabric(devices).channel(0, [1], small)
     with pytest.raises(core.InvalidArgument, match="another fabric"):
-        fabric.put_together([(other, bundles[1], 0)], streams[0])
+        fabric.put_batch([(other, bundles[1], 0)], streams[0])
     host = core.HostFabric(2).channel(0, [1], core.Layout([]))
     with pytest.raises(core.InvalidArgument, match="another fabric"):
-        fabric.put_together([(host, [], 0)], streams[0])
+        fabric.put_batch([(host, [], 0)], streams[0])
     with pytest.raises(core.InvalidArgument, match="null"):
-        fabric._native.put_together([(None, [], 0)], 0)
+        fabric._native.put_batch([(None, [], 0)], 0)
 
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)

@@ -32,7 +32,7 @@ struct alignas(128) FailureRecord {
 };
 
 // What bounds every wait.
-struct Guard {
+struct WaitContext {
   std::uint64_t* abort;  // one word of the fabric in pinned host memory; not zero ends all waits
   FailureRecord* record;
   std::uint64_t deadline_ns;
@@ -60,7 +60,7 @@ enum class Protocol : int { kFlagged = 0, kInline = 1 };
 
 struct SenderDevice {
   SenderCounters* counters;
-  Guard guard;
+  WaitContext context;
   Protocol protocol;
   int slots;
   int flags;  // and blocks of a fused put
@@ -79,7 +79,7 @@ struct SenderDevice {
 
 struct ReceiverDevice {
   ReceiverCounters* counters;
-  Guard guard;
+  WaitContext context;
   Protocol protocol;
   int slots;
   int flags;  // and blocks of a fused get

@@ -55,7 +55,7 @@ class CudaFabric final : public Fabric {
                                    const Layout& layout, int slots, const std::string& name,
                                    Mode mode = Mode::kAuto) override;
   // As many launches as needed where there are more than 8 channels or 320 tensors.
-  void put_together(const std::vector<Put>& puts, Stream stream) override;
+  void put_batch(const std::vector<Put>& puts, Stream stream) override;
   // A receiver's end of one of this fabric's channels, for a kernel of one's own that consumes
   // bundles itself (channel_kernel.hpp); good as long as the channel lives and the fabric is open.
   // Throws InvalidArgument for a channel of another fabric, and for a rank that does not receive

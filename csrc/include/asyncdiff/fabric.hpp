@@ -37,7 +37,7 @@ class Fabric {
   // Puts of channels of one sender, each channel once: on CUDA in one launch (of up to
   // 8 channels and 320 tensors), whatever the channels' modes. An interrupt (interrupt.hpp) may
   // leave some of them done: only reset() helps then.
-  virtual void put_together(const std::vector<Put>& puts, Stream stream);
+  virtual void put_batch(const std::vector<Put>& puts, Stream stream);
 
   // Ends all waits, now and later, until reset().
   virtual void abort(int rank, const std::string& reason) = 0;
@@ -52,7 +52,7 @@ class Fabric {
 
  protected:
   void check_endpoints(int sender, const std::vector<int>& receivers, int slots) const;
-  void check_together(const std::vector<Put>& puts) const;
+  void check_batch(const std::vector<Put>& puts) const;
   // Throws InvalidArgument unless channel() of this very fabric made it.
   void check_own(const Channel& channel) const;
 

@@ -29,7 +29,7 @@ struct PutCosts {
   // tenth slower: it leaves the multiprocessors to whoever computes.
   Mode fastest(std::size_t nbytes, std::size_t tensors, std::size_t targets) const;
 
-  // Lines of numbers; from_text throws InvalidArgument for anything else.
+  // FlagPool of numbers; from_text throws InvalidArgument for anything else.
   std::string to_text() const;
   static PutCosts from_text(const std::string& text);
 };

@@ -110,7 +110,7 @@ def test_a_loop_of_nan_is_not_timed() -> None:
         timings.Timings().take(way, cast(Any, None))
 
 
-def test_runs_beside_each_other_are_put_together(tmp_path: Path) -> None:
+def test_runs_beside_each_other_are_put_batch(tmp_path: Path) -> None:
     """They prepare at once, time one after another, and one document comes of it."""
     script = str(ROOT / "benchmarks/denoise/run.py")
     command = [sys.executable, script, "--device", "cpu", "--models", "tiny", "--dtype", "float32"]

@@ -283,20 +283,20 @@ def test_unpack_copies_out_and_releases() -> None:
 def test_puts_of_several_channels() -> None:
     fabric = core.HostFabric(3)
     one, all_ = fabric.channel(0, [1], LAYOUT), fabric.channel(0, [1, 2], LAYOUT)
-    fabric.put_together([(one, bundle(1), 0), (all_, bundle(2), 0)])
+    fabric.put_batch([(one, bundle(1), 0), (all_, bundle(2), 0)])
     one.get(1, 0)
     assert (read(one, 1, 0)[0] == 1).all()
     for rank in (1, 2):
         all_.get(rank, 0)
         assert (read(all_, rank, 0)[0] == 2).all()
     with pytest.raises(core.InvalidArgument, match="named twice"):
-        fabric.put_together([(one, bundle(1), 1), (one, bundle(1), 0)])
+        fabric.put_batch([(one, bundle(1), 1), (one, bundle(1), 0)])
     with pytest.raises(core.InvalidArgument, match="different senders"):
-        fabric.put_together([(one, bundle(1), 1), (fabric.channel(1, [0], LAYOUT), bundle(1), 0)])
+        fabric.put_batch([(one, bundle(1), 1), (fabric.channel(1, [0], LAYOUT), bundle(1), 0)])
     other = core.HostFabric(3).channel(0, [1], LAYOUT)
     with pytest.raises(core.InvalidArgument, match="another fabric"):
-        fabric.put_together([(other, bundle(1), 0)])
-    fabric.put_together([])
+        fabric.put_batch([(other, bundle(1), 0)])
+    fabric.put_batch([])
 
 
 @pytest.mark.parametrize("first", [5, 2**32 - 2, 2**64 - 4])

@@ -54,7 +54,7 @@ def make(kind: str) -> tuple[list[Any], list[weakref.ref[Any]]]:
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "dlpack", "interface"])
-@pytest.mark.parametrize("operation", ["put", "put_together", "unpack"])
+@pytest.mark.parametrize("operation", ["put", "put_batch", "unpack"])
 def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
     fabric = core.HostFabric(2)
     channel = fabric.channel(0, [1], LAYOUT, slots=1)
@@ -66,8 +66,8 @@ def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
     def call() -> None:
         if operation == "put":
             channel.put(arrays, 0)
-        elif operation == "put_together":
-            fabric.put_together([(channel, arrays, 0)])
+        elif operation == "put_batch":
+            fabric.put_batch([(channel, arrays, 0)])
         else:
             channel.unpack(1, arrays, 0)
 

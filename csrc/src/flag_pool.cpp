@@ -1,4 +1,4 @@
-#include "lines.hpp"
+#include "flag_pool.hpp"
 
 #include <cstddef>
 #include <iterator>
@@ -7,7 +7,7 @@
 
 namespace asyncdiff {
 
-std::size_t Lines::take(std::size_t count) {
+std::size_t FlagPool::take(std::size_t count) {
   const std::size_t bytes = count * kLine;
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     const auto [first, there] = *it;
@@ -25,7 +25,7 @@ std::size_t Lines::take(std::size_t count) {
   return first;
 }
 
-void Lines::give_back(std::size_t first, std::size_t count) {
+void FlagPool::give_back(std::size_t first, std::size_t count) {
   std::size_t bytes = count * kLine;
   const auto next = free_.lower_bound(first);
   if (next != free_.begin()) {

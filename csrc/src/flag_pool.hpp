@@ -1,4 +1,4 @@
-// Lines of a piece of memory: each holds a word, or a few, that one end writes and others watch.
+// FlagPool of a piece of memory: each holds a word, or a few, that one end writes and others watch.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace asyncdiff {
 
 // Deals out 128-byte lines. Who takes and gives back the same numbers in the same order gets the
 // same lines, in every process, wherever it sees the memory.
-class Lines {
+class FlagPool {
  public:
   static constexpr std::size_t kLine = 128;
   // Memory that processes share comes in pieces of this size anyway.

@@ -1,4 +1,4 @@
-#include "channel_lines.hpp"
+#include "channel_flags.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace asyncdiff {
 
-ChannelLines::~ChannelLines() {
+ChannelFlags::~ChannelFlags() {
   CudaFabric::Shared& all = *shared_;
   if (all.closed) return;
   // Other processes would have to take them back at the same point of the order.
@@ -16,17 +16,17 @@ ChannelLines::~ChannelLines() {
   all.retired.lines.insert(all.retired.lines.end(), taken_.begin(), taken_.end());
 }
 
-std::size_t ChannelLines::take(int rank, std::size_t count) {
+std::size_t ChannelFlags::take(int rank, std::size_t count) {
   const std::size_t first = shared_->lines_of(rank).take(count);
   taken_.push_back({rank, first, count});
   return first;
 }
 
-void ChannelLines::add_count(int rank, std::size_t offset) {
+void ChannelFlags::add_count(int rank, std::size_t offset) {
   shared_->counts.emplace_back(rank, offset);
 }
 
-Guard ChannelLines::new_end(int rank, const std::string& channel) {
+WaitContext ChannelFlags::new_end(int rank, const std::string& channel) {
   const std::size_t offset = take(CudaFabric::Shared::kHostLines);
   auto* record = reinterpret_cast<FailureRecord*>(shared_->host.data + offset);
   shared_->ends.push_back({record, offset, rank, channel});

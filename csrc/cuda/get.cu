@@ -14,8 +14,8 @@ namespace {
 __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice receiver, int slot) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
-  __shared__ Turn turn;
-  if (!start(receiver, slot, false, turn)) return;
+  __shared__ BundleState bundle;
+  if (!start(receiver, slot, false, bundle)) return;
   std::byte* to = receiver.mailbox + receiver.slot_nbytes * slot;
   const std::uint64_t step = std::uint64_t{8} * kThreads * gridDim.x;
   // The same number of turns for all lanes of a warp.
@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(kThreads) get_inline_kernel(ReceiverDevice rec
     const std::uint64_t at = from + std::uint64_t{8} * threadIdx.x;
     const bool wanted = at < receiver.slot_nbytes;
     std::uint64_t value;
-    if (!read_inline(receiver, slot, turn.epoch, wanted, at, value)) break;
+    if (!read_inline(receiver, slot, bundle.epoch, wanted, at, value)) break;
     if (wanted) *reinterpret_cast<std::uint64_t*>(to + at) = value;
   }
-  finish(receiver, false, turn);
+  finish(receiver, false, bundle);
 }
 
 __device__ void unpack_tile_inline(const ReceiverDevice& receiver, const Tile& tile, int slot,
@@ -53,24 +53,25 @@ __global__ void __launch_bounds__(kThreads)
     unpack_kernel(ReceiverDevice receiver, const __grid_constant__ Unpack unpack, int slot) {
   ptx::wait_for_previous_kernel();
   ptx::let_next_kernel_launch();
-  __shared__ Turn turn;
-  if (!start(receiver, slot, true, turn)) return;
+  __shared__ BundleState bundle;
+  if (!start(receiver, slot, true, bundle)) return;
   const bool inlined = receiver.protocol == Protocol::kInline;
   if (!inlined) {
     // Every block waits for all flags: whether a put by kernel or copies filled the slot, and how
     // the sender dealt it out, does not matter here.
     bool good = true;
     if (static_cast<int>(threadIdx.x) < receiver.flags) {
-      good = wait_for_flag(receiver, slot, turn.epoch, static_cast<int>(threadIdx.x));
+      good = wait_for_flag(receiver, slot, bundle.epoch, static_cast<int>(threadIdx.x));
     }
     if (__syncthreads_and(good) == 0) return;  // aborted: nothing counts until the next reset
   }
   const std::byte* source = receiver.source + receiver.slot_nbytes * slot;
-  Deal deal(unpack.pieces, unpack.count, inlined ? kInlineShift : shift_of(receiver.slot_nbytes),
-            blockIdx.x, gridDim.x);
-  for (Tile tile; deal.next(tile);) {
+  TileScheduler tiles(unpack.pieces, unpack.count,
+                      inlined ? kInlineShift : shift_of(receiver.slot_nbytes), blockIdx.x,
+                      gridDim.x);
+  for (Tile tile; tiles.next(tile);) {
     if (inlined) {
-      unpack_tile_inline(receiver, tile, slot, turn.epoch);
+      unpack_tile_inline(receiver, tile, slot, bundle.epoch);
       continue;
     }
     std::byte* to = tile.piece.memory;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
       *reinterpret_cast<decltype(word)*>(to + i) = word;
     });
   }
-  finish(receiver, true, turn);
+  finish(receiver, true, bundle);
 }
 
 }  // namespace
@@ -95,7 +96,7 @@ void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slo
                         slot);
 }
 
-void preload_take() {
+void preload_get() {
   preload<get_inline_kernel>();
   preload<unpack_kernel>();
 }

@@ -46,9 +46,9 @@ template <class Copy>
 void run(const Bundle& bundle, unsigned blocks, Copy copy) {
   for (unsigned block = 0; block < blocks; ++block) {
     for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) {
-      Deal deal(bundle.pieces.data(), static_cast<int>(bundle.pieces.size()),
-                shift_of(bundle.nbytes), block, blocks);
-      for (Tile tile; deal.next(tile);) copy(tile);
+      TileScheduler scheduler(bundle.pieces.data(), static_cast<int>(bundle.pieces.size()),
+                              shift_of(bundle.nbytes), block, blocks);
+      for (Tile tile; scheduler.next(tile);) copy(tile);
     }
   }
 }
@@ -93,9 +93,9 @@ void tiles_are_shared_evenly() {
   Piece piece{nullptr, 0, 1 << 19};
   unsigned tiles = 0;
   for (unsigned block = 0; block < kMaxFlags; ++block) {
-    Deal deal(&piece, 1, shift_of(piece.nbytes), block, kMaxFlags);
+    TileScheduler scheduler(&piece, 1, shift_of(piece.nbytes), block, kMaxFlags);
     unsigned mine = 0;
-    for (Tile tile; deal.next(tile);) ++mine;
+    for (Tile tile; scheduler.next(tile);) ++mine;
     CHECK(mine == 1);
     tiles += mine;
   }
@@ -103,12 +103,12 @@ void tiles_are_shared_evenly() {
   // Three tensors of five tiles each: the first block that gets one more is the next one's.
   const std::vector<Piece> three(3, {nullptr, 0, 5 << 13});
   for (unsigned block = 0; block < 4; ++block) {
-    Deal deal(three.data(), 3, 13, block, 4);
+    TileScheduler scheduler(three.data(), 3, 13, block, 4);
     unsigned mine = 0;
-    for (Tile tile; deal.next(tile);) ++mine;
+    for (Tile tile; scheduler.next(tile);) ++mine;
     CHECK(mine == (block < 3 ? 4 : 3));
   }
-  Deal none(nullptr, 0, 13, 0, 1);
+  TileScheduler none(nullptr, 0, 13, 0, 1);
   Tile tile;
   CHECK(!none.next(tile));
 }

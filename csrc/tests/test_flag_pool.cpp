@@ -1,22 +1,22 @@
-// Lines are dealt out once, and again after they were given back.
+// FlagPool are dealt out once, and again after they were given back.
 #include <cstddef>
 #include <random>
 #include <utility>
 #include <vector>
 
-#include "../src/lines.hpp"
+#include "../src/flag_pool.hpp"
 #include "asyncdiff/errors.hpp"
 #include "check.hpp"
 
 using asyncdiff::Error;
-using asyncdiff::Lines;
+using asyncdiff::FlagPool;
 
 namespace {
 
-constexpr std::size_t kAll = Lines::kBytes / Lines::kLine;
+constexpr std::size_t kAll = FlagPool::kBytes / FlagPool::kLine;
 
 void all_can_be_taken_once() {
-  Lines lines;
+  FlagPool lines;
   CHECK(lines.take() == 0 && lines.take(3) == 128 && lines.take() == 512);
   CHECK(lines.take(kAll - 5) == 640);
   CHECK_THROWS(lines.take(), Error);
@@ -24,18 +24,18 @@ void all_can_be_taken_once() {
   CHECK_THROWS(lines.take(4), Error);
   CHECK(lines.take() == 128 && lines.take(2) == 256);
   CHECK_THROWS(lines.take(), Error);
-  CHECK(lines.used() == Lines::kBytes);
+  CHECK(lines.used() == FlagPool::kBytes);
 }
 
 // In whatever order lines come back, they are one piece in the end, and nobody has another's.
 void pieces_grow_together() {
   std::mt19937 random(1);
-  Lines lines;
+  FlagPool lines;
   std::vector<bool> taken(kAll, false);
   std::vector<std::pair<std::size_t, std::size_t>> held;
   const auto give_back = [&](std::size_t which) {
     const auto [first, count] = held[which];
-    for (std::size_t i = 0; i < count; ++i) taken[first / Lines::kLine + i] = false;
+    for (std::size_t i = 0; i < count; ++i) taken[first / FlagPool::kLine + i] = false;
     lines.give_back(first, count);
     held[which] = held.back();
     held.pop_back();
@@ -48,14 +48,14 @@ void pieces_grow_together() {
     const std::size_t count = random() % 2 == 0 ? 1 : 32;
     const std::size_t first = lines.take(count);
     for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t line = first / Lines::kLine + i;
+      const std::size_t line = first / FlagPool::kLine + i;
       CHECK(line < kAll && !taken[line]);
       taken[line] = true;
     }
     held.emplace_back(first, count);
   }
   while (!held.empty()) give_back(held.size() - 1);
-  CHECK(lines.take(lines.used() / Lines::kLine) == 0);
+  CHECK(lines.take(lines.used() / FlagPool::kLine) == 0);
 }
 
 }  // namespace
