@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from asyncdiff.bench.results import commit, environment, write
+# This checkout's own, whatever is installed.
+sys.path.insert(0, str(Path(__file__).with_name("exchange")))
+
+from asyncdiff_bench.results import commit, environment, write
 
 __all__ = ["ROOT", "commit", "continued", "environment", "write"]
 

@@ -10,16 +10,16 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from asyncdiff.bench.figures import Figure, Results
-from asyncdiff.bench.table import digits, title_of
+import results_file
+from asyncdiff_bench.figures import Figure, Results
+from asyncdiff_bench.table import digits, title_of
 from denoise import table as denoise_table
 from fidelity import table as fidelity_table
 from markdown_table import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = results_file.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"

@@ -11,9 +11,9 @@ import fake_cuda
 import pytest
 import torch.distributed as dist
 
-from asyncdiff.bench import cuda_world, worker
-from asyncdiff.bench.cases import exposed
-from asyncdiff.bench.machine import Machine
+from asyncdiff_bench import cuda_world, worker
+from asyncdiff_bench.cases import exposed
+from asyncdiff_bench.machine import Machine
 
 
 def main() -> None:

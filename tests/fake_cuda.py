@@ -95,8 +95,8 @@ def memmove(target: int, source: int, nbytes: int, stream: int) -> None:
 
 def install(patch: Any) -> None:
     """Replace parts of torch.cuda, and of the benchmark, by a pytest.MonkeyPatch."""
-    from asyncdiff.bench import cuda_world
-    from asyncdiff.bench.links import memcpy
+    from asyncdiff_bench import cuda_world
+    from asyncdiff_bench.links import memcpy
 
     patch.setattr(core, "CudaFabric", lambda devices, **options: core.HostFabric(len(devices)))
     patch.setattr(memcpy, "_memcpy", lambda: memmove)

@@ -1,6 +1,6 @@
 """Store the bundles that published denoisers exchange at N=2, for ``asyncdiff bench exchange``.
 
-python benchmarks/exchange/bundles.py   # writes python/asyncdiff/bench/bundles.json
+python benchmarks/exchange/bundles.py   # writes benchmarks/exchange/asyncdiff_bench/bundles.json
 
 The cuts are an early version's and stay, so that figures of different versions are of the same
 bundles. The denoisers are captured on the meta device: a few seconds, no weights.
@@ -18,13 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import results_file
 from asyncdiff.graph.capture import capture, tensors_of
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.partition import partition
 from denoise.models import MODELS
 
-OUT = results_file.ROOT / "python" / "asyncdiff" / "bench" / "bundles.json"
+OUT = Path(__file__).parent / "asyncdiff_bench" / "bundles.json"
 #: The node that component 1 begins with, by model.
 CUTS = {"sd21": "silu_45", "sdxl": "mul_45"}
 

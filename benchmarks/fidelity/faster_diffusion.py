@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from asyncdiff.errors import BenchError
+from asyncdiff_bench.errors import BenchError
 from fidelity.macs import total, within
 from fidelity.method import Method, Work
 from fidelity.replaced import replacing

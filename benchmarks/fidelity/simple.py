@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from asyncdiff.errors import BenchError
+from asyncdiff_bench.errors import BenchError
 from fidelity.macs import total
 from fidelity.method import Method, Work
 

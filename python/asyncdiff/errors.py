@@ -37,10 +37,6 @@ class SchedulerError(AsyncDiffError, ValueError):
     """The sampler calls the denoiser in a way that asynchronous denoising cannot serve."""
 
 
-class BenchError(AsyncDiffError, ValueError):
-    """A benchmark was asked for what does not exist, or measured what cannot be right."""
-
-
 class MetricError(AsyncDiffError, RuntimeError):
     """A measure of pictures cannot be computed here; the message says what is missing."""
 

@@ -14,6 +14,7 @@ import pytest
 import asyncdiff
 import asyncdiff_core
 from asyncdiff import errors
+from asyncdiff_bench import errors as bench_errors
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -79,11 +80,13 @@ def test_what_is_public_is_documented(package: Any) -> None:
 def _raised() -> list[tuple[str, str]]:
     """Every error that asyncdiff raises: its class, and its message with holes for values."""
     out = []
-    for path in sorted((ROOT / "python" / "asyncdiff").rglob("*.py")):
+    kinds = vars(errors) | vars(bench_errors)
+    sources = (ROOT / "python" / "asyncdiff", ROOT / "benchmarks" / "exchange" / "asyncdiff_bench")
+    for path in sorted(path for source in sources for path in source.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 name = node.func.id
-                if name in vars(errors):
+                if name in kinds:
                     out += [(name, text) for text in map(_template, node.args) if text]
     return out
 
@@ -126,7 +129,7 @@ def test_what_is_quoted_is_said(quote: str) -> None:
 
 def test_every_kind_of_error_is_explained() -> None:
     page = TROUBLE.read_text()
-    for name, kind in (vars(errors) | vars(asyncdiff_core)).items():
+    for name, kind in (vars(errors) | vars(bench_errors) | vars(asyncdiff_core)).items():
         if isinstance(kind, type) and issubclass(kind, Exception):
             assert re.search(rf"^#+ .*\b{name}\b|`[\w.]*\b{name}`", page, flags=re.MULTILINE), name
 

@@ -11,7 +11,7 @@ from . import console
 from . import options as opt
 
 if TYPE_CHECKING:
-    from ..bench.machine import Machine
+    from asyncdiff_bench.machine import Machine
 
 bench = typer.Typer(name="bench", help="Measure what asyncdiff is made of.", no_args_is_help=True)
 
@@ -59,11 +59,11 @@ def exchange(
 
     Exit code 1: something that should have worked failed (the table says what).
     """
-    from ..bench import cases as all_cases
-    from ..bench import results as results_file
-    from ..bench import ways as all_ways
-    from ..bench.runner import run
-    from ..bench.settings import Settings
+    from asyncdiff_bench import cases as all_cases
+    from asyncdiff_bench import results as results_file
+    from asyncdiff_bench import ways as all_ways
+    from asyncdiff_bench.runner import run
+    from asyncdiff_bench.settings import Settings
 
     machine = _machine(devices)
     chosen, by = all_cases.find(cases), all_ways.find(ways)
@@ -81,18 +81,20 @@ def exchange(
     for path in (out, png):
         if path is not None:
             opt.writable(path)
+    if png is not None:
+        from asyncdiff_bench.plot import check, draw
+
+        check(case.key for case in chosen)
     results = run(settings, chosen, by, console.remark)
     if out is not None:
         results_file.write(out, results.to_dict())
     if png is not None and results.figures:
-        from ..bench.plot import draw
-
         draw(results, png)
     if as_json:
         document = {"environment": results_file.environment(), "figures": results.to_dict()}
         console.emit_json(document)
     else:
-        from ..bench.table import render
+        from asyncdiff_bench.table import render
 
         console.stdout().print(render(results))
         for path in (out, png):
@@ -104,7 +106,8 @@ def exchange(
 
 def _machine(text: str | None) -> Machine:
     """Ranks on the devices asked for; all GPUs, else the CPU. Raises DeviceError, BenchError."""
-    from ..bench.machine import Machine
+    from asyncdiff_bench.machine import Machine
+
     from ..runtime.devices import resolve
 
     asked = opt.read_devices(text, 1)
@@ -118,8 +121,8 @@ def _machine(text: str | None) -> Machine:
 def _list(machine: Machine) -> None:
     from rich.table import Table
 
-    from ..bench.cases import CASES
-    from ..bench.ways import known
+    from asyncdiff_bench.cases import CASES
+    from asyncdiff_bench.ways import known
 
     out = console.stdout()
     out.print(f"ranks on {', '.join(machine.devices)}", markup=False)

@@ -28,6 +28,11 @@ def explain(error: BaseException) -> str | None:
         module = (error.name or "").partition(".")[0]
         if module == "asyncdiff_core":
             return "the core extension is not built: run `make demo`, or `pip install .`"
+        if module == "asyncdiff_bench":
+            return (
+                "the exchange benchmark (asyncdiff_bench) is not installed: install asyncdiff "
+                "again, with `pip install .`, or `make env` in a checkout"
+            )
         if module in EXTRAS:
             return f"{module} is not installed: pip install 'asyncdiff[{EXTRAS[module]}]'"
     return None

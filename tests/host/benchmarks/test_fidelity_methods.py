@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from asyncdiff.demo import model as demo_model
-from asyncdiff.errors import BenchError
+from asyncdiff_bench.errors import BenchError
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.grid import methods

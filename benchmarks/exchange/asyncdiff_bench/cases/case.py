@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import asyncdiff_core as core
 
-from ...errors import BenchError
 from ..bench import Bench
+from ..errors import BenchError
 from ..figures import Figure, LeftOut
 from ..machine import Machine
 from ..payload import Payload, of_model, of_size

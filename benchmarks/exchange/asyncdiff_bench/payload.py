@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import asyncdiff_core as core
+from asyncdiff.runtime.buffers import tensors_in
 
-from ..errors import BenchError
-from ..runtime.buffers import tensors_in
+from .errors import BenchError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 #: Written by benchmarks/exchange/bundles.py.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BenchError
+from .errors import BenchError
 
 _TICKS_PER_SECOND = 2e9  # about the clock of the GPUs at hand; how exact it is does not matter
 _FIRST, _LONGEST = 1e-3, 2.0  # seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import BenchError
+from .errors import BenchError
 from .links.link import Make
 from .machine import Machine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -18,21 +19,21 @@ import torch
 
 import asyncdiff_core as core
 import tables
-from asyncdiff.bench import cases, gate, payload, runner, ways
-from asyncdiff.bench.bench import Bench, count_for
-from asyncdiff.bench.cases import exposed
-from asyncdiff.bench.cuda_world import CudaWorld
-from asyncdiff.bench.figures import Figure, LeftOut, Results
-from asyncdiff.bench.host_world import HostWorld
-from asyncdiff.bench.links.channels import ChannelLink
-from asyncdiff.bench.machine import Machine
-from asyncdiff.bench.plot import draw
-from asyncdiff.bench.settings import Settings
-from asyncdiff.bench.spread import Spread
-from asyncdiff.bench.table import digits, render
-from asyncdiff.bench.worker import Job
 from asyncdiff.cli import main
-from asyncdiff.errors import BenchError
+from asyncdiff_bench import cases, gate, payload, runner, ways
+from asyncdiff_bench.bench import Bench, count_for
+from asyncdiff_bench.cases import exposed
+from asyncdiff_bench.cuda_world import CudaWorld
+from asyncdiff_bench.errors import BenchError
+from asyncdiff_bench.figures import Figure, LeftOut, Results
+from asyncdiff_bench.host_world import HostWorld
+from asyncdiff_bench.links.channels import ChannelLink
+from asyncdiff_bench.machine import Machine
+from asyncdiff_bench.plot import draw, picture
+from asyncdiff_bench.settings import Settings
+from asyncdiff_bench.spread import Spread
+from asyncdiff_bench.table import digits, render
+from asyncdiff_bench.worker import Job
 
 HOST = Machine.of(["cpu"])
 ONE_GPU = Machine.of(["cuda:0"])
@@ -296,7 +297,8 @@ def test_several_processes(tmp_path: Path) -> None:
     machine = Machine(("cpu", "cpu"))
     Job(settings(machine, sizes="1K"), pairs, str(out), store.port).write(tmp_path / "job")
     command = [sys.executable, str(WORKER), str(tmp_path / "job")]
-    children = [subprocess.Popen([*command, str(r)]) for r in range(2)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    children = [subprocess.Popen([*command, str(r)], env=environment) for r in range(2)]
     try:
         store.set("go", "go")
         assert [c.wait(60) for c in children] == [0, 0]
@@ -314,7 +316,7 @@ def test_signals_of_symmetric_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who signals what on which of torch's channels; the signals themselves need two GPUs."""
     from torch.distributed import _symmetric_memory
 
-    from asyncdiff.bench.links import symmetric
+    from asyncdiff_bench.links import symmetric
 
     peer = torch.zeros(4096, dtype=torch.uint8)
     calls: list[Any] = []
@@ -458,6 +460,7 @@ def test_list(run: Any) -> None:
         (["--sizes", "big"], "write 16K"),
         (["--rounds", "0"], "rounds is at least 1"),
         (["--seconds", "0"], "has to be positive"),
+        (["--cases", "enqueue", "--png", "x.png"], "nothing to draw"),
         (["--devices", "tpu"], "'tpu' is not a device"),
         (["--devices", "cpu,cuda:0"], "mixes"),
     ],
@@ -479,6 +482,12 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert "asyncdiff (graph)" in text and "NCCL broadcast (eager)" in text
     assert "matmuls of the sender" in text and "1.50 (1.50 to 1.50)" in text
     assert "FAILED: wrong data arrived" in text
+    # Values between two powers of ten have labels, too.
+    for axes in picture(made_up()).axes:
+        low, high = axes.get_ylim()
+        labels = [t.get_text() for t in axes.get_yticklabels()]
+        shown = [y for y, text in zip(axes.get_yticks(), labels, strict=True) if text]
+        assert [y for y in shown if low <= y <= high], axes.get_ylabel()
     draw(made_up(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(BenchError, match="nothing to draw"):
@@ -499,3 +508,13 @@ def test_the_table_of_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "| one way in a CUDA graph, µs | 64K | 1M | sd21-N2 |" in text
     assert "| asyncdiff | 7.55 | 106 | 6001 |" in text
     assert "| NCCL broadcast |" in text and "eager" not in text.split("|")[0]
+
+
+def test_the_command_says_where_the_benchmark_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "asyncdiff_bench"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "asyncdiff_bench", None)
+    assert main(["bench", "exchange", "--list"]) == 2
+    assert "asyncdiff_bench" in (err := capfd.readouterr().err) and "pip install" in err

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import BenchError
+from .errors import BenchError
 from .figures import Figure
 from .links.link import Link
 from .payload import Payload, of_size

@@ -112,7 +112,7 @@ class _Group:
             self._start(job, rank)
 
     def _start(self, job: Path, rank: int) -> None:
-        command = [sys.executable, "-m", "asyncdiff.bench.worker", str(job), str(rank)]
+        command = [sys.executable, "-m", "asyncdiff_bench.worker", str(job), str(rank)]
         environment = {
             # Streams that share a hardware queue wait for each other, which kernels that wait for
             # a peer on the same GPU must not: as many queues as there can be, not eight.

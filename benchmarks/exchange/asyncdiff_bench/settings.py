@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import BenchError
 from . import payload
+from .errors import BenchError
 from .machine import Machine
 
 SIZES = "1K,4K,16K,64K,256K,1M,4M,16M,64M,256M"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import BenchError
+from .errors import BenchError
 
 #: Fewer cannot show one sender with several receivers.
 RANKS = 3

@@ -1,6 +1,6 @@
 """A process that measures: all ranks in it, or one of several processes with a rank each.
 
-python -m asyncdiff.bench.worker JOB RANK    # RANK -1: all ranks
+python -m asyncdiff_bench.worker JOB RANK    # RANK -1: all ranks
 
 Started by ``runner``, which reads the lines of JSON that this writes and ends it if it hangs.
 """

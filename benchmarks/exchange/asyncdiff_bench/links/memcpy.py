@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import BenchError
+from ..errors import BenchError
 from ..payload import Memory, Payload
 from .link import Link
 

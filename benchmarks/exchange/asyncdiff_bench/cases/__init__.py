@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import BenchError
+from ..errors import BenchError
 from . import bandwidth, enqueue, exposed, latency
 from .case import Case
 
