@@ -167,11 +167,10 @@ def fake(monkeypatch):
 
         return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
 
-    model = types.ModuleType("asyncdiff.demo.load")
+    model = types.ModuleType("asyncdiff.demo.model")
     model.known_prompts = lambda: [f"picture {i}" for i in range(20)]
     model.load = lambda device, dtype=None, scheduler="ddim": pipe
-    monkeypatch.setitem(sys.modules, "asyncdiff.demo.load", model)
-    monkeypatch.setattr(asyncdiff, "demo_model", model, raising=False)
+    monkeypatch.setattr("asyncdiff.demo.model", model)
     monkeypatch.setattr(asyncdiff, "parallelize", parallelize, raising=False)
     devices = types.ModuleType("asyncdiff.runtime.devices")
     devices.resolve = lambda given, ranks: given or ["cpu"] * ranks
