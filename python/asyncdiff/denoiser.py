@@ -18,7 +18,7 @@ from .errors import InputError, PlanError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, Phase
 from .graph.compile import pays
-from .graph.signature import Call, check_devices, check_one_latents, parse
+from .graph.signature import Call, Parser, check_devices, check_one_latents
 from .graph.weights import Weights
 from .partition.ownership import Split, check_split_argument
 from .partition.partition import Partition
@@ -153,6 +153,7 @@ class AsyncDenoiser:
         self.progress = progress
         self.compile = pays(module, self.devices) if compile is None else compile
         self.names = {"latents": latents, "timestep": timestep}
+        self._parser = Parser(module, latents, timestep)
         #: linear schedulers, whose waves can be calibrated
         self.samplers = Samplers()
         self._weights = Weights(module)
@@ -260,7 +261,7 @@ class AsyncDenoiser:
 
     def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
-        return parse(self.module, args, kwargs, **self.names)
+        return self._parser(args, kwargs)
 
     @property
     def _split_steps(self) -> tuple[int, int]:

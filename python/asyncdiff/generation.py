@@ -13,11 +13,13 @@ import torch
 from .errors import InputError, SchedulerError
 from .graph.signature import RESIDUALS, Call, Role, Signature
 from .runtime.cfg_parallel import Groups
-from .runtime.engine import Engine, InputsOf
-from .runtime.worker import Time
+from .runtime.engine import NO_EARLIER, Engine
+from .runtime.step import Time
 from .sampling.auto_warmup import Drift
 from .sampling.predictor import LatePredictor
-from .schedule.plan import Plan, Tick
+from .schedule.actions import NOTHING
+from .schedule.plan import Plan
+from .schedule.segments import LoweredTick
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,10 @@ class Generation:
 
     def _follow(self, phases: Sequence[Phase]) -> None:
         self._phases = list(phases)
-        self._ticks: dict[int, tuple[Phase, Tick]] = {
+        self._ticks: dict[int, tuple[Phase, LoweredTick]] = {
             step + phase.first: (phase, tick)
             for phase in phases
-            for tick in phase.plan.ticks
+            for tick in phase.plan.lowered
             for step in tick.serves
         }
         self._main = next(p for p in phases if p.main)
@@ -180,18 +182,16 @@ class Generation:
             self._follow([replace(p, plan=self._plan_of(step)) for p in self._phases])
             self._drift = None
 
-    def _tick(
-        self, step: int, call: Call, inputs_of: InputsOf | None = None
-    ) -> dict[int, list[Any]]:
+    def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
         """Issue the tick that serves ``step``; its results by step of the generation."""
         phase, tick = self._ticks[step]
-        results = phase.engine.tick(
-            tick,
-            call.tensors,
-            lambda index: self._time(index + phase.first, call),
-            None if inputs_of is None else lambda k: inputs_of(k + phase.first),
-        )
-        return {k + phase.first: leaves for k, leaves in results.items()}
+        first = phase.first
+        times = {index: self._time(index + first, call) for index in tick.times}
+        earlier = NO_EARLIER
+        if self._inputs:
+            earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
+        results = phase.engine.tick(tick, call.tensors, times, earlier)
+        return {k + first: leaves for k, leaves in results.items()} if first else results
 
     def _by_waves(self, step: int, call: Call, predictor: LatePredictor) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
@@ -202,7 +202,7 @@ class Generation:
         if step == tick.serves[0] + phase.first:
             # The caller may go on to change its own.
             self._inputs[step] = [t.clone() for t in moving]
-            results = self._tick(step, call, self._inputs.__getitem__)
+            results = self._tick(step, call)
             for wave in sorted(results):
                 predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
                 self._held = {-1: results[wave]}
@@ -226,7 +226,7 @@ class Generation:
                 engine.abandon()
         self.next_step = self.steps
 
-    def _time(self, index: int, call: Call) -> Time | None:
+    def _time(self, index: int, call: Call) -> Time:
         """The timestep argument at an index: that of the call for its own step, else as announced.
         It is a number where the host can know that without asking a GPU."""
         where = call.indices(Role.TIMESTEP)
@@ -277,7 +277,7 @@ class Generation:
             exchange_bytes_per_tick=max(steady, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
-            cuda_graphs=all(w.graphs for w in engine.workers),
+            cuda_graphs=all(w.graphs.used for w in engine.workers),
             compiled=all(w.compiled for w in engine.workers),
             compile_s=engine.compile_s,
         )
@@ -302,7 +302,7 @@ def _sent(phase: Phase) -> list[int]:
     for (source, target), nbytes in phase.engine.bundle_bytes.items():
         by_component[source] += nbytes * len(phase.plan.ranks_of(target))
     return [
-        sum(by_component[run.component] for run in tick.runs if run.put is not None)
+        sum(by_component[run.component] for run in tick.runs if run.ordinal != NOTHING)
         for tick in phase.plan.ticks
     ]
 

@@ -14,6 +14,7 @@ from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, RankError
+from asyncdiff.runtime.cuda_graphs import Issued
 
 pytestmark = pytest.mark.usefixtures("full_float32")
 
@@ -106,7 +107,7 @@ def test_graphs_and_eager_give_the_same_bits(place: str) -> None:
     eager = toy_on_gpu(devices=names(place, 2))
     eager.prepare(**call)
     for worker in eager._engine.workers:  # type: ignore[union-attr]
-        worker.graphs = False
+        worker.graphs.used = False
     assert torch.equal(run(eager, call), want)
     assert not eager.report().cuda_graphs
     eager.close()
@@ -232,7 +233,7 @@ def test_a_rank_that_never_sends_is_an_error_within_the_deadline() -> None:
     want = run(denoiser, call)
     worker = denoiser._engine.workers[0]  # type: ignore[union-attr]
     sound, kept = worker.run, denoiser._engine  # type: ignore[union-attr]
-    worker.run = lambda slots: []  # type: ignore[method-assign]
+    worker.run = lambda slots: Issued([])  # type: ignore[method-assign]
     with pytest.raises(RankError, match="get of slot"):
         run(denoiser, call)
     worker.run = sound  # type: ignore[method-assign]

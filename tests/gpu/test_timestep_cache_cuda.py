@@ -14,7 +14,7 @@ import asyncdiff
 from asyncdiff import AsyncDenoiser
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.runtime import timestep_cache as timetable
-from asyncdiff.runtime.worker import Worker
+from asyncdiff.runtime.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("full_float32")
 
@@ -26,13 +26,13 @@ TIMES = torch.arange(900, 100, -100)
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rank of every row that is computed for a run, or ahead of one."""
     ranks: list[int] = []
-    compute = Worker.compute_row
+    compute = Rows._compute
 
-    def counted(worker: Worker) -> None:
-        ranks.append(worker.rank)
-        compute(worker)
+    def counted(rows: Rows) -> None:
+        ranks.append(rows._graphs.rank)
+        compute(rows)
 
-    monkeypatch.setattr(Worker, "compute_row", counted)
+    monkeypatch.setattr(Rows, "_compute", counted)
     return ranks
 
 

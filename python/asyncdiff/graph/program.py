@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .capture import Captured, nbytes_of
 from .signature import Role
 
 #: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
-EmitHook = Callable[[int, int, torch.Tensor], None]
+Sink = Callable[[int, int, torch.Tensor], None]
 
 #: In the metadata of a program's node: whether its value can be kept, and for how long (ONCE or
 #: TIMED). Views are not kept: they cost nothing, and a kept copy of one would.
@@ -28,14 +28,28 @@ NBYTES = "asyncdiff_nbytes"
 
 
 class Emit(nn.Module):
-    """Where a program hands out a boundary value. Without a hook the value is dropped."""
+    """Where a program hands out a boundary value: to what :func:`run_program` was given."""
 
-    hook: EmitHook | None = None
+    sink: Sink | None = None
 
     def forward(self, target: int, index: int, value: torch.Tensor) -> None:
-        """Hand ``value`` to the hook."""
-        if self.hook is not None:
-            self.hook(target, index, value)
+        """Hand ``value`` out; without a sink it is dropped."""
+        if self.sink is not None:
+            self.sink(target, index, value)
+
+
+def run_program(
+    program: fx.GraphModule, arguments: Sequence[torch.Tensor], sink: Sink | None
+) -> list[Any]:
+    """What ``program`` returns for ``arguments``; its boundary values go to ``sink`` meanwhile."""
+    emit = program.emit
+    assert isinstance(emit, Emit)
+    emit.sink = sink
+    try:
+        outputs: list[Any] = program(*arguments)
+        return outputs
+    finally:
+        emit.sink = None
 
 
 def resolve(

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,6 +60,13 @@ class Signature:
     constants: tuple[tuple[str, Any], ...]
     tree: str
 
+    @cached_property
+    def places(self) -> Mapping[Role, tuple[int, ...]]:
+        """Positions in ``inputs`` by role."""
+        return {
+            role: tuple(i for i, x in enumerate(self.inputs) if x.role is role) for role in Role
+        }
+
 
 @dataclass(frozen=True)
 class Call:
@@ -75,12 +83,12 @@ class Call:
 
     def indices(self, role: Role) -> tuple[int, ...]:
         """Positions in ``tensors`` of the inputs with this role."""
-        return tuple(i for i, x in enumerate(self.signature.inputs) if x.role is role)
+        return self.signature.places[role]
 
     def replacing(self, index: int, tensor: torch.Tensor) -> Call:
         """The same call with another tensor, of the same shape and dtype, at ``tensors[index]``."""
-        place = [i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)][index]
         leaves, tensors = list(self.leaves), list(self.tensors)
+        place = next(i for i, x in enumerate(leaves) if x is tensors[index])
         leaves[place] = tensors[index] = tensor
         return replace(self, tensors=tuple(tensors), leaves=tuple(leaves))
 
@@ -128,6 +136,75 @@ def parse(
     signature = Signature(tuple(inputs), tuple(constants), str(spec))
     values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     return Call(signature, values, tuple(leaves), spec)
+
+
+class Parser:
+    """Takes calls of one module apart, quickly where they are like the one before.
+
+    ``latents`` and ``timestep``: see :func:`parse`.
+    """
+
+    def __init__(
+        self, module: nn.Module, latents: str | None = None, timestep: str | None = None
+    ) -> None:
+        self._module = module
+        self._names = {"latents": latents, "timestep": timestep}
+        self._last: _Shape | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The call ``module(*args, **kwargs)``; raises what :func:`parse` does."""
+        given, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        last = self._last
+        if last is None or spec != last.spec or not last.fits(given):
+            call = parse(self._module, args, kwargs, **self._names)
+            self._last = _Shape.of(self._module, given, spec, call)
+            return call
+        leaves = tuple([given[i] for i in last.order])
+        tensors = tuple([given[i] for i in last.tensors])
+        return replace(last.call, tensors=tensors, leaves=leaves)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What calls have to be like so that they are taken apart as ``call`` was.
+
+    ``spec`` and ``given`` are arguments as they were passed: shape and dtype of tensors, all else
+    as it is. ``order`` says where the call's leaves stand among them, ``tensors`` where its tensors
+    do. ``call`` has no tensors.
+    """
+
+    spec: pytree.TreeSpec
+    given: tuple[Any, ...]
+    order: tuple[int, ...]
+    tensors: tuple[int, ...]
+    call: Call
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, given: list[Any], spec: pytree.TreeSpec, call: Call
+    ) -> _Shape | None:
+        """None where a leaf of the call was made, not given: a timestep that is a number."""
+        args, kwargs = pytree.tree_unflatten(list(range(len(given))), spec)
+        order = tuple(pytree.tree_leaves(_bind(module, args, kwargs)))
+        if any(given[i] is not leaf for i, leaf in zip(order, call.leaves, strict=True)):
+            return None
+        return cls(
+            spec,
+            tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in given),
+            order,
+            tuple(i for i in order if isinstance(given[i], torch.Tensor)),
+            replace(call, tensors=(), leaves=()),
+        )
+
+    def fits(self, given: list[Any]) -> bool:
+        """Whether these arguments, of the same tree, are like those."""
+        for now, then in zip(given, self.given, strict=True):
+            if isinstance(now, torch.Tensor):
+                if not isinstance(then, tuple) or now.shape != then[0] or now.dtype != then[1]:
+                    return False
+            elif now is not then and (type(now) is not type(then) or now != then):
+                return False
+        return True
 
 
 def check_devices(call: Call, cuda: bool) -> None:

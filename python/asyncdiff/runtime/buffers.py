@@ -16,10 +16,10 @@ def dense(value: torch.Tensor) -> torch.Tensor:
     return value if same_strides(value, like.stride()) else like.copy_(value)
 
 
-def same_strides(value: torch.Tensor, strides: Sequence[int]) -> bool:
+def same_strides(value: torch.Tensor, strides: tuple[int, ...]) -> bool:
     """Whether ``value`` lies in memory as ``strides`` say. Strides of dimensions of size 1, and
     of empty tensors, mean nothing."""
-    if value.numel() == 0:
+    if value.stride() == strides or value.numel() == 0:
         return True
     pairs = zip(value.shape, value.stride(), strides, strict=True)
     return all(size == 1 or mine == theirs for size, mine, theirs in pairs)

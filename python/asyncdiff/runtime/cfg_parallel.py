@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
-from ..schedule.plan import Plan, Tick
-from .engine import Engine, InputsOf, TimeOf
-from .worker import Caller, Time
+from ..schedule.plan import Plan
+from ..schedule.segments import LoweredTick
+from .engine import NO_EARLIER, Engine
+from .step import Caller, Time
 
 #: Guidance has two conditions.
 GROUPS = 2
@@ -79,24 +80,23 @@ class Groups:
 
     def tick(
         self,
-        tick: Tick,
+        tick: LoweredTick,
         tensors: Sequence[torch.Tensor],
-        time_of: TimeOf,
-        inputs_of: InputsOf | None = None,
+        times: Mapping[int, Time],
+        earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._split(i, t) for i, t in enumerate(tensors)]
         # One for all: each engine has the caller's stream wait for its results, and those of one
         # condition are nothing that the next has to wait for.
-        times = {a.time: time_of(a.time) for a in tick.runs if a.time is not None}
         caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
         try:
             results = [
                 engine.tick(
                     tick,
                     [p[g] for p in parts],
-                    self._times_of(g, times.__getitem__),
-                    self._part_of(g, inputs_of),
+                    self._times_of(g, times),
+                    self._part_of(g, earlier),
                     caller,
                 )
                 for g, engine in enumerate(self.engines)
@@ -133,27 +133,26 @@ class Groups:
         for engine in self.engines:
             engine.close()
 
-    def _times_of(self, group: int, time_of: TimeOf) -> TimeOf:
+    def _times_of(self, group: int, times: Mapping[int, Time]) -> Mapping[int, Time]:
         """A group's part of timesteps, where each sample has its own."""
+        if not self._batched[self._time]:
+            return times
+        return {
+            k: t.chunk(len(self.engines))[group] if isinstance(t, torch.Tensor) else t
+            for k, t in times.items()
+        }
 
-        def mine(index: int) -> Time | None:
-            time = time_of(index)
-            if isinstance(time, torch.Tensor) and self._batched[self._time]:
-                return time.chunk(len(self.engines))[group]
-            return time
-
-        return mine
-
-    def _part_of(self, group: int, inputs_of: InputsOf | None) -> InputsOf | None:
+    def _part_of(
+        self, group: int, earlier: Mapping[int, Sequence[torch.Tensor]]
+    ) -> Mapping[int, Sequence[torch.Tensor]]:
         """A group's part of the inputs of earlier steps."""
-        if inputs_of is None:
-            return None
-
-        def mine(step: int) -> list[torch.Tensor]:
-            pairs = zip(self._moving, inputs_of(step), strict=True)
-            return [t.chunk(len(self.engines))[group] if self._batched[i] else t for i, t in pairs]
-
-        return mine
+        return {
+            step: [
+                t.chunk(len(self.engines))[group] if self._batched[i] else t
+                for i, t in zip(self._moving, values, strict=True)
+            ]
+            for step, values in earlier.items()
+        }
 
     def _split(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         if not self._batched[index]:

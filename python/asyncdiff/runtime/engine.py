@@ -10,8 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +22,20 @@ from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..partition.partition import Partition
 from ..progress import Progress
-from ..schedule.plan import Action, Kind, Plan, Tick
+from ..schedule.plan import Plan
+from ..schedule.segments import LoweredTick
 from .buffers import layout_of, views
 from .devices import fabric
-from .executor import Inline, RankQueue, Threads
+from .executor import InlineQueue, RankQueue, ThreadQueue
 from .input_cache import InputCache
 from .push import Sender
-from .worker import Caller, Slots, Time, Worker
+from .step import Caller, Inputs, Time
+from .worker import Worker
 
 log = logging.getLogger("asyncdiff")
 
-#: The value of the denoiser's timestep argument for a time index of the plan (None: it has none).
-TimeOf = Callable[[int], Time | None]
-#: The inputs of an earlier step's call, for runs that are behind (None: there are none).
-InputsOf = Callable[[int], Sequence[torch.Tensor]]
+#: Nothing of earlier steps: all runs are of the step at hand.
+NO_EARLIER: Mapping[int, Sequence[torch.Tensor]] = {}
 
 
 class Engine:
@@ -67,7 +66,6 @@ class Engine:
         self.cuda = self.devices[0].type == "cuda"
         inputs = partition.captured.signature.inputs
         self._latents = [i for i, x in enumerate(inputs) if x.role is Role.LATENTS]
-        self._times = [i for i, x in enumerate(inputs) if x.role is Role.TIMESTEP]
         count = len(partition.components)
 
         def weight(name: str, device: torch.device) -> torch.Tensor:
@@ -76,10 +74,11 @@ class Engine:
         self.workers: list[Worker] = []
         for rank, device in enumerate(self.devices):
             index = min(rank, count - 1)
-            # A program holds its emit hook, so every rank has its own; weights are shared.
+            # A program holds where its values go, so every rank has its own; weights are shared.
             program = partition.program(index, device, weight)
-            self.workers.append(Worker.create(partition, rank, index, device, program, tensors))
-            self.workers[-1].extrapolate = extrapolate
+            self.workers.append(
+                Worker(partition, rank, index, device, program, tensors, extrapolate)
+            )
         self.conditioning = InputCache(
             [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING],
             set[int]().union(*(w.row_conditioning for w in self.workers)),
@@ -90,12 +89,13 @@ class Engine:
         self.compile_s = 0.0
         if compile is not None:
             self._compile(compile)
-        self._queue = RankQueue(
-            Inline() if self.cuda else Threads(len(self.devices)), self.fabric.abort
+        abort = self.fabric.abort
+        self._queue: RankQueue = (
+            InlineQueue(abort) if self.cuda else ThreadQueue(len(self.devices), abort)
         )
-        self._got: dict[tuple[int, int], int] = {}
-        self._freed: dict[tuple[int, int], int] = {}
         self._clean = True
+        #: ticks that were issued since the engine was made
+        self._ticks = 0
         #: the plan that was prepared last
         self._ready: Plan | None = None
 
@@ -124,7 +124,6 @@ class Engine:
         return bundles
 
     def _connect(self, bundles: dict[tuple[int, int], list[torch.Tensor]]) -> None:
-        count = len(self.partition.components)
         self.bundle_bytes: dict[tuple[int, int], int] = {}
         for (i, j), values in bundles.items():
             layout = layout_of(values)
@@ -135,13 +134,11 @@ class Engine:
             )
             self.workers[i].senders.append(Sender(j, channel, layout))
             for r in receivers:
+                self.workers[r].receivers[i] = channel
                 for slot in range(self.slots):
                     self.workers[r].mailbox[i, slot] = views(
                         channel, layout, r, slot, self.workers[r].device
                     )
-        self._channels = {
-            (w.index, s.target): s.channel for w in self.workers[:count] for s in w.senders
-        }
 
     def _compile(self, progress: Progress) -> None:
         started = time.perf_counter()
@@ -158,17 +155,13 @@ class Engine:
             return
         for tick in plan.ticks:
             for action in tick.runs:
-                self.workers[action.rank].prepare(self._slots(action))
+                self.workers[action.rank].prepare(action.slots)
         self._ready = plan
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
         reads = self.partition.components[worker.index].reads
         return worker.graph_alone({b.source: worker.mailbox[b.source, 0] for b in reads})
-
-    def _slots(self, action: Action) -> Slots:
-        reads = tuple((source, max(ordinal, 0) % self.slots) for source, ordinal in action.reads)
-        return reads, None if action.put is None else action.put % self.slots
 
     # ---- a generation ------------------------------------------------------------------------
 
@@ -185,80 +178,65 @@ class Engine:
             worker.begin(steps)
         self.conditioning.begin(tensors)
         self.fabric.reset()
-        self._got.clear()
-        self._freed.clear()
         self._clean = False
 
     def tick(
         self,
-        tick: Tick,
+        tick: LoweredTick,
         tensors: Sequence[torch.Tensor],
-        time_of: TimeOf,
-        inputs_of: InputsOf | None = None,
+        times: Mapping[int, Time],
+        earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
         caller: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.
 
-        Runs of earlier steps take latents, and whatever else changes from step to step, from
-        ``inputs_of``, which nobody may write to any more; without it all take them from
-        ``tensors``. On CUDA the results are ready in order of the current stream of the latents'
+        ``times`` are the timestep arguments by index. Runs of steps in ``earlier`` take their
+        latents, and whatever else changes from step to step, from there; nobody may write to them
+        any more. On CUDA the results are ready in order of the current stream of the latents'
         device. ``caller``: when all inputs are ready, if that is not what the stream is at now:
         other engines' results, which it waits for, may not be what this one has to wait for.
+
+        Raises RankError; the generation is abandoned then.
         """
         try:
-            return self._tick(tick, tensors, time_of, inputs_of, caller)
+            self.check()
+            inputs = self._inputs(tensors, times, earlier, caller)
+            delivered = {}
+            for segment in tick.segments:
+                issue = self.workers[segment.rank].issue
+                submitted = self._queue.submit(segment.rank, issue, segment, inputs)
+                if segment.step is not None:
+                    delivered[segment.step] = submitted
+            if inputs.fresh:  # ranks that did not run in this tick need the new conditioning too
+                for worker in self.workers:
+                    if worker.rank not in tick.ranks:
+                        self._queue.submit(worker.rank, worker.feed, inputs)
+            results = {step: self._queue.result(s) for step, s in delivered.items()}
+            self._queue.check()
+            return results
         except BaseException:
             self.abandon()
             raise
 
-    def _tick(
+    def _inputs(
         self,
-        tick: Tick,
         tensors: Sequence[torch.Tensor],
-        time_of: TimeOf,
-        inputs_of: InputsOf | None,
+        times: Mapping[int, Time],
+        earlier: Mapping[int, Sequence[torch.Tensor]],
         caller: Caller | None,
-    ) -> dict[int, list[Any]]:
-        self.check()
+    ) -> Inputs:
         fresh = self.conditioning.changed(tensors)
-        if not self.cuda:
+        device = tensors[self._latents[0]].device
+        if self.cuda:
+            caller = caller or Caller(device)
+        else:
             # The ranks' threads may still read these after the caller went on to change them.
             moving = {*self._latents, *fresh}
             tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
-        # Before the caller's event: a time may have to be converted, on the caller's stream.
-        times = {a.time: time_of(a.time) for a in tick.runs if a.time is not None}
-        if self.cuda and caller is None:
-            caller = Caller(tensors[self._latents[0]].device)
-        done: dict[int, Future[Any]] = {}
-        started: set[int] = set()
-        for action in tick.actions:
-            if action.kind is Kind.RUN:
-                first = action.rank not in started
-                started.add(action.rank)
-                mine = tensors
-                if inputs_of is not None and action.latents not in tick.serves[:1]:
-                    assert action.latents is not None
-                    mine = list(tensors)
-                    for i, value in zip(self._latents, inputs_of(action.latents), strict=True):
-                        mine[i] = value
-                assert action.time is not None
-                time = times[action.time]
-                work = self._run_work(action, mine, time, fresh, caller if first else None)
-            else:
-                work = self._channel_work(action)
-            future = self._queue.submit(action.rank, work)
-            if action.step is not None:
-                done[action.step] = future
-        if fresh:  # ranks that did not run in this tick need the new conditioning too
-            for rank in set(range(len(self.workers))) - started:
-                self._queue.submit(rank, self._input_work(rank, tensors, fresh, caller))
-        results = {}
-        for step, future in done.items():
-            if future.exception() is not None:
-                self._queue.check(wait=True)
-            results[step] = future.result()
-        self._queue.check()
-        return results
+            times = {k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()}
+        self._ticks += 1
+        version = self.conditioning.version
+        return Inputs(self._ticks, tensors, times, earlier, fresh, version, device, caller)
 
     def check(self) -> None:
         """Raise RankError for what is known to have gone wrong, without waiting."""
@@ -315,77 +293,4 @@ class Engine:
         self.synchronize()
         for worker in self.workers:
             worker.close()
-        self._channels.clear()
         self.fabric.close()
-
-    # ---- pieces of work ----------------------------------------------------------------------
-
-    def _run_work(
-        self,
-        action: Action,
-        tensors: Sequence[torch.Tensor],
-        time: Time | None,
-        fresh: Sequence[int],
-        caller: Caller | None,
-    ) -> Callable[[], Any]:
-        worker = self.workers[action.rank]
-        slots = self._slots(action)
-        version = self.conditioning.version
-        caller_device = tensors[self._latents[0]].device
-
-        def work() -> Any:
-            inputs = {i: tensors[i] for i in (*self._latents, *fresh)}
-            if isinstance(time, torch.Tensor):
-                inputs |= dict.fromkeys(self._times, time)
-            worker.set_inputs(inputs, caller)
-            if time is not None:
-                worker.set_time(time, version)
-            about = {"rank": action.rank, "component": worker.index, "step": action.time}
-            with core.nvtx_range("run", **about):
-                outputs = worker.run(slots)
-            return None if action.step is None else self._deliver(worker, outputs, caller_device)
-
-        return work
-
-    def _input_work(
-        self,
-        rank: int,
-        tensors: Sequence[torch.Tensor],
-        fresh: Sequence[int],
-        caller: Caller | None,
-    ) -> Callable[[], None]:
-        worker = self.workers[rank]
-        return lambda: worker.set_inputs({i: tensors[i] for i in fresh}, caller)
-
-    def _channel_work(self, action: Action) -> Callable[[], None]:
-        worker = self.workers[action.rank]
-        channel = self._channels[action.component, worker.index]
-        counts = self._got if action.kind is Kind.GET else self._freed
-        key = (action.rank, action.component)
-        slot = counts.get(key, 0) % self.slots
-        counts[key] = counts.get(key, 0) + 1
-        operation = channel.get if action.kind is Kind.GET else channel.release
-
-        return lambda: operation(action.rank, slot, worker.stream)
-
-    def _deliver(
-        self, worker: Worker, outputs: list[Any], caller_device: torch.device
-    ) -> list[Any]:
-        """The outputs as new tensors on the caller's device, ready in order of its stream."""
-        if worker.stream is None:  # these may lie in a mailbox, or in what the next run writes to
-            return [o.clone() if _tensor(o) else o for o in outputs]
-        with torch.cuda.device(caller_device):
-            main = torch.cuda.current_stream(caller_device)
-            out = [torch.empty_like(o, device=caller_device) if _tensor(o) else o for o in outputs]
-        with worker.current():
-            # The memory of ``out`` may still be in use by earlier work of the main stream.
-            worker.stream.wait_stream(main)
-            for new, old in zip(out, outputs, strict=True):
-                if _tensor(old):
-                    new.copy_(old, non_blocking=True)
-        main.wait_stream(worker.stream)
-        return out
-
-
-def _tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)

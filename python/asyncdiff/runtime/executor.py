@@ -11,41 +11,65 @@ import torch
 
 from ..errors import RankError
 
+#: Told (rank, reason) at once when a rank's work raised.
+OnFailure = Callable[[int, str], None]
 
-class Executor(Protocol):
+
+class RankQueue(Protocol):
     """Runs functions for ranks: in order for one rank, maybe at once for several."""
 
-    def submit(self, rank: int, work: Callable[[], Any]) -> Future[Any]:
-        """Issue ``work`` for ``rank``."""
+    def submit(self, rank: int, work: Callable[..., Any], *args: Any) -> Any:
+        """Issue ``work(*args)`` for ``rank``; :meth:`result` tells what it returned."""
+
+    def result(self, submitted: Any) -> Any:
+        """What the work returned that :meth:`submit` issued, waiting for it. Raises RankError."""
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise RankError for the first failure among what is done (``wait``: among all)."""
+
+    def settle(self) -> None:
+        """Wait until nothing is running any more, whatever became of it."""
 
     def close(self) -> None:
-        """End the executor's threads, if any."""
+        """End the threads, if any."""
 
 
-class Inline:
-    """The caller's thread issues everything, in the plan's order.
+class InlineQueue:
+    """The caller's thread issues everything, in the plan's order, for CUDA.
 
-    On CUDA the ranks' streams run at once anyway, and this order never puts a wait before what it
-    waits for, so that ranks that share a device cannot block each other's queue.
+    The ranks' streams run at once anyway, and this order never puts a wait before what it waits
+    for, so that ranks that share a device cannot block each other's queue.
     """
 
-    def submit(self, rank: int, work: Callable[[], Any]) -> Future[Any]:
-        """Run ``work`` now."""
-        future: Future[Any] = Future()
+    def __init__(self, on_failure: OnFailure) -> None:
+        self._on_failure = on_failure
+
+    def submit(self, rank: int, work: Callable[..., Any], *args: Any) -> Any:
+        """Run the work now; what it returns is the result. Raises RankError."""
         try:
-            future.set_result(work())
+            return work(*args)
         except Exception as e:
-            future.set_exception(e)
-        return future
+            self._on_failure(rank, f"{type(e).__name__}: {e}")
+            raise failure(rank, e) from e
+
+    def result(self, submitted: Any) -> Any:
+        """See :class:`RankQueue`."""
+        return submitted
+
+    def check(self, *, wait: bool = False) -> None:
+        """Nothing is ever under way."""
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-class Threads:
+class ThreadQueue:
     """One thread a rank: CPU ranks compute at the same time."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, on_failure: OnFailure) -> None:
         share = max(1, torch.get_num_threads() // ranks)
         self._pools = [
             ThreadPoolExecutor(
@@ -53,72 +77,67 @@ class Threads:
             )
             for r in range(ranks)
         ]
-
-    def submit(self, rank: int, work: Callable[[], Any]) -> Future[Any]:
-        """Queue ``work`` for the rank's thread."""
-        return self._pools[rank].submit(work)
-
-    def close(self) -> None:
-        """End the threads once they are idle."""
-        for pool in self._pools:
-            pool.shutdown(wait=True)
-
-
-class RankQueue:
-    """Submits work for ranks and remembers it until it is known to have gone well."""
-
-    def __init__(self, executor: Executor, on_failure: Callable[[int, str], None]) -> None:
-        self._executor = executor
         self._on_failure = on_failure
+        #: work that is not known yet to have gone well
         self._pending: list[tuple[int, Future[Any]]] = []
 
-    def submit(self, rank: int, work: Callable[[], Any]) -> Future[Any]:
-        """Issue ``work``; if it raises, ``on_failure(rank, reason)`` is called at once."""
-
-        def guarded() -> Any:
-            try:
-                return work()
-            except Exception as e:
-                self._on_failure(rank, f"{type(e).__name__}: {e}")
-                raise
-
-        future = self._executor.submit(rank, guarded)
+    def submit(self, rank: int, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Queue the work for the rank's thread."""
+        future = self._pools[rank].submit(self._guarded, rank, work, args)
         self._pending.append((rank, future))
         return future
 
+    def result(self, submitted: Future[Any]) -> Any:
+        """See :class:`RankQueue`."""
+        if submitted.exception() is not None:
+            self.check(wait=True)
+        return submitted.result()
+
     def check(self, *, wait: bool = False) -> None:
-        """Raise RankError for the first failure among what is done (``wait``: among all)."""
-        done = [(r, f) for r, f in self._pending if wait or f.done()]
-        failures = _failures(done)
-        if failures and not wait:
+        """See :class:`RankQueue`."""
+        done, left = [], []
+        failed = False
+        for rank, future in self._pending:
+            if wait or future.done():
+                done.append((rank, future))
+                failed = failed or future.exception() is not None
+            else:
+                left.append((rank, future))
+        if failed:
             # The cause may still be on its way. After a failure nobody waits for long.
-            done = self._pending
-            failures = _failures(done)
-        self._pending = [p for p in self._pending if p not in done]
-        if failures:
+            done, left = self._pending, []
+        self._pending = left
+        if failed:
+            errors = [(r, e) for r, f in done if (e := f.exception()) is not None]
             # Ranks that were waiting when another failed report an abort: not the cause.
-            causes = [f for f in failures if type(f[1]).__name__ != "Aborted"] or failures
-            rank, error = causes[0]
-            raise RankError(
-                rank,
-                f"rank {rank} failed: {type(error).__name__}: {error}. The generation was stopped; "
-                "the next one starts afresh",
-            ) from error
+            causes = [f for f in errors if type(f[1]).__name__ != "Aborted"] or errors
+            raise failure(*causes[0]) from causes[0][1]
 
     def settle(self) -> None:
-        """Wait until nothing is running any more, whatever became of it."""
+        """See :class:`RankQueue`."""
         for _, future in self._pending:
             with contextlib.suppress(Exception):
                 future.result()
         self._pending = []
 
     def close(self) -> None:
-        """End the executor."""
+        """End the threads once they are idle."""
         self.settle()
-        self._executor.close()
+        for pool in self._pools:
+            pool.shutdown(wait=True)
+
+    def _guarded(self, rank: int, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            return work(*args)
+        except Exception as e:
+            self._on_failure(rank, f"{type(e).__name__}: {e}")
+            raise
 
 
-def _failures(work: list[tuple[int, Future[Any]]]) -> list[tuple[int, BaseException]]:
-    """Ranks and errors of what failed, once all of it is done."""
-    errors = ((rank, future.exception()) for rank, future in work)
-    return [(rank, error) for rank, error in errors if error is not None]
+def failure(rank: int, error: BaseException) -> RankError:
+    """What a generation raises for a rank's error."""
+    return RankError(
+        rank,
+        f"rank {rank} failed: {type(error).__name__}: {error}. The generation was stopped; the "
+        "next one starts afresh",
+    )

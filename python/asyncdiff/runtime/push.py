@@ -24,7 +24,7 @@ class Sender:
 
 
 class Push:
-    """One bundle for every receiver; what a program's ``emit`` calls with each value.
+    """The bundles of one run, for every receiver: a program's sink of boundary values.
 
     ``stream`` computes, ``comm`` pushes; both are None on the CPU, where pushes are made at once.
     """
@@ -46,7 +46,8 @@ class Push:
         self.computed: Any = None
         self.delivered: Any = None
         started = time.perf_counter()
-        self._follow()
+        if comm is not None and stream is not None:
+            comm.wait_stream(stream)
         for sender in self._senders.values():
             sender.channel.begin(slot, comm)
         #: Seconds of the calling thread.
@@ -58,32 +59,27 @@ class Push:
         value = as_laid_out(value, sender.layout.specs[index])
         self._held.append(value)
         started = time.perf_counter()
-        self._follow()
-        sender.channel.push(index, value, self._slot, self._comm)
+        if self._comm is not None and self._stream is not None:
+            self._comm.wait_stream(self._stream)
+        sender.channel.push_pointer(index, value.data_ptr(), self._slot, self._comm)
         self.spent += time.perf_counter() - started
 
     def finish(self) -> None:
         """All values were pushed: tell the receivers, and let the computation's stream wait."""
         started = time.perf_counter()
-        self.computed = _mark(self._stream)
+        if self._stream is not None:
+            self.computed = _mark(self._stream)
         for sender in self._senders.values():
             sender.channel.commit(self._slot, self._comm)
         if self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
-        self.delivered = _mark(self._stream)
+            self.delivered = _mark(self._stream)
         self._held.clear()
         self.spent += time.perf_counter() - started
 
-    def _follow(self) -> None:
-        """Let the pushes wait for what is computed so far."""
-        if self._comm is not None and self._stream is not None:
-            self._comm.wait_stream(self._stream)
 
-
-def _mark(stream: torch.cuda.Stream | None) -> Any:
+def _mark(stream: torch.cuda.Stream) -> Any:
     """A timing event that is recorded again by every replay of the graph in capture."""
-    if stream is None:
-        return None
     try:
         event = torch.cuda.Event(enable_timing=True, external=True)
     except TypeError:  # torch before 2.7 has no such events: exposed time is then not reported

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from typing import NamedTuple
 
 
 class Kind(str, Enum):
@@ -14,26 +16,50 @@ class Kind(str, Enum):
     RELEASE = "L"  #: give the oldest held bundle back to its sender
 
 
+#: In place of an ordinal and a slot: no bundle is sent.
+NOTHING = -1
+#: Slots that a run touches: of the bundles that it reads, by sending component (of one whose values
+#: are extrapolated two, the newer one first), and of the one that it sends.
+Slots = tuple[tuple[tuple[int, int], ...], int]
+
+
+class Bundle(NamedTuple):
+    """A bundle by the component that sent it, its ordinal on that component's channels, counted
+    from 0, and the slot of the mailbox that it lies in. Ordinal −1: nothing was sent yet."""
+
+    source: int
+    ordinal: int
+    slot: int
+
+
 @dataclass(frozen=True)
 class Action:
     """One thing that one rank does.
 
     ``component`` is the component that runs (RUN) or whose bundle is taken or given back (GET,
-    RELEASE). The other fields belong to RUN: ``latents`` is the step whose latents are the input,
-    ``time`` the index of the timestep, ``step`` the step whose noise prediction this run delivers
-    (None if its output is not used), ``put`` the ordinal of the bundle that it sends (None for
-    runs that send nothing), ``reads`` the ordinals of the bundles read, by sending component (two
-    for a component whose values are extrapolated, the newer one first).
+    RELEASE). ``ordinal`` and ``slot`` are those of the bundle that is taken or given back; of a run
+    those of the bundle that it sends (:data:`NOTHING` where it sends none).
+
+    The other fields belong to RUN: ``latents`` is the step whose latents are the input, ``time``
+    the index of the timestep, ``step`` the step whose noise prediction this run delivers (None if
+    its output is not used), ``reads`` the bundles read (two of a component whose values are
+    extrapolated, the newer one first).
     """
 
     kind: Kind
     rank: int
     component: int
+    ordinal: int = NOTHING
+    slot: int = NOTHING
     latents: int | None = None
     time: int | None = None
     step: int | None = None
-    put: int | None = None
-    reads: tuple[tuple[int, int], ...] = ()
+    reads: tuple[Bundle, ...] = ()
+
+    @cached_property
+    def slots(self) -> Slots:
+        """The slots that a run touches: what one CUDA graph serves."""
+        return tuple((b.source, b.slot) for b in self.reads), self.slot
 
 
 @dataclass(frozen=True)

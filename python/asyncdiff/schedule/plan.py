@@ -4,20 +4,20 @@ A plan is made of ticks, a tick of actions in a legal issue order: whoever issue
 plan one after another, each to its rank, never waits for something that was not issued before.
 This file imports neither torch nor devices; it can be tested, printed and studied on paper.
 
-Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps.
-Rank i < N runs component i; rank N+o (o = 0 … S−2) runs a copy of the last component.
-
-The schedule "asyncdiff" is that of AsyncDiff (Chen et al., NeurIPS 2024), with stride denoising as
-the paper describes it; "wavefront" is in wavefront.py, and needs no copies.
+Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps. The two
+schedules are in published.py and wavefront.py; what a rank issues at once in segments.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import PlanError
 from .actions import Action, Exchange, Kind, Tick
+from .published import Builder as Published
+from .segments import LoweredTick, lower
 from .wavefront import Builder as Waves
 from .wavefront import lagged, shortest_delay
 
@@ -59,6 +59,11 @@ class Plan:
     extrapolate: float = 0.0
     #: ticks from a wave's start to its prediction; 0 in the published schedule
     delay: int = 0
+
+    @cached_property
+    def lowered(self) -> tuple[LoweredTick, ...]:
+        """What runs: the ticks as segments of ranks, the same for engine and simulation."""
+        return lower(self.ticks)
 
     @property
     def ranks(self) -> int:
@@ -229,28 +234,14 @@ def build(
     late = wave_delay(components, edges, schedule, delay)
     if schedule == "wavefront":
         edges = lagged(edges, components, late)
-        ticks = _waves(Waves(components, stride, edges, late), warmup, steps, exact_tail)
+        ticks = Waves(components, stride, edges, late, slots).ticks(warmup, steps, exact_tail)
     else:
-        builder = _Builder(components, stride, edges, 2 if extrapolate else 1)
-        ticks = builder.ticks(warmup, steps, exact_tail, order, time_shift)
+        published = Published(components, stride, edges, 2 if extrapolate else 1, slots)
+        ticks = published.ticks(warmup, steps, exact_tail, order, time_shift)
     return Plan(
         components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks),
         schedule, exact_tail, float(extrapolate), late,
     )  # fmt: skip
-
-
-def _waves(builder: Waves, warmup: int, steps: int, exact_tail: int) -> list[Tick]:
-    for k in range(warmup):
-        builder.exact(k)
-    builder.asynchronous(warmup, steps - exact_tail)
-    for k in range(steps - exact_tail, steps):
-        builder.exact(k)
-    builder.finish()
-    return builder.ticks
-
-
-def _shifted(time: int, time_shift: bool) -> int:
-    return time - 1 if time_shift else time
 
 
 def _check_edges(components: int, edges: Iterable[Exchange], order: Sequence[int]) -> None:
@@ -259,123 +250,3 @@ def _check_edges(components: int, edges: Iterable[Exchange], order: Sequence[int
             raise PlanError(f"exchange {e.source}->{e.target} does not fit {components} components")
     if set(order) != set(range(components)):
         raise PlanError(f"exact_order {tuple(order)} must name each of {components} components")
-
-
-class _Builder:
-    """Emits the published schedule's ticks; keeps count of what was put, taken and given back.
-
-    ``held`` bundles of every source are kept for a run: the newest ones.
-    """
-
-    def __init__(
-        self, components: int, stride: int, edges: tuple[Exchange, ...], held: int
-    ) -> None:
-        self.n = components
-        self.stride = stride
-        self.held = held
-        self.sources = {c: [e.source for e in edges if e.target == c] for c in range(components)}
-        self.senders = {e.source for e in edges}
-        self.puts = [0] * components  # bundles sent so far, by component
-        ranks = range(components + stride - 1)
-        self.got = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
-        self.freed = {r: dict.fromkeys(self.sources[self.component(r)], 0) for r in ranks}
-
-    def ticks(
-        self, warmup: int, steps: int, exact_tail: int, order: tuple[int, ...], time_shift: bool
-    ) -> list[Tick]:
-        out: list[Tick] = []
-        for k in range(warmup):
-            out.append(self.exact_tick(len(out), k, order))
-        end = steps - exact_tail
-        for k in range(warmup, end, self.stride):
-            out.append(self.tick(len(out), k, min(k + self.stride, end), time_shift))
-        for k in range(end, steps):
-            out.append(self.exact_tick(len(out), k, order))
-        last = out[-1]
-        out[-1] = Tick(last.index, last.exact, last.serves, last.actions + self.drain())
-        return out
-
-    def component(self, rank: int) -> int:
-        return min(rank, self.n - 1)
-
-    def catch_up(self, rank: int) -> list[Action]:
-        """Give back what is older, and take, every bundle sent so far: the newest are held."""
-        out = []
-        for source in self.sources[self.component(rank)]:
-            while self.got[rank][source] < self.puts[source]:
-                if self.got[rank][source] - self.freed[rank][source] >= self.held:
-                    out.append(Action(Kind.RELEASE, rank, source))
-                    self.freed[rank][source] += 1
-                out.append(Action(Kind.GET, rank, source))
-                self.got[rank][source] += 1
-        return out
-
-    def give_back(self, rank: int, keep: int = 0) -> list[Action]:
-        """Give back all but the newest ``keep`` bundles."""
-        out = []
-        for source in self.sources[self.component(rank)]:
-            while self.freed[rank][source] < self.got[rank][source] - keep:
-                out.append(Action(Kind.RELEASE, rank, source))
-                self.freed[rank][source] += 1
-        return out
-
-    def run(
-        self,
-        rank: int,
-        latents: int,
-        time: int,
-        step: int | None,
-        sends: bool,
-        read: int = 1,
-    ) -> Action:
-        component = self.component(rank)
-        reads = []
-        for s in self.sources[component]:
-            # got - 1 is the newest bundle held; -1 where none was ever sent (first run in a circle)
-            newest = self.got[rank][s] - 1
-            oldest = max(newest - read + 1, min(newest, 0))
-            reads += [(s, ordinal) for ordinal in range(newest, oldest - 1, -1)]
-        put = None
-        if sends and component in self.senders:
-            put = self.puts[component]
-            self.puts[component] += 1
-        return Action(Kind.RUN, rank, component, latents, time, step, put, tuple(reads))
-
-    def exact_tick(self, index: int, k: int, order: tuple[int, ...]) -> Tick:
-        actions: list[Action] = []
-        final = {c: i for i, c in enumerate(order)}
-        for i, component in enumerate(order):
-            actions += self.catch_up(component)
-            delivers = k if component == self.n - 1 and final[component] == i else None
-            actions.append(self.run(component, k, k, delivers, sends=True))
-        for rank in self.got:  # copies, and whoever ran before its sources did: hold the newest
-            actions += self.catch_up(rank)
-        return Tick(index, True, (k,), tuple(actions))
-
-    def tick(self, index: int, k: int, end: int, time_shift: bool) -> Tick:
-        # A last tick with fewer steps left than S serves them with the copies first.
-        serves = tuple(range(k, end))
-        full = len(serves) == self.stride
-        actions: list[Action] = []
-        for rank in self.got:
-            actions += self.catch_up(rank)
-        if full:  # else the copies serve what is left, and nobody reads what the others would send
-            time = _shifted(k + self.stride - 1, time_shift)
-            for rank in range(self.n):
-                step = end - 1 if rank == self.n - 1 else None
-                actions.append(self.run(rank, k, time, step, sends=True, read=self.held))
-        for o in range(self.stride - 1):
-            if k + o < end:
-                time = _shifted(k + o, time_shift)
-                actions.append(self.run(self.n + o, k, time, k + o, sends=False, read=self.held))
-        for rank in self.got:
-            actions += self.give_back(rank, keep=self.held - 1)
-        return Tick(index, False, serves, tuple(actions))
-
-    def drain(self) -> tuple[Action, ...]:
-        """Take and give back what nobody will read, so that the channels end empty."""
-        out: list[Action] = []
-        for rank in self.got:
-            out += self.catch_up(rank)
-            out += self.give_back(rank)
-        return tuple(out)

@@ -17,14 +17,14 @@ Launch overhead, slow-downs by traffic in memory, and jitter are not in it.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from ..errors import PlanError
-from .plan import Action, Kind, Plan
+from .actions import NOTHING, Action, Kind
+from .plan import Plan
 
 Pair = tuple[int, int]
 
@@ -205,18 +205,17 @@ class _Simulation:
         self.latents = [0.0] * plan.ranks  # when the newest latents are on the rank
         self.arrived: dict[tuple[int, int, int], float] = {}  # (source, ordinal, receiving rank)
         self.freed: dict[tuple[int, int, int], float] = {}
-        self.gets: dict[Pair, int] = defaultdict(int)  # (source, receiving rank) -> bundles taken
-        self.releases: dict[Pair, int] = defaultdict(int)
-        for tick in plan.ticks:
-            left = len(tick.runs)
+        for tick in plan.lowered:
+            left = sum(segment.run is not None for segment in tick.segments)
             delivered = 0.0
             if not left:  # steps that are taken on predictions alone
                 self._update(tick.index, len(tick.serves), delivered)
-            for a in tick.actions:
+            for a in (a for segment in tick.segments for a in segment.actions):
                 if a.kind is Kind.GET:
-                    self._get(a)
+                    when = self.arrived[a.component, a.ordinal, a.rank]
+                    self.queue[a.rank] = max(self.queue[a.rank], when)
                 elif a.kind is Kind.RELEASE:
-                    self._release(a)
+                    self.freed[a.component, a.ordinal, a.rank] = self.queue[a.rank]
                 else:
                     end = self._run(tick.index, a)
                     if a.step is not None:
@@ -225,24 +224,13 @@ class _Simulation:
                     if not left:  # before what the plan still takes only to leave channels empty
                         self._update(tick.index, len(tick.serves), delivered)
 
-    def _get(self, a: Action) -> None:
-        key = (a.component, a.rank)
-        when = self.arrived[(a.component, self.gets[key], a.rank)]
-        self.gets[key] += 1
-        self.queue[a.rank] = max(self.queue[a.rank], when)
-
-    def _release(self, a: Action) -> None:
-        key = (a.component, a.rank)
-        self.freed[(a.component, self.releases[key], a.rank)] = self.queue[a.rank]
-        self.releases[key] += 1
-
     def _run(self, tick: int, a: Action) -> float:
         start = max(self.queue[a.rank], self.latents[a.rank])
         end = start + self.timing.component_ms[a.component]
         self.queue[a.rank] = end
         self.spans.append(Span(a.rank, tick, SpanKind.RUN, start, end, a.component, None, a.time))
-        if a.put is not None:
-            self._send(tick, a, a.put, start, end)
+        if a.ordinal != NOTHING:
+            self._send(tick, a, a.ordinal, start, end)
         return end
 
     def _send(self, tick: int, a: Action, ordinal: int, start: float, end: float) -> None:

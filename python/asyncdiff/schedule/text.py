@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import PlanError
-from .plan import Action, Exchange, Kind, Plan, Tick
+from .actions import NOTHING, Action, Bundle, Exchange, Kind, Tick
+from .plan import Plan
 
 #: What a header may have besides, and how to read it.
 _OPTIONS: dict[str, Callable[[str], Any]] = {
@@ -18,13 +19,14 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "delay": int,
 }
 _RUN = re.compile(r"r(\d+) R(\d+) x(\d+) t(\d+)(?: e(\d+))?(?: p(\d+))?(?: <(\S+))?$")
-_WAIT = re.compile(r"r(\d+) ([GL])(\d+)$")
+_WAIT = re.compile(r"r(\d+) ([GL])(\d+):(\d+)$")
 
 
 def to_text(plan: Plan) -> str:
-    """One header line, then one line a tick: ``r1 G0; r1 R1 x3 t3 e3 <0:2; r1 L0``.
+    """One header line, then one line a tick: ``r1 G0:2; r1 R1 x3 t3 e3 <0:2; r1 L0:2``.
 
-    ``r`` rank, ``G`` get, ``R`` run, ``L`` release, then the component; of a run: ``x`` latents,
+    ``r`` rank, ``G`` get, ``R`` run, ``L`` release, then the component, with the ordinal of the
+    bundle that is taken or given back; of a run: ``x`` latents,
     ``t`` time index, ``e`` step delivered, ``p`` bundle sent, ``<`` bundles read.
     """
     edges = ",".join(f"{e.source}>{e.target}:{e.lag}" for e in plan.exchanges) or "-"
@@ -46,14 +48,14 @@ def to_text(plan: Plan) -> str:
 
 def _action_text(a: Action) -> str:
     if a.kind is not Kind.RUN:
-        return f"r{a.rank} {a.kind.value}{a.component}"
+        return f"r{a.rank} {a.kind.value}{a.component}:{a.ordinal}"
     text = f"r{a.rank} R{a.component} x{a.latents} t{a.time}"
     if a.step is not None:
         text += f" e{a.step}"
-    if a.put is not None:
-        text += f" p{a.put}"
+    if a.ordinal != NOTHING:
+        text += f" p{a.ordinal}"
     if a.reads:
-        text += " <" + ",".join(f"{s}:{o}" for s, o in a.reads)
+        text += " <" + ",".join(f"{b.source}:{b.ordinal}" for b in a.reads)
     return text
 
 
@@ -66,15 +68,15 @@ def from_text(text: str) -> Plan:
         exchanges = tuple(
             Exchange(*map(int, re.split("[>:]", e))) for e in edges.split(",") if edges != "-"
         )
-        ticks = []
+        ticks, slots = [], int(head["slots"])
         for number, line in enumerate(lines[1:], start=2):
             try:
-                ticks.append(_tick_from_text(line))
+                ticks.append(_tick_from_text(line, slots))
             except (ValueError, AttributeError) as error:
                 raise PlanError(f"plan text, line {number}: cannot read {line!r}") from error
         return Plan(
             int(head["N"]), int(head["S"]), int(head["w"]), int(head["T"]),
-            bool(int(head["time_shift"])), int(head["slots"]), exchanges, tuple(ticks),
+            bool(int(head["time_shift"])), slots, exchanges, tuple(ticks),
             **{name: read(head[name]) for name, read in _OPTIONS.items() if name in head},
         )  # fmt: skip
     except (IndexError, KeyError, ValueError, TypeError) as error:
@@ -83,36 +85,37 @@ def from_text(text: str) -> Plan:
         raise PlanError("plan text, line 1: not the header of a plan") from error
 
 
-def _tick_from_text(line: str) -> Tick:
+def _tick_from_text(line: str, slots: int) -> Tick:
     head, _, body = line.partition(" |")
     index, kind, serves = head.split()
     if kind not in ("exact", "async"):
         raise ValueError(kind)
-    actions = tuple(_action_from_text(part) for part in body.strip().split("; ") if part)
+    actions = tuple(_action_from_text(part, slots) for part in body.strip().split("; ") if part)
     steps = () if serves == "-" else tuple(map(int, serves.split(",")))
     return Tick(int(index), kind == "exact", steps, actions)
 
 
-def _action_from_text(text: str) -> Action:
+def _action_from_text(text: str, slots: int) -> Action:
     wait = _WAIT.match(text)
     if wait:
-        return Action(Kind(wait[2]), int(wait[1]), int(wait[3]))
+        ordinal = int(wait[4])
+        return Action(Kind(wait[2]), int(wait[1]), int(wait[3]), ordinal, ordinal % slots)
     run = _RUN.match(text)
     if run is None:
         raise ValueError(text)
-    reads = tuple(
-        (int(s), int(o)) for s, o in (part.split(":") for part in (run[7] or "").split(",") if part)
-    )
-    step, put = (None if v is None else int(v) for v in run.group(5, 6))
+    read = (map(int, part.split(":")) for part in (run[7] or "").split(",") if part)
+    reads = tuple(Bundle(source, n, max(n, 0) % slots) for source, n in read)
+    step = None if run[5] is None else int(run[5])
+    put, slot = (NOTHING, NOTHING) if run[6] is None else (int(run[6]), int(run[6]) % slots)
     return Action(
-        Kind.RUN, int(run[1]), int(run[2]), int(run[3]), int(run[4]), step, put, reads
-    )  # fmt: skip
+        Kind.RUN, int(run[1]), int(run[2]), put, slot, int(run[3]), int(run[4]), step, reads
+    )
 
 
 def to_json(plan: Plan) -> str:
     """The plan as JSON: the header's fields, and the ticks in the notation of :func:`to_text`."""
     head, *ticks = to_text(plan).splitlines()
-    data: dict[str, Any] = {"format": "asyncdiff-plan-1", "plan": head, "ticks": ticks}
+    data: dict[str, Any] = {"format": "asyncdiff-plan-2", "plan": head, "ticks": ticks}
     return json.dumps(data, indent=1)
 
 
@@ -120,7 +123,7 @@ def from_json(text: str) -> Plan:
     """Read what :func:`to_json` wrote. Raises PlanError."""
     try:
         data = json.loads(text)
-        if data["format"] != "asyncdiff-plan-1":
+        if data["format"] != "asyncdiff-plan-2":
             raise PlanError(f"unknown plan format {data['format']!r}")
         return from_text("\n".join([data["plan"], *data["ticks"]]))
     except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import PlanError
-from .actions import Action, Exchange, Kind, Tick
+from .actions import Action, Exchange, Tick
+from .ledger import Ledger
 
 
 def shortest_delay(components: int, exchanges: Sequence[Exchange]) -> int:
@@ -62,7 +63,7 @@ class Builder:
     so that a bundle's ordinal is the number of its wave."""
 
     def __init__(
-        self, components: int, stride: int, exchanges: Sequence[Exchange], delay: int
+        self, components: int, stride: int, exchanges: Sequence[Exchange], delay: int, slots: int
     ) -> None:
         self.n = components
         self.stride = stride
@@ -72,13 +73,21 @@ class Builder:
             c: [e.source for e in exchanges if e.target == c] for c in range(components)
         }
         self.senders = {e.source for e in exchanges}
+        self.ledger = Ledger(slots)
         self.waves = 0  # those before the next exact step
-        #: bundles taken and given back so far, by (component, source)
-        self.got = {(c, s): 0 for c in self.sources for s in self.sources[c]}
-        self.freed = dict(self.got)
-        self.ticks: list[Tick] = []
 
-    def exact(self, k: int) -> None:
+    def ticks(self, warmup: int, steps: int, exact_tail: int) -> list[Tick]:
+        """All ticks."""
+        out: list[Tick] = []
+        for k in range(warmup):
+            out.append(self._exact(len(out), k))
+        out += self._asynchronous(len(out), warmup, steps - exact_tail)
+        for k in range(steps - exact_tail, steps):
+            out.append(self._exact(len(out), k))
+        out[-1] = replace(out[-1], actions=out[-1].actions + self._empty())
+        return out
+
+    def _exact(self, index: int, k: int) -> Tick:
         """A step whose wave passes through all components in one tick."""
         actions: list[Action] = []
         for c in range(self.n):
@@ -86,17 +95,17 @@ class Builder:
             actions.append(self._run(c, k, self.waves, own=True))
             actions += self._give_back(c, self.waves)
         self.waves += 1
-        self.ticks.append(Tick(len(self.ticks), True, (k,), tuple(actions)))
+        return Tick(index, True, (k,), tuple(actions))
 
-    def asynchronous(self, begin: int, end: int) -> None:
+    def _asynchronous(self, index: int, begin: int, end: int) -> list[Tick]:
         """Steps ``begin`` … ``end`` − 1, at once.
 
         A wave that would not be finished is not started: nobody would use it.
         """
+        out = []
         steps = range(begin, end, self.stride)
         waves = max(0, len(steps) - self.delay)
-        for tick, begin in enumerate(steps):
-            serves = tuple(range(begin, min(begin + self.stride, end)))
+        for tick, first in enumerate(steps):
             active = {
                 c: tick - after for c, after in enumerate(self.offsets) if 0 <= tick - after < waves
             }
@@ -106,65 +115,54 @@ class Builder:
             actions += [self._run(c, steps[w], self.waves + w) for c, w in active.items()]
             for c, wave in active.items():
                 actions += self._give_back(c, self.waves + wave)
-            self.ticks.append(Tick(len(self.ticks), False, serves, tuple(actions)))
+            serves = tuple(range(first, min(first + self.stride, end)))
+            out.append(Tick(index + tick, False, serves, tuple(actions)))
         self.waves += waves
+        return out
 
-    def finish(self) -> None:
+    def _empty(self) -> tuple[Action, ...]:
         """Take and give back what nobody will read, so that the channels end empty."""
-        actions: list[Action] = []
-        for (c, source), taken in self.got.items():
-            held = taken - self.freed[c, source]
-            actions += [Action(Kind.RELEASE, c, source)] * held
-            for _ in range(taken, self.waves):
-                actions += [Action(Kind.GET, c, source), Action(Kind.RELEASE, c, source)]
-            self.got[c, source] = self.freed[c, source] = self.waves
-        last = self.ticks[-1]
-        self.ticks[-1] = replace(last, actions=last.actions + tuple(actions))
+        ledger, actions = self.ledger, []
+        for c, sources in self.sources.items():
+            for source in sources:
+                while ledger.held(c, source):
+                    actions.append(ledger.release(c, source))
+                while ledger.taken[c, source] < self.waves:
+                    actions += [ledger.get(c, source), ledger.release(c, source)]
+        return tuple(actions)
 
-    def _behind(self, component: int, source: int) -> bool:
-        """Whether, in a tick, ``source`` runs the same wave at once: what it sent in the wave
-        before is read."""
-        return self.offsets[component] == self.offsets[source]
-
-    def _read(self, component: int, source: int, wave: int, own: bool) -> int:
-        return wave - (self._behind(component, source) and not own)
+    def _read(self, component: int, source: int, wave: int, own: bool = False) -> int:
+        """The wave of ``source`` that a run of ``wave`` reads: in a tick, where both run the same
+        wave at once, what ``source`` sent in the one before."""
+        behind = self.offsets[component] == self.offsets[source] and not own
+        return wave - behind
 
     def _take(self, component: int, wave: int, own: bool = False) -> list[Action]:
         """Take what a run of ``wave`` reads; older bundles are given back first."""
-        actions = []
+        ledger, actions = self.ledger, []
         for source in self.sources[component]:
-            key = component, source
-            while self.got[key] <= self._read(component, source, wave, own):
-                if self.freed[key] < self.got[key]:
-                    actions.append(Action(Kind.RELEASE, component, source))
-                    self.freed[key] += 1
-                actions.append(Action(Kind.GET, component, source))
-                self.got[key] += 1
+            while ledger.taken[component, source] <= self._read(component, source, wave, own):
+                if ledger.held(component, source):
+                    actions.append(ledger.release(component, source))
+                actions.append(ledger.get(component, source))
         return actions
 
     def _give_back(self, component: int, wave: int) -> list[Action]:
         """Give back what no run after that of ``wave`` reads."""
-        actions = []
+        ledger, actions = self.ledger, []
         for source in self.sources[component]:
-            key = component, source
-            while self.freed[key] < min(
-                self.got[key], self._read(component, source, wave + 1, own=False)
-            ):
-                actions.append(Action(Kind.RELEASE, component, source))
-                self.freed[key] += 1
+            next_read = self._read(component, source, wave + 1)
+            while ledger.held(component, source) and ledger.freed[component, source] < next_read:
+                actions.append(ledger.release(component, source))
         return actions
 
     def _run(self, component: int, k: int, wave: int, own: bool = False) -> Action:
-        return Action(
-            Kind.RUN,
+        return self.ledger.run(
             component,
             component,
             latents=k,
             time=k,
             step=k if component == self.n - 1 else None,
-            put=wave if component in self.senders else None,
-            reads=tuple(
-                (source, self._read(component, source, wave, own))
-                for source in self.sources[component]
-            ),
+            reads=[(s, self._read(component, s, wave, own)) for s in self.sources[component]],
+            sends=component in self.senders,
         )

@@ -14,6 +14,7 @@ from toys import toy, toy_call
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compile import compile_program, pays
+from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, count_macs, fused
 from asyncdiff.partition.ownership import units
@@ -78,16 +79,15 @@ def test_values_are_pushed_before_what_follows_them(segments: list[fx.GraphModul
     def trace(target: int, index: int, value: torch.Tensor) -> None:
         order.append((target, index, value))
 
-    program.emit.hook = trace
     with torch.no_grad():
-        program(*inputs)
+        run_program(program, inputs, trace)
     want, order = order, []
     compiled = compile_program(program, inputs, lambda done, total: None)
     order.clear()
     for number, segment in enumerate(segments):
         segment.register_forward_hook(lambda *_, number=number: order.append(number))
     with torch.no_grad():
-        compiled(*inputs)
+        run_program(compiled, inputs, trace)
     numbers = [x for x in order if isinstance(x, int)]
     pushed = [x for x in order if isinstance(x, tuple)]
     assert numbers == list(range(len(segments))) and len(segments) == len(want) == 3

@@ -12,7 +12,7 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.hoist import Hoisted, hoist, store
-from asyncdiff.graph.program import NBYTES
+from asyncdiff.graph.program import NBYTES, run_program
 from asyncdiff.graph.row import padded
 from asyncdiff.graph.signature import Call, Role, parse
 from asyncdiff.partition.partition import Component, partition
@@ -40,15 +40,15 @@ def same_bits(
     again: list[torch.Tensor] = []
     absent = [None] * len(reads)
     with torch.no_grad():
-        program.emit.hook = lambda t, i, v: sent.append(v)
-        want = program(*inputs, *reads)
+        want = run_program(program, [*inputs, *reads], lambda t, i, v: sent.append(v))
         kept = [] if parts.once is None else parts.once(*inputs, *absent)
         row = [] if parts.timed is None else parts.timed(*inputs, *absent, *kept)
-        parts.main.emit.hook = lambda t, i, v: again.append(v)
         # Nothing asks for the time any more.
         roles = [captured.signature.inputs[captured.inputs[n.name]].role for n in component.inputs]
         moving = [None if r is Role.TIMESTEP else x for r, x in zip(roles, inputs, strict=True)]
-        got = parts.main(*moving, *reads, *kept, *row)
+        given = [*moving, *reads, *kept, *row]
+        got = run_program(parts.main, given, lambda t, i, v: again.append(v))
+    assert len(sent) == len(again) > 0 or not component.sends
     return all(torch.equal(a, b) for a, b in zip([*want, *sent], [*got, *again], strict=True))
 
 

@@ -15,6 +15,7 @@ from toys import toy, toy_call
 
 from asyncdiff import PartitionError
 from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import Call, Role, parse
 from asyncdiff.partition.balance import cut
 from asyncdiff.partition.cost import estimate, measure
@@ -47,8 +48,7 @@ def recompose(parts: Partition, call: Call) -> Any:
         def hook(target: int, index: int, value: torch.Tensor, j: int = j) -> None:
             box.setdefault((j, target), {})[index] = value
 
-        program.emit.hook = hook
-        out = program(*args)
+        out = run_program(program, args, hook)
     return parts.captured.unflatten(out)
 
 

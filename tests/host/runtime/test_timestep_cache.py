@@ -21,6 +21,8 @@ from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.runtime import input_cache as conditioning
 from asyncdiff.runtime import timestep_cache as timetable
 from asyncdiff.runtime import worker as component
+from asyncdiff.runtime.cuda_graphs import Issued
+from asyncdiff.runtime.rows import Rows
 from asyncdiff.runtime.timestep_cache import TimestepCache
 from asyncdiff.runtime.worker import Worker
 
@@ -75,12 +77,12 @@ class Everything:
                     del node.meta[KEEP]
             return hoist(program)
 
-        def set_time(worker: Worker, time: Any, era: int) -> None:
-            if worker.time is not None:
-                worker.static[worker.time].copy_(torch.as_tensor(time))
+        def select(rows: Rows, time: Any, version: int) -> None:
+            if rows.time is not None:
+                rows.time.copy_(torch.as_tensor(time))
 
         self.patch.setattr(component, "hoist", without)
-        self.patch.setattr(Worker, "set_time", set_time)
+        self.patch.setattr(Rows, "select", select)
 
     def __exit__(self, *_: Any) -> None:
         self.patch.undo()
@@ -90,7 +92,7 @@ def without_rows(make: Callable[[], AsyncDenoiser], *args: Any, **options: Any) 
     with Everything():
         denoiser = make()
         result = run(denoiser, *args, **options)
-        assert all(w.timed is None for w in denoiser._engine.workers)  # type: ignore[union-attr]
+        assert all(w.rows.program is None for w in denoiser._engine.workers)  # type: ignore[union-attr]
         denoiser.close()
     return result
 
@@ -99,13 +101,13 @@ def without_rows(make: Callable[[], AsyncDenoiser], *args: Any, **options: Any) 
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rank of every row that is computed."""
     ranks: list[int] = []
-    compute = Worker.execute_row
+    compute = Rows.execute
 
-    def counted(worker: Worker) -> list[Any]:
-        ranks.append(worker.rank)
-        return compute(worker)
+    def counted(rows: Rows) -> Issued:
+        ranks.append(rows._graphs.rank)
+        return compute(rows)
 
-    monkeypatch.setattr(Worker, "execute_row", counted)
+    monkeypatch.setattr(Rows, "execute", counted)
     return ranks
 
 
@@ -176,9 +178,9 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     run(denoiser, seed=2)
     assert len(computed) == 5 + 5 + 3
     computed.clear()
-    first = ranks[0].table
+    first = ranks[0].rows.table
     run(denoiser, seed=2, steps=5)
-    assert computed and ranks[0].table is not first and len(ranks[0].table.keys) == 5
+    assert computed and ranks[0].rows.table is not first and len(ranks[0].rows.table.keys) == 5
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
@@ -309,7 +311,7 @@ def test_a_table_that_is_too_large_is_not_kept(
     want = without_rows(spread)
     denoiser = spread()
     assert torch.equal(run(denoiser), want)
-    nbytes = denoiser._engine.workers[0].row.nbytes  # type: ignore[union-attr]
+    nbytes = denoiser._engine.workers[0].rows.row.nbytes  # type: ignore[union-attr]
     for most, again in ((8 * nbytes, 0), (8 * nbytes - 1, 16)):
         monkeypatch.setattr(timetable, "TABLE_BYTES", most)
         run(denoiser)
@@ -325,7 +327,8 @@ def test_values_that_are_too_large_stay_in_the_program(monkeypatch: pytest.Monke
     denoiser = spread()
     assert torch.equal(run(denoiser), want)
     for worker in denoiser._engine.workers:  # type: ignore[union-attr]
-        assert worker.row is not None and worker.row.nbytes == padded(8)
+        row = worker.rows.row
+        assert row is not None and row.nbytes == padded(8)
     assert torch.equal(run(denoiser), want)
     denoiser.close()
 

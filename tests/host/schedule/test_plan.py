@@ -35,15 +35,20 @@ def simulate(plan):
         before = dict(puts)
         for a in tick.actions:
             key = (a.component, a.rank)
+            if a.ordinal >= 0:
+                assert a.slot == a.ordinal % plan.slots
             if a.kind is P.Kind.GET:
+                assert a.ordinal == got.get(key, 0)
                 got[key] = got.get(key, 0) + 1
                 assert got[key] <= puts[a.component], "taken before it was sent"
             elif a.kind is P.Kind.RELEASE:
+                assert a.ordinal == freed.get(key, 0)
                 freed[key] = freed.get(key, 0) + 1
                 assert freed[key] <= got.get(key, 0), "given back before it was taken"
             else:
                 assert a.component == plan.component_of(a.rank)
-                for source, ordinal in a.reads:
+                for source, ordinal, slot in a.reads:
+                    assert slot == max(ordinal, 0) % plan.slots
                     if ordinal < 0:
                         continue
                     k = (source, a.rank)
@@ -69,23 +74,23 @@ def simulate(plan):
                         assert before[source] - held <= ordinal < before[source]
                 if not waves:
                     newest = {}
-                    for source, ordinal in a.reads:
+                    for source, ordinal, _ in a.reads:
                         newest.setdefault(source, []).append(ordinal)
                     for source, ordinals in newest.items():
                         if not tick.exact:
                             top = before[source] - 1
                             assert ordinals == [top, top - 1][: min(held, top + 1)]
                         assert len(ordinals) <= held
-                wave_of[a.component, a.put] = a.latents, tick.index
-                if a.put is not None:
-                    assert a.put == puts[a.component]
+                wave_of[a.component, a.ordinal] = a.latents, tick.index
+                if a.ordinal >= 0:
+                    assert a.ordinal == puts[a.component]
                     puts[a.component] += 1
                     for e in plan.exchanges:
                         if e.source == a.component:
                             for rank in plan.ranks_of(e.target):
                                 k = (e.source, rank)
-                                assert a.put - freed.get(k, 0) < plan.slots, "no credit"
-                                slots.setdefault(k, {})[a.put % plan.slots] = a.put
+                                assert a.ordinal - freed.get(k, 0) < plan.slots, "no credit"
+                                slots.setdefault(k, {})[a.ordinal % plan.slots] = a.ordinal
                 if a.step is not None:
                     served.append(a.step)
                     assert waves or a.step in tick.serves

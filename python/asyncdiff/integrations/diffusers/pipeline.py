@@ -120,7 +120,7 @@ class Handle:
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._lock:
-            call = parse(self.denoiser.module, args, kwargs)
+            call = self.denoiser.parse(args, kwargs)
             if self._interrupting:
                 raise FirstCall(call)
             where = call.indices(Role.TIMESTEP)

@@ -1,0 +1,103 @@
+"""A rank's rows: what its component needs of a timestep, computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.row import Row
+from .cuda_graphs import GraphCache, Issued
+from .step import Time
+from .timestep_cache import Key, TimestepCache, fits
+
+#: Among a worker's CUDA graphs, that which computes a row.
+_GRAPH = "row"
+
+
+class Rows:
+    """The row that a rank's program reads, and a table of those of the same generation.
+
+    ``program`` computes the values of a row from ``arguments()``, among them ``time``, the static
+    timestep; without a program there is nothing to compute. Not thread-safe. All but :meth:`begin`
+    work on the current stream.
+    """
+
+    def __init__(
+        self,
+        program: fx.GraphModule | None,
+        arguments: Callable[[], Sequence[torch.Tensor | None]],
+        time: torch.Tensor | None,
+        graphs: GraphCache,
+    ) -> None:
+        self.program = program
+        self._arguments = arguments
+        self.time = time
+        self._graphs = graphs
+        self._slots = 0
+        self.row: Row | None = None
+        self.table: TimestepCache | None = None
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """What the rank's program reads."""
+        return [] if self.row is None else self.row.values
+
+    def begin(self, steps: int) -> None:
+        """Make room for the rows of a generation with so many steps. Call when idle."""
+        self._slots = steps if self.row is not None and fits(steps, self.row.nbytes) else 0
+        if self.table is not None and len(self.table.keys) != self._slots:
+            self.table = None
+
+    def select(self, time: Time, version: int) -> None:
+        """Make the row that of a timestep: copy it from the table, or compute it and keep it.
+
+        ``version`` is that of the conditioning. A tensor has to lie in the static input already.
+        """
+        if self.program is None or time is None:
+            return
+        if isinstance(time, torch.Tensor):
+            self._compute()
+            return
+        assert self.row is not None and self.time is not None
+        if self.table is None and self._slots:
+            self.table = TimestepCache(self._slots, self.row)
+        key: Key = (version, time)
+        found = None if self.table is None else self.table.find(key)
+        if found is not None:
+            self.row.memory.copy_(found)
+            return
+        self.time.fill_(time)
+        self._compute()
+        if self.table is not None:
+            self.table.put(key, self.row.memory)
+
+    def prepare(self) -> None:
+        """Capture the graph that computes a row, if it is still missing."""
+        if self.program is not None:
+            self._graphs.record(_GRAPH, self.execute)
+
+    def warm_up(self) -> None:
+        """Compute a row for the first time, which fixes where its values lie."""
+        if self.program is not None and self.time is not None:
+            self.execute()
+            # As select does: kernels are loaded now, not while another rank waits.
+            self.time.fill_(0)
+
+    def execute(self) -> Issued:
+        """Compute the row for the timestep in the static input."""
+        assert self.program is not None
+        values: list[Any] = self.program(*self._arguments())
+        if self.row is None:
+            self.row = Row(values)
+        self.row.store(values)
+        return Issued([])
+
+    def clear(self) -> None:
+        """Drop the table. Call when idle."""
+        self.table = None
+
+    def _compute(self) -> None:
+        self._graphs.issue(_GRAPH, self.execute)

@@ -1,0 +1,47 @@
+"""What the runs of one tick are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: A timestep: a number where the host knows it and all elements of the argument are alike, else
+#: the argument; None for a denoiser that takes none.
+Time = float | torch.Tensor | None
+
+
+class Caller:
+    """The stream on which a tick's inputs become ready, as it is when this is made.
+
+    It has to wait for the copies of the inputs: until then nobody may write to them, or to their
+    memory once it is free.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        # One event for all ranks: a rank must not wait for what others do with the inputs.
+        self.ready = self.stream.record_event()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a tick, the same for all ranks.
+
+    ``tensors`` are the denoiser's arguments in the order of the signature; ``times`` the timestep
+    arguments by index in the generation; ``earlier`` the latents, and whatever else changes from
+    step to step, of earlier steps, in the order of the signature, for runs that are behind.
+    ``number`` tells ticks apart. ``fresh`` are the places of conditioning that the ranks do not
+    hold yet; ``version`` says which rows of timesteps fit it. ``caller`` tells when the tensors are
+    ready (None: they are); results belong on ``device``.
+    """
+
+    number: int
+    tensors: Sequence[torch.Tensor]
+    times: Mapping[int, Time]
+    earlier: Mapping[int, Sequence[torch.Tensor]]
+    fresh: Sequence[int]
+    version: int
+    device: torch.device
+    caller: Caller | None
