@@ -13,6 +13,47 @@ def _no_text(encoders: int) -> dict[str, None]:
     return dict.fromkeys(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ends)
 
 
+def tiny_unet(seed: int = 0) -> Any:
+    """A UNet with attention that is exported in less than a second."""
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+def tiny_sd() -> Any:
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=tiny_unet(),
+        scheduler=diffusers.DDIMScheduler(),
+        vae=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **_no_text(1),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    call = {
+        f"{n}prompt_embeds": torch.randn(1, 8, 32, generator=generator) for n in ("", "negative_")
+    }
+    call["latents"] = torch.randn(1, 4, 8, 8, generator=generator)
+    return pipe, call | {"height": 64, "width": 64, "num_inference_steps": 4}
+
+
+def draw(pipe: Any, call: dict[str, Any], **options: Any) -> torch.Tensor:
+    """The final latents of a call of a tiny pipeline, noise drawn with seed 2."""
+    generator = torch.Generator().manual_seed(2)
+    return pipe(**{"generator": generator, "output_type": "latent"} | call | options)[0]
+
+
 def tiny_flux() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(

@@ -20,7 +20,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .denoiser import AsyncDenoiser
-    from .integrations.diffusers.pipeline import parallelize
+    from .integrations.diffusers.handle import Handle
+    from .integrations.diffusers.pipeline import parallelize, restore
     from .sampling.auto_warmup import AutoWarmup
     from .sampling.calibration import Calibration
 
@@ -33,6 +34,7 @@ __all__ = [
     "Calibration",
     "CaptureError",
     "DeviceError",
+    "Handle",
     "InputError",
     "MetricError",
     "PartitionError",
@@ -42,13 +44,16 @@ __all__ = [
     "TuneError",
     "errors",
     "parallelize",
+    "restore",
 ]
 
 _LAZY = {
     "AsyncDenoiser": "denoiser",
     "AutoWarmup": "sampling.auto_warmup",
     "Calibration": "sampling.calibration",
+    "Handle": "integrations.diffusers.handle",
     "parallelize": "integrations.diffusers.pipeline",
+    "restore": "integrations.diffusers.pipeline",
 }
 
 
@@ -59,3 +64,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

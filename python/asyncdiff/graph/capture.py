@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from .side_effects import SideEffects
 from .signature import Call, Role, Signature
 
 log = logging.getLogger("asyncdiff")
@@ -23,6 +25,7 @@ _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: What the exporter says where a value of a tensor would have to be known.
 _OF_VALUES = ("data-dependent", "data dependent", "unbacked")
+_WITHOUT = "else run the denoiser without asyncdiff (restore())"
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
 
@@ -113,18 +116,21 @@ def capture(module: nn.Module, call: Call) -> Captured:
         torch.empty_like(x, device=home) if isinstance(x, torch.Tensor) else x for x in call.leaves
     ]
     kwargs = pytree.tree_unflatten(leaves, call.spec)
+    effects = SideEffects(module)
     try:
-        with _exporting, torch.no_grad():
+        with _exporting, torch.no_grad(), effects.watched():
             program = torch.export.export(module, (), kwargs, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 # In-place operations have no place in a graph that is cut into pieces.
                 program = program.run_decompositions({})
     except Exception as e:  # the exporter raises what it likes
-        hint = ". The denoiser's forward must not branch on values of tensors"
+        _check_effects(name, effects)
+        effects.undo()
         raise CaptureError(
-            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
-            + (hint if any(word in str(e) for word in _OF_VALUES) else "")
+            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
+            + _what_to_do(str(e))
         ) from e
+    _check_effects(name, effects)
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError(f"{name} changes its own buffers or inputs in forward: put it in eval()")
@@ -143,8 +149,38 @@ def capture(module: nn.Module, call: Call) -> Captured:
         out_spec=program.call_spec.out_spec,
         seconds=time.perf_counter() - started,
     )
+    _check_sizes(name, captured)
     log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
     return captured
+
+
+def _check_effects(name: str, effects: SideEffects) -> None:
+    """Raise CaptureError where the denoiser keeps something in each call, and take it away."""
+    where = effects.found()
+    if where:
+        effects.undo()
+        raise CaptureError(
+            f"{name} keeps something in each call ({where}), as attention processors do that "
+            "record or count: captured, it would do so once, without values. Take that off "
+            "(set_attn_processor()), or run the denoiser without asyncdiff (restore())"
+        )
+
+
+def _what_to_do(reason: str) -> str:
+    if any(word in reason for word in _OF_VALUES):
+        return f"Its forward must not branch on values of tensors; {_WITHOUT}"
+    return f"Try another version of torch or of the denoiser's package; {_WITHOUT}"
+
+
+def _check_sizes(name: str, captured: Captured) -> None:
+    """Raise CaptureError where a size is known only from values, which fixed memory cannot hold."""
+    for node in captured.nodes:
+        if any(not isinstance(size, int) for t in tensors_of(node) for size in t.shape):
+            raise CaptureError(
+                f"{name} makes tensors whose size depends on values of its inputs ({node.target} "
+                f"in {captured.module_path(node) or 'its forward'}; a mask of tokens, for "
+                f"example), where asyncdiff needs sizes that are fixed: {_WITHOUT}"
+            )
 
 
 def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -201,5 +237,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _first_lines(e: Exception, limit: int = 400) -> str:
-    text = " ".join(line.strip() for line in str(e).strip().splitlines() if line.strip())
+    """The beginning of a message, without its line ends and whom to report it to."""
+    text = re.sub(r"[^.\n]*file an issue[^.\n]*\.?", "", str(e), flags=re.IGNORECASE)
+    text = " ".join(text.split()).rstrip(".")
     return text[:limit] + ("…" if len(text) > limit else "")

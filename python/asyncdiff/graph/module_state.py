@@ -16,12 +16,14 @@ _KNOWN = 8
 
 
 class ModuleState:
-    """The submodules of a denoiser, which tensors are their weights, and the plain values among the
-    attributes of these and of their attention processors."""
+    """The submodules of a denoiser, their classes and hooks, which tensors are their weights, and
+    the plain values among the attributes of these and of their attention processors."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._copies: list[tuple[Any, Any]] = []
+        #: the submodules with their classes, and the forwards of these
+        self._classes: list[tuple[nn.Module, type, Any]] = []
         self._known: dict[Any, int] = {}
         self._last = 0
         self._number = 0
@@ -30,7 +32,9 @@ class ModuleState:
         """Another one for every state. Quick as long as nothing changes."""
         if not self._copies or not self._unchanged():
             self._copies = [(x, x.copy()) for x in _containers(self._module)]
+            self._classes = [(x, type(x), type(x).forward) for x in self._module.modules()]
             state = tuple(_frozen(x) for x, _ in self._copies)
+            state += tuple((cls, _Object(forward)) for _, cls, forward in self._classes)
             if state not in self._known:
                 self._last += 1
                 self._known[state] = self._last
@@ -41,7 +45,10 @@ class ModuleState:
 
     def _unchanged(self) -> bool:
         try:
-            return all(now == then for now, then in self._copies)  # identity first, for each value
+            # Identity first, for each value.
+            return all(now == then for now, then in self._copies) and all(
+                type(x) is cls and cls.forward is forward for x, cls, forward in self._classes
+            )
         except (RuntimeError, ValueError):  # other tensors, which have no truth
             return False
 
@@ -52,6 +59,7 @@ def _containers(module: nn.Module) -> Iterator[Any]:
         attributes = vars(child)
         yield attributes
         yield from (attributes["_modules"], attributes["_parameters"], attributes["_buffers"])
+        yield from (child._forward_hooks, child._forward_pre_hooks)
         processor = attributes.get("processor")  # where it is no submodule
         own = getattr(processor, "__dict__", {})
         if own:

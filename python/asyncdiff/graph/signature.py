@@ -104,8 +104,9 @@ def parse(
     """Take the call ``module(*args, **kwargs)`` apart.
 
     ``latents`` and ``timestep`` name those arguments where the names in :data:`LATENTS` and
-    :data:`TIMESTEP` do not. Raises InputError where the arguments do not fit the signature or have
-    no tensor for the latents, CaptureError for a ``forward`` with ``*args``.
+    :data:`TIMESTEP` do not. Raises InputError where the arguments do not fit the signature, have
+    no tensor for the latents, or one whose gradient would be lost, CaptureError for a ``forward``
+    with ``*args``.
     """
     arguments = _bind(module, args, kwargs)
     time_name = timestep or next((n for n in TIMESTEP if n in arguments), None)
@@ -135,6 +136,8 @@ def parse(
         inputs.append(Input(name, role, tuple(leaf.shape), leaf.dtype))
     signature = Signature(tuple(inputs), tuple(constants), str(spec))
     values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    if torch.is_grad_enabled():
+        _check_gradients(values)
     return Call(signature, values, tuple(leaves), spec)
 
 
@@ -161,6 +164,8 @@ class Parser:
             return call
         leaves = tuple([given[i] for i in last.order])
         tensors = tuple([given[i] for i in last.tensors])
+        if torch.is_grad_enabled():
+            _check_gradients(tensors)
         return replace(last.call, tensors=tensors, leaves=leaves)
 
 
@@ -205,6 +210,15 @@ class _Shape:
             elif now is not then and (type(now) is not type(then) or now != then):
                 return False
         return True
+
+
+def _check_gradients(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise InputError for inputs whose gradient would be cut."""
+    if any(tensor.requires_grad for tensor in tensors):
+        raise InputError(
+            "an input of the denoiser asks for its gradient, which ranks do not compute: call it "
+            "under torch.no_grad(), or take gradients without asyncdiff (restore())"
+        )
 
 
 def check_devices(call: Call, cuda: bool) -> None:

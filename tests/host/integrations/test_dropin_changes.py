@@ -17,7 +17,7 @@ from tiny_pipelines import tiny_flux
 from toys import toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, InputError, PlanError, SchedulerError
+from asyncdiff import AsyncDenoiser, InputError, SchedulerError
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 
 SPEC = reference.case("sd21_ddim_n2s2w1")
@@ -158,13 +158,21 @@ def test_parts_that_have_another_time() -> None:
         handle.restore()
 
 
-def test_too_few_steps_are_left() -> None:
+def test_fewer_steps_are_left_than_are_to_be_exact() -> None:
+    """As in image to image with little strength: all of them are exact."""
     pipe = reference.pipeline(SPEC)
-    handle = spread(pipe, warmup=4)
     pipe.scheduler.set_timesteps(STEPS)
     text = reference.inputs(SPEC)["prompt_embeds"]
-    with pytest.raises(PlanError, match=r"begins with timestep number 4 .* of its scheduler's 6"):
-        pipe.unet(torch.randn(1, 4, 8, 8), pipe.scheduler.timesteps[4], encoder_hidden_states=text)
+    latents, times = torch.randn(1, 4, 8, 8), pipe.scheduler.timesteps[4:]
+    want = [pipe.unet(latents, t, encoder_hidden_states=text).sample for t in times]
+    handle = spread(pipe, warmup=4, exact_tail=1)
+    for t, due in zip(times, want, strict=True):
+        got = pipe.unet(latents, t, encoder_hidden_states=text).sample
+        assert reference.distance(got, due) < 1e-5
+    assert (handle.report().steps, handle.report().warmup) == (2, 2)
+    assert (handle.denoiser.warmup, handle.denoiser.exact_tail) == (4, 1)
+    run(pipe)
+    assert (handle.report().steps, handle.report().warmup) == (STEPS, 4)
     handle.restore()
 
 

@@ -1,24 +1,42 @@
-"""The classes that a pipeline and its denoiser have while they are parallelised. Their handle is an
-attribute ``_asyncdiff`` of both.
-"""
+"""The classes that a pipeline and its denoiser have while they are parallelised."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...errors import InputError
 
+#: The attribute of a parallelised pipeline or denoiser that is its handle.
+HANDLE = "_asyncdiff"
+
 
 def twin(module: nn.Module) -> nn.Module:
-    """The same denoiser as an object of its own class, sharing every attribute, also those that are
-    set later: what is exported."""
-    other = object.__new__(type(module))
+    """The same denoiser as another object, sharing every attribute, also those that are set later:
+    what is exported. It has none of the denoiser's own hooks, which run when that is called."""
+    other: nn.Module = object.__new__(_twin_class(cast(Any, type(module))))
     object.__setattr__(other, "__dict__", module.__dict__)
     return other
+
+
+def original(parallel: Any) -> type:
+    """The class that a pipeline or denoiser had before it was given one of this module's."""
+    return type(parallel).__bases__[0]
+
+
+@functools.cache
+def _twin_class(base: Any) -> type:
+    class Twin(base):  # type: ignore[misc]
+        """A property hides what the shared attributes hold under the same name."""
+
+        _forward_hooks = _forward_pre_hooks = property(lambda self: {})
+        _backward_hooks = _backward_pre_hooks = property(lambda self: {})
+        _compiled_call_impl = property(lambda self: None)
+
+    return _named_like(Twin, base)
 
 
 def _named_like(cls: type, base: type) -> type:
@@ -32,13 +50,14 @@ def _named_like(cls: type, base: type) -> type:
 
 
 def _reduce(parallel: Any, protocol: Any) -> Any:
-    return parallel.__dict__["_asyncdiff"].__reduce__()
+    return parallel.__dict__[HANDLE].__reduce__()
 
 
 def _shallow_copy(parallel: Any) -> Any:
     """What ``copy.copy`` makes, which would ask for what pickle does."""
     copied = object.__new__(type(parallel))
     copied.__dict__.update(parallel.__dict__)
+    parallel.__dict__[HANDLE].take(copied, type(parallel))
     return copied
 
 
@@ -50,7 +69,7 @@ def denoiser_class(base: Any) -> type:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            handle = self.__dict__.get("_asyncdiff")
+            handle = self.__dict__.get(HANDLE)
             if handle is None:  # after restore(), from a hook that came before it
                 return base.forward(self, *args, **kwargs)
             return handle._forward(args, kwargs)
@@ -65,18 +84,21 @@ def denoiser_class(base: Any) -> type:
 
         @property
         def device(self) -> torch.device:
-            return self.__dict__["_asyncdiff"].denoiser.home
+            return self.__dict__[HANDLE].denoiser.home
 
         def to(self, *args: Any, **kwargs: Any) -> Any:
             _, dtype, _, _ = torch._C._nn._parse_to(
                 *args, **{k: v for k, v in kwargs.items() if k != "silence_dtype_warnings"}
             )
-            if dtype is not None and dtype != next(self.parameters()).dtype:
-                raise InputError(
-                    f"the denoiser's weights are spread over its ranks: call handle.restore() "
-                    f"before changing it to {dtype}"
-                )
+            self.__dict__[HANDLE].check_dtype(dtype)
             return self  # its components lie on their own devices
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            """What ``half()``, ``float()``, ``cuda()`` and the like end in."""
+            weight = next(self.parameters(), None)
+            if weight is not None:
+                self.__dict__[HANDLE].check_dtype(fn(weight.new_empty(0)).dtype)
+            return self
 
     return _named_like(Parallel, base)
 
@@ -88,7 +110,17 @@ def pipeline_class(base: Any) -> type:
     class Parallel(base):  # type: ignore[misc]
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__["_asyncdiff"]._run(base.__call__, args, kwargs)
+            handle = self.__dict__.get(HANDLE)
+            if handle is None:  # restored by another thread just now
+                return base.__call__(self, *args, **kwargs)
+            return handle._run(self, base.__call__, args, kwargs)
+
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            # Before it has converted the text encoders.
+            for dtype in (kwargs.get("dtype"), *args):
+                if isinstance(dtype, torch.dtype):
+                    self.__dict__[HANDLE].check_dtype(dtype)
+            return base.to(self, *args, **kwargs)
 
         __reduce_ex__, __copy__ = _reduce, _shallow_copy
 

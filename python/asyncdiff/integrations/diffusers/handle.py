@@ -1,0 +1,267 @@
+"""A parallelised pipeline: what its handle knows and does, call by call of the denoiser."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...denoiser import AsyncDenoiser
+from ...errors import InputError, SchedulerError
+from ...generation import GenerationReport
+from ...graph.signature import Call, Role
+from ...partition.partition import Partition
+from ...sampling.calibration import Calibration
+from ...sampling.clean_image import CleanImage, clean_image
+from ...sampling.scheduler import check_scheduler
+from ...schedule.plan import Plan
+from .checks import check_forward
+from .probe import FirstCall, as_generation
+from .subclass import HANDLE, denoiser_class, original, pipeline_class
+from .timesteps import TimestepTracker, is_mixed
+
+log = logging.getLogger("asyncdiff")
+
+#: So many changes in successive steps are taken for a change in every step.
+_SHORT = 3
+
+
+class Handle:
+    """A parallelised pipeline. Keep it to look at what happens, and to undo it.
+
+    Also a context, at whose end the pipeline is what it was: ``with asyncdiff.parallelize(pipe):``.
+    """
+
+    def __init__(self, pipe: Any, module: nn.Module, denoiser: AsyncDenoiser) -> None:
+        self.pipe = pipe
+        self.denoiser = denoiser
+        self._module = module
+        self._times: TimestepTracker | None = None
+        #: rests of a generation that followed each other after one step
+        self._short = 0
+        # One lock: a generation of the denoiser's own must not come between two steps.
+        self._lock = denoiser.lock
+        self._interrupting = False
+        #: the pipeline that is being called, which may be a copy
+        self._caller: Any = None
+        #: whether options of the denoiser may change in the middle of a generation
+        self._watching = True
+        # It would go past the denoiser's class, and be exported in the place of its forward.
+        self._compiled = module.__dict__.pop("_compiled_call_impl", None)
+        #: what has a class of ours: the pipeline, the denoiser, shallow copies of both
+        self._taken: list[weakref.ref[Any]] = []
+        self.take(module, denoiser_class(cast(Any, type(module))))
+        self.take(pipe, pipeline_class(cast(Any, type(pipe))))
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline is parallelised by this handle; not after :meth:`restore`."""
+        return self._module.__dict__.get(HANDLE) is self
+
+    @property
+    def partition(self) -> Partition:
+        """How the denoiser is split for the inputs seen last; InputError before the first run."""
+        return self.denoiser.partition
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of a generation with this many steps."""
+        return self.denoiser.plan(steps)
+
+    def report(self) -> GenerationReport:
+        """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
+        return self.denoiser.report()
+
+    def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
+        """Fit how waves predict clean images to this pipeline, and use it from now on.
+
+        Call it as the pipeline, with a few prompts of the kind that will be drawn, eight or more
+        (two at least), and the number of steps and the guidance that will be used. The pipeline
+        itself runs to its first step only; from its latents and conditioning, five generations
+        follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors raised;
+        InputError for pipelines that begin in the middle of a schedule.
+        """
+        with self._lock:
+            self._interrupting = True
+            try:
+                self.pipe(*args, **kwargs)
+            except FirstCall as seen:
+                call = seen.call
+            else:
+                raise InputError("the pipeline did not call its denoiser: give it steps to take")
+            finally:
+                self._interrupting = False
+            return self.denoiser.calibrate(**as_generation(self.pipe, self.denoiser, call))
+
+    def restore(self) -> None:
+        """Make the pipeline what it was, weights back on their device. Safe to call twice."""
+        with self._lock:
+            if not self.active:
+                return
+            for reference in self._taken:
+                taken = reference()
+                if taken is not None:
+                    taken.__class__ = original(taken)
+                    del taken.__dict__[HANDLE]
+            self._taken.clear()
+            if self._compiled is not None:
+                self._module.__dict__["_compiled_call_impl"] = self._compiled
+            self.denoiser.close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        denoiser = self.denoiser
+        where = ", ".join(map(str, denoiser.devices))
+        settings = ", ".join(
+            f"{name}={getattr(denoiser, name)!r}"
+            for name in (
+                *("components", "stride", "warmup", "schedule", "exact_tail", "time_shift"),
+                *("extrapolate", "guidance", "warmup_mode", "compile"),
+            )
+        )
+        return (
+            f"<asyncdiff.Handle of {type(self.pipe).__name__}: {type(self._module).__name__} on "
+            f"{where}; {settings}; {self._state()}>"
+        )
+
+    def _state(self) -> str:
+        if not self.active:
+            return "restored"
+        if self.denoiser.active and self._caller is not None:
+            assert self._times is not None
+            return f"at step {self.denoiser.step} of {len(self._times.values)}"
+        try:
+            return f"last generation: {self.report()}"
+        except InputError:
+            return "not used yet"
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a parallelised pipeline or denoiser cannot be pickled or copied deeply: call "
+            "handle.restore() first"
+        )
+
+    def take(self, what: Any, cls: type) -> None:
+        """Give a pipeline or denoiser one of the classes of :mod:`.subclass`, until
+        :meth:`restore`."""
+        what.__class__ = cls
+        what.__dict__[HANDLE] = self
+        self._taken.append(weakref.ref(what))
+
+    def check_dtype(self, dtype: torch.dtype | None) -> None:
+        """Raise InputError where the weights have another dtype, which their ranks keep."""
+        weight = next(self._module.parameters(), None)
+        if dtype is not None and weight is not None and dtype != weight.dtype:
+            raise InputError(
+                f"the denoiser's weights are spread over its ranks in {weight.dtype}: call "
+                f"handle.restore(), change it to {dtype}, and call asyncdiff.parallelize() again"
+            )
+
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._lock:
+            call = self.denoiser.parse(args, kwargs)
+            if self._interrupting:
+                raise FirstCall(call)
+            where = call.indices(Role.TIMESTEP)
+            if not where:
+                raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
+            time = call.tensors[where[0]]
+            try:
+                with self._due(call, time):
+                    assert self._times is not None
+                    step = self.denoiser.step
+                    self._times.check(step, time)
+                    known = self._times.known(step, time)
+                    if known is not time:
+                        call = call.replacing(where[0], known)
+                    result = self.denoiser.call(call)
+                if not self.denoiser.active:
+                    self._times.finish()
+            except BaseException:
+                self.denoiser.stop()
+                raise
+            return result
+
+    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Begins a generation where this call does not belong to the one under way; what it returns
+        is to be open during the call."""
+        denoiser, old = self.denoiser, self._times
+        scheduler = (self._caller or self.pipe).scheduler
+        if old is None or not denoiser.active or old.source is not check_scheduler(scheduler):
+            check_forward(self._module)
+            # Left by an earlier run, where another caller than the pipeline is under way.
+            steps = getattr(self._caller, "num_timesteps", None)
+            self._short = 0
+            return self._begin(TimestepTracker(scheduler, time, steps), time)
+        if not denoiser.fits(call, options=self._watching):
+            # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
+            # generation of its own, if this is the step that was due.
+            step = denoiser.step
+            old.check(step, time)
+            old.finish()
+            self._short = self._short + 1 if step == 1 else 0
+            if self._short == _SHORT:
+                raise InputError(
+                    "the denoiser's inputs (shapes, dtypes, constants) or options change in every "
+                    "step, and each time it has to be prepared anew: keep them for more steps, or "
+                    "pass as a tensor what changes"
+                )
+            log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
+            return self._begin(old.after(step), time)
+        return contextlib.nullcontext()
+
+    def _begin(
+        self, times: TimestepTracker, time: torch.Tensor
+    ) -> contextlib.AbstractContextManager[None]:
+        """Begins a generation of these steps; what it returns is to be open during its first
+        call."""
+        self._times = times
+        self._check_mixed(time)
+        left = len(times.values)
+        scheduler = (self._caller or self.pipe).scheduler
+        with self.denoiser.at_most(left):
+            self.denoiser.start(times.values, self._clean(scheduler))
+        return self.denoiser.at_most(left)
+
+    def _check_mixed(self, time: torch.Tensor) -> None:
+        ahead = self.denoiser.stride > 1 or self.denoiser.time_shift
+        if (ahead or self.denoiser.schedule == "wavefront") and is_mixed(time):
+            raise SchedulerError(
+                "the denoiser was called with several timesteps at once, for the parts of its "
+                "input (image to video, for example), of which other steps' cannot be told "
+                "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
+            )
+
+    def _clean(self, scheduler: Any) -> CleanImage | None:
+        if self.denoiser.schedule != "wavefront":
+            return None
+        assert self._times is not None
+        whole = clean_image(scheduler, backwards=self._times.backwards)
+        return whole.of_steps(self._times.start, self._times.values.shape[0])
+
+    def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._lock:
+            if self._caller is not None:
+                raise InputError(
+                    "the pipeline was called in the middle of a call of its own (by a callback?), "
+                    "whose steps would be lost: call it afterwards, or another pipeline"
+                )
+            # Whatever an earlier call left unfinished has nothing to do with this one.
+            self.denoiser.stop()
+            self._caller = pipe
+            # Looking goes through all submodules, in every step.
+            self._watching = any(k.startswith("callback") and v for k, v in kwargs.items())
+            try:
+                return run(pipe, *args, **kwargs)
+            finally:
+                self._caller, self._watching = None, True
+                self.denoiser.stop()

@@ -1,0 +1,134 @@
+"""A handle, what it parallelises and how that is undone: copies, notebooks, contexts."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import draw, tiny_sd
+
+import asyncdiff
+from asyncdiff import InputError, PlanError
+
+STEPS = 4
+
+
+def spread(pipe: Any, **settings: Any) -> asyncdiff.Handle:
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate", "warmup": STEPS}
+    return asyncdiff.parallelize(pipe, **options | settings)
+
+
+def test_a_copy_with_a_scheduler_of_its_own() -> None:
+    """Its scheduler and its callbacks count, also after restore()."""
+    pipe, call = tiny_sd()
+    mine = copy.copy(pipe)
+    mine.scheduler = diffusers.EulerDiscreteScheduler(**{"timestep_spacing": "trailing"})
+    want = [draw(p, call) for p in (pipe, mine)]
+    assert not torch.allclose(*want)
+    handle = spread(pipe)
+    other = copy.copy(pipe)
+    other.scheduler = mine.scheduler
+    again = copy.copy(other)
+    seen: list[Any] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        seen.append(pipe)
+        return kwargs
+
+    for p, due in ((other, want[1]), (pipe, want[0]), (again, want[1])):
+        got = draw(p, call, callback_on_step_end=callback)
+        assert torch.allclose(got, due, atol=1e-5)
+        assert seen == [p] * STEPS
+        seen.clear()
+    unet = copy.copy(pipe.unet)
+    handle.restore()
+    for p, due in ((other, want[1]), (pipe, want[0]), (again, want[1])):
+        assert type(p) is diffusers.StableDiffusionPipeline
+        assert torch.equal(draw(p, call, callback_on_step_end=callback), due)
+        assert seen == [p] * STEPS
+        seen.clear()
+    assert type(unet) is type(pipe.unet) is diffusers.UNet2DConditionModel
+
+
+def test_a_notebook_cell_that_runs_twice() -> None:
+    pipe, call = tiny_sd()
+    want = draw(pipe, call)
+    first = spread(pipe)
+    draw(pipe, call)
+    second = spread(pipe, warmup=1)
+    assert not first.active and second.active and "restored" in repr(first)
+    draw(pipe, call)
+    assert second.report().warmup == 1
+    first.restore()  # of no effect any more
+    assert second.active
+    third = spread(copy.copy(pipe))
+    assert torch.allclose(draw(pipe, call), want, atol=1e-5)
+    assert not second.active and third.active
+    asyncdiff.restore(pipe)
+    assert not third.active and type(pipe) is diffusers.StableDiffusionPipeline
+    assert torch.equal(draw(pipe, call), want)
+    asyncdiff.restore(pipe)
+    with pytest.raises(InputError, match=r"neither \.unet nor \.transformer"):
+        asyncdiff.restore(object())
+
+
+def test_settings_that_are_wrong_leave_the_pipeline_as_it_was() -> None:
+    pipe, _ = tiny_sd()
+    with pytest.raises(PlanError):
+        spread(pipe, stride=0)
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
+def test_another_pipeline_with_the_same_denoiser() -> None:
+    pipe, _ = tiny_sd()
+    handle = spread(pipe)
+    other = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipe.components, requires_safety_checker=False
+    )
+    with pytest.raises(InputError, match=r"shares its denoiser.*asyncdiff.restore\(pipe\)"):
+        spread(other)
+    asyncdiff.restore(other)
+    assert not handle.active
+    spread(other).restore()
+
+
+def test_a_context() -> None:
+    pipe, _ = tiny_sd()
+    with spread(pipe) as handle:
+        assert handle.active
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    with pytest.raises(KeyError), spread(pipe):
+        raise KeyError
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+
+
+def test_what_a_handle_says_of_itself() -> None:
+    pipe, call = tiny_sd()
+    handle = spread(pipe, warmup=2)
+    for word in ("StableDiffusionPipeline", "UNet2DConditionModel", "cpu, cpu", "components=2"):
+        assert word in repr(handle)
+    assert "warmup=2" in repr(handle) and "not used yet" in repr(handle)
+    said = []
+
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        said.append(repr(handle))
+        return kwargs
+
+    draw(pipe, call, callback_on_step_end=callback)
+    assert "at step 2 of 4" in said[1]
+    assert "last generation: 4 steps in 4 ticks" in repr(handle)
+    handle.restore()
+    assert "restored" in repr(handle)
+
+
+def test_what_the_package_has() -> None:
+    """Without that torch is imported, which takes seconds."""
+    code = "import sys, asyncdiff; print(dir(asyncdiff), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"'{name}'" in run.stdout for name in asyncdiff.__all__)
+    assert run.stdout.rstrip().endswith("False")
