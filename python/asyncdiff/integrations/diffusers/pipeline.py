@@ -71,9 +71,7 @@ def parallelize(
             :class:`asyncdiff.AsyncDenoiser`.
         time_shift: pass the timestep one index earlier in asynchronous steps.
         schedule: "asyncdiff", as published, or "wavefront": closer to the sequential result, at the
-            same speed (docs/guide/waves.md). The pipeline owns the latents, so that steps which it
-            took on predictions are not taken again when the exact ones arrive;
-            :meth:`asyncdiff.AsyncDenoiser.generate` can (``correct``).
+            same speed (docs/guide/waves.md).
         delay, order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
         guidance, warmup_mode: "batched" and "chain", or "split"; see
             :class:`asyncdiff.AsyncDenoiser`.
