@@ -67,16 +67,19 @@ class InlineQueue:
 
 
 class ThreadQueue:
-    """One thread a rank: CPU ranks compute at the same time."""
+    """One thread a rank: CPU ranks compute at once, each with its share of torch's threads."""
 
     def __init__(self, ranks: int, on_failure: OnFailure) -> None:
-        share = max(1, torch.get_num_threads() // ranks)
-        self._pools = [
-            ThreadPoolExecutor(
-                1, f"asyncdiff-rank-{r}", initializer=torch.set_num_threads, initargs=(share,)
-            )
-            for r in range(ranks)
-        ]
+        threads = torch.get_num_threads()
+        share = max(1, threads // ranks)
+        self._pools = [ThreadPoolExecutor(1, f"asyncdiff-rank-{r}") for r in range(ranks)]
+        try:
+            for started in [p.submit(_use_threads, share) for p in self._pools]:
+                started.result()
+        finally:
+            # A thread keeps the number that it set. Threads that begin later, the user's too, take
+            # what any thread set last: that is again what it was.
+            torch.set_num_threads(threads)
         self._on_failure = on_failure
         #: work that is not known yet to have gone well
         self._pending: list[tuple[int, Future[Any]]] = []
@@ -141,3 +144,9 @@ def failure(rank: int, error: BaseException) -> RankError:
         f"rank {rank} failed: {type(error).__name__}: {error}. The generation was stopped; the "
         "next one starts afresh",
     )
+
+
+def _use_threads(count: int) -> None:
+    """Have this thread compute with so many of torch's."""
+    torch.get_num_threads()  # until a thread asked once, torch sets its number at the first work
+    torch.set_num_threads(count)
