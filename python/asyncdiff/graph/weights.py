@@ -40,16 +40,26 @@ class Weights:
     def offload(self) -> None:
         """Move the module's own copy to host memory, so that a device holds its component only."""
         if self.home.type == "cuda" and not self._offloaded:
+            self._offloaded = True  # a part of it, should the host have no memory for all
             nn.Module.to(self.module, "cpu")
-            self._offloaded = True
 
     def restore(self) -> None:
-        """Put the module back where it was, and as it was."""
-        for weight in self._channels_last:
+        """Put the module back where it was, and as it was, also after :meth:`channels_last` or
+        :meth:`offload` failed in the middle.
+
+        Where its device has no memory for it any more, that is raised, and the whole module stays
+        in host memory; call it again once there is.
+        """
+        while self._channels_last:
+            weight = self._channels_last[-1]
             weight.data = weight.data.contiguous()
-        self._channels_last.clear()
+            self._channels_last.pop()
         if self._offloaded:
-            nn.Module.to(self.module, self.home)
+            try:
+                nn.Module.to(self.module, self.home)
+            except BaseException:
+                nn.Module.to(self.module, "cpu")
+                raise
             self._offloaded = False
 
     def get(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:

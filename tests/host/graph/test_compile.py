@@ -16,6 +16,7 @@ from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compile import compile_program, pays
 from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
+from asyncdiff.graph.weights import Weights
 from asyncdiff.partition.cost import Costs, count_macs, fused
 from asyncdiff.partition.ownership import units
 from asyncdiff.partition.partition import partition
@@ -178,6 +179,29 @@ def test_channels_last_is_undone() -> None:
     for name, parameter in module.named_parameters():
         assert parameter.is_contiguous()
         assert torch.equal(parameter, before[name])
+
+
+def test_weights_go_back_after_half_of_them_were_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may have no memory for all, and the device none when they come back."""
+    module = toy()
+    weights = Weights(module)
+    weights.home = torch.device("cuda", 0)
+    moves: list[str] = []
+
+    def to(moved: torch.nn.Module, where: torch.device | str) -> None:
+        moves.append(str(where))
+        if len(moves) in (1, 2):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(RuntimeError):
+        weights.offload()
+    with pytest.raises(RuntimeError):
+        weights.restore()
+    assert moves == ["cpu", "cuda:0", "cpu"]  # at least all of it in one place
+    weights.restore()
+    weights.restore()
+    assert moves[3:] == ["cuda:0"]
 
 
 def test_progress_without_a_terminal_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

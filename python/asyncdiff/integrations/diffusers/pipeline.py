@@ -120,7 +120,11 @@ def parallelize(
         progress=progress,
         deadline=deadline,
     )
-    return Handle(pipe, module, denoiser)
+    try:
+        return Handle(pipe, module, denoiser)
+    except BaseException:
+        denoiser.close()
+        raise
 
 
 def restore(pipe: Any) -> None:
