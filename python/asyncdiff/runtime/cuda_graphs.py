@@ -12,7 +12,35 @@ import torch
 
 import asyncdiff_core as core
 
+from .memory import out_of_memory
+
 log = logging.getLogger("asyncdiff")
+
+#: How often a rank's work is found not to be capturable before that is believed for good.
+_TRIES = 2
+#: What CUDA says of work that no capture allows (cudaErrorStreamCapture…, 900 to 908), and torch,
+#: which looks first.
+_FORBIDDEN = (
+    "cudaErrorStreamCapture",
+    "stream is capturing",
+    "previous error during capture",
+    "merge of separate capture sequences",
+    "capture was not ended in the same stream",
+    "capturing stream has unjoined work",
+    "dependency created on uncaptured work",
+    "depend on a capturing blocking stream",
+    "last recorded in a capturing stream",
+    "terminate a thread-local capture sequence",
+    "graph capture",
+    "not in capture mode",
+)
+#: That it was not the operation that ended the capture which said so.
+_INVALIDATED = "previous error during capture"
+
+
+class NotCapturable(Exception):
+    """Work cannot be captured; ``__cause__`` is what CUDA or torch said. Nothing is wrong with it:
+    without a capture it runs."""
 
 
 @dataclass
@@ -28,8 +56,9 @@ class Issued:
 class GraphCache:
     """A rank's CUDA graphs by what they do, over one pool of memory: recorded once, then replayed.
 
-    Without a stream (on the CPU), and from the first work on that cannot be captured, work is
-    issued as it is. Not thread-safe. Use it with the rank's device and ``stream`` current.
+    Without a stream (on the CPU), and from the first work on that no capture allows, work is issued
+    as it is, until :meth:`try_again`. Not thread-safe. Use it with the rank's device and ``stream``
+    current.
     """
 
     def __init__(self, rank: int, stream: torch.cuda.Stream | None) -> None:
@@ -39,9 +68,16 @@ class GraphCache:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Issued]] = {}
         #: whether work is issued as graphs
         self.used = stream is not None
+        self._refused = 0
+
+    def try_again(self) -> None:
+        """Use graphs again, if a capture was forbidden once only: it may have been because of what
+        another thread did, or of what was not loaded yet."""
+        self.used = self._stream is not None and self._refused < _TRIES
 
     def record(self, key: Hashable, work: Callable[[], Issued]) -> None:
-        """Capture ``work``, if its graph is still missing and graphs are used."""
+        """Capture ``work``, if its graph is still missing and graphs are used. Raises what the work
+        raises, a lack of memory too, but not that no capture allows it."""
         if not self.used or key in self._graphs:
             return
         assert self._stream is not None
@@ -49,11 +85,15 @@ class GraphCache:
             with capturing(self._stream, self._pool) as graph:
                 issued = work()
             self._graphs[key] = graph, issued
-        except Exception as e:  # whatever the model does that a capture forbids
+        except NotCapturable as e:
             self.used = False
             self._graphs.clear()
-            log.warning(
-                "rank %d runs without CUDA graphs, which is slower: %s", self.rank, reason(e)
+            self._refused += 1
+            log.log(
+                logging.WARNING if self._refused == 1 else logging.DEBUG,
+                "rank %d runs without CUDA graphs, which is slower: %s",
+                self.rank,
+                reason(e.__cause__ or e),
             )
 
     def issue(self, key: Hashable, work: Callable[[], Issued]) -> Issued:
@@ -72,7 +112,7 @@ class GraphCache:
         self._graphs.clear()
 
 
-def reason(e: Exception) -> str:
+def reason(e: BaseException) -> str:
     """An error in a line of at most 300 characters."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
@@ -83,6 +123,9 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
 
     Other threads and devices may work on meanwhile. The graph's small memsets become kernels: the
     workspaces of matrix products and of attention are cleared by one each.
+
+    Raises NotCapturable where CUDA or torch says that a capture forbids what was issued, else what
+    was raised within it.
     """
     try:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -90,8 +133,41 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     except TypeError:  # torch before 2.8 does not show its graphs
         graph = torch.cuda.CUDAGraph()
         kept = False
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        yield graph
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    first: BaseException | None = None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                yield graph
+            except BaseException as e:
+                first = e
+                raise
+    except BaseException as e:
+        _end(stream, pool)
+        # Ending a capture that went wrong fails too, and would hide why.
+        if _forbidden(first or e, e):
+            raise NotCapturable from first or e
+        raise (first or e) from None
     if kept:
         core.replace_memsets(graph.raw_cuda_graph(), stream.device.index)
         graph.instantiate()
+
+
+def _forbidden(first: BaseException, last: BaseException) -> bool:
+    """Whether a capture failed because it was one: ``first`` is what was raised within it, ``last``
+    what came of ending it, which may be the same."""
+    if not isinstance(first, RuntimeError) or out_of_memory(first):
+        return False
+    if any(said in str(first) for said in _FORBIDDEN):
+        return True
+    # A library that CUDA refused something to says so in words of its own.
+    invalidated = last is not first and _INVALIDATED in str(last)
+    return invalidated and not isinstance(first, core.CoreError)
+
+
+def _end(stream: torch.cuda.Stream, pool: Any) -> None:
+    """Have torch's allocator forget a capture that could not be ended: it would take all that comes
+    for a part of it, and refuse the next capture."""
+    with contextlib.suppress(Exception):  # where it was ended, and before torch had these
+        torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+        torch._C._cuda_releasePool(stream.device.index, pool)

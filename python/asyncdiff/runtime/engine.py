@@ -150,9 +150,12 @@ class Engine:
         self.compile_s = time.perf_counter() - started
 
     def prepare(self, plan: Plan) -> None:
-        """Capture every CUDA graph that ``plan`` will replay."""
+        """Capture every CUDA graph that ``plan`` will replay. Raises what went wrong, a lack of
+        memory too; work that no capture allows is issued as it is."""
         if not self.cuda or plan is self._ready:
             return
+        for worker in self.workers:
+            worker.graphs.try_again()
         for tick in plan.ticks:
             for action in tick.runs:
                 self.workers[action.rank].prepare(action.slots)

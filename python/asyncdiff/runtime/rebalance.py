@@ -20,6 +20,8 @@ from ..errors import PartitionError
 from ..graph.capture import Captured
 from ..partition.cost import Costs
 from ..partition.partition import Component, Partition, partition
+from .cuda_graphs import NotCapturable
+from .memory import out_of_memory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -48,7 +50,7 @@ def component_ms(engine: Engine) -> list[float] | None:
     """Milliseconds of each component in a CUDA graph without exchange, all at once.
 
     None where that says nothing: on the CPU, where components share a GPU, without graphs, or where
-    GPUs have other work too. Call it when the engine is idle.
+    GPUs have other work too or no memory for more graphs. Call it when the engine is idle.
     """
     workers = engine.workers[: len(engine.partition.components)]
     if not engine.cuda or len({w.device for w in workers}) < len(workers):
@@ -64,7 +66,9 @@ def component_ms(engine: Engine) -> list[float] | None:
         runs: list[list[float]] = []
         while not settled(runs) and len(runs) < _RUNS[1]:
             runs.append(replay(engine, workers, graphs, replays))
-    except Exception as e:  # whatever the model does that a capture forbids; no memory is left
+    except Exception as e:
+        if not (isinstance(e, NotCapturable) or out_of_memory(e)):
+            raise
         log.debug("components are not timed: %s", e)
         return None
     finally:

@@ -21,6 +21,7 @@ from ..schedule.actions import NOTHING, Action, Kind, Slots
 from ..schedule.segments import Segment
 from .buffers import dense, moved_on
 from .cuda_graphs import GraphCache, Issued, capturing, reason
+from .memory import out_of_memory
 from .push import Push, Sender
 from .rows import Rows
 from .step import Caller, Inputs
@@ -136,6 +137,8 @@ class Worker:
                 self.program = compile_program(self.program, self._arguments(reads), progress)
             self.compiled = True
         except Exception as e:  # whatever the model does that inductor cannot take
+            if out_of_memory(e):
+                raise
             log.warning("rank %d runs uncompiled, which is slower: %s", self.rank, reason(e))
         self.synchronize()
 
