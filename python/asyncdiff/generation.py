@@ -15,6 +15,7 @@ from .graph.signature import RESIDUALS, Call, Role, Signature
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import NO_EARLIER, Engine
 from .runtime.step import Time
+from .runtime.writes import Seen, Writes
 from .sampling.auto_warmup import Drift
 from .sampling.predictor import LatePredictor
 from .schedule.actions import NOTHING
@@ -94,7 +95,7 @@ class Generation:
         self.timesteps = timesteps
         #: the same, known to the host: to a GPU's it has to wait once, before a generation begins
         self._known = timesteps.detach().cpu()
-        self._version = None if timesteps.is_inference() else timesteps._version
+        self._seen, self._writes = Seen(timesteps), Writes()
         self.steps = len(timesteps)
         self.engine: Engine | Groups | None = None
         self.next_step = 0
@@ -169,6 +170,7 @@ class Generation:
         if self.done:
             for engine in self._engines:
                 engine.finish()
+            self._writes.check()
             self._end()
         return self.engine.partition.captured.unflatten(leaves)
 
@@ -244,17 +246,18 @@ class Generation:
 
     def _announced(self, now: torch.Tensor, index: int) -> bool:
         """Whether an argument is, without looking at its value, the announced timestep: the same
-        memory, not written to since."""
-        times = self.timesteps
-        return (
+        memory, not written to since (:mod:`~asyncdiff.runtime.writes`)."""
+        times, values = self.timesteps, self._seen.value
+        is_view = (
             (now.device, now.dtype, 1) == (times.device, times.dtype, times.dim())
-            and self._version is not None
-            and times._version == self._version
             and now.data_ptr() == times[index].data_ptr()
             and all(
                 size == 1 or step == 0 for size, step in zip(now.shape, now.stride(), strict=True)
             )
         )
+        if not is_view or values is None:
+            return is_view and times._version == self._seen.version
+        return self._writes.unchanged(times[index], values[index])
 
     def report(self) -> GenerationReport:
         """What this generation did; call it once it is done."""

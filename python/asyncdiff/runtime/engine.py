@@ -247,11 +247,13 @@ class Engine:
         self._check_exchange()
 
     def finish(self) -> None:
-        """Wait for the generation's last work and raise what went wrong."""
+        """Wait for the generation's last work and raise what went wrong: RankError, or InputError
+        where conditioning was written to in a way that nothing shows."""
         try:
             self._queue.check(wait=True)
             self.synchronize()
             self._check_exchange()
+            self.conditioning.check()
         except BaseException:
             self.abandon()
             raise

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-#: A caller's tensor and its version when it was looked at.
-_Seen = tuple[torch.Tensor, int]
+from .writes import Seen, Writes
 
 
 class InputCache:
@@ -26,9 +25,10 @@ class InputCache:
         self.version = 0
         #: what that was, and the caller's tensors that are known to be the same
         self._held: dict[int, torch.Tensor] = {}
-        self._met: dict[int, _Seen] = {}
+        self._met: dict[int, Seen] = {}
         #: the caller's tensors that the ranks have a copy of
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, Seen] = {}
+        self._writes = Writes()
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> None:
         """A generation begins, whose first call has these tensors: the ranks hold none of them.
@@ -38,20 +38,25 @@ class InputCache:
         """
         self._met.clear()
         self._seen.clear()
+        self._writes.clear()
         self._renew(dict(enumerate(tensors)), compare=True)
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """Places of what is not what the ranks hold: they have to be given it now. A tensor is
-        known by itself and its version."""
+        known by itself and by whether it was written to: see :mod:`~asyncdiff.runtime.writes`."""
         changed = []
         first = not self._seen
         for i in self._indices:
-            tensor, seen = tensors[i], self._seen.get(i)
-            if not _is(tensor, seen):
+            if not self._writes.same(tensors[i], self._seen.get(i)):
                 changed.append(i)
-                self._seen[i] = (tensor, _version(tensor))
+                self._seen[i] = Seen(tensors[i])
         self._renew({i: tensors[i] for i in changed}, compare=first)
         return changed
+
+    def check(self) -> None:
+        """Raise InputError if a tensor that was taken for what the ranks hold was not. Call it when
+        the device is idle, after a generation's last step."""
+        self._writes.check()
 
     def forget(self) -> None:
         """What rows were computed with is not known any more: none of them fits."""
@@ -62,22 +67,12 @@ class InputCache:
         """Begin a new version if rows of the ranks' tables depend on tensors that have changed;
         without ``compare`` all of them have, unless they are known."""
         mine = {i: t for i, t in changed.items() if i in self._of_rows}
-        mine = {i: t for i, t in mine.items() if not _is(t, self._met.get(i))}
-        self._met |= {i: (t, _version(t)) for i, t in mine.items()}
+        mine = {i: t for i, t in mine.items() if not self._writes.same(t, self._met.get(i))}
+        self._met |= {i: Seen(t) for i, t in mine.items()}
         if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
             return
         self.version += 1
         self._held |= {i: t.clone() for i, t in mine.items()}
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """What changes with every write to a tensor; -1 where torch does not count (inference mode)."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _is(tensor: torch.Tensor, seen: _Seen | None) -> bool:
-    """Whether a tensor is one that was seen, not written to since then."""
-    return seen is not None and seen[0] is tensor and seen[1] == _version(tensor) >= 0
 
 
 def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:

@@ -415,7 +415,10 @@ def test_what_is_known_to_be_announced() -> None:
     assert not generation._announced(times[1], 1)
     with torch.inference_mode():  # has no version
         times = torch.tensor([900.0])
-    assert not Generation(times)._announced(times[0], 0)
+        generation = Generation(times)
+        assert generation._announced(times[0], 0)
+        times.add_(1)
+        assert not generation._announced(times[0], 0)
 
 
 def test_a_pipeline_calls_with_what_it_announced() -> None:
