@@ -97,10 +97,11 @@ def plain_and_parallel(path: Path) -> None:
 
     import asyncdiff
     from asyncdiff import demo
-    from asyncdiff.cli.demo import PICTURES, spread
+    from asyncdiff.cli.commands.demo import PICTURES
+    from asyncdiff.cli.subject import chosen
     from asyncdiff.tools import compare
 
-    prompts = spread(list(demo.known_prompts()), PICTURES)
+    prompts = chosen(list(demo.known_prompts()), PICTURES)
     pipe = demo.load()
     pipe.set_progress_bar_config(disable=True)
 

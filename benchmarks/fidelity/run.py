@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
-from asyncdiff.cli.demo import spread
+from asyncdiff.cli.subject import chosen
 from asyncdiff.demo import model as demo_model
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
 from fidelity.grid import methods
@@ -71,14 +71,14 @@ CALIBRATION, QUICK_CALIBRATION = 16, 4
 
 def prompts(args: argparse.Namespace) -> list[str]:
     """Evenly spread over those that the shipped model knows, or the lines of a file."""
-    return spread(known_prompts(args), args.prompts)
+    return chosen(known_prompts(args), args.prompts)
 
 
 def other_prompts(args: argparse.Namespace) -> list[str]:
     """Others of the same kind, to calibrate on."""
     drawn = set(prompts(args))
     count = QUICK_CALIBRATION if args.quick else CALIBRATION
-    return spread([p for p in known_prompts(args) if p not in drawn], count)
+    return chosen([p for p in known_prompts(args) if p not in drawn], count)
 
 
 def known_prompts(args: argparse.Namespace) -> list[str]:

@@ -151,10 +151,10 @@ def main() -> None:
     tokens = vocabulary(captions).to(device)
     nothing = vocabulary([""]).to(device)
 
-    shape = {"tokens": len(vocabulary), "length": vocabulary.length, "width": args.width}
+    shape = {"length": vocabulary.length, "width": args.width}
     model = Model(
         make_unet(args.patch, args.channels, args.layers, args.width),
-        WordEncoder(**shape, layers=1),
+        WordEncoder(vocabulary.words, **shape, depth=1),
     ).to(device, memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in model.parameters())
     average = {name: w.detach().clone() for name, w in model.state_dict().items()}
@@ -248,7 +248,7 @@ def main() -> None:
     model.load_state_dict(average)
     model.eval().requires_grad_(False)
     scheduler = make_scheduler("ddim", SCHEDULE)
-    pipe = EmojiPipeline(model.unet, scheduler, model.word_encoder, vocabulary)
+    pipe = EmojiPipeline(model.unet, scheduler, model.word_encoder)
     pipe.set_progress_bar_config(disable=True)
     chosen_captions = captions[:: max(1, len(captions) // args.prompts)][: args.prompts]
     sheet(pipe, chosen_captions, args.out / "sheet.png", steps=50)

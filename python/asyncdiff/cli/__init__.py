@@ -1,6 +1,7 @@
 """The command line: ``asyncdiff demo | generate | plan | tune | calibrate | doctor | bench``.
 
-One file a command. Nothing here imports torch before a command runs, so that ``--help`` is quick.
+One file a command, in ``commands/``. Nothing here imports torch before a command runs, so that
+``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 from .failures import explain
 
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
@@ -18,24 +21,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Anything else that is raised is a fault of asyncdiff, and its traceback is left to be seen.
     """
     try:
-        from .app import app
-    except ModuleNotFoundError as error:
-        message = explain(error)
-        if message is None:
-            raise
-        print(f"asyncdiff: {message}", file=sys.stderr)
-        return 2
-    try:
-        app(args=None if argv is None else list(argv), prog_name="asyncdiff")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
+        from .app import command
+
+        args = None if argv is None else list(argv)
+        # Not "standalone": all mistakes then look alike, whoever finds them.
+        done = command().main(args=args, prog_name="asyncdiff", standalone_mode=False)
     except KeyboardInterrupt:
-        print("asyncdiff: interrupted", file=sys.stderr)
-        return 130
+        done = INTERRUPTED
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"asyncdiff: {message}", file=sys.stderr)
+        if message:
+            print(f"asyncdiff: {message}", file=sys.stderr)
         return 2
-    return 0
+    code = done if isinstance(done, int) else 0
+    if code == INTERRUPTED:
+        print("asyncdiff: interrupted", file=sys.stderr)
+    return code

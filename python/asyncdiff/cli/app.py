@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .bench import bench
-from .calibrate import calibrate
-from .demo import demo
-from .doctor import doctor
-from .generate import generate
-from .plan import plan
-from .tune import tune
+from .commands.bench import bench
+from .commands.calibrate import calibrate
+from .commands.demo import demo
+from .commands.doctor import doctor
+from .commands.generate import generate
+from .commands.plan import plan
+from .commands.tune import tune
+from .failures import refuse_launchers
+from .options import spread
 
 app = typer.Typer(
     name="asyncdiff",
@@ -22,13 +24,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main() tells users' mistakes from faults
     rich_markup_mode="rich",
 )
-app.command()(demo)
-app.command()(generate)
-app.command()(plan)
-app.command()(tune)
-app.command()(calibrate)
-app.command()(doctor)
+for function in (demo, generate, plan, tune, calibrate, doctor):
+    app.command()(spread(function))
 app.add_typer(bench)
+
+
+def command() -> Any:
+    """The application as a command that can be called."""
+    return typer.main.get_command(app)
 
 
 def _version(wanted: bool) -> None:
@@ -41,9 +44,11 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in ("plan", "doctor"):
+        refuse_launchers()

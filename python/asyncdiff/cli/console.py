@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,3 +59,22 @@ def progress() -> Iterator[Progress]:
         disable=not console.is_terminal,
     ) as bar:
         yield bar
+
+
+def print_ran(told: Mapping[str, Any]) -> None:
+    """What ran (:func:`asyncdiff.cli.running.what_ran`) in a few lines, and what is predicted where
+    ranks shared a device."""
+    out = stdout()
+    if told.get("predicted_speedup"):
+        out.print(
+            f"predicted for {len(told['devices'])} devices like this one: the denoiser at "
+            f"{told['predicted_speedup']:.2f} times the speed"
+        )
+    size = f", {told['width']} x {told['height']}" if "width" in told else ""
+    out.print(
+        f"{told['model']}: {told['pipeline']}, {told['sampler']}, {told['steps']} steps, guidance "
+        f"{told['guidance_scale']}, {told['dtype']}{size}, seed {told['seed']}",
+        markup=False,
+    )
+    out.print(f"as Python: {told['python']}", markup=False)
+    out.print(f"as flags:  {told['flags']}", markup=False)

@@ -1,59 +1,135 @@
-"""The options that several commands share, and how their text is read."""
+"""The options that several commands share, defined once, in groups that a command takes whole."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from ..errors import DeviceError, PlanError
 
-Components = Annotated[
-    int, typer.Option("--components", "-N", help="Parts that the denoiser is split into.")
-]
-Stride = Annotated[int, typer.Option("--stride", "-S", help="Sampler steps served by one tick.")]
-Warmup = Annotated[int, typer.Option("--warmup", "-w", help="First steps, run exactly.")]
-WarmupOrAuto = Annotated[
-    str,
-    typer.Option(
-        "--warmup", "-w", help="First steps, run exactly; auto: while the output changes much."
-    ),
-]
-Steps = Annotated[int, typer.Option("--steps", "-T", help="Sampler steps of a generation.")]
-TimeShift = Annotated[
-    bool, typer.Option("--time-shift", help="Pass the timestep one index earlier in every tick.")
-]
-Schedule = Annotated[
-    str,
-    typer.Option(
-        "--schedule",
-        help="asyncdiff (as published), or wavefront: closer to the sequential result.",
-    ),
-]
-ExactTail = Annotated[int, typer.Option("--exact-tail", help="Last steps, run exactly.")]
-Delay = Annotated[
-    int | None,
-    typer.Option(
-        "--delay",
-        help="Of wavefront: ticks until a prediction arrives, 1 to N - 1. Left out: what measured "
-        "best.",
-    ),
-]
-Order = Annotated[
-    str | None,
-    typer.Option(
-        "--order",
-        help="Of wavefront: how far clean images are extrapolated, 0 to 1, or a file written by "
-        "asyncdiff calibrate.",
-    ),
-]
+
+@dataclass(frozen=True)
+class Waves:
+    """How a generation is made parallel by waves: numbers of a plan."""
+
+    components: Annotated[
+        int, typer.Option("--components", "-N", help="Parts that the denoiser is split into.")
+    ] = 2
+    stride: Annotated[
+        int, typer.Option("--stride", "-S", help="Sampler steps served by one tick.")
+    ] = 1
+    warmup: Annotated[
+        str,
+        typer.Option(
+            "--warmup", "-w", help="First steps, run exactly; auto: while the output changes much."
+        ),
+    ] = "1"
+    steps: Annotated[int, typer.Option("--steps", "-T", help="Sampler steps of a generation.")] = 50
+    exact_tail: Annotated[int, typer.Option("--exact-tail", help="Last steps, run exactly.")] = 0
+    delay: Annotated[
+        int | None,
+        typer.Option(
+            "--delay",
+            help="Of wavefront: ticks until a prediction arrives, 1 to N - 1. Left out: what "
+            "measured best.",
+        ),
+    ] = None
+
+    def how(self) -> tuple[str, str | None, bool]:
+        """The schedule, the order as it was given, and whether times are shifted."""
+        return "wavefront", None, False
+
+    def check(self) -> None:
+        """Raise PlanError for numbers that no plan has, as far as they are known: before torch is
+        imported, and long before a model is loaded."""
+        from ..schedule.plan import check_delay, check_numbers, check_schedule
+
+        warmup = read_warmup(self.warmup)
+        schedule, order, time_shift = self.how()
+        check_schedule(schedule, time_shift=time_shift, exact_tail=self.exact_tail)
+        check_numbers(
+            self.components,
+            self.stride,
+            warmup if isinstance(warmup, int) else 1,
+            self.steps,
+            self.exact_tail,
+        )
+        check_delay(self.delay, schedule, self.components)
+        if order is not None:
+            predictor = read_order(order)
+            from ..sampling.predictor import check_order
+
+            check_order(predictor, schedule)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that a generation takes, without those of a second condition."""
+        from ..schedule.plan import rank_count
+
+        return rank_count(self.components, self.stride, self.how()[0])
+
+    def told(self) -> dict[str, Any]:
+        """Arguments of :func:`asyncdiff.parallelize`, but the devices, as they were given."""
+        schedule, order, time_shift = self.how()
+        return {
+            "components": self.components,
+            "stride": self.stride,
+            "warmup": read_warmup(self.warmup),
+            "schedule": schedule,
+            "exact_tail": self.exact_tail,
+            "delay": self.delay,
+            "order": order,
+            "time_shift": time_shift,
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as they are passed: a calibration read from its file."""
+        return self.told() | {"order": read_order(self.how()[1])}
+
+
+@dataclass(frozen=True)
+class Setting(Waves):
+    """The same with the schedule to choose: arguments of :func:`asyncdiff.parallelize`, and the
+    steps."""
+
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule",
+            help="asyncdiff (as published), or wavefront: closer to the sequential result.",
+        ),
+    ] = "asyncdiff"
+    order: Annotated[
+        str | None,
+        typer.Option(
+            "--order",
+            help="Of wavefront: how far clean images are extrapolated, 0 to 1, or a file written "
+            "by asyncdiff calibrate.",
+        ),
+    ] = None
+    time_shift: Annotated[
+        bool,
+        typer.Option("--time-shift", help="Pass the timestep one index earlier in every tick."),
+    ] = False
+
+    def how(self) -> tuple[str, str | None, bool]:
+        """The schedule, the order as it was given, and whether times are shifted."""
+        return self.schedule, self.order, self.time_shift
+
+
 Devices = Annotated[
     str | None,
     typer.Option(
         "--devices",
         help="One device a rank (components + stride - 1; wavefront: components), separated by "
-        "commas, for example cuda:0,cuda:1; may repeat. Left out: all visible GPUs, else the CPU.",
+        "commas, for example cuda:0,cuda:1; may repeat; one alone stands for all. Left out: "
+        "all visible GPUs, else the CPU.",
     ),
 ]
 Compile = Annotated[
@@ -79,7 +155,46 @@ SplitWarmup = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the starting noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The picture to write: .png, .jpg or .webp.")
+]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer sees it: each parameter that is a group of options (a dataclass) replaced
+    by the options of the group, which the command then gets as one object."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            own = get_type_hints(kind, include_extras=True)
+            parameters += [_parameter(f.name, own[f.name], f.default) for f in fields(kind)]
+        else:
+            parameters.append(_parameter(parameter.name, kind, parameter.default))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def option_of(group: type, name: str) -> str:
+    """The long flag of an option of a group."""
+    (option,) = get_type_hints(group, include_extras=True)[name].__metadata__
+    named = [d for d in (option.default, *option.param_decls) if str(d).startswith("--")]
+    return named[0] if named else "--" + name.replace("_", "-")
 
 
 def read_devices(text: str | None, ranks: int) -> list[str] | None:
@@ -119,14 +234,3 @@ def read_order(text: str | None) -> Any:
     if not Path(text).is_file():
         raise PlanError(f"--order {text!r} is no number from 0 to 1, and there is no such file")
     return Calibration.load(text)
-
-
-def writable(path: Path) -> Path:
-    """Make the folder that ``path`` goes to, before long work. Raises typer.BadParameter."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from error
-    if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder: name a file")
-    return path

@@ -1,18 +1,19 @@
-"""Running a pipeline with a progress bar, and timing it."""
+"""Running a pipeline with a progress bar, timing it, and saying what ran."""
 
 from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import Progress, TaskID
 
-
-def quiet(pipe: Any) -> None:
-    """Stop diffusers' own bar: ours is on stderr and vanishes when done."""
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
+from ..errors import InputError
+from .console import remark
+from .failures import asked_of
+from .flags import as_flags, as_python, flags
+from .options import Waves, read_devices
 
 
 class Preparing:
@@ -32,13 +33,43 @@ class Preparing:
             return
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done)
+        self._bar.update(self._tasks[what], completed=done, total=total, visible=done < total)
+        if done >= total:
+            del self._tasks[what]
+
+
+def pick(text: str | None, setting: Waves, groups: int = 1) -> list[str]:
+    """One device a rank, from ``--devices`` or by default (all GPUs in turn, else the CPU).
+
+    Says so where ranks share a device: that is correct and not faster, and nobody should be left
+    to wonder. Raises DeviceError for devices that do not fit the ranks or this machine.
+    """
+    from ..runtime.devices import resolve
+
+    ranks = groups * setting.ranks
+    why = "--components" if setting.how()[0] == "wavefront" else "--components + --stride - 1"
+    if groups > 1:
+        why = f"{groups} x ({why}), with --split-guidance,"
+    devices = [str(d) for d in resolve(read_devices(text, ranks), ranks, why)]
+    if shared(devices):
+        where = "the CPU" if set(devices) == {"cpu"} else ", ".join(sorted(set(devices)))
+        remark(
+            f"{ranks} ranks share {where}: the pictures are those of {ranks} devices, "
+            "the times are not"
+        )
+    return devices
+
+
+def shared(devices: list[str]) -> bool:
+    """Whether ranks share a device, so that times tell nothing about several."""
+    return len(set(devices)) < len(devices)
 
 
 def picture(pipe: Any, bar: Progress, task: TaskID, **call: Any) -> tuple[Any, float]:
     """One generation: its first image (of a video the first frame) and its milliseconds.
 
-    The task advances by one a step where the pipeline reports steps, else at the end.
+    The task advances by one a step where the pipeline reports steps, else at the end. Raises
+    InputError for what the pipeline refuses.
     """
     steps = int(call.get("num_inference_steps", 1))
     seen = 0
@@ -54,10 +85,21 @@ def picture(pipe: Any, bar: Progress, task: TaskID, **call: Any) -> tuple[Any, f
     if "callback_on_step_end" in accepted:
         call["callback_on_step_end"] = stepped
     start = time.perf_counter()
-    output = pipe(**call)  # images leave the device, so the device is done when this returns
+    with asked_of(type(pipe).__name__):
+        output = pipe(**call)  # images leave the device, so the device is done when this returns
     ms = (time.perf_counter() - start) * 1e3
     bar.advance(task, max(0, steps - seen))
     return _first(output), ms
+
+
+def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments that the pipeline's call does not have."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return
+    unknown = [flags().get(name, name) for name in call if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipe).__name__} takes no {', '.join(unknown)}: leave it out")
 
 
 def _first(output: Any) -> Any:
@@ -71,3 +113,43 @@ def noise(seed: int) -> Any:
     import torch
 
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def what_ran(
+    model: str,
+    pipe: Any,
+    setting: Waves,
+    arguments: Mapping[str, Any],
+    devices: list[str],
+    call: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """What a report, or a picture's metadata, says of a generation: model, sampler, size, dtype and
+    every setting, also as Python and as flags that would run the same.
+
+    ``arguments`` are those of ``parallelize``; ``call`` the pipeline's.
+    """
+    from importlib import metadata
+
+    from ..integrations.diffusers.pipeline import find_denoiser
+
+    denoiser = find_denoiser(pipe)
+    defaults = inspect.signature(pipe.__call__).parameters
+    guidance = call.get("guidance_scale")
+    if guidance is None and "guidance_scale" in defaults:
+        guidance = defaults["guidance_scale"].default
+    settings = {"devices": devices, **arguments}
+    return {
+        "model": model,
+        "pipeline": type(pipe).__name__,
+        "denoiser": type(denoiser).__name__,
+        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
+        "sampler": type(pipe.scheduler).__name__,
+        "steps": setting.steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        **settings,
+        "python": as_python(settings),
+        "flags": as_flags({**settings, "num_inference_steps": setting.steps}),
+        "versions": {name: metadata.version(name) for name in ("torch", "diffusers")},
+    }

@@ -3,6 +3,8 @@
     from asyncdiff import demo
     pipe = demo.load()
     pipe("smiling face with sunglasses").images[0].save("emoji.png")
+    pipe.save_pretrained("emoji")
+    pipe = demo.EmojiPipeline.from_pretrained("emoji")
 
 It draws 64 x 64 pictures from a closed vocabulary; ``known_prompts()`` lists the prompts that it
 draws well. How it was made: examples/emoji/README.md. What it draws well and badly:
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,12 +77,15 @@ def load(
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
-    from asyncdiff.demo.words import Vocabulary, WordEncoder
+    from asyncdiff.demo.words import WordEncoder
 
     config = _config()
     sampler = module.make_scheduler(scheduler, config["scheduler"])
     unet = UNet2DConditionModel.from_config(config["unet"])
-    word_encoder = WordEncoder(**config["word_encoder"])
+    shape = config["word_encoder"]
+    word_encoder = WordEncoder(
+        config["words"], shape["length"], shape["width"], depth=shape["layers"]
+    )
     with resources.as_file(resources.files("asyncdiff.demo") / "model.safetensors") as path:
         weights = load_file(path)
     for name, part in (("unet.", unet), ("word_encoder.", word_encoder)):
@@ -88,6 +94,14 @@ def load(
         )
         # Not part.to(): diffusers' own warns about casting even where nothing is cast.
         torch.nn.Module.to(part, device=device, dtype=dtype).eval().requires_grad_(False)
-    vocabulary = Vocabulary(config["words"], config["word_encoder"]["length"])
-    pipe: EmojiPipeline = module.EmojiPipeline(unet, sampler, word_encoder, vocabulary)
+    pipe: EmojiPipeline = module.EmojiPipeline(unet, sampler, word_encoder)
     return pipe
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether the shipped model, or one like it, was saved to this folder."""
+    try:
+        index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and index.get("_class_name") == "EmojiPipeline"

@@ -53,19 +53,17 @@ class EmojiPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Its latents are the pixels themselves: ``patch`` x ``patch`` blocks folded into channels (no
     autoencoder). ``unet`` is called exactly once a step, on the batch [unconditional, conditional]
-    when guidance is on.
+    when guidance is on. ``save_pretrained(folder)`` and ``EmojiPipeline.from_pretrained(folder)``
+    are those of diffusers.
     """
 
     model_cpu_offload_seq = "word_encoder->unet"
     _callback_tensor_inputs = ("latents", "prompt_embeds")
 
-    def __init__(
-        self, unet: Any, scheduler: Any, word_encoder: WordEncoder, tokenizer: Vocabulary
-    ) -> None:
+    def __init__(self, unet: Any, scheduler: Any, word_encoder: WordEncoder) -> None:
         super().__init__()
-        self.register_modules(
-            unet=unet, scheduler=scheduler, word_encoder=word_encoder, tokenizer=tokenizer
-        )
+        self.register_modules(unet=unet, scheduler=scheduler, word_encoder=word_encoder)
+        self.tokenizer: Vocabulary = word_encoder.vocabulary
 
     @property
     def patch(self) -> int:

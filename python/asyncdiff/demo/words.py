@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from asyncdiff.errors import InputError
@@ -48,7 +50,7 @@ class Vocabulary:
                 raise InputError(
                     f"the emoji model does not know {', '.join(hints)} in the prompt "
                     f"'{prompt}'. It knows {len(self.words)} words; "
-                    "asyncdiff.demo.load.known_prompts() lists prompts that it draws well."
+                    "asyncdiff.demo.known_prompts() lists prompts that it draws well."
                 )
             numbers = [self._number[word] for word in self.split(prompt)]
             if len(numbers) > self.length - 1:
@@ -60,17 +62,24 @@ class Vocabulary:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.length)
 
 
-class WordEncoder(nn.Module):
+class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Word and position embeddings, a few transformer layers, a norm.
 
-    ``[batch, length]`` -> ``[batch, length, width]``.
+    ``[batch, length]`` -> ``[batch, length, width]``. A model of diffusers, so that pipelines can
+    be saved and loaded; its configuration has the ``words``, which are a vocabulary's.
     """
 
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, tokens: int, length: int = 16, width: int = 128, layers: int = 2, heads: int = 4
+        self,
+        words: Sequence[str],
+        length: int = 16,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
     ) -> None:
         super().__init__()
-        self.word = nn.Embedding(tokens, width)
+        self.word = nn.Embedding(FIRST_WORD + len(words), width)
         self.position = nn.Parameter(torch.randn(length, width) * 0.1)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -82,18 +91,15 @@ class WordEncoder(nn.Module):
                 batch_first=True,
                 norm_first=True,
             )
-            for _ in range(layers)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.word.weight, std=0.5)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.position.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.position.device
+    def vocabulary(self) -> Vocabulary:
+        """What turns prompts into this encoder's tokens."""
+        return Vocabulary(self.config.words, self.config.length)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.word(tokens) + self.position

@@ -130,12 +130,13 @@ def from_json(text: str) -> Plan:
         raise PlanError("not a plan in JSON") from error
 
 
-def grid(plan: Plan) -> str:
+def grid(plan: Plan, width: int | None = None) -> str:
     """Rows are ranks, columns ticks; a cell is the time index, with ``*`` where the run delivers.
 
     A column is headed by the sampler steps that follow the tick.
 
     Runs of an exact step follow each other (columns marked ``x``); those of a tick run at once.
+    ``width``: characters of a line; what does not fit goes on below, in a further block.
     """
     cells = [[""] * len(plan.ticks) for _ in range(plan.ranks)]
     for column, tick in enumerate(plan.ticks):
@@ -150,9 +151,16 @@ def grid(plan: Plan) -> str:
     ]
     left = max(map(len, [*names, "steps"]))
     rows = [["steps", *heads]] + [[n, *row] for n, row in zip(names, cells, strict=True)]
-    return "\n".join(
-        row[0].ljust(left)
-        + " | "
-        + " ".join(c.rjust(w) for c, w in zip(row[1:], widths, strict=True))
-        for row in rows
+    blocks: list[list[int]] = [[]]
+    for column, cell in enumerate(widths):
+        used = left + 2 + sum(widths[c] + 1 for c in blocks[-1]) + 1 + cell
+        if width is not None and used > width and blocks[-1]:
+            blocks.append([])
+        blocks[-1].append(column)
+    return "\n\n".join(
+        "\n".join(
+            row[0].ljust(left) + " | " + " ".join(row[1 + c].rjust(widths[c]) for c in block)
+            for row in rows
+        )
+        for block in blocks
     )

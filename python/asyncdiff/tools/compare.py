@@ -93,12 +93,15 @@ def sheet(
     columns: Sequence[str],
     path: str | PathLike[str] | None = None,
     cell: int | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Image:
     """A labelled table of pictures: ``rows`` by heading, one picture for each of ``columns``.
 
+    ``notes``: by heading, a line under each picture of that row.
+
     ``cell`` is the side of a cell in pixels (default: the largest picture, at least 128; smaller
-    ones are enlarged by whole factors, so that no pixel is invented). Saved as PNG to ``path`` if
-    given. Raises InputError where rows and columns do not fit together.
+    ones are enlarged by whole factors, so that no pixel is invented). Saved to ``path`` if given,
+    in the format that its name says. Raises InputError where rows and columns do not fit together.
     """
     Image, ImageDraw, ImageFont = _pillow()
     table = {name: [image(p) for p in row] for name, row in rows.items()}
@@ -112,27 +115,41 @@ def sheet(
     top = line * max(h.count("\n") + 1 for h in heads)
     left = 8 + max(int(font.getlength(line)) for name in table for line in name.split("\n"))
     gap = max(4, side // 24)
-    size = (left + len(columns) * (side + gap) + gap, top + len(table) * (side + gap) + gap)
+    small = ImageFont.load_default(size=max(11, side // 11))
+    under = {name: int(1.5 * small.size) if name in (notes or {}) else 0 for name in table}
+    height = sum(side + gap + extra for extra in under.values())
+    size = (left + len(columns) * (side + gap) + gap, top + height + gap)
     out = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(out)
     for c, head in enumerate(heads):
         pen.multiline_text((left + gap + c * (side + gap), gap), head, fill="black", font=font)
-    for r, (name, row) in enumerate(table.items()):
-        y = top + gap + r * (side + gap)
+    y = top + gap
+    for name, row in table.items():
         pen.multiline_text((4, y + side // 2), name, fill="black", font=font, anchor="lm")
         for c, picture in enumerate(row):
             shown = _scaled(Image, picture, side)
             x = left + gap + c * (side + gap)
             out.paste(shown, (x + (side - shown.width) // 2, y + (side - shown.height) // 2))
+            if notes and name in notes:
+                below = (x + side // 2, y + side)
+                pen.text(below, notes[name][c], fill="black", font=small, anchor="ma")
+        y += side + gap + under[name]
     if path is not None:
-        out.save(path, format="PNG")
+        out.save(path)
     return out
+
+
+def difference(a: Picture, b: Picture, factor: float = 1.0) -> Image:
+    """How far two pictures lie apart, ``factor`` times: black where they are equal. Raises
+    InputError for pictures of different sizes."""
+    first, second = _pair(a, b)
+    return image((abs(first - second) * factor).clip(0, 1))
 
 
 def side_by_side(
     images: Sequence[Picture], labels: Sequence[str], path: str | PathLike[str] | None = None
 ) -> Image:
-    """Pictures in one row under their labels. Saved as PNG to ``path`` if given."""
+    """Pictures in one row under their labels. Saved to ``path`` if given."""
     return sheet({"": images}, labels, path)
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from ..errors import InputError, TuneError
-from ..integrations.diffusers.pipeline import parallelize, plan_partition
-from ..partition.cost import link_speed
+from ..graph.capture import capture
+from ..graph.example_inputs import example_inputs
+from ..graph.signature import parse
+from ..integrations.diffusers.pipeline import find_denoiser, parallelize
+from ..partition.cost import link_speed, measure
+from ..partition.partition import partition
 from ..progress import Progress
 from ..runtime.devices import Devices, resolve
 from ..sampling.calibration import Calibration
 from ..schedule.plan import SCHEDULES, build, rank_count
 from ..schedule.simulate import Timing, predict
 from .fidelity import Fidelity, Learned, fidelity, lpips
+from .prediction import LATENCY_US
 
 #: Exact steps that are tried: at the beginning, and at the end, where a few do the most.
 ENDS = ((1, 0), (1, 1), (1, 2), (3, 2), (5, 4), (9, 4), (13, 6), (17, 8), (25, 8), (33, 8))
-#: Microseconds that a message takes from one GPU to another; it hardly matters.
-_LATENCY_US = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Family:
         """Of :func:`asyncdiff.parallelize`, with so many exact steps at both ends."""
         warmup, exact_tail = end
         return {**vars(self), "warmup": warmup, "exact_tail": exact_tail}
+
+    def text(self, end: tuple[int, int]) -> str:
+        """The same in short."""
+        return f"{self.schedule} N={self.components} S={self.stride} w={end[0]} tail={end[1]}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,8 @@ class Trial:
         learned = "".join(f", {k} {v:.4f}" for k, v in self.fidelity.learned.items())
         settings += ", calibrated" if self.calibration is not None else ""
         return (
-            f"{settings}: {self.speedup:.2f} times the speed, {self.fidelity.psnr_db:.1f} dB, "
-            f"SSIM {self.fidelity.ssim:.3f}{learned}"
+            f"{settings}: predicted {self.speedup:.2f} times the speed, "
+            f"{self.fidelity.psnr_db:.1f} dB, SSIM {self.fidelity.ssim:.3f}{learned}"
         )
 
 
@@ -127,48 +136,51 @@ def tune(
     Raises TuneError, which names the best setting tried, where none is good enough; InputError for
     targets that make no sense, MetricError where LPIPS cannot be computed here.
     """
+    where, ranks = check_request(
+        prompts, psnr_db=psnr_db, max_lpips=max_lpips, devices=devices, ranks=ranks,
+        calibrate_on=calibrate_on,
+    )  # fmt: skip
     good, learned = _target(psnr_db, max_lpips)
-    if not prompts:
-        raise InputError("tune() needs prompts: those that you care for")
-    where = resolve(devices, len(devices) if devices is not None else 2)
-    ranks = ranks or max(2, len(set(where)))
-    if ranks < 2:
-        raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
-    if calibrate_on is not None and set(calibrate_on) & set(prompts):
-        raise InputError("calibrate_on and prompts share some: judge by others than were fitted")
+    told = progress or (lambda what, done, total: None)
 
     def arguments(texts: Sequence[str], first_seed: int) -> dict[str, Any]:
         noise = [torch.Generator("cpu").manual_seed(first_seed + i) for i in range(len(texts))]
         own = {"prompt": list(texts), "generator": noise, **dict(call or {})}
         return own | {"num_inference_steps": num_inference_steps, "output_type": "pt"}
 
-    def draw() -> torch.Tensor:
-        with torch.no_grad():
-            images: torch.Tensor = pipe(**arguments(prompts, seed)).images
+    def draw(what: str) -> torch.Tensor:
+        with torch.no_grad(), _steps(pipe, what, num_inference_steps, told) as watched:
+            images: torch.Tensor = pipe(**arguments(prompts, seed), **watched).images
         return images.float().cpu()
 
-    def attempt(family: Family, end: tuple[int, int], speedup: float) -> Trial:
+    def attempt(family: Family, end: tuple[int, int], speedup: float, what: str) -> Trial:
         settings = family.arguments(end)
         devices = [where[r % len(where)] for r in range(family.ranks)]
         # The split is that which the user will get: it decides what is stale.
-        handle = parallelize(pipe, devices, compile=False, **settings)
+        handle = parallelize(pipe, devices, compile=False, progress=told, **settings)
         try:
             calibration = None
             if calibrate_on is not None and family.schedule == "wavefront":
                 calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
-            close = fidelity(draw(), reference, prompts, learned)
+            close = fidelity(draw(what), reference, prompts, learned)
         finally:
             handle.restore()
         return Trial(settings, speedup, close, calibration)
 
-    reference = draw()
+    reference = draw("drawing with the plain pipeline")
     families = _families(ranks)
     links = link_speed(where)
-    speeds = {id(f): _speedups(pipe, f, num_inference_steps, where[0], links) for f in families}
+    denoiser = _Measured(pipe, where[0], call or {}, told)
+    speeds = {}
+    for number, family in enumerate(families):
+        told("predicting speeds", number, len(families))
+        speeds[id(family)] = denoiser.speedups(family, num_inference_steps, links)
+    told("predicting speeds", len(families), len(families))
     families.sort(key=lambda f: -max(speeds[id(f)].values(), default=0.0))
     tried: list[Trial] = []
     best: Trial | None = None
     for number, family in enumerate(families):
+        told("families of settings", number, len(families))
         ends = list(speeds[id(family)])
         low, high = 0, len(ends)
         while low < high:
@@ -178,14 +190,13 @@ def tune(
             if best is not None and speedup <= best.speedup:
                 high = middle  # too slow to be of use, and with more exact steps slower still
                 continue
-            trial = attempt(family, end, speedup)
+            trial = attempt(family, end, speedup, f"trying {family.text(end)}")
             tried.append(trial)
             if good(trial.fidelity):
                 best, high = trial, middle
             else:
                 low = middle + 1
-            if progress is not None:
-                progress(f"trying settings, {len(tried)} so far", number, len(families))
+    told("families of settings", len(families), len(families))
     if not tried:
         raise InputError(f"{num_inference_steps} steps are too few to leave out anything")
     if best is None:
@@ -196,6 +207,37 @@ def tune(
             f"{closest}. Ask for less, or take more steps or fewer devices"
         )
     return Tuned(best, tried)
+
+
+def check_request(
+    prompts: Sequence[str],
+    *,
+    psnr_db: float | None = None,
+    max_lpips: float | None = None,
+    devices: Devices = None,
+    ranks: int | None = None,
+    calibrate_on: Sequence[str] | None = None,
+) -> tuple[list[torch.device], int]:
+    """Where :func:`tune` would try, and how many ranks it would use; raises what it raises for
+    arguments that make no sense, before any work."""
+    _target(psnr_db, max_lpips)
+    if not prompts:
+        raise InputError("tune() needs prompts: those that you care for")
+    where = resolve(devices, len(devices) if devices is not None else 2)
+    ranks = max(2, len(set(where))) if ranks is None else ranks
+    if ranks < 2:
+        raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
+    if calibrate_on is not None:
+        if len(calibrate_on) < 2:
+            raise InputError(
+                "a calibration needs at least two pictures, half of them to judge by: eight or "
+                "more are better"
+            )
+        if set(calibrate_on) & set(prompts):
+            raise InputError(
+                "calibrate_on and prompts share some: judge by others than were fitted"
+            )
+    return where, ranks
 
 
 def _target(
@@ -219,25 +261,67 @@ def _families(ranks: int) -> list[Family]:
     return [f for f in families if f.ranks <= ranks]
 
 
-def _speedups(
-    pipe: Any, family: Family, steps: int, device: torch.device, bytes_per_ms: float
-) -> dict[tuple[int, int], float]:
-    """Predicted speed-up by exact steps at both ends."""
-    copies = family.ranks - family.components + 1
-    parts = plan_partition(pipe, family.components, device=device, copies=copies)
-    report = parts.report().to_dict()
-    links = {"link_gb_per_s": bytes_per_ms / 1e6, "link_latency_us": _LATENCY_US}
-    timing = Timing.from_report(report, **links)
-    out = {}
-    for w, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
-        plan = build(
-            family.components,
-            family.stride,
-            w,
-            steps,
-            schedule=family.schedule,
-            exact_tail=tail,
-            exchanges=parts.exchanges,
+class _Measured:
+    """A pipeline's denoiser, exported and timed once, for every family of settings."""
+
+    def __init__(
+        self, pipe: Any, device: torch.device, call: Mapping[str, Any], told: Progress
+    ) -> None:
+        told("exporting and timing the denoiser", 0, 2)
+        module = find_denoiser(pipe)
+        args = example_inputs(
+            module,
+            scale=getattr(pipe, "vae_scale_factor", 1),
+            height=call.get("height"),
+            width=call.get("width"),
         )
-        out[w, tail] = predict(plan, timing).speedup
-    return out
+        parsed = parse(module, (), args)
+        self._captured = capture(module, parsed)
+        told("exporting and timing the denoiser", 1, 2)
+        self._costs = measure(self._captured, parsed.tensors, device)
+        told("exporting and timing the denoiser", 2, 2)
+
+    def speedups(
+        self, family: Family, steps: int, bytes_per_ms: float
+    ) -> dict[tuple[int, int], float]:
+        """Predicted speed-up by exact steps at both ends."""
+        copies = family.ranks - family.components + 1
+        parts = partition(
+            self._captured, family.components, "auto", costs=self._costs, copies=copies
+        )
+        timing = Timing.from_report(
+            parts.report().to_dict(),
+            link_gb_per_s=bytes_per_ms / 1e6,
+            link_latency_us=LATENCY_US,
+        )
+        out = {}
+        for w, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
+            plan = build(
+                family.components,
+                family.stride,
+                w,
+                steps,
+                schedule=family.schedule,
+                exact_tail=tail,
+                exchanges=parts.exchanges,
+            )
+            out[w, tail] = predict(plan, timing).speedup
+        return out
+
+
+@contextlib.contextmanager
+def _steps(pipe: Any, what: str, steps: int, told: Progress) -> Iterator[dict[str, Any]]:
+    """Tells how many steps a call of the pipeline has taken, where it says so itself: yields what
+    to pass to it."""
+    done = 0
+
+    def stepped(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done = min(done + 1, steps)
+        told(what, done, steps + 1)  # the picture is made after the last step
+        return values
+
+    told(what, 0, steps + 1)
+    accepted = inspect.signature(pipe.__call__).parameters
+    yield {"callback_on_step_end": stepped} if "callback_on_step_end" in accepted else {}
+    told(what, steps + 1, steps + 1)

@@ -1,9 +1,12 @@
 """The command line, mostly with a made-up model: what is printed where, and every exit code."""
 
+import functools
 import json
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 import asyncdiff
 from asyncdiff.cli import main
-from asyncdiff.errors import DeviceError, PlanError
+from asyncdiff.errors import PlanError
 
 
 @pytest.fixture
@@ -65,8 +68,8 @@ def test_plan_json_is_all_there_is_on_stdout(run):
     "argv,said",
     [
         (["plan", "-w", "0"], "warmup"),
-        (["plan", "-w", "60"], "warmup=60 exceeds the 50 steps"),
-        (["plan", "--delay", "1"], "delay belongs"),
+        (["plan", "-w", "60"], "--warmup 60 exceeds the 50 steps"),
+        (["plan", "--delay", "1"], "--delay belongs to --schedule wavefront"),
         (["generate", "model", "-p", "x", "--schedule", "wavefront", "--delay", "2"], "1 to 1"),
         (["calibrate", "--demo", "-N", "3", "--delay", "3"], "1 to 2 ticks"),
         (["plan", "-N", "two"], "--components"),
@@ -77,8 +80,16 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["plan", "--component-ms", "1", "--link-gb-per-s", "0"], "carries nothing"),
         (["plan", "--boundary", "0-1=5"], "--component-ms"),
         (["plan", "--png", "x.png"], "needs times"),
-        (["plan", "model", "--demo"], "not both"),
-        (["demo", "--sampler", "best"], "ddim, dpm, euler"),
+        (["plan", "model", "--demo"], "one of them"),
+        (["plan", "-w", "auto"], "plan needs a number"),
+        (["demo", "--sampler", "best"], "do: ddim, dpm, euler, unipc"),
+        (["generate", "--demo", "-p", "x", "--exact-tail", "60"], "take --exact-tail 49 or less"),
+        (["generate", "--demo", "-p", "x", "--load", "variant=fp16"], "not for --demo"),
+        (["generate", "model", "-p", "x", "--load", "fp16"], "write NAME=VALUE"),
+        (["tune", "--demo", "--psnr", "30", "--ranks", "1"], "--ranks 1: asynchronous"),
+        (["tune", "--demo", "--psnr", "-1"], "--psnr -1.0: a PSNR in dB"),
+        (["calibrate", "--demo", "-p", "house"], "at least two prompts"),
+        (["calibrate", "--demo", "-w", "auto"], "set --warmup to it"),
         (["generate", "model"], "--prompt"),
         (["generate", "model", "-p", "x", "--dtype", "int8"], "--dtype"),
         (["generate", "model", "-p", "x", "-w", "long"], "a number of steps, or auto"),
@@ -88,15 +99,35 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["calibrate", "model", "--demo"], "a model or --demo"),
         (["calibrate", "model"], "--prompt"),
         (["calibrate", "--demo", "--sampler", "best"], "ddim, dpm, euler"),
-        (["calibrate", "--demo", "-w", "60"], "warmup=60 exceeds the 50 steps"),
+        (["calibrate", "--demo", "-w", "60"], "--warmup 60 exceeds the 50 steps"),
         (["tune", "model", "--psnr", "30"], "--prompts-file"),
         (["paint"], "paint"),
     ],
 )
 def test_mistakes_are_exit_code_2_and_no_traceback(run, argv, said):
     code, out, err = run(*argv)
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert said in " ".join(err.replace("│", " ").split())
+    assert code == 2 and out == ""
+    # Alike, whoever finds them: remarks on the way, then one line.
+    *remarks, line = err.splitlines()
+    assert line.startswith("asyncdiff: ") and said in line
+    assert len(remarks) < 2 and not re.search(r" [a-z_]+=", line.split(", as ")[0]), err
+
+
+def test_every_error_of_the_library_is_said_in_flags(monkeypatch):
+    """No setting is named as Python has it, in whatever the library says of one."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    import test_documentation as documentation
+
+    from asyncdiff.cli.flags import flags, in_flags
+
+    for kind, text in documentation._raised():
+        said = in_flags(text.replace("\0", "3"))
+        left = [name for name in flags() if re.search(rf"(?<![\w-]){name}=\S", said)]
+        # What is said of a model in Python, or by a constructor that the command line lacks.
+        assert not left or re.search(r"asyncdiff\.|split=|handle\.|final_sigmas", said), (
+            kind,
+            said,
+        )
 
 
 # --- demo and generate: with a made-up pipeline
@@ -106,28 +137,36 @@ class FakePipe:
     """Draws noise from the generator; an asynchronous one draws it slightly wrong."""
 
     def __init__(self):
+        import torch
+
         self.error = 0
         self.calls = []
-        self.device = None
+        self.unet = torch.nn.Linear(1, 1)
+        self.scheduler = types.SimpleNamespace()
 
     def __call__(
-        self, prompt, num_inference_steps=50, generator=None, callback_on_step_end=None, **rest
+        self,
+        prompt,
+        num_inference_steps=50,
+        guidance_scale=2.0,
+        height=16,
+        generator=None,
+        callback_on_step_end=None,
+        negative_prompt=None,
     ):
         import numpy as np
         import torch
         from PIL import Image
 
-        self.calls.append({"prompt": prompt, "steps": num_inference_steps, **rest})
+        if height % 8:
+            np.dtype("no type")  # some library's ValueError or TypeError
+        call = {"prompt": prompt, "steps": num_inference_steps, "height": height}
+        self.calls.append(call | {"guidance": guidance_scale, "negative": negative_prompt})
         for step in range(num_inference_steps):
             if callback_on_step_end:
                 callback_on_step_end(self, step, 0, {})
-        array = torch.rand(16, 16, 3, generator=generator).numpy() * 200 + self.error
+        array = torch.rand(height, 16, 3, generator=generator).numpy() * 200 + self.error
         return types.SimpleNamespace(images=[Image.fromarray(array.astype(np.uint8))])
-
-    def to(self, device):
-        if device not in ("cpu", "cuda:0", "cuda:1"):
-            raise RuntimeError(f"Expected one of cpu, cuda, not {device}\nmore")
-        self.device = device
 
 
 @pytest.fixture
@@ -135,15 +174,16 @@ def fake(monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("PIL")
     pytest.importorskip("skimage")
+    pytest.importorskip("diffusers")
+    from asyncdiff.cli.subject import Model
+    from asyncdiff.tools import prediction
+
     pipe = FakePipe()
-    seen = {"restored": 0}
+    seen = {"restored": 0, "loaded": []}
 
     def parallelize(given, **options):
         assert given is pipe
         seen.update(options)
-        ranks = options["components"] + options["stride"] - 1
-        if len(options["devices"]) != ranks:
-            raise DeviceError(f"{ranks} ranks need {ranks} devices")
         pipe.error = 9
 
         def restore():
@@ -151,6 +191,8 @@ def fake(monkeypatch):
             seen["restored"] += 1
 
         class Report:
+            prepare_s = 0.0
+
             def to_dict(self):
                 return {"ticks": 3, "exposed_ms": float("nan")}
 
@@ -167,15 +209,14 @@ def fake(monkeypatch):
 
         return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
 
-    model = types.ModuleType("asyncdiff.demo.model")
-    model.known_prompts = lambda: [f"picture {i}" for i in range(20)]
-    model.load = lambda device, dtype=None, scheduler="ddim": pipe
-    monkeypatch.setattr("asyncdiff.demo.model", model)
+    def pipeline(self, device, sampler=None):
+        seen["loaded"].append((self.model, device, sampler))
+        return pipe
+
     monkeypatch.setattr(asyncdiff, "parallelize", parallelize, raising=False)
-    devices = types.ModuleType("asyncdiff.runtime.devices")
-    devices.resolve = lambda given, ranks: given or ["cpu"] * ranks
-    monkeypatch.setitem(sys.modules, "asyncdiff.runtime.devices", devices)
-    monkeypatch.setattr("asyncdiff.cli.generate.load", lambda name, dtype: pipe)
+    monkeypatch.setattr(Model, "pipeline", pipeline)
+    timeline = types.SimpleNamespace(speedup=1.75)
+    monkeypatch.setattr(prediction, "predicted", lambda handle, steps: timeline)
     seen["pipe"] = pipe
     return seen
 
@@ -184,25 +225,44 @@ def test_demo(run, fake, tmp_path):
     out_path = tmp_path / "a" / "demo.png"
     code, out, err = run("demo", "--steps", 4, "-S", 2, "-o", out_path)
     assert code == 0 and out_path.exists() and str(out_path) in out
-    assert "picture 3" in out and "mean" in out and "3 ranks share the CPU" in err
-    assert fake["devices"] == ["cpu"] * 3 and fake["restored"] == 1
+    assert "mean" in out and "3 ranks share the CPU" in err
+    assert fake["restored"] == 2 and fake["schedule"] == "wavefront"  # both schedules
+    # No speed of a CPU that stands for three devices, but what the plan says of three.
+    assert "predicted for 3 devices" in out and "1.75 times the speed" in out and "ms" not in out
+    assert run("demo", "--list")[1].count("\n") > 40
 
 
 def test_demo_json(run, fake, tmp_path):
     prompts = ("-p", "a heart", "-p", "a house")
-    code, out, _ = run("demo", "--steps", 3, *prompts, "--json", "-o", tmp_path / "d.png")
-    data = json.loads(out)
+    path = tmp_path / "d.png"
+    options = ("--schedule", "asyncdiff", "--steps", 3)
+    code, out, _ = run("demo", *options, *prompts, "--json", "-o", path)
+    (data,) = json.loads(out)["runs"]
     assert code == 0 and [r["prompt"] for r in data["results"]] == ["a heart", "a house"]
     assert all(20 < r["psnr_db"] < 40 and 0 < r["ssim"] < 1 for r in data["results"])
     assert data["report"] == {"ticks": 3, "exposed_ms": None}
+    assert data["sampler"] == "SimpleNamespace" and data["dtype"] == "float32"
+    assert (data["width"], data["height"], data["guidance_scale"]) == (16, 16, 2.0)
+    assert data["python"] == (
+        "asyncdiff.parallelize(pipe, devices=['cpu', 'cpu'], components=2, stride=1, warmup=1, "
+        "schedule='asyncdiff', exact_tail=0, time_shift=False)"
+    )
     # the same noise for both ways, other noise for each picture; the first is drawn twice
     assert len(fake["pipe"].calls) == 6
+    from PIL import Image
+
+    (kept,) = json.loads(Image.open(path).text["asyncdiff"])["runs"]
+    assert kept["flags"] == data["flags"] and kept["results"] == data["results"]
 
 
 def test_demo_with_wrong_devices(run, fake, tmp_path):
-    code, out, err = run("demo", "--devices", "cpu,cpu,cpu", "-o", tmp_path / "d.png")
-    assert (code, out) == (2, "") and "2 ranks need 2 devices" in err and "Traceback" not in err
+    out = tmp_path / "d.png"
+    code, text, err = run("demo", "--devices", "cpu,cpu,cpu", "-o", out)
+    assert (code, text) == (2, "") and "3 devices for 2 ranks: --components" in err
     assert run("demo", "--devices", "cpu,,cpu")[0] == 2
+    options = ("--demo", "-p", "x", "--split-guidance", "--devices", "cpu,cpu", "-o", out)
+    code, text, err = run("generate", *options)
+    assert code == 2 and "2 x (--components + --stride - 1)" in err
 
 
 def test_calibrate_and_use_it(run, fake, tmp_path):
@@ -224,27 +284,181 @@ def test_calibrate_and_use_it(run, fake, tmp_path):
     from asyncdiff import Calibration
 
     more = ("--schedule", "wavefront", "--order", path, "-o", tmp_path / "g.png")
-    assert run("generate", "model", "-p", "x", *numbers, *more)[0] == 0
+    code, out, err = run("generate", "model", "-p", "x", *numbers, *more)
+    assert code == 0, err
     assert fake["order"] == Calibration.load(path) and fake["warmup"] == 2
+    assert f"order=Calibration.load('{path}')" in out and f"--order {path}" in out
     more = ("--schedule", "wavefront", "--order", "0.5", "-w", "auto", "-o", tmp_path / "g.png")
     assert run("generate", "model", "-p", "x", *more)[0] == 0
     assert fake["order"] == 0.5 and fake["warmup"] == "auto"
     code, out, _ = run("calibrate", "--demo", "--steps", 6, "--json", "-o", path)
     assert code == 0 and json.loads(out)["tried"]["sequential clean image"] == 0.25
-    assert len(fake["calibrated"]["prompt"]) == 16
+    assert len(fake["calibrated"]["prompt"]) == 16 and fake["loaded"][-1][2] == "ddim"
 
 
 def test_generate_and_compare(run, fake, tmp_path):
     path = tmp_path / "g.png"
     argv = ["generate", "some/model", "-p", "a cat", "--steps", 3, "-o", path, "--height", 16]
-    code, out, _ = run(*argv)
+    code, out, _ = run(*argv, "--sampler", "euler", "--guidance", 5, "--negative", "dogs")
     assert code == 0 and "the report" in out and path.exists()
-    assert fake["pipe"].calls[-1] == {"prompt": "a cat", "steps": 3, "height": 16}
+    call = {"prompt": "a cat", "steps": 3, "height": 16, "guidance": 5, "negative": "dogs"}
+    assert fake["pipe"].calls[-1] == call
+    assert fake["loaded"] == [("some/model", "cpu", "euler")]
+    assert "some/model: FakePipe" in out and "guidance 5.0" in out and "--steps 3" in out
     code, out, _ = run(*argv, "--compare", "--json")
     data = json.loads(out)
     assert code == 0 and data["psnr_db"] > 20 and data["sequential_ms"] > 0
+    assert data["ranks_share_a_device"] and data["predicted_speedup"] == 1.75
     code, _, err = run(*argv, "--devices", "tpu")
-    assert code == 2 and "cannot use tpu" in err and "more" not in err
+    assert code == 2 and "'tpu' is not a device" in err
+    code, _, err = run(*argv[:-2], "--width", 16)
+    assert code == 2 and "FakePipe takes no --width" in err
+
+
+def test_the_time_of_a_picture_is_without_preparation(run, fake, monkeypatch, tmp_path):
+    """However long preparing takes, and whichever picture it is a part of."""
+    import time
+
+    plain = asyncdiff.parallelize
+
+    def slow(pipe, **options):
+        handle = plain(pipe, **options)
+        call = FakePipe.__call__
+
+        def first(self, *args, **more):
+            time.sleep(0.5)
+            monkeypatch.setattr(FakePipe, "__call__", call)
+            return call(self, *args, **more)
+
+        monkeypatch.setattr(FakePipe, "__call__", functools.wraps(call)(first))
+        report = handle.report()
+        report.prepare_s = 0.5
+        handle.report = lambda: report
+        return handle
+
+    monkeypatch.setattr(asyncdiff, "parallelize", slow, raising=False)
+    argv = ["generate", "model", "-p", "a cat", "--steps", 3, "-o", tmp_path / "g.png", "--json"]
+    data = json.loads(run(*argv)[1])
+    assert data["prepare_s"] == 0.5 and 0 < data["asynchronous_ms"] < 400
+
+
+# --- what is written
+
+
+def test_a_picture_is_what_its_name_says(run, fake, tmp_path):
+    from PIL import Image
+
+    for name, kind in (("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c.PNG", "PNG")):
+        path = tmp_path / name
+        assert run("generate", "m", "-p", "x", "--steps", 1, "-o", path)[0] == 0
+        picture = Image.open(path)
+        assert picture.format == kind
+        told = picture.text["asyncdiff"] if kind == "PNG" else picture.getexif()[0x010E]
+        assert json.loads(told)["prompt"] == "x"
+    for name in ("a.gif", "a"):
+        code, _, err = run("generate", "m", "-p", "x", "-o", tmp_path / name)
+        assert code == 2 and "ends in .png, .jpg, .jpeg or .webp" in err
+    code, _, err = run("plan", "--component-ms", 1, "--png", tmp_path / "x.jpg")
+    assert code == 2 and "ends in .png" in err
+
+
+WRITERS = {
+    "demo": ["demo", "-o"],
+    "generate": ["generate", "--demo", "-p", "house", "-o"],
+    "plan": ["plan", "--component-ms", "1", "--png"],
+    "tune": ["tune", "--demo", "--psnr", "20", "--png"],
+    "calibrate": ["calibrate", "--demo", "-o"],
+    "bench": ["bench", "exchange", "--devices", "cpu", "--png"],
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_what_cannot_be_written_is_found_before_the_work(run, monkeypatch, command, tmp_path):
+    from asyncdiff.cli import files
+    from asyncdiff.cli.subject import Model
+
+    def work(*args, **more):
+        raise AssertionError("it has begun to work")
+
+    monkeypatch.setattr(Model, "pipeline", work)
+    if command == "bench":
+        monkeypatch.setattr("asyncdiff_bench.runner.run", work)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path, why in (("file/x.png", "cannot write"), ("folder.png", "is a folder")):
+        code, out, err = run(*WRITERS[command], tmp_path / path)
+        assert (code, out) == (2, "") and why in err.splitlines()[-1]
+
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: Full())
+    code, out, err = run(*WRITERS[command], tmp_path / "x.png")
+    assert (code, out) == (2, "") and err.endswith(": No space left on device\n")
+    assert err.count("\n") == 1
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """A limit on the size of files stands for it: writing really fails."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+        "from asyncdiff.cli import main; "
+        "sys.exit(main(['plan', '--component-ms', '1', '--png', sys.argv[1]]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.png")]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == 2 and b"cannot write" in done.stderr, done.stderr
+
+
+# --- mistakes that a library finds
+
+
+def test_a_librarys_value_error_is_one_line(run, fake, monkeypatch, tmp_path):
+    out = ("-o", tmp_path / "x.png")
+
+    def refuse(self, prompt, height=16, **rest):
+        import statistics
+
+        statistics.NormalDist(0, -1) if height == 100 else None
+        raise ValueError("of the command line's own")
+
+    argv = ["generate", "model", "-p", "x", "--steps", 1, *out]
+    monkeypatch.setattr(FakePipe, "__call__", refuse)
+    refuse.__globals__["__name__"] = "test_cli"
+    code, _, err = run(*argv, "--height", 100)
+    assert code == 2 and err.splitlines()[-1].startswith("asyncdiff: FakePipe refuses: ")
+    # What is raised inside asyncdiff is a fault, and its traceback is wanted.
+    monkeypatch.setattr(
+        "asyncdiff.cli.running._first", lambda output: int("what no library has asked for")
+    )
+    monkeypatch.setattr(FakePipe, "__call__", lambda self, prompt, **rest: None)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(*argv)
+
+
+def test_several_processes_are_refused(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("demo")
+    assert code == 2 and "without torchrun" in err
+    assert run("plan")[0] == 0
+    from asyncdiff import launcher
+
+    launcher.warn_of_processes.cache_clear()
+    with pytest.warns(UserWarning, match="process 1 of 2"):
+        launcher.warn_of_processes()
+    launcher.warn_of_processes()  # once
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    launcher.warn_of_processes.cache_clear()
+    launcher.warn_of_processes()
 
 
 def test_plan_of_a_model(run, fake, monkeypatch):
@@ -320,7 +534,7 @@ def test_errors_of_the_core_and_missing_extras(run, monkeypatch):
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys; from asyncdiff.cli import main; main(['--help']); "
-        "heavy = {'torch', 'numpy', 'diffusers', 'matplotlib', 'asyncdiff_core'}; "
+        "heavy = {'torch', 'numpy', 'diffusers', 'matplotlib'}; "
         "heavy &= set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -334,4 +548,4 @@ def test_help_is_quick_and_imports_nothing_heavy():
 def test_python_m():
     command = [sys.executable, "-m", "asyncdiff", "plan", "-w", "0"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("asyncdiff: warmup")
+    assert done.returncode == 2 and done.stderr.startswith("asyncdiff: --warmup")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from asyncdiff import demo
 from asyncdiff.demo import model as demo_model
 from asyncdiff.demo.words import Vocabulary
 from asyncdiff.errors import InputError
@@ -52,7 +54,7 @@ def test_known_prompts_are_in_the_vocabulary(pipe: Any) -> None:
 def test_structure_is_stable_diffusions(pipe: Any) -> None:
     assert type(pipe.unet).__name__ == "UNet2DConditionModel"
     assert "CrossAttnDownBlock2D" in pipe.unet.config.down_block_types
-    assert set(pipe.components) == {"unet", "scheduler", "word_encoder", "tokenizer"}
+    assert set(pipe.components) == {"unet", "scheduler", "word_encoder"}
     assert sum(p.numel() for p in pipe.unet.parameters()) < 8e6
 
 
@@ -72,6 +74,39 @@ def test_draws_what_the_prompt_says(scheduler: str) -> None:
         assert corners.mean() > 0.97, prompt  # a white page
         # Neighbouring pixels of a picture are alike; those of noise are not.
         assert np.abs(np.diff(image, axis=0)).mean() < 0.05, prompt
+
+
+def test_saved_to_a_folder_and_loaded(pipe: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "emoji"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.save_pretrained(folder)
+        again = demo.EmojiPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    assert demo_model.is_saved(folder) and not demo_model.is_saved(tmp_path)
+    assert again.tokenizer.words == pipe.tokenizer.words
+    assert type(again.scheduler) is type(pipe.scheduler)
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    one, two = (p("red heart", generator=seeded(), **call).images for p in (pipe, again))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_command_line_loads_it_with_any_sampler(tmp_path: Path) -> None:
+    from asyncdiff.cli.subject import Model
+
+    demo_model.load().save_pretrained(tmp_path / "emoji")
+    model = Model(model=str(tmp_path / "emoji"), dtype="float16", load=["local_files_only=true"])
+    pipe = model.pipeline("cpu", "unipc")
+    assert type(pipe).__name__ == "EmojiPipeline" and pipe.unet.dtype == torch.float16
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+    assert type(Model(demo=True).pipeline("cpu", "LMSDiscreteScheduler").scheduler).__name__ == (
+        "LMSDiscreteScheduler"
+    )
+    with pytest.raises(InputError, match="HeunDiscreteScheduler does not suit this model"):
+        Model(demo=True).pipeline("cpu", "HeunDiscreteScheduler")
+    with pytest.raises(InputError, match="cannot load"):
+        Model(model=str(tmp_path / "emoji"), load=["unet=3"]).pipeline("cpu")
 
 
 def test_a_seed_decides_the_picture(pipe: Any) -> None:

@@ -17,6 +17,7 @@ from ...graph.capture import capture
 from ...graph.example_inputs import example_inputs
 from ...graph.hooks import check_hooks
 from ...graph.signature import parse
+from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
@@ -82,6 +83,7 @@ def parallelize(
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
     pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
     """
+    warn_of_processes()
     module = find_denoiser(pipe)
     if getattr(pipe, "transformer_2", None) is not None:
         raise InputError(

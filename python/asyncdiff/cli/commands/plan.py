@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import PlanError
-from . import console
-from . import options as opt
+from ...errors import PlanError
+from .. import console, files
+from .. import options as opt
+from ..failures import asked_of
+from ..subject import Model
 
 
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="A diffusers folder or hub id whose denoiser to split.")
-    ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Split the shipped model.")] = False,
-    components: opt.Components = 2,
-    stride: opt.Stride = 1,
-    warmup: opt.Warmup = 1,
-    steps: opt.Steps = 50,
-    time_shift: opt.TimeShift = False,
-    schedule: opt.Schedule = "asyncdiff",
-    exact_tail: opt.ExactTail = 0,
-    delay: opt.Delay = None,
+    subject: Model,
+    setting: opt.Setting,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -52,47 +45,55 @@ def plan(
     as_json: opt.Json = False,
 ) -> None:
     """Print a plan; with a model its partition; with times the predicted latency."""
-    from ..schedule import plan as plans
-    from ..schedule import text as plan_text
-    from ..schedule.plot import draw
-    from ..schedule.simulate import Timing, predict, summary
+    from ...schedule import plan as plans
+    from ...schedule import text as plan_text
+    from ...schedule.plot import draw
+    from ...schedule.simulate import Timing, predict, summary
 
+    setting.check()
+    with_model = subject.model is not None or subject.demo
+    if with_model:
+        subject.check()
+    if png is not None:
+        if component_ms is None and not with_model:
+            raise typer.BadParameter("--png needs times: give --component-ms, a model or --demo")
+        files.check_picture(png, [".png"])
+    if boundary and component_ms is None:
+        raise typer.BadParameter("--boundary needs --component-ms")
+    components, stride, schedule = setting.components, setting.stride, setting.schedule
+    warmup, steps = _warmup(setting), setting.steps
     numbers: dict[str, Any] = {
-        "time_shift": time_shift, "schedule": schedule, "exact_tail": exact_tail, "delay": delay
+        "time_shift": setting.time_shift, "schedule": schedule,
+        "exact_tail": setting.exact_tail, "delay": setting.delay,
     }  # fmt: skip
     built = plans.build(components, stride, warmup, steps, **numbers)
-    if model is not None and demo:
-        raise typer.BadParameter("give a model or --demo, not both")
-    if png is not None:
-        opt.writable(png)
     links = {
         "link_gb_per_s": link_gb_per_s, "link_latency_us": link_latency_us, "update_ms": update_ms
     }  # fmt: skip
+    times = None if component_ms is None else read_times(component_ms, components)
+    sizes, tails = read_boundaries(boundary or [])
     partition, told, timing = None, "", None
-    if model is not None or demo:
+    if with_model:
         copies = plans.rank_count(components, stride, schedule) - components + 1
-        report = _partition(model, components, device, height, width, copies)
+        report = _partition(subject, components, device, height, width, copies)
         partition, told = report.to_dict(), str(report)
         # Who sends to whom decides how late waves are.
         edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
         built = plans.build(components, stride, warmup, steps, exchanges=edges, **numbers)
         timing = Timing.from_report(partition, **links)
-    if component_ms is not None:  # the user's own times go before measured ones
-        sizes, tails = read_boundaries(boundary or [])
+    if times is not None:  # the user's own go before measured ones
         if timing is not None and not boundary:
             sizes, tails = dict(timing.boundary_bytes), dict(timing.tail_bytes)
-        timing = Timing(read_times(component_ms, components), sizes, tails, **links)
-    elif boundary:
-        raise typer.BadParameter("--boundary needs --component-ms")
+        timing = Timing(times, sizes, tails, **links)
     timeline = None if timing is None else predict(built, timing)
     if png is not None:
-        if timeline is None:
-            raise typer.BadParameter("--png needs times: give --component-ms, a model or --demo")
+        assert timeline is not None
         draw(timeline, png)
     if as_json:
         console.emit_json(
             {
-                "components": components, "stride": stride, "warmup": warmup, "steps": steps,
+                "model": subject.name if with_model else None, "components": components,
+                "stride": stride, "warmup": warmup, "steps": steps, **numbers,
                 "ranks": built.ranks, "ticks": len(built.ticks),
                 "plan": plan_text.to_text(built).splitlines(),
                 "partition": partition,
@@ -104,7 +105,8 @@ def plan(
     out = console.stdout()
     if told:
         out.print(told + "\n", markup=False)
-    out.print(plan_text.grid(built), markup=False)
+    width = out.width if out.is_terminal else None
+    out.print(plan_text.grid(built, width), markup=False)
     out.print(
         f"\n{built.ranks} ranks, {len(built.ticks)} ticks for {steps} steps; a cell is the "
         "timestep index, * delivers a noise prediction, x marks exact steps",
@@ -121,30 +123,32 @@ def plan(
         out.print(f"timeline: {png.resolve()}", markup=False)
 
 
+def _warmup(setting: opt.Setting) -> int:
+    warmup = opt.read_warmup(setting.warmup)
+    if isinstance(warmup, str):
+        raise PlanError(
+            "--warmup auto: how many steps that are shows in a run; plan needs a number"
+        )
+    return warmup
+
+
 def _partition(
-    model: str | None,
+    subject: Model,
     components: int,
     device: str,
     height: int | None,
     width: int | None,
     copies: int,
 ) -> Any:
-    from ..integrations.diffusers.pipeline import plan_partition
+    from ...integrations.diffusers.pipeline import plan_partition
 
-    if model is None:
-        import torch
-
-        from ..demo import model as demo_model
-
-        pipe = demo_model.load("cpu", torch.float32)
-    else:
-        from .generate import load
-
-        pipe = load(model, "float32" if device == "cpu" else "float16")
+    usual = "float32" if device == "cpu" or subject.demo else "float16"
+    pipe = replace(subject, dtype=subject.dtype or usual).pipeline("cpu")
     console.remark(f"capturing and measuring the denoiser on {device}")
-    partition = plan_partition(
-        pipe, components, device=device, height=height, width=width, copies=copies
-    )
+    with asked_of(type(pipe).__name__):
+        partition = plan_partition(
+            pipe, components, device=device, height=height, width=width, copies=copies
+        )
     return partition.report()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import console
-from . import options as opt
+from .. import console
+from .. import options as opt
 
 
 def doctor(as_json: opt.Json = False) -> None:
     """Look at versions, GPUs and the links between them (peer access is really tried)."""
-    from ..tools.doctor import collect, tell
+    from ...tools.doctor import collect, tell
 
     with console.progress() as bar:
         task = bar.add_task("looking", total=4)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
-from . import options as opt
+from .. import console, files
+from .. import options as opt
 
 if TYPE_CHECKING:
     from asyncdiff_bench.machine import Machine
@@ -78,10 +78,10 @@ def exchange(
     if list_only:
         _list(machine)
         return
-    for path in (out, png):
-        if path is not None:
-            opt.writable(path)
+    if out is not None:
+        files.check_writable(out)
     if png is not None:
+        files.check_picture(png, [".png"])
         from asyncdiff_bench.plot import check, draw
 
         check(case.key for case in chosen)
@@ -108,7 +108,7 @@ def _machine(text: str | None) -> Machine:
     """Ranks on the devices asked for; all GPUs, else the CPU. Raises DeviceError, BenchError."""
     from asyncdiff_bench.machine import Machine
 
-    from ..runtime.devices import resolve
+    from ...runtime.devices import resolve
 
     asked = opt.read_devices(text, 1)
     if asked is None:
