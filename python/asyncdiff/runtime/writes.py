@@ -44,7 +44,7 @@ class Writes:
         return self.unchanged(tensor, seen.value)
 
     def unchanged(self, tensor: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether a tensor still has this value, bit for bit; on a GPU True, until :meth:`check`."""
+        """Whether a tensor still has this value, by its bits; on a GPU True until :meth:`check`."""
         equal = _bits(tensor) == _bits(value)
         if not _waits(tensor.device):
             return bool(equal.all())
