@@ -250,10 +250,10 @@ class AsyncDenoiser:
             call = self.parse(args, kwargs)
             self._check(call)
             used = self._generation.engine if self._generation and self.active else None
-            if used is not None and call.signature != used.signature:
+            if used is not None and not self.fits(call):
                 raise InputError(
-                    "a generation with other inputs is under way, whose engine may have to make "
-                    "room: prepare before it or after it"
+                    "a generation with other inputs or options is under way, whose engine may "
+                    "have to make room: prepare before it or after it"
                 )
             self._prepared(call)
             if steps is not None:
@@ -282,10 +282,10 @@ class AsyncDenoiser:
             tail = Phase(self._engines.whole(call), _exact(after), steps - after, main=False)
             phases.append(tail)
         for phase in phases:
-            phase.engine.prepare(phase.plan)
+            self._engines.prepare(phase.engine, phase.plan)
         if self.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then
             for warmup in range(1, phases[0].plan.warmup):
-                engine.prepare(self.plan(steps, warmup=warmup))
+                self._engines.prepare(engine, self.plan(steps, warmup=warmup))
         return phases
 
     def _check_steps(self, steps: int) -> None:

@@ -4,11 +4,11 @@ denoiser stays what it was."""
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,9 +22,11 @@ from ..partition.cost import fused, link_speed, measure
 from ..partition.ownership import Split
 from ..partition.partition import Partition, partition
 from ..progress import Progress, bar
-from ..schedule.plan import ring
+from ..schedule.plan import Plan, ring
 from .cfg_parallel import GROUPS, Groups, part
+from .cuda_graphs import reason
 from .engine import Engine
+from .memory import collect, out_of_memory
 from .rebalance import WORTH, WORTH_COMPILING, component_ms, next_cut
 
 log = logging.getLogger("asyncdiff")
@@ -34,6 +36,7 @@ _KEPT = 4
 
 #: The signature of a call, and what the denoiser was then (:class:`~.module_state.ModuleState`).
 _Kind = tuple[Signature, int]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,13 @@ class EngineCache:
         kind = self._kind(call)
         if kind not in self._kept:
             making = self._making
-            made = self._team(call, making.components, making.devices, making.guidance == "split")
-            while len(self._kept) >= _KEPT:
-                self._drop(next(iter(self._kept)))
+            split = making.guidance == "split"
+            self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
+            made = self._with_room(
+                lambda: self._team(call, making.components, making.devices, split)
+            )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
-            if kind in self._kept:
-                self._drop(kind)
+            self._drop([k for k in self._kept if k == kind])
             self._kept[kind] = [made]
         self._kept.move_to_end(kind)
         self._number = kind[1]
@@ -103,22 +107,45 @@ class EngineCache:
         if made is None:
             first = self._making.devices[0]
             others = [d for d in self._making.devices if d != first] or [first]
-            made = self._team(call, 1, [first, others[0]], True)
+            made = self._with_room(lambda: self._team(call, 1, [first, others[0]], True), kind)
             self._whole[kind] = made
             self._kept[kind].append(made)
         return made
 
+    def prepare(self, engine: Engine | Groups, plan: Plan) -> None:
+        """Make an engine of the calls that were asked for last ready for ``plan``."""
+        self._with_room(lambda: engine.prepare(plan), next(reversed(self._kept)))
+
     def close(self) -> None:
         """Free all engines."""
-        for kind in list(self._kept):
-            self._drop(kind)
-        if self._making.devices[0].type == "cuda":
-            _collect()
+        self._drop(list(self._kept))
 
-    def _drop(self, kind: _Kind) -> None:
-        self._whole.pop(kind, None)
-        for engine in self._kept.pop(kind):
-            engine.close()
+    def _drop(self, kinds: Sequence[_Kind]) -> None:
+        for kind in kinds:
+            self._whole.pop(kind, None)
+            for engine in self._kept.pop(kind):
+                engine.close()
+        if kinds and self._making.devices[0].type == "cuda":
+            collect()
+
+    def _with_room(self, work: Callable[[], _T], mine: _Kind | None = None) -> _T:
+        """What ``work`` for calls of ``mine`` returns; should there be no memory for it, it is done
+        again without the engines of all other calls. Raises what it raises the second time."""
+        try:
+            return work()
+        except Exception as e:
+            others = [k for k in self._kept if k != mine]
+            if not others or not out_of_memory(e):
+                raise
+            log.warning(
+                "there is no memory for one more kind of calls (%s): what was prepared for the "
+                "%d others is dropped",
+                reason(e),
+                len(others),
+            )
+        # Only now: the exception holds what was half made.
+        self._drop(others)
+        return work()
 
     def _team(
         self, call: Call, components: int, devices: Sequence[torch.device], split: bool
@@ -169,13 +196,13 @@ class EngineCache:
     ) -> Engine:
         """An engine of ``parts``, in place of one of ``otherwise``, that was closed; should there
         be no memory for it, one of ``otherwise`` again."""
-        _collect()
+        collect()
         try:
             return self._engine(call, parts, devices)
         except Exception as e:
             log.warning("the denoiser stays cut as it was before: %s", str(e))
         # Only now: the exception, which a log would keep, holds what was made of the engine.
-        _collect()
+        collect()
         return self._engine(call, otherwise, devices)
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
@@ -217,9 +244,3 @@ class EngineCache:
             bytes_per_ms=self._bytes_per_ms,
             copies=copies,
         )
-
-
-def _collect() -> None:
-    """Free what closed engines had: programs refer to themselves, and torch keeps their memory."""
-    gc.collect()
-    torch.cuda.empty_cache()

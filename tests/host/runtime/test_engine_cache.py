@@ -1,0 +1,115 @@
+"""How many engines there are at once, and what becomes of them where memory is short."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from toys import toy, toy_call
+
+from asyncdiff import AsyncDenoiser
+from asyncdiff.runtime import engine_cache
+from asyncdiff.runtime.engine import Engine
+
+SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
+
+
+class Memory:
+    """So many engines fit at once; of those that there are."""
+
+    def __init__(self) -> None:
+        self.engines: set[int] = set()
+        self.room = self.most = 100
+        self.tries = 0
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    state = Memory()
+    state.most = 0
+
+    class Counted(Engine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            state.tries += 1
+            if len(state.engines) >= state.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+            state.engines.add(id(self))
+            state.most = max(state.most, len(state.engines))
+            super().__init__(*args, **options)
+
+        def close(self) -> None:
+            state.engines.discard(id(self))
+            super().close()
+
+    monkeypatch.setattr(engine_cache, "Engine", Counted)
+    return state
+
+
+@pytest.fixture
+def denoiser() -> Iterator[AsyncDenoiser]:
+    made = AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLIT)
+    yield made
+    made.close()
+
+
+def test_one_has_to_go_before_another_is_made(memory: Memory, denoiser: AsyncDenoiser) -> None:
+    for batch in (1, 2, 3, 4, 5, 1):
+        denoiser.prepare(**toy_call(batch=batch))
+    assert (memory.most, memory.tries) == (4, 6)
+
+
+def test_others_are_dropped_where_memory_is_short(
+    memory: Memory, denoiser: AsyncDenoiser, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory.room = 2
+    with caplog.at_level(logging.WARNING, "asyncdiff"):
+        for batch in (1, 2, 3):
+            denoiser.prepare(**toy_call(batch=batch))
+    assert len(memory.engines) == 1 and memory.tries == 4
+    (said,) = caplog.records
+    assert "no memory for one more kind" in said.getMessage()
+    memory.room = 1
+    denoiser.prepare(**toy_call(batch=1))
+    assert len(memory.engines) == 1 and memory.tries == 6
+    memory.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        denoiser.prepare(**toy_call(batch=2))
+    assert memory.tries == 8 and not memory.engines
+    with pytest.raises(torch.OutOfMemoryError):  # there is nothing to drop
+        denoiser.prepare(**toy_call(batch=2))
+    assert memory.tries == 9
+
+
+def test_other_failures_drop_nothing(
+    memory: Memory, denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser.prepare(**toy_call(batch=1))
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise ValueError("out of luck")
+
+    monkeypatch.setattr(engine_cache, "Engine", fails)
+    with pytest.raises(ValueError, match="out of luck"):
+        denoiser.prepare(**toy_call(batch=2))
+    assert len(memory.engines) == 1
+
+
+def test_graphs_have_room_made_for_them_too(
+    memory: Memory, denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for batch in (1, 2, 3):
+        denoiser.prepare(**toy_call(batch=batch))
+    tries = []
+
+    def prepare(engine: Engine, plan: Any) -> None:
+        tries.append(len(memory.engines))
+        if len(memory.engines) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "prepare", prepare)
+    denoiser.prepare(**toy_call(batch=2), steps=4)
+    assert tries == [3, 1]
+    assert next(iter(denoiser._engines._kept))[0].inputs[0].shape[0] == 2
