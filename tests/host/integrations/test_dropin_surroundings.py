@@ -8,7 +8,6 @@ import threading
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import reference
 import torch
@@ -18,32 +17,10 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.signature import Role, parse
-from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.runtime.cfg_parallel import part
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 XL = reference.case("sdxl_euler_n2s1w1")
-
-
-def test_where_a_generation_begins() -> None:
-    """What lies in the scheduler's memory says where by its place; else the nearer to the start,
-    then the simpler mapping."""
-    ddim = diffusers.DDIMScheduler()  # 900 … 0: its own mirror image
-    ddim.set_timesteps(10)
-    pndm = diffusers.PNDMScheduler(skip_prk_steps=True)
-    pndm.set_timesteps(10)
-    assert pndm.timesteps[1] == pndm.timesteps[2]
-    for scheduler in (ddim, pndm):
-        for k, t in enumerate(scheduler.timesteps):
-            times = TimestepTracker(scheduler, t)
-            assert (times.mapping, times.start, times.backwards) == ("t", k, False)
-            assert len(times.values) == len(scheduler.timesteps) - k
-    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
-    flow.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8))
-    for k, t in enumerate(flow.timesteps):
-        times = TimestepTracker(flow, (t / 1000).expand(1))
-        assert (times.mapping, times.start, times.backwards) == ("t / n", k, False)
-    assert len(TimestepTracker(flow, flow.timesteps[2], 3).values) == 3
 
 
 @pytest.mark.parametrize(

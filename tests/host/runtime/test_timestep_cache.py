@@ -459,7 +459,11 @@ def test_times_that_differ_from_the_announced_stay_the_calls() -> None:
     sampler.set_timesteps(4)
     first, second = (t.expand(2) / 1000 for t in sampler.timesteps[:2])
     times = TimestepTracker(sampler, first)
-    assert times.mapping == "t / n" and times.start == 0 and float(sampler.timesteps[-1]) == 1.0
+    assert (
+        times.reading.mapping == "t / n"
+        and times.start == 0
+        and float(sampler.timesteps[-1]) == 1.0
+    )
     other = torch.nextafter(second, torch.zeros(2))
     assert times.known(1, other) is other and times.known(2, second) is second
     # Tokens that stay as they are have another time.

@@ -201,7 +201,12 @@ class Handle:
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self._caller, "num_timesteps", None)
             self._short = 0
-            return self._begin(TimestepTracker(scheduler, time, steps), time)
+            return self._begin(TimestepTracker(scheduler, time, steps, old), time)
+        if denoiser.step == old.telling:
+            corrected = old.corrected(denoiser.step, time)
+            if corrected is not None:
+                log.info("timesteps turned out to be %s: the rest begins", corrected.reading.way)
+                return self._begin(corrected, time)
         if not denoiser.fits(call, options=self._watching):
             # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
             # generation of its own, if this is the step that was due.
@@ -245,7 +250,7 @@ class Handle:
         if self.denoiser.schedule != "wavefront":
             return None
         assert self._times is not None
-        whole = clean_image(scheduler, backwards=self._times.backwards)
+        whole = clean_image(scheduler, backwards=self._times.reading.backwards)
         return whole.of_steps(self._times.start, self._times.values.shape[0])
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
