@@ -16,7 +16,7 @@ from .graph.signature import Call, Role, argument_names
 from .progress import bar
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import clean_image
-from .sampling.fit import fit
+from .sampling.fit import check_pictures, fit
 from .sampling.predictor import default_order
 from .sampling.scheduler import check_scheduler
 
@@ -211,6 +211,7 @@ def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
         raise PlanError("only waves are calibrated: take schedule='wavefront'")
     if denoiser.auto_warmup is not None:
         raise PlanError("a calibration is for a fixed number of exact steps: set warmup to it")
+    check_pictures(request.latents)
     warmup, tail = cast(int, denoiser.warmup), denoiser.exact_tail
     with denoiser.own_modes(), bar(denoiser.progress) as progress:
         _set_timesteps(request)

@@ -25,7 +25,7 @@ from .predictor import Estimate
 
 #: Terms of a step, in the order of its coefficients.
 TERMS = ("slope", "curve", "noise", "noise_slope")
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Calibration:
     newest step known in step k, and ``coefficients[k]`` are the weights of :data:`TERMS`; where
     another step is the newest, or there are no coefficients, it is held. ``tried`` has the relative
     L2 distance to the sequential latents, by the way of predicting, of the pictures kept for that.
+    ``sampler`` is the scheduler that took the steps: its class, and how it is configured.
     """
 
     shape: Shape
@@ -55,6 +56,7 @@ class Calibration:
     newest: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...]
     tried: Mapping[str, float] = field(default_factory=dict, hash=False)
+    sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     depth = 3
     noise = True
@@ -81,6 +83,12 @@ class Calibration:
                     f"the calibration was made with {name}={was}, not {now}: call calibrate() with "
                     "these settings, or set order=None"
                 )
+        if self.sampler and clean.sampler and self.sampler != clean.sampler:
+            raise PlanError(
+                f"the calibration was made for {_scheduler(self.sampler, clean.sampler)}, not "
+                f"{_scheduler(clean.sampler, self.sampler)}: call calibrate() with this scheduler, "
+                "or set order=None"
+            )
         levels = zip((*self.alpha, *self.sigma), (*clean.alpha, *clean.sigma), strict=False)
         same = len(self.alpha) == len(clean.alpha)
         if not same or any(not math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in levels):
@@ -112,6 +120,15 @@ class Calibration:
                 f"{path} is no calibration of this version of asyncdiff ({e}): make one with "
                 "calibrate()"
             ) from e
+
+
+def _scheduler(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """A scheduler by its class and, where that is the other's, by what is configured otherwise."""
+    name = str(one["class"])
+    if name != other["class"]:
+        return name
+    differs = sorted(k for k in {*one, *other} if one.get(k) != other.get(k))
+    return f"{name}({', '.join(f'{k}={one.get(k)!r}' for k in differs)})"
 
 
 def terms(

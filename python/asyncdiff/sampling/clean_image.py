@@ -7,9 +7,10 @@ x0 is a weighted sum of z and of the prediction, and the prediction one of z and
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ class CleanImage:
     """At step k: x0 = ``of_input[k]`` · z + ``of_output[k]`` · prediction.
 
     z is the denoiser's input as it is given to it, scaled by the scheduler, and ``alpha[k]`` and
-    ``sigma[k]`` are the shares of x0 and ε in it.
+    ``sigma[k]`` are the shares of x0 and ε in it. ``sampler`` says which scheduler takes the steps
+    (:func:`sampler_of`).
     """
 
     of_input: tuple[float, ...]
     of_output: tuple[float, ...]
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
+    sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def log_snr(self) -> tuple[float, ...]:
@@ -45,7 +48,8 @@ class CleanImage:
     def of_steps(self, start: int, steps: int) -> CleanImage:
         """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
         schedule, and one pipeline may leave the end to another."""
-        return CleanImage(*(values[start : start + steps] for values in astuple(self)))
+        each = (self.of_input, self.of_output, self.alpha, self.sigma)
+        return CleanImage(*(values[start : start + steps] for values in each), self.sampler)
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""
@@ -63,14 +67,42 @@ class CleanImage:
         return (x0 - self.of_input[step] * z.to(x0.dtype)) / self.of_output[step]
 
 
+#: What of a scheduler's configuration decides about the noise of its steps only: α and σ tell that.
+_OF_LEVELS = {
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
+    "steps_offset",
+    "timestep_spacing",
+    "trained_betas",
+}
+
+
+def sampler_of(scheduler: Any) -> dict[str, Any]:
+    """How a scheduler steps, besides the noise of its steps: the name of its class, and its
+    configuration as plain data."""
+    found = {
+        str(k): v
+        for k, v in dict(scheduler.config).items()
+        if not str(k).startswith("_") and k not in _OF_LEVELS
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str, sort_keys=True))
+    return {"class": type(scheduler).__name__, **plain}
+
+
 def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
-    """The weights for every step of a diffusers scheduler whose timesteps are set.
+    """The weights for every step of a diffusers scheduler whose timesteps are set, and who steps.
 
     ``backwards``: the pipeline counts time from the other end (1 − t/n, as Lumina 2 does), so that
     the denoiser predicts x0 − ε where others of its kind predict ε − x0.
 
     Raises SchedulerError where α and σ cannot be had, or x0 does not follow from the prediction.
     """
+    return replace(_weights(scheduler, backwards), sampler=sampler_of(scheduler))
+
+
+def _weights(scheduler: Any, backwards: bool) -> CleanImage:
     count = len(check_scheduler(scheduler))
     name = type(scheduler).__name__
     sigmas = getattr(scheduler, "sigmas", None)

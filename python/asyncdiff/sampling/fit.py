@@ -65,12 +65,8 @@ def fit(
     ``order``: of the line that is tried beside. ``progress`` is told steps done, and of how many.
     Runs five generations in turn, the first of them exactly.
     """
+    check_pictures(latents)
     pictures = len(latents)
-    if pictures < 2:
-        raise InputError(
-            "a calibration needs at least two pictures, half of them to judge by: eight or more "
-            "are better"
-        )
     trials = _Trials(begin, latents.float(), sampler, clean, progress)
     trials.sequential()
     fitted, judging = range(0, pictures, 2), list(range(1, pictures, 2))
@@ -99,7 +95,17 @@ def fit(
         newest=tuple(max(trials.known[k], default=k) for k in steps),
         coefficients=tuple(found.get(k, (0.0,) * len(TERMS)) for k in steps),
         tried=tried,
+        sampler=clean.sampler,
     )
+
+
+def check_pictures(latents: torch.Tensor) -> None:
+    """Raise InputError where there are too few for a fit: before anything is prepared."""
+    if len(latents) < 2:
+        raise InputError(
+            "a calibration needs at least two pictures, half of them to judge by: eight or more "
+            "are better"
+        )
 
 
 class _Trials:

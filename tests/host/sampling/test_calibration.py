@@ -259,10 +259,31 @@ def test_saved_and_read(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path / "c.json") == calibration
     assert hash(Calibration.load(tmp_path / "c.json")) == hash(calibration)
     text = (tmp_path / "c.json").read_text()
-    for wrong in ("", "[]", "{}", text.replace('"version": 2', '"version": 1')):
+    for wrong in ("", "[]", "{}", text.replace('"version": 3', '"version": 2')):
         (tmp_path / "c.json").write_text(wrong)
         with pytest.raises(PlanError, match="is no calibration"):
             Calibration.load(tmp_path / "c.json")
+
+
+def test_another_scheduler_is_refused(tmp_path: Path) -> None:
+    """Of the same noise levels: how it steps is what a calibration is fitted to, too."""
+    module, call = toy(), toy_call()
+    conditioning = {"encoder_hidden_states": call["encoder_hidden_states"]}
+    scheduler = sampler_of("DDIMScheduler", STEPS)
+    denoiser = waves(module, 2, 1)
+    calibration = denoiser.calibrate(call["sample"], conditioning, scheduler)
+    assert calibration.sampler["class"] == "DDIMScheduler"
+    calibration.save(tmp_path / "c.json")
+    denoiser.order = Calibration.load(tmp_path / "c.json")
+    denoiser.generate(call["sample"], conditioning, scheduler)
+    other = type(scheduler).from_config(scheduler.config, clip_sample=True)
+    other.set_timesteps(STEPS)
+    with pytest.raises(PlanError, match=r"for DDIMScheduler\(clip_sample=False\), not .*=True\)"):
+        denoiser.generate(call["sample"], conditioning, other)
+    parallel = diffusers.DDIMParallelScheduler.from_config(scheduler.config)
+    parallel.set_timesteps(STEPS)
+    with pytest.raises(PlanError, match="for DDIMScheduler, not DDIMParallelScheduler: call"):
+        denoiser.generate(call["sample"], conditioning, parallel)
 
 
 def test_what_cannot_be_calibrated_says_why() -> None:
@@ -276,6 +297,8 @@ def test_what_cannot_be_calibrated_says_why() -> None:
     one = {k: v[:1] for k, v in conditioning.items()}
     with pytest.raises(InputError, match="at least two pictures"):
         denoiser.calibrate(call["sample"][:1], one, scheduler)
+    with pytest.raises(InputError, match="nothing was captured"):  # said before any work
+        _ = denoiser.partition
     clipping = diffusers.DDIMScheduler()
     clipping.set_timesteps(STEPS)
     with pytest.raises(SchedulerError):
