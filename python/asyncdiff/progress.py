@@ -1,40 +1,101 @@
-"""How far long preparations are."""
+"""How far long preparations are, told to whoever shows it.
+
+What takes long says so by :func:`stage` or :func:`tell`; who is told is decided further out, by
+:func:`bar` or :func:`within`, so that nothing in between has to pass it on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
-#: Called with what is done, how much of it, and of how much.
+#: Called with what is done, how much of it, and of how much. The last call of each has both equal.
 Progress = Callable[[str, int, int], None]
+
+_listening: ContextVar[tuple[Progress, ...]] = ContextVar("asyncdiff_progress", default=())
+
+
+def tell(what: str, done: int, total: int) -> None:
+    """Tell everybody who listens."""
+    for progress in _listening.get():
+        progress(what, done, total)
+
+
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Something that takes a while and whose parts are not counted."""
+    tell(what, 0, 1)
+    try:
+        yield
+    finally:
+        tell(what, 1, 1)
+
+
+@contextlib.contextmanager
+def within(progress: Progress) -> Iterator[None]:
+    """Let ``progress`` listen meanwhile, too."""
+    before = _listening.get()
+    now = _listening.set(before if progress in before else (*before, progress))
+    try:
+        yield
+    finally:
+        _listening.reset(now)
 
 
 @contextlib.contextmanager
 def bar(progress: Progress | None) -> Iterator[Progress]:
-    """``progress`` itself, or a bar on stderr where that is a terminal; it vanishes at the end."""
-    if progress is not None:
-        yield progress
-        return
+    """Let ``progress`` listen meanwhile; where nobody does, a bar on stderr, if that is a terminal,
+    which vanishes at the end. What it yields tells them."""
+    with contextlib.ExitStack() as stack:
+        if progress is not None:
+            stack.enter_context(within(progress))
+        elif not _listening.get():
+            stack.enter_context(within(stack.enter_context(_terminal())))
+        yield tell
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[Progress]:
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield _nobody
         return
     from rich.console import Console
     from rich.errors import LiveError
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     with contextlib.ExitStack() as stack:
-        shown = Bar(console=Console(stderr=True), transient=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        shown = Bar(*columns, console=Console(stderr=True), transient=True)
         try:
             stack.enter_context(shown)
         except LiveError:  # the program draws a bar of its own already
-            yield lambda what, done, total: None
+            yield _nobody
             return
-        tasks = {}
+        yield Tasks(shown)
 
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done)
 
-        yield update
+def _nobody(what: str, done: int, total: int) -> None:
+    pass
+
+
+class Tasks:
+    """A :data:`Progress` that shows what is under way in a bar of rich's: what is not counted as
+    one that runs to and fro, and nothing of what is done."""
+
+    def __init__(self, shown: Any) -> None:
+        self._shown = shown
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        shown = self._shown
+        if done >= total:
+            if what in self._tasks:
+                shown.remove_task(self._tasks.pop(what))
+            return
+        if what not in self._tasks:
+            self._tasks[what] = shown.add_task(what, total=total if total > 1 else None)
+        shown.update(self._tasks[what], completed=done)

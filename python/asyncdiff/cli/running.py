@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from ..errors import InputError
+from ..progress import Tasks
 from .console import remark
 from .failures import asked_of
 from .flags import as_flags, as_python, flags
@@ -20,22 +21,15 @@ class Preparing:
     """Shows how far preparations are in whatever bar is open; see :mod:`asyncdiff.progress`."""
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._tasks: dict[str, TaskID] = {}
+        self._told: Tasks | None = None
 
     def within(self, bar: Progress) -> None:
         """Use this bar from now on."""
-        self._bar = bar
-        self._tasks.clear()
+        self._told = Tasks(bar)
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is None:
-            return
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done, total=total, visible=done < total)
-        if done >= total:
-            del self._tasks[what]
+        if self._told is not None:
+            self._told(what, done, total)
 
 
 def pick(text: str | None, setting: Waves, groups: int = 1) -> list[str]:

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..progress import stage
 from .side_effects import SideEffects
 from .signature import Call, Role, Signature
 
@@ -118,7 +119,8 @@ def capture(module: nn.Module, call: Call) -> Captured:
     kwargs = pytree.tree_unflatten(leaves, call.spec)
     effects = SideEffects(module)
     try:
-        with _exporting, torch.no_grad(), effects.watched():
+        watched = effects.watched()
+        with _exporting, torch.no_grad(), watched, stage("exporting the denoiser"):
             program = torch.export.export(module, (), kwargs, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 # In-place operations have no place in a graph that is cut into pieces.

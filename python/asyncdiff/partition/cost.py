@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..graph.capture import Captured, nbytes_of, tensors_of
 from ..graph.program import on_device, resolve
+from ..progress import tell
 
 #: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
 _BLOCK_NODES = 128
@@ -146,6 +147,7 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
     timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     with on_device(device):
         for start in range(0, len(captured.nodes), _BLOCK_NODES):
+            tell("timing the denoiser's parts", start, len(captured.nodes))
             block = captured.nodes[start : start + _BLOCK_NODES]
             run = _Block(block, values, _bring(captured, block, device), last_reader, device)
             passes = list(timer(run.runs(), device))[1:]
@@ -154,6 +156,7 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
                     0.0 if node in captured.views else statistics.median(p[i] for p in passes)
                 )
             run.forget()
+    tell("timing the denoiser's parts", len(captured.nodes), len(captured.nodes))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Costs(ms, count_macs(captured), f"measured on {name}")
 

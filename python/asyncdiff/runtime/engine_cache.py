@@ -86,9 +86,10 @@ class EngineCache:
             making = self._making
             split = making.guidance == "split"
             self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
-            made = self._with_room(
-                lambda: self._team(call, making.components, making.devices, split)
-            )
+            with bar(making.progress):
+                made = self._with_room(
+                    lambda: self._team(call, making.components, making.devices, split)
+                )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
             self._kept[kind] = [made]

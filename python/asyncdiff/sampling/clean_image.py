@@ -49,7 +49,8 @@ class CleanImage:
         """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
         schedule, and one pipeline may leave the end to another."""
         each = (self.of_input, self.of_output, self.alpha, self.sigma)
-        return CleanImage(*(values[start : start + steps] for values in each), self.sampler)
+        of_input, of_output, alpha, sigma = (values[start : start + steps] for values in each)
+        return CleanImage(of_input, of_output, alpha, sigma, self.sampler)
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""

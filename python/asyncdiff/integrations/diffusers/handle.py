@@ -22,6 +22,7 @@ from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
 from .checks import check_forward
 from .probe import FirstCall, as_generation
+from .step_bar import preparing
 from .subclass import HANDLE, denoiser_class, original, pipeline_class
 from .timesteps import TimestepTracker, is_mixed
 
@@ -49,6 +50,8 @@ class Handle:
         self._interrupting = False
         #: the pipeline that is being called, which may be a copy
         self._caller: Any = None
+        #: the bar of its steps, where it has made one
+        self.shown: Any = None
         #: whether options of the denoiser may change in the middle of a generation
         self._watching = True
         # It would go past the denoiser's class, and be exported in the place of its forward.
@@ -191,7 +194,7 @@ class Handle:
                 raise
             return result
 
-    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
         """Begins a generation where this call does not belong to the one under way; what it returns
         is to be open during the call."""
         denoiser, old = self.denoiser, self._times
@@ -226,16 +229,18 @@ class Handle:
 
     def _begin(
         self, times: TimestepTracker, time: torch.Tensor
-    ) -> contextlib.AbstractContextManager[None]:
+    ) -> contextlib.AbstractContextManager[Any]:
         """Begins a generation of these steps; what it returns is to be open during its first
         call."""
         self._times = times
         self._check_mixed(time)
         left = len(times.values)
         scheduler = (self._caller or self.pipe).scheduler
-        with self.denoiser.at_most(left):
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self.denoiser.at_most(left))
             self.denoiser.start(times.values, self._clean(scheduler))
-        return self.denoiser.at_most(left)
+            opened.enter_context(preparing(self.shown))
+            return opened.pop_all()
 
     def _check_mixed(self, time: torch.Tensor) -> None:
         ahead = self.denoiser.stride > 1 or self.denoiser.time_shift
@@ -268,5 +273,5 @@ class Handle:
             try:
                 return run(pipe, *args, **kwargs)
             finally:
-                self._caller, self._watching = None, True
+                self._caller, self.shown, self._watching = None, None, True
                 self.denoiser.stop()

@@ -122,6 +122,13 @@ def pipeline_class(base: Any) -> type:
                     self.__dict__[HANDLE].check_dtype(dtype)
             return base.to(self, *args, **kwargs)
 
+        def progress_bar(self, *args: Any, **kwargs: Any) -> Any:
+            shown = base.progress_bar(self, *args, **kwargs)
+            handle = self.__dict__.get(HANDLE)
+            if handle is not None:
+                handle.shown = shown
+            return shown
+
         __reduce_ex__, __copy__ = _reduce, _shallow_copy
 
     return _named_like(Parallel, base)

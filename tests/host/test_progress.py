@@ -1,0 +1,105 @@
+"""What is told of long preparations, and to whom."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from typing import Any
+
+import pytest
+
+import asyncdiff
+from asyncdiff import progress
+from asyncdiff.demo import model as demo_model
+from asyncdiff.graph import capture
+
+
+def test_stages_reach_whoever_listens() -> None:
+    heard: list[tuple[str, int, int]] = []
+    with progress.stage("nobody listens"):
+        pass
+    with progress.bar(lambda *told: heard.append(told)), progress.stage("one"):
+        heard.append(("work", 0, 0))
+    assert heard == [("one", 0, 1), ("work", 0, 0), ("one", 1, 1)]
+    heard.clear()
+    also: list[str] = []
+    with (
+        progress.within(lambda what, done, total: also.append(what)),
+        progress.bar(lambda *told: heard.append(told)) as told,
+    ):
+        told("two", 3, 4)
+    assert heard == [("two", 3, 4)] and also == ["two"]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.bar(None) as told, progress.stage("exporting"):
+        told("counted", 1, 3)
+    assert "exporting" in terminal.getvalue() and "counted" in terminal.getvalue()
+
+
+def test_the_pipelines_own_bar_tells_of_preparing_and_does_not_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stood still, and then promised steps as slow as the preparation."""
+    pipe: Any = demo_model.load()
+    kind = type(pipe)
+    bars: list[Any] = []
+    plain = kind.progress_bar
+
+    class Clock:
+        """The bar's clock."""
+
+        now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    clock = Clock()
+
+    def watched(self: Any, *args: Any, **more: Any) -> Any:
+        shown = plain(self, *args, **more)
+        shown._time, shown.start_t, shown.last_print_t = clock, 0.0, 0.0
+        bars.append(shown)
+        said: list[str] = []
+        shown.set_description_str = lambda text, refresh=True: said.append(text)
+        shown.said = said
+        return shown
+
+    export = capture.torch.export.export
+
+    def slow(*args: Any, **more: Any) -> Any:
+        clock.now += 100.0
+        return export(*args, **more)
+
+    monkeypatch.setattr(kind, "progress_bar", watched)
+    monkeypatch.setattr(capture.torch.export, "export", slow)
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2):
+        pipe("red heart", num_inference_steps=3)
+        pipe("red heart", num_inference_steps=3)
+    first, second = bars
+    assert first.said[0] == "exporting the denoiser" and first.said[-1] == ""
+    assert any(text.startswith("timing the denoiser's parts") for text in first.said)
+    assert clock.now == 100.0 and clock.now - first.start_t < 1.0
+    assert not second.said  # nothing was to be prepared
+
+
+def test_a_bar_that_is_switched_off_stays_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    pipe: Any = demo_model.load()
+    pipe.set_progress_bar_config(disable=True)
+    heard: list[str] = []
+    with asyncdiff.parallelize(
+        pipe, ["cpu"] * 2, progress=lambda what, done, total: heard.append(what)
+    ):
+        started = time.perf_counter()
+        pipe("red heart", num_inference_steps=2)
+        assert time.perf_counter() > started
+    assert capfd.readouterr().err == ""
+    assert heard[0] == "exporting the denoiser"
