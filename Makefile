@@ -3,6 +3,7 @@
 # make env    the environment alone
 # make lint   ruff, mypy, clang-format
 # make cuda   compile all CUDA code with nvcc, where there is one
+# make arm    build the host's C++ library for ARM and run its tests in an emulator, if there is one
 # make docs   build the documentation site in out/site
 # make clean  remove what was built (and .venv)
 #
@@ -30,7 +31,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
 
-.PHONY: demo test lint cuda docs clean env
+.PHONY: demo test lint cuda arm docs clean env
 demo: $(STAMPS)/package
 	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
 
@@ -72,6 +73,18 @@ cuda: $(STAMPS)/build
 	cmake -S ../../examples/cpp -B example -Dasyncdiff_core_DIR="$$(python -m asyncdiff_core --cmakedir)"
 	cmake --build example
 	example/exchange
+
+arm: $(STAMPS)/build
+	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
+		echo "make arm: skipped, as there is no cross compiler or no emulator for ARM"
+		echo "(Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user)"
+		exit 0
+	fi
+	export PATH="$(abspath $(BIN)):$$PATH"
+	cmake -S . -B build/arm -G Ninja --toolchain csrc/cmake/aarch64-linux.cmake --log-level=WARNING \
+		-DASYNCDIFF_PYTHON=OFF -DASYNCDIFF_CUDA=off -DASYNCDIFF_TESTS=ON
+	cmake --build build/arm
+	ctest --test-dir build/arm --output-on-failure -j 2
 
 define CHECK_CUDA
 import asyncdiff_core as core

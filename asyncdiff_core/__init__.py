@@ -11,7 +11,16 @@
 CudaFabric does the same between GPUs, on streams and inside CUDA graphs.
 """
 
-from ._core import Buffer, Layout, TensorSpec, build_info, cuda_built, cuda_devices
+try:
+    from ._core import Buffer, Layout, TensorSpec, build_info, cuda_built, cuda_devices
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._core":
+        raise
+    raise ImportError(
+        f"{__path__[0]} holds asyncdiff_core's sources and no extension for this Python: run from "
+        "another folder, so that the installed package is found, or build it here with "
+        "pip install -e ."
+    ) from None
 from .channel import Channel
 from .cuda_graph import replace_memsets
 from .errors import (
@@ -25,7 +34,13 @@ from .errors import (
 )
 from .fabric import CudaFabric, Fabric, HostFabric
 from .nvtx import nvtx_range
-from .paths import get_cmake_dir, get_compile_flags, get_include, get_link_flags
+from .paths import (
+    get_cmake_dir,
+    get_compile_flags,
+    get_include,
+    get_link_flags,
+    get_pkgconfig_dir,
+)
 from .put_costs import PutCosts, put_costs
 from .rendezvous import CallbackRendezvous, Rendezvous, StoreRendezvous
 from .socket_rendezvous import SocketRendezvous
@@ -57,6 +72,7 @@ __all__ = [
     "get_compile_flags",
     "get_include",
     "get_link_flags",
+    "get_pkgconfig_dir",
     "nvtx_range",
     "put_costs",
     "replace_memsets",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
-from ._core import cuda_built
+from ._core import build_info, cuda_built
 from .errors import CoreError
 
 _HERE = Path(__file__).resolve().parent
 
 
 def get_include() -> str:
-    """The folder to give to a compiler with -I: it holds ``asyncdiff/fabric.hpp`` and others."""
+    """The folder to give to a compiler with -I: it holds ``asyncdiff/fabric.hpp`` and others.
+
+    Raises CoreError where the package was copied without it, as do the functions below.
+    """
     return _existing(_HERE / "include")
 
 
@@ -24,38 +28,72 @@ def get_cmake_dir() -> str:
     return _existing(_HERE / "lib" / "cmake" / "asyncdiff_core")
 
 
-def get_compile_flags() -> list[str]:
-    """What a compiler needs besides sources, where there is no CMake.
+def get_pkgconfig_dir() -> str:
+    """The folder of ``asyncdiff.pc`` and, with CUDA, ``asyncdiff_cuda.pc``: for PKG_CONFIG_PATH."""
+    return _existing(_HERE / "lib" / "pkgconfig")
 
-    A package with CUDA needs the toolkit's headers as well: that of the nvcc on the PATH, or give
-    its folder yourself where there is none.
+
+def get_compile_flags(cuda: bool = False) -> list[str]:
+    """What a compiler needs besides sources and a standard of C++17 or later.
+
+    Without CMake or pkg-config. With ``cuda`` for GPUs too: these need the CUDA toolkit's headers,
+    of the nvcc on the PATH; give their folder yourself where there is none. Raises CoreError where
+    the package was built without CUDA, or that nvcc's runtime does not fit it.
     """
-    flags = ["-std=c++17", f"-I{get_include()}"]
-    if cuda_built():
-        flags += ["-DASYNCDIFF_WITH_CUDA", *_toolkit("INCLUDES")]
-    return flags
+    flags = [f"-I{get_include()}"]
+    return [*flags, "-DASYNCDIFF_WITH_CUDA", *_toolkit("INCLUDES")] if cuda else flags
 
 
-def get_link_flags() -> list[str]:
-    """What a linker needs after the objects, where there is no CMake; the toolkit as above."""
-    flags = [f"-L{_existing(_HERE / 'lib')}", "-lasyncdiff"]
-    if cuda_built():
-        flags += [*_toolkit("LIBRARIES"), "-lcudart_static"]
+def get_link_flags(cuda: bool = False) -> list[str]:
+    """What a linker needs after the objects; the toolkit as for ``get_compile_flags``."""
+    flags = [f"-L{_existing(_HERE / 'lib')}"]
+    if cuda:
+        flags += ["-lasyncdiff_cuda", "-lasyncdiff", *_toolkit("LIBRARIES"), "-lcudart_static"]
+    else:
+        flags.append("-lasyncdiff")
     return [*flags, "-lpthread", "-ldl", "-lrt"]
 
 
 def _toolkit(what: str) -> list[str]:
     """INCLUDES or LIBRARIES of the nvcc on the PATH, which may be a link or a script: as flags, by
     what it says itself; nothing where there is none."""
+    if not cuda_built():
+        raise CoreError(
+            "this asyncdiff was built without CUDA: install it with ASYNCDIFF_CUDA=on, "
+            "or leave --cuda out"
+        )
     if shutil.which("nvcc") is None:
         return []
+    _check_release()
     command = ["nvcc", "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
-    says = subprocess.run(command, capture_output=True, text=True).stderr
+    says = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
     lines = [line.partition(f"#$ {what}=")[2] for line in says.splitlines()]
     return [flag for line in lines for flag in shlex.split(line)]
 
 
+def _check_release() -> None:
+    """A static CUDA runtime lacks what came after it, and the next major version lacks some."""
+    command = ["nvcc", "--version"]
+    says = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"release (\d+)\.(\d+)", says)
+    built = tuple(int(part) for part in build_info()["cuda"].split("."))
+    if found is None:
+        return
+    here = (int(found[1]), int(found[2]))
+    if here[0] != built[0] or here < built:
+        raise CoreError(
+            f"asyncdiff was built with CUDA {built[0]}.{built[1]} and links with that or a later "
+            f"CUDA {built[0]}, but the nvcc on the PATH is CUDA {here[0]}.{here[1]}: put another "
+            "toolkit's bin folder first on the PATH, or reinstall asyncdiff with this one"
+        )
+
+
 def _existing(folder: Path) -> str:
-    if not folder.is_dir():
-        raise CoreError(f"{folder} is missing: reinstall asyncdiff (pip install --force-reinstall)")
-    return str(folder)
+    if folder.is_dir():
+        return str(folder)
+    if (_HERE.parent / "CMakeLists.txt").exists():
+        raise CoreError(
+            f"{folder} is missing: Python found asyncdiff_core in its source folder. Run this from "
+            "another folder, or install into this one with pip install -e ."
+        )
+    raise CoreError(f"{folder} is missing: reinstall asyncdiff (pip install --force-reinstall)")

@@ -1,4 +1,5 @@
 // What the extension was built with.
+#include "asyncdiff/version.hpp"
 #include "bindings.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -27,7 +28,7 @@ void register_build(py::module_& m) {
   });
   m.def("build_info", [] {
     py::dict out;
-    out["version"] = ASYNCDIFF_VERSION;
+    out["version"] = version();
     out["compiler"] = ASYNCDIFF_COMPILER;
 #ifdef ASYNCDIFF_WITH_CUDA
     out["cuda"] =

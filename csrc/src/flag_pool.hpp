@@ -4,11 +4,13 @@
 #include <cstddef>
 #include <map>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 // Deals out 128-byte lines. Who takes and gives back the same numbers in the same order gets the
 // same lines, in every process, wherever it sees the memory.
-class FlagPool {
+class ASYNCDIFF_EXPORT FlagPool {
  public:
   static constexpr std::size_t kLine = 128;
   // Memory that processes share comes in pieces of this size anyway.

@@ -4,18 +4,19 @@
 #include <string>
 
 #include "asyncdiff/channel.hpp"
+#include "asyncdiff/export.hpp"
 
 namespace asyncdiff::nvtx {
 
 // Whether a tool listens. False in builds without NVTX headers.
-bool listening();
+ASYNCDIFF_EXPORT bool listening();
 
 // Nested ranges of the calling thread.
-void push(const char* message);
-void pop();
+ASYNCDIFF_EXPORT void push(const char* message);
+ASYNCDIFF_EXPORT void pop();
 
 // "put 'hidden states' rank 0 slot 1 60461056 bytes", for the life of the object.
-class Range {
+class ASYNCDIFF_EXPORT Range {
  public:
   Range(const char* operation, const Channel& channel, int rank, int slot) : open_(listening()) {
     if (open_) open(operation, channel, rank, slot);

@@ -34,7 +34,7 @@ class alignas(128) Signal {
   bool wait(Done&& done, std::chrono::steady_clock::time_point deadline) {
     for (int i = 0; i < kSpins; ++i) {
       if (done()) return true;
-      __builtin_ia32_pause();
+      relax();
     }
     const Counted counted(waiters_);
     auto look = Clock::now() + kLooks;
@@ -73,6 +73,15 @@ class alignas(128) Signal {
    private:
     std::atomic<std::uint32_t>& count_;
   };
+
+  // Tells the processor that this is a loop that waits, where there is an instruction for it.
+  static void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield" ::: "memory");
+#endif
+  }
 
   static constexpr int kSpins = 100;
   // Between two looks for an interrupt, whose signal another thread may have been given.

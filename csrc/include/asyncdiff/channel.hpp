@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/layout.hpp"
 #include "asyncdiff/memory.hpp"
 
@@ -23,7 +24,7 @@ using Stream = std::uintptr_t;
 enum class Mode { kAuto, kInline, kKernel, kCopy };
 
 Mode mode_from(const std::string& name);
-std::string name_of(Mode mode);
+ASYNCDIFF_EXPORT std::string name_of(Mode mode);
 
 // The n-th bundle (n = 0, 1, ...) uses slot n % slots. Callers name the slot, so that a captured
 // graph always touches the same memory; the channel checks it against its own count, which on CUDA
@@ -35,7 +36,7 @@ std::string name_of(Mode mode);
 // begin waits until every receiver has released what the slot held before. commit makes the
 // bundle visible; data is ordered before it. On the host these calls block and throw; on CUDA they
 // only enqueue, and what goes wrong on the device shows in Fabric::check().
-class Channel {
+class ASYNCDIFF_EXPORT Channel {
  public:
   Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots,
           Mode mode);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "asyncdiff/channel_device.hpp"
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/fabric.hpp"
 #include "asyncdiff/put_costs.hpp"
 #include "asyncdiff/rendezvous.hpp"
@@ -20,17 +21,17 @@ namespace asyncdiff {
 // read-back in each direction prove it, and pinned host memory elsewhere.
 enum class Transport { kAuto, kPeer, kStaged };
 
-Transport transport_from(const std::string& name);
+ASYNCDIFF_EXPORT Transport transport_from(const std::string& name);
 
 // The number of CUDA devices; 0 without a driver.
-int cuda_device_count();
+ASYNCDIFF_EXPORT int cuda_device_count();
 
 // What puts cost between two devices of this process. Measured at the first use on a machine, which
 // takes a second or two and uses both devices, then kept in a file under env::cache(). Where it
 // cannot be measured, costs as they are on NVLinked H200s.
-PutCosts put_costs(int from, int to, Transport transport);
+ASYNCDIFF_EXPORT PutCosts put_costs(int from, int to, Transport transport);
 
-class CudaFabric final : public Fabric {
+class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
  public:
   // devices[r] is the CUDA device index of rank r; entries may repeat. All ranks are in this
   // process. Throws DeviceError for a device that does not exist, and where peer access is demanded

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 // Puts kernels in the place of a graph's small memsets, and returns how many. A library clears its
@@ -10,6 +12,6 @@ namespace asyncdiff {
 // microsecond or two longer than a kernel that does the same. Large ones, those of several rows,
 // those in child graphs and those of graphs that allocate memory stay. The graph must not be
 // instantiated yet, and belong to the device. Throws CudaError where it cannot be read.
-int replace_memsets(cudaGraph_t graph, int device);
+ASYNCDIFF_EXPORT int replace_memsets(cudaGraph_t graph, int device);
 
 }  // namespace asyncdiff

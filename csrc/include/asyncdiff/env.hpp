@@ -3,16 +3,18 @@
 
 #include <string>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff::env {
 
 // ASYNCDIFF_DEADLINE: seconds that a wait may last where the caller does not say. Default 10.
-double deadline();
+ASYNCDIFF_EXPORT double deadline();
 
 // ASYNCDIFF_TRANSPORT: auto, peer or staged, where the caller does not say. Default auto.
-std::string transport();
+ASYNCDIFF_EXPORT std::string transport();
 
 // ASYNCDIFF_CACHE: the folder that keeps what was measured on this machine; empty where nothing is
 // to be kept ("off", or no home). Default $XDG_CACHE_HOME/asyncdiff, else ~/.cache/asyncdiff.
-std::string cache();
+ASYNCDIFF_EXPORT std::string cache();
 
 }  // namespace asyncdiff::env

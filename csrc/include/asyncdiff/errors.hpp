@@ -5,29 +5,31 @@
 #include <stdexcept>
 #include <string>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
-class Error : public std::runtime_error {
+class ASYNCDIFF_EXPORT Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 // An argument that cannot be meant: a shape, a rank, a slot outside its range.
-class InvalidArgument : public Error {
+class ASYNCDIFF_EXPORT InvalidArgument : public Error {
   using Error::Error;
 };
 
 // A device that does not exist or cannot do what is needed.
-class DeviceError : public Error {
+class ASYNCDIFF_EXPORT DeviceError : public Error {
   using Error::Error;
 };
 
 // A call of the CUDA runtime failed.
-class CudaError : public Error {
+class ASYNCDIFF_EXPORT CudaError : public Error {
   using Error::Error;
 };
 
 // Somebody aborted the fabric; whoever waits on it gets this.
-class Aborted : public Error {
+class ASYNCDIFF_EXPORT Aborted : public Error {
  public:
   Aborted(int rank, const std::string& reason);
   int rank;  // who aborted
@@ -46,14 +48,14 @@ struct Incident {
 };
 
 // A wait passed its deadline.
-class ExchangeTimeout : public Error {
+class ASYNCDIFF_EXPORT ExchangeTimeout : public Error {
  public:
   ExchangeTimeout(const Incident& incident, double deadline_seconds);
   Incident incident;
 };
 
 // A slot was named out of turn: the n-th bundle of a channel uses slot n % slots.
-class SlotOrderError : public Error {
+class ASYNCDIFF_EXPORT SlotOrderError : public Error {
  public:
   explicit SlotOrderError(const Incident& incident);
   Incident incident;

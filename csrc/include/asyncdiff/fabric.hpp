@@ -9,10 +9,11 @@
 #include <vector>
 
 #include "asyncdiff/channel.hpp"
+#include "asyncdiff/export.hpp"
 
 namespace asyncdiff {
 
-class Fabric {
+class ASYNCDIFF_EXPORT Fabric {
  public:
   Fabric(int ranks, double deadline_seconds);
   virtual ~Fabric() = default;

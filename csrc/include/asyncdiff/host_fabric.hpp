@@ -8,12 +8,13 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/fabric.hpp"
 #include "asyncdiff/rendezvous.hpp"
 
 namespace asyncdiff {
 
-class HostFabric final : public Fabric {
+class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
  public:
   // All ranks are threads of this process.
   HostFabric(int ranks, double deadline_seconds);

@@ -1,6 +1,8 @@
 // Ends waits on the host before their time, where whoever runs the library asks for it: for Ctrl-C.
 #pragma once
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 // Throws if there is a reason to stop. Threads that wait on the host call it about ten times a
@@ -9,8 +11,8 @@ namespace asyncdiff {
 using InterruptCheck = void (*)();
 
 // Null, as at the beginning: nothing ends a wait but what it waits for, a failure or the deadline.
-void set_interrupt_check(InterruptCheck check);
+ASYNCDIFF_EXPORT void set_interrupt_check(InterruptCheck check);
 
-void check_interrupt();
+ASYNCDIFF_EXPORT void check_interrupt();
 
 }  // namespace asyncdiff

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 // No tensor, bundle or mailbox is larger: sizes and offsets are also used with a sign.
@@ -14,12 +16,12 @@ constexpr std::size_t kMostBytes = std::numeric_limits<std::size_t>::max() / 2;
 
 // The size in bytes of an element type, by its common name ("float16", "bfloat16", "int64", ...).
 // Throws InvalidArgument for an unknown one.
-std::size_t element_size(const std::string& dtype);
+ASYNCDIFF_EXPORT std::size_t element_size(const std::string& dtype);
 
 // One tensor: element type, shape, and strides in elements. Strides must be dense: the elements
 // fill their memory without gaps or overlaps, in any order of dimensions. Empty strides mean
 // row-major order.
-struct TensorSpec {
+struct ASYNCDIFF_EXPORT TensorSpec {
   TensorSpec(std::string dtype, std::vector<std::int64_t> shape,
              std::vector<std::int64_t> strides = {});
 
@@ -35,7 +37,7 @@ struct TensorSpec {
 };
 
 // Tensors one after another, each at a multiple of kAlignment bytes.
-struct Layout {
+struct ASYNCDIFF_EXPORT Layout {
   static constexpr std::size_t kAlignment = 256;
 
   explicit Layout(std::vector<TensorSpec> specs);

@@ -7,11 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/rendezvous.hpp"
 
 namespace asyncdiff {
 
-class Processes {
+class ASYNCDIFF_EXPORT Processes {
  public:
   // One process that runs all ranks.
   explicit Processes(int ranks);

@@ -6,10 +6,11 @@
 #include <vector>
 
 #include "asyncdiff/channel.hpp"
+#include "asyncdiff/export.hpp"
 
 namespace asyncdiff {
 
-struct PutCosts {
+struct ASYNCDIFF_EXPORT PutCosts {
   // One way, of one tensor to one receiver, in microseconds. Sizes grow. An inline cost of zero
   // means not measured: too large to be worth it.
   struct Row {

@@ -4,11 +4,13 @@
 #include <string>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 // Implemented by the user over whatever connects the processes already: a torch.distributed store,
 // MPI, sockets. Used while fabrics and channels are made and reset, never while data moves.
-class Rendezvous {
+class ASYNCDIFF_EXPORT Rendezvous {
  public:
   virtual ~Rendezvous() = default;
   virtual int process() const = 0;    // this one, from 0

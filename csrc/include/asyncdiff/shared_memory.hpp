@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <string>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/memory.hpp"
 #include "asyncdiff/processes.hpp"
 
@@ -11,7 +12,7 @@ namespace asyncdiff {
 
 // A zeroed POSIX shared-memory segment with a random name that only this user can open. What is
 // left of segments whose process has died is removed on the way, if it was of this PID namespace.
-class SharedSegment {
+class ASYNCDIFF_EXPORT SharedSegment {
  public:
   explicit SharedSegment(std::size_t nbytes);
   ~SharedSegment();
@@ -36,6 +37,6 @@ Buffer open_shared(const std::string& handle, std::size_t nbytes);
 
 // Makes one segment in process `creator` and maps it in all processes; collective. Throws the same
 // Error in every process if it fails in one.
-Buffer share(const Processes& processes, int creator, std::size_t nbytes);
+ASYNCDIFF_EXPORT Buffer share(const Processes& processes, int creator, std::size_t nbytes);
 
 }  // namespace asyncdiff

@@ -80,7 +80,7 @@ def test_there_is_one_version(tmp_path: Path) -> None:
     cache = (tmp_path / "CMakeCache.txt").read_text()
     assert f"CMAKE_PROJECT_VERSION:STATIC={version}" in cache
     # As find_package reads it.
-    package = (tmp_path / "asyncdiff_core-config-version.cmake").read_text()
+    package = (tmp_path / "install" / "asyncdiff_core-config-version.cmake").read_text()
     assert f'set(PACKAGE_VERSION "{version}")' in package
 
 
