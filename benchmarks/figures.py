@@ -109,7 +109,7 @@ def plain_and_parallel(path: Path) -> None:
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         return list(pipe(prompts, num_inference_steps=50, generator=generators).images)
 
-    rows = {"one device": draw()}
+    rows, notes = {"one device": draw()}, {}
     options: dict[str, dict[str, Any]] = {
         "two, waves,\nlast step exact": {"schedule": "wavefront", "exact_tail": 1},
         "two, as\npublished": {},
@@ -119,9 +119,9 @@ def plain_and_parallel(path: Path) -> None:
         rows[name] = draw()
         handle.restore()
         pairs = zip(rows["one device"], rows[name], strict=True)
-        print(repr(name), [f"{compare.psnr(a, b):.1f}" for a, b in pairs])
+        notes[name] = [f"{compare.psnr(a, b):.1f} dB" for a, b in pairs]
     # 256 colours, none of them mixed from dots, which would look like grain of the model.
-    sheet = compare.sheet(rows, prompts).quantize(256, dither=Image.Dither.NONE)
+    sheet = compare.sheet(rows, prompts, notes=notes).quantize(256, dither=Image.Dither.NONE)
     sheet.save(path, optimize=True)
 
 
