@@ -91,8 +91,8 @@ class AsyncDenoiser:
                 latents = ...
 
     ``warmup``, ``warmup_mode``, ``exact_tail`` and ``order`` may be assigned between generations.
-    Generations of several threads run one after another. Weights are taken as they are when a
-    shape is first seen; restore, change and spread again to change them.
+    Generations of several threads run one after another. Each takes the weights as they are when
+    it begins, also where they were written to since the last one.
 
     Raises PlanError, PartitionError, DeviceError, CaptureError and InputError, each saying what
     to change.

@@ -71,9 +71,37 @@ class Weights:
         key = (id(weight), device)
         copy = self._copies.get(key)
         if copy is None or key not in self._known:
-            now = weight.detach().to(device)
-            # An adapter may have been merged into the weight since another engine took it.
-            if copy is None or not torch.equal(copy, now):
-                self._copies[key] = copy = now
+            # It may have been written to since another engine took it.
+            if copy is None or not self._renewed(weight, copy):
+                shared = self._shared(weight, device)
+                self._copies[key] = copy = weight.detach().to(device, copy=not shared)
             self._known.add(key)
         return copy
+
+    def renew(self, captured: Captured) -> bool:
+        """Write what the weights are now into the copies of them; whether that was possible. Not
+        where a weight that is shared lies elsewhere now, or has another shape or dtype. Call when
+        no rank computes."""
+        devices = {device for _, device in self._copies}
+        renewed = [
+            self._renewed(weight, copy)
+            for weight in captured.weights.values()
+            for device in devices
+            if (copy := self._copies.get((id(weight), device))) is not None
+        ]
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return all(renewed)
+
+    def _renewed(self, weight: torch.Tensor, copy: torch.Tensor) -> bool:
+        if (copy.shape, copy.dtype) != (weight.shape, weight.dtype):
+            return False
+        if self._shared(weight, copy.device):
+            return copy.data_ptr() == weight.data_ptr()
+        copy.copy_(weight.detach())
+        return True
+
+    @staticmethod
+    def _shared(weight: torch.Tensor, device: torch.device) -> bool:
+        return weight.device == device

@@ -123,6 +123,11 @@ class Groups:
         for engine in self.engines:
             engine.abandon()
 
+    def forget(self) -> None:
+        """See :meth:`asyncdiff.runtime.engine.Engine.forget`."""
+        for engine in self.engines:
+            engine.forget()
+
     def exposed_ms(self) -> float | None:
         """By how long pushes outlast computation in a tick, worst rank; None if not measured."""
         known = [ms for engine in self.engines if (ms := engine.exposed_ms()) is not None]

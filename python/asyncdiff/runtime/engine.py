@@ -281,6 +281,10 @@ class Engine:
         self.fabric.reset()
         self._clean = True
 
+    def forget(self) -> None:
+        """What was computed ahead, of the timestep and the conditioning, fits no more."""
+        self.conditioning.forget()
+
     def synchronize(self) -> None:
         """Wait until all ranks are idle."""
         for worker in self.workers:

@@ -17,6 +17,7 @@ from ..graph.capture import capture
 from ..graph.hooks import check_hooks
 from ..graph.module_state import ModuleState
 from ..graph.signature import Call, Signature
+from ..graph.weight_watch import WeightWatch
 from ..graph.weights import Weights
 from ..partition.cost import fused, link_speed, measure
 from ..partition.ownership import Split
@@ -67,6 +68,7 @@ class EngineCache:
         self._weights = weights
         self._making = making
         self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
+        self._watches: dict[_Kind, WeightWatch] = {}
         self._whole: dict[_Kind, Engine | Groups] = {}
         self._bytes_per_ms: float | None = None
 
@@ -74,14 +76,18 @@ class EngineCache:
         return len(self._kept)
 
     def changed(self) -> bool:
-        """Whether the denoiser is not what it was when an engine was asked for last."""
-        return self._state.number() != self._number
+        """Whether the denoiser, or a weight of it, is not what it was when an engine was asked for
+        last."""
+        if self._state.number() != self._number:
+            return True
+        return self._watches[next(reversed(self._kept))].changed()
 
     def get(self, call: Call) -> Engine | Groups:
         """The engine of the components, for calls like this one. Raises InputError for a denoiser
         with hooks."""
         check_hooks(self._module)
         kind = self._kind(call)
+        self._renew(kind)
         if kind not in self._kept:
             making = self._making
             split = making.guidance == "split"
@@ -93,9 +99,25 @@ class EngineCache:
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
             self._kept[kind] = [made]
+            self._watches[kind] = WeightWatch(made.partition.captured.weights.values())
         self._kept.move_to_end(kind)
         self._number = kind[1]
         return self._kept[kind][0]
+
+    def _renew(self, kind: _Kind) -> None:
+        """Give the engines of a kind what its weights are now, if they were written to; drop the
+        engines where they have to be made anew for that."""
+        watch = self._watches.get(kind)
+        if watch is None or not watch.changed():
+            return
+        captured = [engine.partition.captured for engine in self._kept[kind]]
+        if not all(self._weights.renew(c) for c in captured):
+            self._drop([kind])
+            return
+        log.info("weights were written to: ranks have their new values")
+        for engine in self._kept[kind]:
+            engine.forget()
+        self._watches[kind] = WeightWatch(captured[0].weights.values())
 
     def _kind(self, call: Call) -> _Kind:
         return call.signature, self._state.number()
@@ -124,6 +146,7 @@ class EngineCache:
     def _drop(self, kinds: Sequence[_Kind]) -> None:
         for kind in kinds:
             self._whole.pop(kind, None)
+            del self._watches[kind]
             for engine in self._kept.pop(kind):
                 engine.close()
         if kinds and self._making.devices[0].type == "cuda":
