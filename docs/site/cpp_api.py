@@ -14,6 +14,7 @@ from pathlib import Path
 _CLASS = re.compile(r"^(?:template <[^>]*>\s*)?(?:class|struct)\s+(?:alignas\(\w+\)\s+)?(\w+)")
 _ENUM = re.compile(r"^enum class (\w+)")
 _ALIAS = re.compile(r"^using (\w+) =")
+_MACRO = re.compile(r"^#define (\w+)")
 _CONSTANT = re.compile(r"^(?:static )?constexpr .*\b(\w+) =")
 _FUNCTION = re.compile(r"([\w~]+|operator\S+)\s*\(")
 
@@ -29,7 +30,7 @@ class Entity:
     @property
     def name(self) -> str:
         """What is declared; empty where there is no name that a reader would look for."""
-        for pattern in (_CLASS, _ENUM, _ALIAS, _CONSTANT):
+        for pattern in (_CLASS, _ENUM, _ALIAS, _CONSTANT, _MACRO):
             if found := pattern.match(self.code):
                 return found.group(1)
         found = _FUNCTION.search(self.code)
@@ -37,13 +38,12 @@ class Entity:
 
 
 def page(header: Path, root: Path) -> str:
-    """The Markdown page of a header; ``root`` is the folder that ``#include`` begins at."""
+    """The Markdown page of a header, or of one that the build makes (``.hpp.in``); ``root`` is the
+    folder that ``#include`` begins at."""
     about, entities = parse(header.read_text())
-    out = [
-        f"# {header.name}\n",
-        _prose(about),
-        f"```cpp\n#include <{header.relative_to(root)}>\n```",
-    ]
+    included = str(header.relative_to(root)).removesuffix(".in")
+    name = header.name.removesuffix(".in")
+    out = [f"# {name}\n", _prose(about), f"```cpp\n#include <{included}>\n```"]
     for entity in entities:
         out.append(f"\n## {entity.name or 'Declarations'}\n\n" + _shown(entity))
         for member in entity.members:
@@ -74,7 +74,9 @@ def parse(text: str) -> tuple[str, list[Entity]]:
     """The comment at the head of a header, and what its namespace declares."""
     head = re.match(r"(?://.*\n)+", text)
     about = _uncomment(head.group(0)) if head else ""
-    lines = text[head.end() if head else 0 :].splitlines()
+    # Who reads a declaration does not care what the linker sees.
+    rest = re.sub(r"(?<!#define )ASYNCDIFF_EXPORT ", "", text[head.end() if head else 0 :])
+    lines = rest.splitlines()
     return about, [e for e in _entities(lines) if not e.code.startswith("namespace std")]
 
 
@@ -86,6 +88,12 @@ def _entities(lines: list[str]) -> Iterator[Entity]:
         if line.startswith("//"):
             comment.append(line)
             at += 1
+        elif _MACRO.match(line):
+            yield Entity(_uncomment(comment), _macro(line))
+            comment = []
+            at += 1
+            while lines[at - 1].endswith("\\"):
+                at += 1
         elif not line or line.startswith(("#", "}")) or re.match(r"namespace [\w:]+ \{$", line):
             comment = []
             at += 1
@@ -95,6 +103,13 @@ def _entities(lines: list[str]) -> Iterator[Entity]:
             told = "" if comment and comment[0].startswith("// ---") else _uncomment(comment)
             yield _entity(told, statement)
             comment = []
+
+
+def _macro(line: str) -> str:
+    """A macro without a value that goes on, or that the build puts in."""
+    name = _MACRO.match(line)
+    assert name is not None
+    return name[0] if "@" in line or line.endswith("\\") else line
 
 
 def _statement(lines: list[str], at: int) -> tuple[list[str], int]:

@@ -34,11 +34,11 @@ def on_config(config: Any) -> Any:
 
 
 def _headers() -> list[Path]:
-    return sorted(HEADERS.rglob("*.hpp"))
+    return sorted([*HEADERS.rglob("*.hpp"), *HEADERS.rglob("*.hpp.in")])
 
 
 def _page_of(header: Path) -> str:
-    return f"reference/cpp/{header.stem}.md"
+    return f"reference/cpp/{header.name.split('.')[0]}.md"
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -24,8 +24,11 @@ SMALL = """\
 
 namespace asyncdiff {
 
+// A number.
+#define THING_MAJOR @MAJOR@
+
 // A thing. Throws Error.
-class Thing final {
+class ASYNCDIFF_EXPORT Thing final {
  public:
   explicit Thing(int size);
   Thing(const Thing&) = delete;
@@ -59,7 +62,13 @@ def test_a_header_as_a_page(tmp_path: Path) -> None:
     text = cpp_api.page(tmp_path / "thing.hpp", tmp_path)
     assert text.startswith("# thing.hpp\n") and "What this header is about." in text
     assert "```cpp\ncode(1);\n```" in text and "#include <thing.hpp>" in text
-    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == ["Thing", "Point", "twice"]
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [
+        "THING_MAJOR",
+        "Thing",
+        "Point",
+        "twice",
+    ]
+    assert "```cpp\n#define THING_MAJOR\n```\n\nA number." in text
     assert "class Thing final;" in text and "A thing. Throws Error." in text
     assert "explicit Thing(int size);\nint size() const;" in text  # no body, nothing deleted
     assert "void grow(int by,\n          int at = 0);\n```\n\nGrows it." in text
@@ -68,7 +77,7 @@ def test_a_header_as_a_page(tmp_path: Path) -> None:
     assert "size_" not in text and "not what" not in text and "not shown" not in text
 
 
-@pytest.mark.parametrize("header", sorted(HEADERS.rglob("*.hpp")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("header", sorted(HEADERS.rglob("*.hpp*")), ids=lambda p: p.stem)
 def test_every_header_makes_a_page(header: Path) -> None:
     text = cpp_api.page(header, HEADERS)
     assert text.count("```") % 2 == 0
