@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -27,6 +26,7 @@ from .runtime import devices as device_list
 from .runtime.cfg_parallel import GROUPS, Groups
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache, EngineConfig
+from .runtime.forking import Locked
 from .sampling.auto_warmup import AutoWarmup, Drift
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import CleanImage, clean_image
@@ -40,7 +40,7 @@ log = logging.getLogger("asyncdiff")
 _MANY = 1_000_000
 
 
-class AsyncDenoiser:
+class AsyncDenoiser(Locked):
     """``module`` split into components that run on several devices at once.
 
     Args:
@@ -172,8 +172,7 @@ class AsyncDenoiser:
         )
         self._engines = EngineCache(module, self._weights, making)
         self._engine: Engine | Groups | None = None
-        #: held by whoever runs a generation
-        self.lock = threading.RLock()
+        super().__init__()  # the lock, held by whoever runs a generation
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         if self.compile and self.devices[0].type == "cuda":
@@ -549,6 +548,10 @@ class AsyncDenoiser:
 
     def close(self) -> None:
         """Free the ranks' memory and put the module back on its device."""
+        if self.forked:  # whose ranks are the parent's
+            self._generation = self._engine = None
+            self._weights.restore()
+            return
         with self.lock:
             self.stop()
             self._engines.close()

@@ -45,8 +45,6 @@ class Handle:
         self._times: TimestepTracker | None = None
         #: rests of a generation that followed each other after one step
         self._short = 0
-        # One lock: a generation of the denoiser's own must not come between two steps.
-        self._lock = denoiser.lock
         self._interrupting = False
         #: the pipeline that is being called, which may be a copy
         self._caller: Any = None
@@ -88,7 +86,7 @@ class Handle:
         follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors raised;
         InputError for pipelines that begin in the middle of a schedule.
         """
-        with self._lock:
+        with self.denoiser.lock:
             self._interrupting = True
             try:
                 self.pipe(*args, **kwargs)
@@ -102,7 +100,7 @@ class Handle:
 
     def restore(self) -> None:
         """Make the pipeline what it was, weights back on their device. Safe to call twice."""
-        with self._lock:
+        with contextlib.nullcontext() if self.denoiser.forked else self.denoiser.lock:
             if not self.active:
                 return
             for reference in self._taken:
@@ -170,7 +168,8 @@ class Handle:
             )
 
     def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with self._lock:
+        # The denoiser's: a generation of its own must not come between two steps.
+        with self.denoiser.lock:
             call = self.denoiser.parse(args, kwargs)
             if self._interrupting:
                 raise FirstCall(call)
@@ -259,7 +258,7 @@ class Handle:
         return whole.of_steps(self._times.start, self._times.values.shape[0])
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with self._lock:
+        with self.denoiser.lock:
             if self._caller is not None:
                 raise InputError(
                     "the pipeline was called in the middle of a call of its own (by a callback?), "
