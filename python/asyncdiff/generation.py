@@ -12,10 +12,10 @@ import torch
 
 from .errors import InputError, SchedulerError
 from .graph.signature import RESIDUALS, Call, Role, Signature
+from .graph.writes import Seen, Writes
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import NO_EARLIER, Engine
 from .runtime.step import Time
-from .runtime.writes import Seen, Writes
 from .sampling.auto_warmup import Drift
 from .sampling.predictor import LatePredictor
 from .schedule.actions import NOTHING
@@ -246,7 +246,7 @@ class Generation:
 
     def _announced(self, now: torch.Tensor, index: int) -> bool:
         """Whether an argument is, without looking at its value, the announced timestep: the same
-        memory, not written to since (:mod:`~asyncdiff.runtime.writes`)."""
+        memory, not written to since (:mod:`~asyncdiff.graph.writes`)."""
         times, values = self.timesteps, self._seen.value
         is_view = (
             (now.device, now.dtype, 1) == (times.device, times.dtype, times.dim())

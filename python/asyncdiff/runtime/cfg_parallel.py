@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
 from ..schedule.plan import Plan
@@ -28,13 +27,14 @@ GROUPS = 2
 class Groups:
     """Engines that serve one part of the batch each, used as one engine is.
 
-    ``call`` is a call with the whole batch; the engines are made for :func:`part` of it.
+    ``call`` is a call with the whole batch, of which the tensors that are ``batched`` hold a part
+    for each engine; the engines are made for :func:`part` of it.
     """
 
-    def __init__(self, engines: Sequence[Engine], call: Call) -> None:
+    def __init__(self, engines: Sequence[Engine], call: Call, batched: Sequence[bool]) -> None:
         self.engines = list(engines)
         self.signature: Signature = call.signature
-        self._batched = _batched(call)
+        self._batched = list(batched)
         self._moving = call.indices(Role.LATENTS)
         self._time = next(iter(call.indices(Role.TIMESTEP)), 0)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
@@ -170,40 +170,20 @@ class Groups:
         return kept[1]
 
 
-def part(module: nn.Module, call: Call, names: Mapping[str, str | None], group: int) -> Call:
-    """A group's share of a call. Raises InputError where the batch does not hold two conditions, or
-    the denoiser mixes them."""
-    processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
-    mixing = sorted(name for name in processors if "PAG" in name)
-    if mixing:
-        raise InputError(
-            f"{mixing[0]} mixes the parts of the batch, which guidance='split' and "
-            "warmup_mode='split' give to different ranks: take guidance='batched' and "
-            "warmup_mode='chain'"
-        )
-    batched = iter(_batched(call))
+def part(
+    module: nn.Module,
+    call: Call,
+    names: Mapping[str, str | None],
+    group: int,
+    batched: Sequence[bool],
+) -> Call:
+    """A group's share of a call, whose tensors are ``batched`` or shared."""
+    each = iter(batched)
     leaves = [
-        leaf.chunk(GROUPS)[group] if isinstance(leaf, torch.Tensor) and next(batched) else leaf
+        leaf.chunk(GROUPS)[group] if isinstance(leaf, torch.Tensor) and next(each) else leaf
         for leaf in call.leaves
     ]
     return parse(module, (), pytree.tree_unflatten(leaves, call.spec), **names)
-
-
-def _batched(call: Call) -> list[bool]:
-    """Which tensors of a call hold both conditions along their first dimension."""
-    index = call.indices(Role.LATENTS)[0]
-    shape = call.signature.inputs[index].shape
-    batch = shape[0] if shape else 0
-    if batch < GROUPS or batch % GROUPS:
-        raise InputError(
-            "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
-            f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
-            "(where it guides by a batch of two conditions), or take guidance='batched' and "
-            "warmup_mode='chain'"
-        )
-    # Denoisers of videos take some conditioning once a frame.
-    sizes = {batch, *(batch * frames for frames in shape[1:3] if len(shape) == 5)}
-    return [bool(x.shape) and x.shape[0] in sizes for x in call.signature.inputs]
 
 
 def _join(leaves: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..graph.capture import capture
+from ..graph.conditions import batched_inputs
 from ..graph.hooks import check_hooks
 from ..graph.module_state import ModuleState
 from ..graph.signature import Call, Signature
@@ -71,6 +72,8 @@ class EngineCache:
         self._watches: dict[_Kind, WeightWatch] = {}
         self._whole: dict[_Kind, Engine | Groups] = {}
         self._bytes_per_ms: float | None = None
+        #: of calls of this kind, which inputs hold both conditions
+        self._batched: tuple[_Kind, list[bool]] | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -179,7 +182,9 @@ class EngineCache:
         if not split:
             return self._even(call, components, devices)
         ranks = len(devices) // GROUPS
-        mine = [part(self._module, call, self._making.names, group) for group in range(GROUPS)]
+        batched = self._batched_inputs(call)
+        names = self._making.names
+        mine = [part(self._module, call, names, group, batched) for group in range(GROUPS)]
         engines: list[Engine] = []
         with contextlib.ExitStack() as undo:  # should there be no memory for all of them
             for g in range(GROUPS):
@@ -190,7 +195,15 @@ class EngineCache:
                     engines.append(self._engine(mine[g], engines[0].partition, of_group))
                 undo.callback(engines[-1].close)
             undo.pop_all()
-        return Groups(engines, call)
+        return Groups(engines, call, batched)
+
+    def _batched_inputs(self, call: Call) -> list[bool]:
+        """Which inputs hold both conditions; looked at once for each kind of calls."""
+        kind = self._kind(call)
+        if self._batched is None or self._batched[0] != kind:
+            found = batched_inputs(self._module, call, GROUPS)
+            self._batched = self._kind(call), found  # running it may keep something
+        return self._batched[1]
 
     def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
         """An engine; where its components turn out too unequal, one that is cut again."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .writes import Seen, Writes
+from ..graph.writes import Seen, Writes
 
 
 class InputCache:
@@ -43,7 +43,7 @@ class InputCache:
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """Places of what is not what the ranks hold: they have to be given it now. A tensor is
-        known by itself and by whether it was written to: see :mod:`~asyncdiff.runtime.writes`."""
+        known by itself and by whether it was written to: see :mod:`~asyncdiff.graph.writes`."""
         changed = []
         first = not self._seen
         for i in self._indices:

@@ -17,7 +17,6 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.signature import Role, parse
-from asyncdiff.runtime.cfg_parallel import part
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 XL = reference.case("sdxl_euler_n2s1w1")
@@ -167,19 +166,6 @@ def test_a_replaced_forward_is_refused() -> None:
     pipe.unet.forward = lambda *args, **kwargs: None
     with pytest.raises(InputError, match="forward was replaced"):
         asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
-
-
-def test_processors_that_mix_the_batch_are_refused() -> None:
-    module = toy()
-    call = parse(module, (), toy_call())
-    assert part(module, call, {"latents": None, "timestep": None}, 0)
-
-    class PAGCFGProcessor:
-        pass
-
-    module.mix.processor = PAGCFGProcessor()
-    with pytest.raises(InputError, match="PAGCFGProcessor mixes the parts of the batch"):
-        part(module, call, {"latents": None, "timestep": None}, 0)
 
 
 def test_latents_in_a_list() -> None:

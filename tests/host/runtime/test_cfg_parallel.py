@@ -11,8 +11,6 @@ from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, RankError
-from asyncdiff.graph.signature import parse
-from asyncdiff.runtime.cfg_parallel import part
 
 SPLITS = {
     1: [["enter", "down", "mix", "up", "leave"]],
@@ -105,29 +103,42 @@ def test_conditioning_is_copied_once_and_changes_are_seen() -> None:
     plain.close()
 
 
-def test_larger_batches_are_halved_and_videos_too() -> None:
+def test_larger_batches_are_halved() -> None:
     split, plain = spread(guidance="split"), spread()
     torch.testing.assert_close(run(split, batch=6), run(plain, batch=6), rtol=1e-12, atol=1e-12)
     split.close()
     plain.close()
 
-    class Video(torch.nn.Module):
-        def forward(self, sample: Any, timestep: Any, text: Any, rope: Any) -> Any:
-            return sample
 
-    tensors = {
-        "sample": torch.randn(2, 4, 3, 8, 8),  # three frames
-        "timestep": torch.tensor(1),
-        "text": torch.randn(6, 7, 5),  # once a frame
-        "rope": torch.randn(12, 5),  # nothing to do with the batch
-    }
-    call = parse(Video(), (), tensors)
-    halves = [part(Video(), call, {}, group) for group in (0, 1)]
-    for group, half in enumerate(halves):
-        got = half.kwargs()
-        assert torch.equal(got["sample"], tensors["sample"][group : group + 1])
-        assert torch.equal(got["text"], tensors["text"][3 * group : 3 * group + 3])
-        assert torch.equal(got["rope"], tensors["rope"])
+class Sized(torch.nn.Module):
+    """Takes the size of the picture, which is as long as a batch of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, sample: Any, timestep: Any, size: Any) -> tuple[torch.Tensor]:
+        x = self.first(sample) + timestep / 1000
+        return (self.second(x * size.to(x.dtype).mean() / 80),)
+
+
+@pytest.mark.parametrize("modes", [{"guidance": "split"}, {"warmup_mode": "split"}])
+@pytest.mark.parametrize("size", [[64, 96], [64, 64]])
+def test_what_is_as_long_as_the_batch_by_accident_is_shared(
+    modes: dict[str, str], size: list[int]
+) -> None:
+    torch.manual_seed(0)
+    module = Sized().double().eval().requires_grad_(False)
+    ranks = 4 if "guidance" in modes else 2
+    split = [["first"], ["second"]]
+    denoiser = AsyncDenoiser(module, devices=["cpu"] * ranks, split=split, warmup=8, **modes)
+    sample = toy_call()["sample"]
+    for sizes in (torch.tensor(size), torch.tensor([64, 96])):
+        with denoiser.generation(TIMES):
+            for t in TIMES:
+                got = denoiser(sample, t, size=sizes)[0]
+                torch.testing.assert_close(got, module(sample, t, sizes)[0], rtol=1e-12, atol=1e-12)
+    denoiser.close()
 
 
 def test_a_rank_that_raises_stops_both_groups_and_the_next_generation_works() -> None:

@@ -9,10 +9,10 @@ import torch
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, InputError
-from asyncdiff.runtime import writes
+from asyncdiff.graph import writes
+from asyncdiff.graph.writes import Seen, Writes
 from asyncdiff.runtime.rows import Rows
 from asyncdiff.runtime.worker import Worker
-from asyncdiff.runtime.writes import Seen, Writes
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 STEPS = 10

@@ -1,0 +1,229 @@
+"""Which inputs of a call hold both conditions of a guided batch, found out by running the denoiser.
+
+Classifier-free guidance puts its conditions one after the other along the first dimension of the
+latents, and of all else that there is of each sample. Shapes alone do not tell what that is: the
+size of a picture, [64, 96], is as long as a batch of two. So the denoiser is run with one
+condition's part of these inputs changed: what it returns for the other has to stay the same, bit
+for bit. An input for which it does not is shared by both, if the others are then found to be apart;
+and each condition run by itself has to give what it gives in the batch. Otherwise the denoiser is
+refused: nothing that was not found to be exact is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import InputError
+from .side_effects import SideEffects
+from .signature import Call, Role
+
+_INSTEAD = "take guidance='batched' and warmup_mode='chain'"
+#: A rounding step of TF32, in which GPUs may compute float32.
+_TF32 = 2.0**-10
+
+
+def batched_inputs(module: nn.Module, call: Call, parts: int) -> list[bool]:
+    """Which tensors of a call hold ``parts`` conditions along their first dimension.
+
+    Runs the denoiser five times or more, where the call's latents are; weights that lie elsewhere
+    are brought there one by one. Raises InputError where the batch does not hold so many
+    conditions, or the denoiser does not keep them apart.
+    """
+    _check_known(module)
+    batched = _by_shape(call, parts)
+    effects = SideEffects(module)
+    try:
+        _Trial(module, call, parts).refine(batched)
+    finally:
+        effects.undo()
+    return batched
+
+
+def _check_known(module: nn.Module) -> None:
+    """Raise InputError for what takes conditions apart itself, in a way that one may also take by
+    mistake for what it does to each of them."""
+    processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
+    mixing = sorted(name for name in processors if "PAG" in name)
+    if mixing:
+        raise InputError(
+            f"{mixing[0]} mixes the parts of the batch, which guidance='split' and "
+            f"warmup_mode='split' give to different ranks: {_INSTEAD}"
+        )
+
+
+def _by_shape(call: Call, parts: int) -> list[bool]:
+    """Which tensors have a first dimension like that of the latents."""
+    index = call.indices(Role.LATENTS)[0]
+    shape = call.signature.inputs[index].shape
+    batch = shape[0] if shape else 0
+    if batch < parts or batch % parts:
+        raise InputError(
+            "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
+            f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
+            f"(where it guides by a batch of two conditions), or {_INSTEAD}"
+        )
+    # Denoisers of videos take some conditioning once a frame.
+    sizes = {batch, *(batch * frames for frames in shape[1:3] if len(shape) == 5)}
+    return [bool(x.shape) and x.shape[0] in sizes for x in call.signature.inputs]
+
+
+class _Trial:
+    """A denoiser run on variants of one call."""
+
+    def __init__(self, module: nn.Module, call: Call, parts: int) -> None:
+        self._module, self._call, self._parts = module, call, parts
+        self._latents = call.indices(Role.LATENTS)
+        self._device = call.tensors[self._latents[0]].device
+        self._whole = self._run(call.tensors)
+        self._noise: list[torch.Tensor] | None = None
+        if any(not x.dim() or x.shape[0] % parts for x in self._whole):
+            raise InputError(
+                "the denoiser returns something that is not there for each sample of the batch, "
+                f"so that conditions cannot be given to ranks of their own: {_INSTEAD}"
+            )
+
+    def refine(self, batched: list[bool]) -> None:
+        """Take out of ``batched`` what is not; raises InputError where the rest is not apart."""
+        chosen = [i for i, yes in enumerate(batched) if yes]
+        if not self._apart(chosen):
+            shared = [i for i in chosen if not self._apart([i])]
+            for i in shared:
+                batched[i] = False
+            chosen = [i for i in chosen if i not in shared]
+            if not set(self._latents) & set(chosen) or not self._apart(chosen):
+                raise InputError(
+                    "the denoiser mixes the conditions of the batch, which guidance='split' and "
+                    f"warmup_mode='split' give to different ranks: {_INSTEAD}"
+                )
+        try:
+            alone = [self._run(self._part(g, chosen)) for g in range(self._parts)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            raise InputError(
+                "the denoiser cannot be run on one condition of the batch alone, as guidance="
+                f"'split' and warmup_mode='split' do ({type(e).__name__}: {e}): {_INSTEAD}"
+            ) from e
+        for leaves, whole in zip(zip(*alone, strict=True), self._whole, strict=True):
+            if not self._alike(list(leaves), whole):
+                raise InputError(
+                    "the denoiser gives other results for one condition of the batch alone, as "
+                    f"guidance='split' and warmup_mode='split' run it: {_INSTEAD}"
+                )
+
+    def _apart(self, chosen: Collection[int]) -> bool:
+        """Whether no part of the result depends on the other parts of the chosen inputs."""
+        for g in range(self._parts):
+            tensors = [
+                self._changed(t, g) if i in chosen else t for i, t in enumerate(self._call.tensors)
+            ]
+            results = self._run(tensors)
+            mine = [(r.chunk(self._parts)[g], w.chunk(self._parts)[g])
+                    for r, w in zip(results, self._whole, strict=True)]  # fmt: skip
+            if not all(_same_bits(a, b) for a, b in mine) and not self._as_noisy(mine, g):
+                return False
+        return True
+
+    def _as_noisy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], part: int) -> bool:
+        """Whether results differ no more than those of two runs on the same inputs do."""
+        if self._noise is None:
+            again = self._run(self._call.tensors)
+            self._noise = [_distance(a, b) for a, b in zip(again, self._whole, strict=True)]
+        return all(
+            bool(_distance(a, b) <= 2 * noise)
+            for (a, b), noise in zip(pairs, self._noise, strict=True)
+        )
+
+    def _changed(self, tensor: torch.Tensor, part: int) -> torch.Tensor:
+        """``tensor`` with other values in all parts but one."""
+        pieces = list(tensor.chunk(self._parts))
+        return torch.cat([x if g == part else _others(x) for g, x in enumerate(pieces)])
+
+    def _part(self, part: int, chosen: Collection[int]) -> list[torch.Tensor]:
+        return [
+            t.chunk(self._parts)[part] if i in chosen else t
+            for i, t in enumerate(self._call.tensors)
+        ]
+
+    def _alike(self, leaves: list[torch.Tensor], whole: torch.Tensor) -> bool:
+        """Whether the parts' results are those in the batch, but for rounding."""
+        joined = torch.cat(leaves)
+        if joined.shape != whole.shape:
+            return False
+        dtypes = {whole.dtype, *(t.dtype for t in (self._call.tensors[i] for i in self._latents))}
+        steps = [torch.finfo(d).eps for d in dtypes if d.is_floating_point]
+        if not steps:
+            return torch.equal(joined, whole)
+        step = max(*steps, _TF32 if whole.is_cuda and whole.dtype != torch.float64 else 0.0)
+        known = joined.isfinite() & whole.isfinite()
+        a, b = (torch.where(known, x, 0).double() for x in (joined, whole))
+        # Kernels are others for another batch, but what they make of it is half of the digits.
+        return bool((a - b).square().mean().sqrt() <= step**0.5 * b.square().mean().sqrt())
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors among what the denoiser returns."""
+        values = iter(tensors)
+        leaves = [next(values) if isinstance(x, torch.Tensor) else x for x in self._call.leaves]
+        kwargs = pytree.tree_unflatten(leaves, self._call.spec)
+        cuda = [self._device] if self._device.type == "cuda" else []
+        # The user's random numbers stay what they are.
+        with torch.random.fork_rng(cuda), torch.no_grad(), _Together(self._device):
+            result = self._module(**kwargs)
+        return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+class _Together(TorchDispatchMode):
+    """Brings tensors of the host to a device wherever an operation has some of both: weights that
+    wait on the host are there as long as they are used, one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._device.type != "cpu" and func not in _ACROSS:
+            given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if {x.device.type for x in given if x.dim()} == {"cpu", self._device.type}:
+                args, kwargs = pytree.tree_map_only(torch.Tensor, self._here, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device) if tensor.device.type == "cpu" else tensor
+
+
+#: Operations that are between devices.
+_ACROSS = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+def _others(x: torch.Tensor) -> torch.Tensor:
+    """Other values that are as valid, as indices too: smaller ones of the same sign, none of them
+    what it was."""
+    if x.dtype == torch.bool:
+        return ~x
+    if x.is_floating_point() or x.is_complex():
+        return torch.where(x == 0, 0.5, x / 2).to(x.dtype)
+    return torch.where(x > 0, x - 1, x + 1).to(x.dtype)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a.contiguous().view(torch.uint8) == b.contiguous().view(torch.uint8)).all())
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The largest difference; infinite where only one of two values is a number."""
+    a, b = a.double(), b.double()
+    far = torch.where(a.isfinite() == b.isfinite(), (a - b).abs().nan_to_num(0.0, 0.0), torch.inf)
+    return far.max()
