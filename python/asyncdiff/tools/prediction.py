@@ -24,9 +24,9 @@ def predicted(handle: Any, steps: int) -> Timeline | None:
     denoiser = handle.denoiser
     if denoiser.splits:
         return None
-    if handle.partition.costs is None:
-        return None
     report = handle.partition.report().to_dict()
+    if not report["source"].startswith("measured"):
+        return None
     devices = [torch.device(d) for d in denoiser.devices]
     timing = Timing.from_report(
         report, link_gb_per_s=link_speed(devices) / 1e6, link_latency_us=LATENCY_US

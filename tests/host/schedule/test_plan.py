@@ -213,6 +213,20 @@ def test_grid():
     )
 
 
+@pytest.mark.parametrize("width", [40, 60, 75])
+def test_a_narrow_grid_goes_on_below(width):
+    plan = P.build(3, 2, 2, 60)
+    whole = plan_text.grid(plan).splitlines()
+    blocks = [b.splitlines() for b in plan_text.grid(plan, width).split("\n\n")]
+    left = whole[0].index("|") + 1
+    assert len(blocks) > 1 and {len(b) for b in blocks} == {len(whole)}
+    assert all(len(line) <= width for b in blocks for line in b)
+    for i, line in enumerate(whole):  # every block has the names; together they are the whole
+        assert {b[i][:left] for b in blocks} == {line[:left]}
+        assert "".join(b[i][left:] for b in blocks) == line[left:]
+    assert plan_text.grid(plan, 1000) == plan_text.grid(plan)
+
+
 def test_grid_of_waves():
     numbers = {"schedule": "wavefront", "exact_tail": 1}
     assert plan_text.grid(P.build(3, 1, 1, 6, **numbers)) == (

@@ -68,3 +68,24 @@ def test_side_by_side_and_bad_tables():
         compare.side_by_side([noise(0)], ["left", "right"])
     with pytest.raises(InputError):
         compare.sheet({}, [])
+
+
+def test_notes_stand_below_and_rows_keep_their_places():
+    rows = {"one": [noise(0)], "two": [noise(1)]}
+    plain = compare.sheet(rows, ["a"])
+    noted = compare.sheet(rows, ["a"], notes={"one": ["33.5 dB"]})
+    more = noted.height - plain.height
+    assert noted.width == plain.width and 10 < more < 40
+    first = plain.height // 2  # the first row ends before this
+    below = np.asarray(noted)[first + more + 8 :]
+    assert (below == np.asarray(plain)[first + 8 :]).all()
+
+
+def test_difference_by_hand():
+    a = np.full((8, 8, 3), 0.5)
+    far = np.asarray(compare.difference(a, a + 0.1, 4))
+    assert (far == round(0.4 * 255)).all()
+    assert not np.asarray(compare.difference(a, a)).any()
+    assert (np.asarray(compare.difference(a, a - 0.4, 4)) == 255).all()
+    with pytest.raises(InputError, match="different shapes"):
+        compare.difference(a, a[:4])

@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+import asyncdiff
 from asyncdiff import InputError, MetricError, TuneError
 from asyncdiff.demo import model as demo_model
+from asyncdiff.partition.partition import partition
+from asyncdiff.schedule.plan import build
+from asyncdiff.schedule.simulate import Timing, predict
 from asyncdiff.tools import fidelity as measures
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
-from asyncdiff.tools.tune import tune
+from asyncdiff.tools.prediction import LATENCY_US, predicted
+from asyncdiff.tools.tune import _families, _Measured, tune
+from asyncdiff.tools.tune_plot import draw
 from fidelity import plots, rivals
 from fidelity.macs import balanced, total
 from fidelity.ours import Asynchronous, plain_work
@@ -146,6 +152,56 @@ def test_tune_takes_the_fastest_that_is_good_enough(pipe: Any) -> None:
     with pytest.raises(TuneError, match=r"no setting on 2 devices keeps 200 dB; the best of \d+"):
         tune(pipe, PROMPTS[:1], psnr_db=200, **settings)
     assert type(pipe) is kind  # as it was
+
+
+def test_tune_tells_and_draws_what_it_does(pipe: Any, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    found = tune(
+        pipe, PROMPTS[:1], psnr_db=5, devices=["cpu"], num_inference_steps=4,
+        progress=lambda *told: heard.append(told),
+    )  # fmt: skip
+    # From the first moment, and in steps: nothing that begins is left without an end.
+    assert heard[0] == ("drawing with the plain pipeline", 0, 5)
+    assert [done for what, done, _ in heard if what == heard[0][0]] == [0, 1, 2, 3, 4, 5]
+    trials = {what for what, _, _ in heard if what.startswith("trying ")}
+    assert len(trials) == len(found.tried)
+    for what in {w for w, _, _ in heard}:
+        *_, last = (told for told in heard if told[0] == what)
+        assert last[1] == last[2], what
+    path = tmp_path / "t.png"
+    draw(found, path, psnr_db=5)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_timing_of_the_denoiser_predicts_every_family(pipe: Any) -> None:
+    """As a partition of its own for each would."""
+    measured = _Measured(pipe, torch.device("cpu"), {}, lambda what, done, total: None)
+    for family in _families(3):
+        copies = family.ranks - family.components + 1
+        captured, costs = measured._captured, measured._costs
+        parts = partition(captured, family.components, "auto", costs=costs, copies=copies)
+        timing = Timing.from_report(
+            parts.report().to_dict(), link_gb_per_s=5, link_latency_us=LATENCY_US
+        )
+        plan = build(
+            family.components, family.stride, 1, 10, schedule=family.schedule, exact_tail=2,
+            exchanges=parts.exchanges,
+        )  # fmt: skip
+        assert measured.speedups(family, 10, 5e6)[1, 2] == predict(plan, timing).speedup
+
+
+def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2, warmup=2) as handle:
+        pipe("house", num_inference_steps=4)
+        timeline = predicted(handle, 20)
+        assert timeline is not None and 1 < timeline.speedup < 2
+        assert timeline.plan == handle.plan(20)
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2, split="estimate") as handle:
+        pipe("house", num_inference_steps=2)
+        assert predicted(handle, 20) is None
+    with asyncdiff.parallelize(pipe, ["cpu"] * 4, guidance="split") as handle:
+        pipe("house", num_inference_steps=2)
+        assert predicted(handle, 20) is None
 
 
 def test_tune_calibrates_waves_on_other_prompts(pipe: Any) -> None:
