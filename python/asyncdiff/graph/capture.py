@@ -26,7 +26,8 @@ _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: What the exporter says where a value of a tensor would have to be known.
 _OF_VALUES = ("data-dependent", "data dependent", "unbacked")
-_WITHOUT = "else run the denoiser without asyncdiff (restore())"
+#: What can always be done.
+_WITHOUT = "run the denoiser without asyncdiff (restore())"
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
 
@@ -170,8 +171,8 @@ def _check_effects(name: str, effects: SideEffects) -> None:
 
 def _what_to_do(reason: str) -> str:
     if any(word in reason for word in _OF_VALUES):
-        return f"Its forward must not branch on values of tensors; {_WITHOUT}"
-    return f"Try another version of torch or of the denoiser's package; {_WITHOUT}"
+        return f"Its forward must not branch on values of tensors; else {_WITHOUT}"
+    return f"Try another version of torch or of the denoiser's package; else {_WITHOUT}"
 
 
 def _check_sizes(name: str, captured: Captured) -> None:
