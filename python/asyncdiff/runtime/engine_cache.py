@@ -27,8 +27,8 @@ from ..progress import Progress, bar
 from ..schedule.plan import Plan, ring
 from .cfg_parallel import GROUPS, Groups, part
 from .cuda_graphs import reason
+from .devices import collect, out_of_memory
 from .engine import Engine
-from .memory import collect, out_of_memory
 from .rebalance import WORTH, WORTH_COMPILING, component_ms, next_cut
 
 log = logging.getLogger("asyncdiff")

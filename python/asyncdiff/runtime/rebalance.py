@@ -21,7 +21,7 @@ from ..graph.capture import Captured
 from ..partition.cost import Costs
 from ..partition.partition import Component, Partition, partition
 from .cuda_graphs import NotCapturable
-from .memory import out_of_memory
+from .devices import out_of_memory
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -21,7 +21,7 @@ from ..schedule.actions import NOTHING, Action, Kind, Slots
 from ..schedule.segments import Segment
 from .buffers import dense, moved_on
 from .cuda_graphs import GraphCache, Issued, capturing, reason
-from .memory import out_of_memory
+from .devices import out_of_memory
 from .push import Push, Sender
 from .rows import Rows
 from .step import Caller, Inputs

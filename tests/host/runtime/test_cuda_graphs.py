@@ -14,7 +14,7 @@ import torch
 import asyncdiff_core as core
 from asyncdiff.runtime import cuda_graphs, rebalance
 from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
-from asyncdiff.runtime.memory import out_of_memory
+from asyncdiff.runtime.devices import out_of_memory
 
 
 class Stream:
