@@ -15,6 +15,7 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, RankError
 from asyncdiff.runtime.cuda_graphs import Issued
+from asyncdiff.runtime.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("full_float32")
 
@@ -173,6 +174,74 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_logged_reason(
     said = [r for r in caplog.records if "without CUDA graphs" in r.message]
     assert len(said) == 1
     assert not denoiser.report().cuda_graphs
+    denoiser.close()
+
+
+def test_a_lack_of_memory_in_a_capture_is_raised_and_graphs_go_on() -> None:
+    """Nothing of the capture is left behind, in torch's allocator neither."""
+    call = on_gpu(toy_call())
+    denoiser = toy_on_gpu(devices=["cuda:0"] * 2)
+    want = run(denoiser, call)
+    worker = denoiser._engines.get(denoiser.parse((), call)).workers[0]
+
+    def too_much() -> Issued:
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda:0")
+        return Issued([])
+
+    def forbidden() -> Issued:
+        torch.zeros(1, device="cuda:0").item()
+        return Issued([])
+
+    with worker.current():
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                worker.graphs.record("too much", too_much)
+        assert worker.graphs.used
+        worker.graphs.record("forbidden", forbidden)
+        assert not worker.graphs.used
+        worker.graphs.try_again()
+        assert worker.graphs.used
+    assert torch.equal(run(denoiser, call), want)
+    assert denoiser.report().cuda_graphs
+    denoiser.close()
+
+
+def test_engines_of_others_make_room() -> None:
+    denoiser = toy_on_gpu(devices=["cuda:0"] * 2)
+    calls = [on_gpu(toy_call(batch=b)) for b in (1, 2, 3)]
+    want = [run(denoiser, c) for c in calls[:2]]
+    prepare, failed = Engine.prepare, []
+
+    def once(engine: Engine, plan: Any) -> None:
+        if not failed:
+            failed.append(len(denoiser._engines))
+            torch.empty(1 << 45, dtype=torch.uint8, device="cuda:0")
+        prepare(engine, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "prepare", once)
+        run(denoiser, calls[2])
+    assert failed == [3] and len(denoiser._engines) == 1
+    assert all(torch.equal(run(denoiser, c), w) for c, w in zip(calls, want, strict=False))
+    denoiser.close()
+
+
+def test_inference_mode_keeps_rows_and_conditioning() -> None:
+    """The host looks at nothing while a generation runs, and is told in the end."""
+    denoiser = toy_on_gpu(devices=["cuda:0"] * 2)
+    want = run(denoiser, on_gpu(toy_call()))
+    with torch.inference_mode():
+        call = on_gpu(toy_call())
+        call = {k: t.clone() for k, t in call.items()}
+        for _ in range(2):
+            assert torch.equal(run(denoiser, call), want)
+        text = call["encoder_hidden_states"]
+        latents = call["sample"]
+        with pytest.raises(InputError, match="Pass another tensor"), denoiser.generation(TIMES):
+            for k, t in enumerate(TIMES):
+                if k == 2:
+                    text.mul_(2)
+                denoiser(latents, t.to("cuda:0"), encoder_hidden_states=text)
     denoiser.close()
 
 

@@ -11,6 +11,8 @@ from conftest import PLACES, devices_for
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, AutoWarmup
+from asyncdiff.graph.conditions import batched_inputs
+from asyncdiff.graph.signature import parse
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = torch.arange(900, 100, -100)
@@ -143,3 +145,15 @@ def test_two_gpus_work_at_once() -> None:
     # One exact step, then two in every tick.
     assert seconds(devices=devices, stride=2) < 0.8 * one
     assert seconds(devices=devices[::-1], stride=2) < 0.8 * one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_conditions_are_told_apart_wherever_the_weights_are(dtype: torch.dtype, home: str) -> None:
+    module = toy().to(home, dtype)
+    call = {
+        name: t.to("cuda", dtype if t.is_floating_point() else t.dtype)
+        for name, t in toy_call(batch=4, size=32).items()
+    }
+    assert batched_inputs(module, parse(module, (), call), 2) == [True, False, True]
+    assert {p.device.type for p in module.parameters()} == {home}

@@ -73,7 +73,7 @@ class GraphCache:
     def try_again(self) -> None:
         """Use graphs again, if a capture was forbidden once only: it may have been because of what
         another thread did, or of what was not loaded yet."""
-        self.used = self._stream is not None and self._refused < _TRIES
+        self.used = self.used or 0 < self._refused < _TRIES
 
     def record(self, key: Hashable, work: Callable[[], Issued]) -> None:
         """Capture ``work``, if its graph is still missing and graphs are used. Raises what the work
