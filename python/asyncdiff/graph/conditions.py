@@ -11,6 +11,8 @@ refused: nothing that was not found to be exact is split.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -80,6 +82,9 @@ class _Trial:
         self._module, self._call, self._parts = module, call, parts
         self._latents = call.indices(Role.LATENTS)
         self._device = call.tensors[self._latents[0]].device
+        weights = itertools.chain(module.parameters(), module.buffers())
+        apart = any(w.device.type != self._device.type for w in weights)
+        self._together = _Together(self._device) if apart else contextlib.nullcontext()
         self._whole = self._run(call.tensors)
         self._noise: list[torch.Tensor] | None = None
         if any(not x.dim() or x.shape[0] % parts for x in self._whole):
@@ -173,7 +178,7 @@ class _Trial:
         kwargs = pytree.tree_unflatten(leaves, self._call.spec)
         cuda = [self._device] if self._device.type == "cuda" else []
         # The user's random numbers stay what they are.
-        with torch.random.fork_rng(cuda), torch.no_grad(), _Together(self._device):
+        with torch.random.fork_rng(cuda), torch.no_grad(), self._together:
             result = self._module(**kwargs)
         return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
@@ -194,7 +199,7 @@ class _Together(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._device.type != "cpu" and func not in _ACROSS:
+        if func not in _ACROSS:
             given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             if {x.device.type for x in given if x.dim()} == {"cpu", self._device.type}:
                 args, kwargs = pytree.tree_map_only(torch.Tensor, self._here, (args, kwargs))
