@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
+from ..errors import CaptureError, InputError
 from ..progress import stage
 from .side_effects import SideEffects
 from .signature import Call, Role, Signature
@@ -121,7 +124,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     effects = SideEffects(module)
     try:
         watched = effects.watched()
-        with _exporting, torch.no_grad(), watched, stage("exporting the denoiser"):
+        with _exporting, torch.no_grad(), watched, _unlogged(), stage("exporting the denoiser"):
             program = torch.export.export(module, (), kwargs, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 # In-place operations have no place in a graph that is cut into pieces.
@@ -129,6 +132,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     except Exception as e:  # the exporter raises what it likes
         _check_effects(name, effects)
         effects.undo()
+        _check_inputs(module, kwargs, call)
         raise CaptureError(
             f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
             + _what_to_do(str(e))
@@ -155,6 +159,36 @@ def capture(module: nn.Module, call: Call) -> Captured:
     _check_sizes(name, captured)
     log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
     return captured
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the pages that torch logs of operations that fail on tensors without memory: the
+    error that is raised says the same in a line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> None:
+    """Raise InputError where the denoiser does not take these inputs, exported or not: tensors of
+    their shapes, without memory, are passed to it as it is."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _unlogged():
+            module(**pytree.tree_map_only(torch.Tensor, mode.from_tensor, dict(kwargs)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
+        if type(e).__module__.startswith("torch."):  # what only tracing minds, such as values
+            return
+        shapes = ", ".join(f"{x.name} {tuple(x.shape)}" for x in call.signature.inputs)
+        raise InputError(
+            f"{type(module).__name__} does not take these inputs ({shapes}): "
+            f"{type(e).__name__}: {_first_lines(e)}"
+        ) from e
+    except Exception:
+        return
 
 
 def _check_effects(name: str, effects: SideEffects) -> None:
