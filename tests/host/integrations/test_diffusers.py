@@ -225,8 +225,10 @@ def test_flux_with_two_calls_a_step_is_refused() -> None:
     pipe.set_progress_bar_config(disable=True)
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
     negative = {f"negative_{k}": v for k, v in call.items() if k.endswith("embeds")}
-    with pytest.raises(asyncdiff.SchedulerError, match="guidance in two calls"):
-        pipe(**call, **negative, true_cfg_scale=4.0, num_inference_steps=6, output_type="latent")
+    guided = negative | {"true_cfg_scale": 4.0, "num_inference_steps": 6, "output_type": "latent"}
+    with pytest.raises(asyncdiff.SchedulerError, match=r"2 times .*do_true_cfg.* in two calls"):
+        pipe(**call, **guided)
+    assert not len(handle.denoiser._engines)  # before anything was prepared
     handle.restore()
 
 

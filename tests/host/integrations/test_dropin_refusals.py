@@ -9,10 +9,12 @@ import diffusers
 import pytest
 import reference
 import torch
+from tiny_pipelines import tiny_unet
 from torch import nn
 from toys import toy_call
 
-from asyncdiff import AsyncDenoiser, CaptureError
+import asyncdiff
+from asyncdiff import AsyncDenoiser, CaptureError, SchedulerError
 
 SPLITS: list[Any] = ["estimate", [["transformer_blocks.0"], ["transformer_blocks.1"]]]
 
@@ -95,3 +97,60 @@ def test_words_of_the_exporter_say_what_to_do() -> None:
             denoiser.prepare(toy_call()["sample"], torch.tensor(9))
         assert "file an issue" not in str(refused.value)
         denoiser.close()
+
+
+class Twice:
+    """A pipeline that calls its denoiser in several places, by what is asked for."""
+
+    def __init__(self) -> None:
+        self.unet = tiny_unet()
+        self.scheduler = diffusers.DDIMScheduler()
+        self.scale = 1.0
+
+    @property
+    def guides(self) -> bool:
+        return self.scale > 1
+
+    @torch.no_grad()
+    def __call__(
+        self, negative: Any = None, late: bool = False, first: bool = False, scale: float = 1.0
+    ) -> torch.Tensor:
+        self.scale = scale
+        latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 32)
+        self.scheduler.set_timesteps(4)
+        unet = self.unet
+        for t in self.scheduler.timesteps:
+            if late:
+                latents = self.unet(latents, t, text).sample
+            elif first:
+                latents = self.unet(latents, t, text)[0]
+            else:
+                latents = unet(
+                    latents,
+                    t,
+                    text,
+                ).sample
+            if self.guides and negative is not None:
+                latents = latents + self.unet(latents, t, negative).sample
+            often = [negative] if late and negative is not None else []
+            for other in often:
+                latents = latents + self.unet(latents, t, other).sample
+        return latents
+
+
+def test_pipelines_that_call_twice_in_a_step() -> None:
+    """They are refused before the denoiser is prepared, where their code tells."""
+    pipe, text = Twice(), torch.randn(1, 8, 32)
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate") as handle:
+        with pytest.raises(
+            SchedulerError,
+            match=r"Twice is going to call its denoiser 2 times in each step "
+            r"\(self.guides and negative is not None\).*restore\(pipe\)",
+        ):
+            pipe(text, scale=2.0)
+        assert len(handle.denoiser._engines) == 0
+        for served in ({}, {"negative": text}, {"scale": 2.0}, {"late": True}, {"first": True}):
+            assert pipe(**served).isfinite().all()
+            assert handle.report().steps == 4
+        with pytest.raises(SchedulerError, match="more or less often than once a step"):
+            pipe(text, late=True)

@@ -20,6 +20,7 @@ from ...sampling.calibration import Calibration
 from ...sampling.clean_image import CleanImage, clean_image
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
+from .call_sites import check_calls
 from .checks import check_forward
 from .probe import FirstCall, as_generation
 from .step_bar import preparing
@@ -200,6 +201,9 @@ class Handle:
         scheduler = (self._caller or self.pipe).scheduler
         if old is None or not denoiser.active or old.source is not check_scheduler(scheduler):
             check_forward(self._module)
+            if self._caller is not None:
+                unet = getattr(self._caller, "unet", None) is self._module
+                check_calls(self._caller, "unet" if unet else "transformer")
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self._caller, "num_timesteps", None)
             self._short = 0
