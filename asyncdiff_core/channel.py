@@ -16,14 +16,22 @@ Stream = Any
 
 
 class Channel:
-    """Made by :meth:`Fabric.channel`. One sender, one or more receivers, a fixed layout.
+    """A way for bundles from one sender to one or more receivers, made by :meth:`Fabric.channel`.
 
     The n-th bundle (from zero) uses slot ``n % slots``. The sender calls :meth:`begin`,
-    :meth:`push` for every tensor, :meth:`commit`; each receiver :meth:`get`, reads the slot, and
-    :meth:`release`. On the host these calls block, at most for the fabric's deadline, and raise
-    ExchangeTimeout, Aborted or SlotOrderError; one whose wait Ctrl-C ended can be repeated. On CUDA
-    they only enqueue on the given stream, can be captured in CUDA graphs, and such errors are
-    raised by :meth:`Fabric.check`. Each end may be used by one thread at a time.
+    :meth:`push` for every tensor, :meth:`commit` (or :meth:`put`, which is all three); each
+    receiver :meth:`get`, reads the slot, and :meth:`release`. Each end may be used by one thread at
+    a time, in the process that runs its rank.
+
+    On the host these calls block, at most for the fabric's deadline, and raise ExchangeTimeout,
+    Aborted or SlotOrderError; one whose wait Ctrl-C ended can be repeated. On CUDA they only
+    enqueue on the given stream, can be captured in CUDA graphs, and such errors are raised by
+    :meth:`Fabric.check`. All of them raise InvalidArgument for slots, ranks or tensors that do not
+    exist, or a rank of another process, and CoreError once the fabric is closed.
+
+    A begin that fails, or comes out of turn, grants no slot: what is pushed behind it is not stored
+    (in mode "copy", on CUDA, it is, but nothing that was read meanwhile passes a
+    :meth:`Fabric.check`), and no receiver is told.
     """
 
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
@@ -39,7 +47,7 @@ class Channel:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """What messages and profilers call it: the name that it was given, or its ranks'."""
         return self._native.name
 
     @property
@@ -59,16 +67,19 @@ class Channel:
 
     @property
     def slots(self) -> int:
-        """How many bundles fit."""
+        """How many bundles fit into a receiver's mailbox."""
         return self._native.slots
 
     @property
     def mode(self) -> str:
-        """How bundles move: "inline", "kernel" or "copy"; see :meth:`Fabric.channel`."""
+        """How bundles move: "inline", "kernel" or "copy"; what "auto" became. See
+        :meth:`Fabric.channel`."""
         return self._native.mode
 
     def slot(self, receiver: int, slot: int) -> Buffer:
-        """The bytes of a slot in a receiver's mailbox, without copying."""
+        """The memory of a slot in a receiver's mailbox, ``layout.nbytes`` bytes, without copying:
+        on the receiver's device, and good as long as somebody holds it. Its contents are good from
+        a get until the release. On CUDA only in the process that runs the receiver."""
         return self._native.slot(receiver, slot)
 
     def begin(self, slot: int, stream: Stream = None) -> None:
@@ -76,9 +87,12 @@ class Channel:
         self._native.begin(slot, pointer_of(stream))
 
     def push(self, index: int, tensor: Any, slot: int, stream: Stream = None) -> None:
-        """Copy a tensor like ``layout.specs[index]`` to all receivers.
+        """Copy a tensor like ``layout.specs[index]`` to all receivers, into a slot that has begun.
 
-        Raises InvalidArgument if shape, element type, strides or device differ from the layout's.
+        ``tensor``: of any library with ``__cuda_array_interface__``, ``__array_interface__`` or
+        ``__dlpack__``; a GPU's on CUDA, the CPU's on the host. It must stay as it is until the copy
+        is done, in the order of ``stream``. Raises InvalidArgument if shape, element type, strides
+        or kind of device differ from the layout's.
         """
         array = describe(tensor)
         self._check(index, array.dtype, array.shape, array.strides, array.device)
@@ -95,9 +109,10 @@ class Channel:
         self._native.commit(slot, pointer_of(stream))
 
     def put(self, tensors: Sequence[Any], slot: int, stream: Stream = None) -> None:
-        """Begin, push all tensors, commit; in the channel's :attr:`mode`.
+        """Begin, push all tensors, commit; on CUDA in one launch, unless :attr:`mode` is "copy".
 
-        Raises InvalidArgument as :meth:`push` does.
+        ``tensors[i]`` is like ``layout.specs[i]``. Raises InvalidArgument as :meth:`push` does,
+        before anything is sent.
         """
         known, address = self._put_stream
         if stream is not known:
@@ -108,34 +123,23 @@ class Channel:
             self._native.put([a.pointer for a in arrays], slot, address)
 
     def get(self, receiver: int, slot: int, stream: Stream = None) -> None:
-        """Wait until the next bundle lies in ``slot`` of this receiver."""
+        """Wait until the next bundle lies in ``slot`` of this receiver, a rank."""
         self._native.get(receiver, slot, pointer_of(stream))
 
     def release(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Give the slot back: it may be overwritten from now on."""
         self._native.release(receiver, slot, pointer_of(stream))
 
-    def unpack(
-        self, receiver: int, tensors: Sequence[Any], slot: int, stream: Stream = None
-    ) -> None:
-        """Get, copy the bundle to ``tensors``, release: one launch, up to 96 tensors.
-
-        An inline bundle is then not copied to the mailbox first. All earlier bundles must have been
-        released. Raises InvalidArgument for tensors unlike the layout's, or that are read-only.
-        """
-        pointers, _held = self._pointers(tensors, True)
-        self._native.unpack(receiver, pointers, slot, pointer_of(stream))
-
-    def _pointers(self, tensors: Sequence[Any], written: bool = False) -> tuple[list[int], Any]:
+    def _pointers(self, tensors: Sequence[Any]) -> tuple[list[int], Any]:
         """Addresses, and what to hold while they are used: the caller's sequence may change."""
         held = tuple(tensors)
         found = self._addresses(held, self._on_gpu)
         if found is not None:
             return found, held
-        arrays = self._looked_at(held, written)
+        arrays = self._looked_at(held)
         return [a.pointer for a in arrays], arrays
 
-    def _looked_at(self, tensors: Sequence[Any], written: bool = False) -> list[Array]:
+    def _looked_at(self, tensors: Sequence[Any]) -> list[Array]:
         """For arrays of any library, and for saying what is wrong with one."""
         if len(tensors) != len(self._specs):
             raise InvalidArgument(
@@ -146,11 +150,6 @@ class Channel:
         for index, tensor in enumerate(tensors):
             a = describe(tensor)
             self._check(index, a.dtype, a.shape, a.strides, a.device)
-            if written and not a.writable:
-                raise InvalidArgument(
-                    f"tensor {index} for channel '{self.name}' is read-only: give one that can be "
-                    "written"
-                )
             arrays.append(a)
         return arrays
 

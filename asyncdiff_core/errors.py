@@ -33,8 +33,8 @@ class Aborted(CoreError, RuntimeError):
 class IncidentError(CoreError, RuntimeError):
     """An operation of a rank on a channel went wrong.
 
-    ``rank`` did ``operation`` ("begin", "commit", "get", "release", "push") on ``slot`` of
-    ``channel``; ``expected`` and ``seen`` are what it counted.
+    ``rank`` did ``operation`` ("begin", "push", "commit", "get" or "release") on ``slot`` of the
+    channel named ``channel``; ``expected`` and ``seen`` are what it counted.
     """
 
     def __init__(
@@ -62,7 +62,11 @@ class IncidentError(CoreError, RuntimeError):
 
 
 class ExchangeTimeout(IncidentError):
-    """A wait passed its deadline: ``expected`` and ``seen`` are epochs, ``peer`` was waited for."""
+    """A wait passed its deadline.
+
+    ``peer`` is the rank that was waited for; ``expected`` and ``seen`` are epochs: the n-th bundle
+    of a channel, from one, has epoch n.
+    """
 
     def __init__(self, message: str, *, peer: int, **incident: object) -> None:
         super().__init__(message, **incident)  # type: ignore[arg-type]
@@ -70,4 +74,9 @@ class ExchangeTimeout(IncidentError):
 
 
 class SlotOrderError(IncidentError):
-    """A slot was named out of turn: ``expected`` is the right slot, ``seen`` the bundles so far."""
+    """A slot or a call came out of turn.
+
+    The n-th bundle of a channel, from zero, uses slot ``n % slots``; push and commit come after
+    begin, release after get. ``expected`` is the slot that is next, ``seen`` the number of bundles
+    so far; the message says which of both was wrong.
+    """

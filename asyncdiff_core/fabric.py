@@ -13,7 +13,8 @@ from .rendezvous import Rendezvous
 
 
 class Fabric:
-    """Base class of :class:`HostFabric` and :class:`CudaFabric`."""
+    """Ranks that exchange bundles through channels; a :class:`HostFabric` or a
+    :class:`CudaFabric`."""
 
     def __init__(self, native: _core.Fabric, devices: Sequence[int] | None) -> None:
         self._native = native
@@ -42,7 +43,7 @@ class Fabric:
         return self._native.links()
 
     def link_reasons(self) -> dict[tuple[int, int], str]:
-        """Why a link is staged."""
+        """Why links are staged, by (sender, receiver); those that are not are left out."""
         return self._native.link_reasons()
 
     def channel(
@@ -55,14 +56,18 @@ class Fabric:
         name: str = "",
         mode: str = "auto",
     ) -> Channel:
-        """A new channel, with mailbox memory of ``slots`` bundles for each receiver.
+        """Make a channel, with mailbox memory of ``slots`` bundles (1 to 1024) for each receiver.
 
         ``mode`` says how bundles move between GPUs: "copy" (copy engines, tensor after tensor,
-        which takes no multiprocessor), "kernel" (one launch gathers all tensors, stores to all
-        receivers and signals; at most 320 tensors), "inline" (the same with data and flag in one
-        store, for small bundles; takes twice the mailbox memory), or "auto" (the fastest by what
-        puts cost on this machine, measured once: :func:`put_costs`). On the host all are the same.
-        Raises InvalidArgument for ranks or modes that do not exist, CudaError if memory is short.
+        which takes no multiprocessor), "kernel" (a launch stores a tensor, or in a put all of them,
+        to all receivers; at most 320 tensors), "inline" (the same with data and flag in one store,
+        for small bundles; takes twice the mailbox memory), or "auto" (the fastest by what puts cost
+        on this machine, measured once: :func:`put_costs`). On the host all are the same.
+
+        With several processes it is collective. Raises InvalidArgument for ranks or modes that do
+        not exist, on CUDA for more than 16 receivers, and where processes ask for different
+        channels; CudaError if memory is short; CoreError if the fabric is closed or has no room for
+        more channels.
         """
         native = self._native.channel(sender, list(receivers), layout, slots, name, mode)
         return Channel(native, self._devices)
@@ -72,10 +77,11 @@ class Fabric:
     ) -> None:
         """Put bundles of several channels of one sender: (channel, tensors, slot) for each.
 
-        On CUDA they are one launch (up to 8 channels and 320 tensors), whatever the channels'
-        modes: as when a rank broadcasts its noise prediction to all and sends its hidden states to
-        one. Raises InvalidArgument for channels of different senders or fabrics, or one named
-        twice. After a KeyboardInterrupt some may have been put: :meth:`reset`.
+        On CUDA they are one launch (as few as needed for more than 8 channels or 320 tensors),
+        whatever the channels' modes: as when a rank broadcasts its noise prediction to all and
+        sends its hidden states to one. Raises InvalidArgument for channels of different senders or
+        fabrics, or one named twice. After a KeyboardInterrupt some may have been put:
+        :meth:`reset`.
         """
         all_puts, held = [], []
         for channel, tensors, slot in puts:
@@ -85,23 +91,36 @@ class Fabric:
         self._native.put_batch(all_puts, pointer_of(stream))
 
     def abort(self, rank: int, reason: str) -> None:
-        """End all waits, now and later, until :meth:`reset`; the others get Aborted."""
+        """End all waits, now and later, until :meth:`reset`; the others get Aborted.
+
+        ``rank`` and ``reason`` are for their message. Waits for nothing: any thread may call it at
+        any time, also while another one makes a channel or resets. Nothing once closed.
+        """
         self._native.abort(rank, reason)
 
     def check(self) -> None:
-        """Raise the first failure since the last reset, if there was one. Does not synchronize."""
+        """Raise the first failure since the last reset, if there was one.
+
+        ExchangeTimeout, SlotOrderError or Aborted; CoreError once the fabric is closed. Does not
+        synchronize: what streams have still to do may still fail.
+        """
         self._native.check()
 
     def reset(self, first_bundle: int = 0) -> None:
         """Empty all channels and forget failures. Nothing may be in flight.
 
         The next bundle of every channel counts as number ``first_bundle`` and uses slot
-        ``first_bundle % slots``; channels made later start at zero.
+        ``first_bundle % slots``; channels made later start at zero. With several processes it is
+        collective, and raises InvalidArgument where they name different numbers.
         """
         self._native.reset(first_bundle)
 
     def close(self) -> None:
-        """End the fabric. Nothing may be in flight; mailbox memory lives while it is held."""
+        """End the fabric: nothing can be exchanged any more.
+
+        Nothing may be in flight. Mailbox memory lives on while somebody holds it. A second call
+        does nothing.
+        """
         self._native.close()
 
 
@@ -110,9 +129,12 @@ class HostFabric(Fabric):
 
     ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10). With a ``rendezvous``,
     ``owners[r]`` is the process that runs rank r (None: rank r is process r); making the fabric,
-    ``channel`` and ``reset`` are then collective: every process calls them, in the same order, and
-    none goes on if it fails in one. A process uses the ends of its own ranks only
-    (InvalidArgument).
+    ``channel`` and ``reset`` are then collective: every process calls them, in the same order and
+    with the same arguments, and none goes on if it fails in one. A process uses the ends of its own
+    ranks only (InvalidArgument).
+
+    Raises InvalidArgument for no ranks, a deadline that is not positive or longer than a day,
+    owners that do not exist, and where processes differ.
     """
 
     def __init__(

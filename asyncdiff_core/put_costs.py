@@ -10,38 +10,47 @@ from .errors import DeviceError
 
 @dataclass(frozen=True)
 class PutCosts:
-    """Microseconds of a put, one way, to one receiver; keys are bytes."""
+    """What one put takes from the sender's call until the receiver has it, one way, in
+    microseconds.
+
+    Each table maps bytes to the cost of one tensor to one receiver, by mode; ``inline_us`` has no
+    sizes that are too large to be worth it. ``copy_node_us`` is the cost of each further copy of a
+    bundle that copy engines move: one a tensor and receiver. ``text`` is the table as it is kept on
+    the disk.
+    """
 
     inline_us: dict[int, float]
     kernel_us: dict[int, float]
     copy_us: dict[int, float]
-    #: of each further tensor of a bundle that is copied
     copy_node_us: float
     text: str
 
     @classmethod
     def from_text(cls, text: str) -> PutCosts:
-        """From the text that is kept on the disk."""
-        node, _, *numbers = text.splitlines()[1].split() + text.split("\n", 2)[2].split()
-        rows = [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
-        inline, kernel, copy = (
-            {int(r[0]): float(r[c]) for r in rows if float(r[c]) > 0} for c in (1, 2, 3)
-        )
-        return cls(inline, kernel, copy, float(node), text)
+        """Read a table as it is kept on the disk. Raises InvalidArgument for anything else."""
+        node, rows = _core.parse_put_costs(text)
+        inline, kernel, copy = ({r[0]: float(r[c]) for r in rows if r[c] > 0} for c in (1, 2, 3))
+        return cls(inline, kernel, copy, node, text)
 
     def fastest(self, nbytes: int, *, tensors: int = 1, receivers: int = 1) -> str:
-        """The mode that "auto" takes for such a bundle."""
+        """The mode that "auto" takes for a bundle of ``nbytes`` in so many tensors: "inline",
+        "kernel" or "copy"."""
         return _core.fastest_put(self.text, nbytes, tensors, receivers)
 
 
 def put_costs(from_device: int, to_device: int, *, transport: str = "peer") -> PutCosts:
-    """Measure, or read what was measured before; see ASYNCDIFF_CACHE.
+    """Measure what puts cost between two CUDA devices of this process, given by index, or read
+    what was measured before on this machine (in the folder ASYNCDIFF_CACHE).
 
-    Raises DeviceError without CUDA.
+    Measuring takes a second or two, three at most, and uses both devices; costs as they are on
+    NVLinked H200s stand in where a GPU is too busy. ``transport``: "peer", "staged" or "auto", as
+    for :class:`CudaFabric`. Raises DeviceError for devices that do not exist, and without CUDA;
+    InvalidArgument for another transport.
     """
-    if not _core.cuda_built() or max(from_device, to_device) >= _core.cuda_devices():
+    devices = range(_core.cuda_devices() if _core.cuda_built() else 0)
+    if from_device not in devices or to_device not in devices:
         raise DeviceError(
             f"put costs between CUDA devices {from_device} and {to_device}: there are "
-            f"{_core.cuda_devices()} devices"
+            f"{len(devices)} devices"
         )
     return PutCosts.from_text(_core.put_costs(from_device, to_device, transport))

@@ -1,39 +1,23 @@
-"""What a process of the tests in {host,gpu}/test_core_processes.py does.
-
-    python core_worker.py SCENARIO PROCESS PROCESSES FOLDER [OPTION ...]
-
-Prints one line of JSON.
-"""
+"""What a process of the tests of channels between processes does."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bundles import read
+from scenarios import main, meet
 
 import asyncdiff_core as core
 
 LAYOUT = core.Layout([core.TensorSpec("float32", (257,)), core.TensorSpec("int64", (3,))])
-
-
-def meet(folder: Path, process: int, processes: int) -> core.SocketRendezvous:
-    return core.SocketRendezvous(
-        str(folder / "meet"), process, processes, authkey=b"test", timeout=30
-    )
-
-
-def read(channel: core.Channel, receiver: int, slot: int) -> list[np.ndarray]:
-    raw = np.asarray(channel.slot(receiver, slot))
-    parts = zip(channel.layout.specs, channel.layout.offsets, strict=True)
-    return [raw[o : o + s.nbytes].view(s.dtype) for s, o in parts]
 
 
 def exchange(process: int, processes: int, folder: Path) -> Any:
@@ -104,14 +88,45 @@ def abort(process: int, processes: int, folder: Path) -> Any:
     return "no error"
 
 
-def mismatch(process: int, processes: int, folder: Path) -> Any:
-    """Processes that make different channels get an error, all of them."""
-    fabric = core.HostFabric(processes, rendezvous=meet(folder, process, processes))
-    try:
-        fabric.channel(0, [1], LAYOUT, slots=2 + 100 * process)
-    except core.CoreError as e:
-        return str(e)
-    return "no error"
+def mismatch(process: int, processes: int, folder: Path, gpus: int = 0) -> Any:
+    """Processes that make different calls get an error, all of them, and can go on."""
+    meeting = meet(folder, process, processes)
+    fabric: core.Fabric
+    if gpus:
+        fabric = core.CudaFabric([p % gpus for p in range(processes)], rendezvous=meeting)
+    else:
+        fabric = core.HostFabric(processes, rendezvous=meeting)
+    one = process == 1
+    half = core.Layout([core.TensorSpec("bfloat16" if one else "float16", (8,))])
+    calls: dict[str, Callable[[], Any]] = {
+        "slots": lambda: fabric.channel(0, [1], LAYOUT, slots=2 + 100 * process),
+        "dtype": lambda: fabric.channel(0, [1], half),
+        "order": lambda: fabric.channel(0, [1], half, name="last" if one else "first"),
+        "reset": lambda: fabric.reset(7 if one else 6),
+        "call": lambda: fabric.reset() if one else fabric.channel(0, [1], LAYOUT),
+        "rank": lambda: fabric.channel(0, [99 if one else 1], LAYOUT),
+    }
+    texts = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except core.CoreError as e:
+            texts[name] = str(e)
+    channel = fabric.channel(0, [1], LAYOUT, mode="copy")
+    data: list[Any] = [np.zeros(257, np.float32), np.zeros(3, np.int64)]
+    if gpus:
+        import torch
+
+        data = [torch.as_tensor(x, device=f"cuda:{process % gpus}") for x in data]
+    if process == 0:
+        channel.put(data, 0)
+    if one:
+        channel.get(1, 0)
+    if gpus:
+        torch.cuda.synchronize(process % gpus)
+    fabric.check()
+    fabric.close()
+    return texts
 
 
 def foreign(process: int, processes: int, folder: Path) -> Any:
@@ -152,241 +167,5 @@ def store(process: int, processes: int, folder: Path) -> Any:
     return float(read(channel, 1, 0)[0][0])
 
 
-class OnGpu:
-    """This process's rank of a CUDA fabric with one rank a process; each sends to all others."""
-
-    def __init__(
-        self,
-        process: int,
-        processes: int,
-        folder: Path,
-        gpus: int,
-        transport: str,
-        deadline: float,
-        mode: str = "auto",
-    ) -> None:
-        import torch
-
-        self.process = process
-        devices = [p % gpus for p in range(processes)]
-        self.device = torch.device("cuda", devices[process])
-        torch.cuda.set_device(self.device)
-        self.meet = meet(folder, process, processes)
-        self.fabric = core.CudaFabric(
-            devices, deadline=deadline, transport=transport, rendezvous=self.meet
-        )
-        layout = core.Layout([core.TensorSpec("int64", (50_001,)), core.TensorSpec("int8", (7,))])
-        everyone = range(processes)
-        self.channels = [
-            self.fabric.channel(
-                s, [r for r in everyone if r != s], layout, name=f"from {s}", mode=mode
-            )
-            for s in everyone
-        ]
-        self.source = [
-            torch.zeros(50_001, dtype=torch.int64, device=self.device),
-            torch.ones(7, dtype=torch.int8, device=self.device),
-        ]
-        self.sending, self.receiving = torch.cuda.Stream(), torch.cuda.Stream()
-        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.wrong = torch.zeros_like(self.count)
-        torch.cuda.synchronize()
-
-    def send(self, slot: int) -> None:
-        import torch
-
-        with torch.cuda.stream(self.sending):
-            self.source[0].add_(1)
-            self.channels[self.process].put(self.source, slot, self.sending)
-
-    def receive(self, slot: int) -> None:
-        """Every bundle's numbers have to be how many came before it, plus one."""
-        import torch
-
-        with torch.cuda.stream(self.receiving):
-            self.count.add_(1)
-            for sender, channel in enumerate(self.channels):
-                if sender == self.process:
-                    continue
-                channel.get(self.process, slot, self.receiving)
-                raw = torch.as_tensor(channel.slot(self.process, slot), device=self.device)
-                numbers = raw[: 50_001 * 8].view(torch.int64)
-                self.wrong.add_((numbers != self.count).sum())
-                channel.release(self.process, slot, self.receiving)
-
-
-def cuda_exchange(
-    process: int, processes: int, folder: Path, gpus: int, transport: str, mode: str
-) -> Any:
-    """Eager, then replayed CUDA graphs, then mixed."""
-    import torch
-
-    rank = OnGpu(process, processes, folder, gpus, transport, 20.0, mode)
-    for n in range(20):
-        rank.send(n % 2)
-        rank.receive(n % 2)
-    torch.cuda.synchronize()
-    graphs = {}
-    for slot in range(2):
-        for work, arguments, stream in (
-            (rank.send, (slot,), rank.sending),
-            (rank.receive, (slot,), rank.receiving),
-        ):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                work(*arguments)
-            graphs[slot, stream is rank.sending] = graph
-    rng = random.Random(process)
-    for n in range(200):
-        if rng.random() < 0.8:
-            with torch.cuda.stream(rank.sending):
-                graphs[n % 2, True].replay()
-        else:
-            rank.send(n % 2)
-        if rng.random() < 0.8:
-            with torch.cuda.stream(rank.receiving):
-                graphs[n % 2, False].replay()
-        else:
-            rank.receive(n % 2)
-        if n % 50 == 49:
-            rank.fabric.check()
-    torch.cuda.synchronize()
-    rank.fabric.check()
-    links = sorted({k for (a, b), k in rank.fabric.links().items() if a != b})
-    result = {"count": rank.count.item(), "wrong": rank.wrong.item(), "links": links}
-    rank.fabric.reset()
-    rank.source[0].zero_()
-    rank.count.zero_()
-    torch.cuda.synchronize()
-    rank.send(0)
-    rank.receive(0)
-    torch.cuda.synchronize()
-    result["after_reset"] = rank.wrong.item()
-    del graphs
-    rank.fabric.close()
-    return result
-
-
-def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
-    import torch
-
-    rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
-    rank.send(0)
-    rank.receive(0)
-    torch.cuda.synchronize()
-    rank.fabric.check()
-    rank.meet.all_gather(b"")
-    if process == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    begun = time.monotonic()
-    rank.send(1)
-    rank.receive(1)
-    torch.cuda.synchronize()
-    waited = time.monotonic() - begun
-    try:
-        rank.fabric.check()
-    except core.ExchangeTimeout as e:
-        rank.fabric.close()
-        again = core.CudaFabric([rank.device.index] * 2)
-        again.check()
-        again.close()
-        return {"peer": e.peer, "seconds": waited}
-    return "no error"
-
-
-def cuda_contexts(process: int, processes: int, folder: Path, transport: str) -> Any:
-    """Which of the first two GPUs have a context after all that a fabric on the second does.
-
-    Without torch, which makes contexts of its own. One process has both ranks.
-    """
-    import ctypes
-    import threading
-
-    owners = [0, processes - 1]
-    if processes == 1:
-        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport)
-    else:
-        rendezvous = meet(folder, process, processes)
-        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport, rendezvous=rendezvous)
-    layout = core.Layout([core.TensorSpec("uint8", (4096,))])
-    channel, back = fabric.channel(0, [1], layout), fabric.channel(1, [0], layout)
-    fabric.reset(5)
-    for n in range(5, 9):
-        if process == owners[0]:
-            channel.put([back.slot(0, 0)], n % 2)
-        if process == owners[1]:
-            channel.get(1, n % 2)
-            channel.release(1, n % 2)
-    del channel, back
-    # A thread that has never used CUDA frees it all.
-    closing = threading.Thread(target=fabric.close)
-    closing.start()
-    closing.join()
-
-    driver = ctypes.CDLL("libcuda.so.1")
-    assert driver.cuInit(0) == 0
-    context = ctypes.c_void_p()
-    assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
-    assert context.value is None  # GPU 0 is the current one, as it was
-    out = []
-    for device in range(2):
-        flags, active = ctypes.c_uint(), ctypes.c_int()
-        code = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
-        assert code == 0
-        out.append(bool(active.value))
-    return out
-
-
-class Cut:
-    """A rendezvous that fails after so many gathers, in all processes at once."""
-
-    def __init__(self, whole: core.SocketRendezvous, gathers: int) -> None:
-        self.process, self.processes = whole.process, whole.processes
-        self.whole = whole
-        self.gathers = gathers
-
-    def all_gather(self, mine: bytes) -> list[bytes]:
-        if self.gathers == 0:
-            raise ConnectionError("cut")
-        self.gathers -= 1
-        return self.whole.all_gather(mine)
-
-
-def cuda_cut(process: int, processes: int, folder: Path, gpus: int) -> Any:
-    """Making a fabric fails at every point of it where others may have memory of ours open; then a
-    bundle goes through one that is whole. Returns how often it failed, and the bundle."""
-    import torch
-
-    devices = [p % gpus for p in range(processes)]
-    whole = meet(folder, process, processes)
-    for failed in range(50):
-        rendezvous = Cut(whole, failed)
-        try:
-            fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=rendezvous)
-            break
-        except ConnectionError:
-            continue
-    else:
-        return "no fabric"
-    rendezvous.gathers = 1000
-    layout = core.Layout([core.TensorSpec("int64", (3,))])
-    channel = fabric.channel(0, [1], layout, mode="kernel")
-    tensor = torch.tensor([1, 2, 3], device=f"cuda:{devices[process]}")
-    torch.cuda.synchronize(devices[process])
-    if process == 0:
-        channel.put([tensor], 0)
-    if process == 1:
-        tensor.zero_()
-        torch.cuda.synchronize(devices[1])
-        channel.unpack(1, [tensor], 0)
-    torch.cuda.synchronize(devices[process])
-    fabric.check()
-    result = [failed, tensor.tolist()]
-    fabric.close()
-    return result
-
-
 if __name__ == "__main__":
-    scenario, process, processes, folder, *more = sys.argv[1:]
-    options = [int(x) if x.isdigit() else x for x in more]
-    print(json.dumps(globals()[scenario](int(process), int(processes), Path(folder), *options)))
+    main(globals())

@@ -1,4 +1,4 @@
-"""Starts the processes of core_worker.py."""
+"""Starts the processes of core_worker.py and core_worker_cuda.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("core_worker.py")
-
 
 def run(scenario: str, processes: int, folder: Path, *options: object) -> list[Any]:
     """What each process returned; minus the signal where one was killed."""
     more = [str(o) for o in options]
+    name = "core_worker_cuda.py" if scenario.startswith("cuda_") else "core_worker.py"
+    worker = str(Path(__file__).with_name(name))
     started = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), scenario, str(p), str(processes), str(folder), *more],
+            [
+                sys.executable,
+                worker,
+                scenario,
+                str(p),
+                str(processes),
+                str(folder),
+                *more,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -62,11 +62,6 @@ void register_channel(py::module_& m) {
             return out;
           },
           py::arg("arrays"), py::arg("on_gpu"))
-      .def(
-          "unpack",
-          [](Channel& c, int receiver, const std::vector<std::uintptr_t>& data, int slot,
-             Stream stream) { c.unpack(receiver, pointers<void*>(data), slot, stream); },
-          py::arg("receiver"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
       .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),

@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "bindings.hpp"
+#include "text.hpp"
 
 namespace py = pybind11;
 
@@ -29,14 +30,15 @@ struct Classes {
 const Classes* classes = nullptr;
 
 void raise(const py::object& type, const std::exception& error, const py::dict& attributes = {}) {
-  const py::object value = type(error.what(), **attributes);
+  const py::object value = type(text_of(error.what()), **attributes);
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 
 py::dict attributes_of(const Incident& i) {
   using namespace pybind11::literals;
-  return py::dict("rank"_a = i.rank, "channel"_a = i.channel, "slot"_a = i.slot,
-                  "expected"_a = i.expected, "seen"_a = i.seen, "operation"_a = i.operation);
+  return py::dict("rank"_a = i.rank, "channel"_a = text_of(i.channel), "slot"_a = i.slot,
+                  "expected"_a = i.expected, "seen"_a = i.seen,
+                  "operation"_a = text_of(i.operation));
 }
 
 void raise_like(const std::exception_ptr& pointer) {

@@ -15,6 +15,7 @@
 #include "bindings.hpp"
 #include "pointers.hpp"
 #include "rendezvous.hpp"
+#include "text.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include "asyncdiff/cuda_fabric.hpp"
 #endif
@@ -40,7 +41,14 @@ void register_fabric(py::module_& m) {
       .def_property_readonly("kind", &Fabric::kind)
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
-      .def("link_reasons", &Fabric::link_reasons)
+      .def("link_reasons",
+           [](const Fabric& f) {
+             py::dict out;
+             for (const auto& [pair, reason] : f.link_reasons()) {
+               out[py::cast(pair)] = text_of(reason);
+             }
+             return out;
+           })
       .def(
           "channel",
           [](Fabric& f, int sender, const std::vector<int>& receivers, const Layout& layout,

@@ -24,6 +24,17 @@ void register_put_costs(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 #endif
   m.def(
+      "parse_put_costs",
+      [](const std::string& text) {
+        const PutCosts costs = PutCosts::from_text(text);
+        py::list rows;
+        for (const PutCosts::Row& row : costs.rows) {
+          rows.append(py::make_tuple(row.nbytes, row.inline_us, row.kernel_us, row.copy_us));
+        }
+        return py::make_tuple(costs.copy_node_us, rows);
+      },
+      py::arg("text"));
+  m.def(
       "fastest_put",
       [](const std::string& costs, std::size_t nbytes, std::size_t tensors, std::size_t targets) {
         return name_of(PutCosts::from_text(costs).fastest(nbytes, tensors, targets));

@@ -28,7 +28,6 @@ class CudaChannel final : public Channel {
   void put(const std::vector<const void*>& tensors, int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
-  void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
 
   // What kernels need of a receiver that this process runs.
   const ReceiverDevice& receiver_device(int receiver) const;
@@ -61,7 +60,7 @@ class CudaChannel final : public Channel {
   Piece piece_of(std::size_t index, const void* data) const;
 
   std::shared_ptr<CudaFabric::Shared> shared_;
-  ChannelFlags lines_;
+  ChannelFlags flags_;
   SenderDevice handle_{};
   std::vector<Receiver> receivers_;
   std::shared_ptr<Buffer> staging_;  // all slots; null where no receiver is staged

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "agreement.hpp"
 #include "cuda_channel.hpp"
 #include "cuda_shared.hpp"
 #include "device_guard.hpp"
@@ -46,12 +47,12 @@ CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double
 
 CudaFabric::~CudaFabric() = default;
 
-const std::vector<int>& CudaFabric::devices() const { return shared_->devices; }
+const std::vector<int>& CudaFabric::devices() const { return shared_->topology.devices(); }
 
 std::map<std::pair<int, int>, std::string> CudaFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
   for (int rank = 0; rank < ranks(); ++rank) out[{rank, rank}] = "memory";
-  for (const auto& [pair, link] : shared_->links) {
+  for (const auto& [pair, link] : shared_->topology.links()) {
     out[pair] = !link.direct ? "staged" : link.same ? "memory" : "peer";
   }
   return out;
@@ -59,7 +60,7 @@ std::map<std::pair<int, int>, std::string> CudaFabric::links() const {
 
 std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
   std::map<std::pair<int, int>, std::string> out;
-  for (const auto& [pair, link] : shared_->links) {
+  for (const auto& [pair, link] : shared_->topology.links()) {
     if (!link.direct) out[pair] = link.reason;
   }
   return out;
@@ -68,16 +69,19 @@ std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
 std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
                                              const std::string& name, Mode mode) {
-  check_endpoints(sender, receivers, slots);
-  if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
-    throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) + " receivers");
-  }
-  // Not under the lock: abort() may be what ends a wait.
-  const std::vector<Shared::Taken> gone = shared_->free_retired();
+  std::vector<ControlMemory::Lines> gone = shared_->reclaimer.free_retired();
   const std::lock_guard lock(shared_->mutex);
-  shared_->check_open();
-  shared_->deal_out_again(gone);
-  if (mode == Mode::kAuto) mode = shared_->fastest(sender, receivers, layout);
+  const Processes& processes = shared_->topology.processes();
+  agree_on_channel(processes, sender, receivers, layout, slots, name, mode, [&] {
+    check_endpoints(sender, receivers, slots);
+    if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
+      throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) +
+                            " receivers");
+    }
+    shared_->check_open();
+  });
+  shared_->deal_out_again(std::move(gone));
+  if (mode == Mode::kAuto) mode = shared_->topology.fastest(sender, receivers, layout);
   return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
 
@@ -89,11 +93,11 @@ bool CudaFabric::made(const Channel& channel) const {
 void CudaFabric::put_batch(const std::vector<Put>& puts, Stream stream) {
   check_batch(puts);
   if (puts.empty()) return;
-  const auto sender = static_cast<std::size_t>(puts.front().channel->sender());
-  const DeviceGuard guard(shared_->devices[sender]);
+  const int sender = puts.front().channel->sender();
+  const DeviceGuard guard(shared_->topology.device(sender));
   ManyPuts many;
   const auto launch = [&] {
-    const Launch how = shared_->launch_of(static_cast<int>(sender));
+    const Launch how = shared_->topology.launch_of(sender);
     if (many.count > 0) launch_put(many, how, reinterpret_cast<cudaStream_t>(stream));
     many = {};
   };
@@ -112,28 +116,27 @@ ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver)
 }
 
 void CudaFabric::abort(int rank, const std::string& reason) {
-  const std::lock_guard lock(shared_->mutex);
-  if (!shared_->closed) shared_->abort(rank, reason);
+  shared_->failures.abort(rank, reason);  // without the lock, which waits are made under
 }
 
 void CudaFabric::check() {
-  const std::lock_guard lock(shared_->mutex);
-  shared_->check();
+  shared_->check_open();
+  shared_->failures.check();
 }
 
 void CudaFabric::reset(std::uint64_t first_bundle) {
   const std::lock_guard lock(shared_->mutex);
-  shared_->check_open();
+  const Processes& processes = shared_->topology.processes();
   // Nobody counts on while another process still works, and nobody works while one still resets.
-  shared_->processes.barrier();
-  shared_->reset(first_bundle);
-  shared_->processes.barrier();
+  agree_on_reset(processes, first_bundle, [&] { shared_->check_open(); });
+  shared_->control.reset(first_bundle);
+  processes.barrier();
 }
 
 void CudaFabric::close() {
-  shared_->settle();  // not under the lock: abort() may be what ends a wait
+  shared_->reclaimer.settle();
   const std::lock_guard lock(shared_->mutex);
-  if (!shared_->closed) shared_->release();
+  if (!shared_->closed) shared_->close();
 }
 
 }  // namespace asyncdiff

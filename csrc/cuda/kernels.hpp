@@ -10,6 +10,7 @@
 #include "asyncdiff/channel_device.hpp"
 #include "launch.hpp"
 #include "piece.hpp"
+#include "puts.hpp"
 
 namespace asyncdiff {
 
@@ -24,44 +25,18 @@ void launch_get(const ReceiverDevice& receiver, int slot, Launch how, cudaStream
 // Gives the slot back.
 void launch_release(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
 
-// put.cu: begin, copy, commit in one launch.
+// put.cu: begin, copy, commit in one launch; or one tensor of a bundle that has begun. Not of mode
+// copy.
 
-// Bundles of several channels of one sender. Kernel parameters, so both sizes are bounded.
-template <int kChannels, int kPieces>
-struct Puts {
-  static constexpr int kMaxChannels = kChannels;
-  static constexpr int kMaxPieces = kPieces;
-
-  int count = 0;
-  SenderDevice sender[kChannels];
-  int slot[kChannels];
-  int first_piece[kChannels + 1] = {};
-  int first_block[kChannels + 1] = {};
-  Piece pieces[kPieces];
-};
-using SmallPut = Puts<1, 8>;    // the fewer bytes, the faster the launch
-using OnePut = Puts<1, 96>;     // up to 4 KiB
-using ManyPuts = Puts<8, 320>;  // up to 32 KiB
 void launch_put(const SmallPut& put, Launch how, cudaStream_t stream);
 void launch_put(const OnePut& put, Launch how, cudaStream_t stream);
 void launch_put(const ManyPuts& puts, Launch how, cudaStream_t stream);
-// One piece of a bundle that has begun. Inline channels only: others are copied by copy engines.
-void launch_push_inline(const SenderDevice& sender, const Piece& piece, int slot,
-                        cudaStream_t stream);
+void launch_push(const SenderDevice& sender, const Piece& piece, int slot, cudaStream_t stream);
 
-// get.cu: gets of more than a wait.
+// get.cu
 
 // Waits for the next bundle of an inline channel and leaves it in the mailbox.
 void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cudaStream_t stream);
-// Get, copy all pieces out, release, in one launch.
-struct Unpack {
-  static constexpr int kMaxPieces = 96;
-
-  int count = 0;
-  Piece pieces[kMaxPieces];
-};
-void launch_unpack(const ReceiverDevice& receiver, const Unpack& unpack, int slot, Launch how,
-                   cudaStream_t stream);
 
 // fill.cu
 

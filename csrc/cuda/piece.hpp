@@ -1,4 +1,4 @@
-// A tensor of a bundle and where it lies outside of the slot.
+// A tensor of a bundle: where it lies, and its place in the slot.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 namespace asyncdiff {
 
 struct Piece {
-  std::byte* memory;
+  const std::byte* memory;
   std::uint64_t offset;  // in the slot
   std::uint64_t nbytes;
 };

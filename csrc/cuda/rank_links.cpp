@@ -1,4 +1,5 @@
 // How ranks of a CudaFabric reach each other: what each process tries, and what all agree on.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -7,9 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_shared.hpp"
+#include "asyncdiff/errors.hpp"
+#include "control_memory.hpp"
 #include "ipc.hpp"
 #include "links.hpp"
+#include "topology.hpp"
 
 namespace asyncdiff {
 
@@ -49,35 +52,34 @@ std::uint32_t seed_of(int from, int to) {
 
 }  // namespace
 
-void CudaFabric::Shared::find_links(Transport how) {
-  const int ranks = static_cast<int>(devices.size());
-  const auto device = [this](int rank) { return devices[static_cast<std::size_t>(rank)]; };
+void Topology::find_links(ControlMemory& control, Transport how) {
   // A place for each rank's probe in every rank's lines.
   std::vector<std::size_t> probes;
-  for (FlagPool& all : lines) probes.push_back(all.take(static_cast<std::size_t>(ranks) * 2));
+  for (int rank = 0; rank < ranks(); ++rank) {
+    probes.push_back(control.take(rank, static_cast<std::size_t>(ranks()) * 2));
+  }
   const auto probe = [&](int from, int to) {
     return probes[static_cast<std::size_t>(to)] + static_cast<std::size_t>(from) * kProbeBytes;
   };
 
   // Everybody's devices, and handles of their lines.
-  uuids.resize(devices.size());
-  std::vector<std::string> handle(devices.size());
-  std::string mine;
-  const std::size_t handle_size = processes.several() ? kDeviceHandleBytes : 0;
-  processes.together("export device memory", [&] {
-    for (int rank = 0; rank < ranks; ++rank) {
-      if (!processes.mine(rank)) continue;
-      const std::string exported =
-          processes.several() ? export_device(own[static_cast<std::size_t>(rank)]) : "";
-      mine += uuid_of(device(rank)) + exported;
+  uuids_.resize(devices_.size());
+  std::vector<std::string> handle(devices_.size());
+  std::string exported;
+  const std::size_t handle_size = processes_.several() ? kDeviceHandleBytes : 0;
+  processes_.together("export device memory", [&] {
+    for (int rank = 0; rank < ranks(); ++rank) {
+      if (!mine(rank)) continue;
+      exported += uuid_of(device(rank));
+      if (processes_.several()) exported += export_device(control.own(rank));
     }
   });
-  const auto exports = processes.all_gather(mine);
+  const auto exports = processes_.all_gather(exported);
   std::vector<std::size_t> read(exports.size(), 0);
-  for (int rank = 0; rank < ranks; ++rank) {
-    const auto owner = static_cast<std::size_t>(processes.owner(rank));
+  for (int rank = 0; rank < ranks(); ++rank) {
+    const auto owner = static_cast<std::size_t>(processes_.owner(rank));
     const auto r = static_cast<std::size_t>(rank);
-    uuids[r] = exports[owner].substr(read[owner], 16);
+    uuids_[r] = exports[owner].substr(read[owner], 16);
     handle[r] = exports[owner].substr(read[owner] + 16, handle_size);
     read[owner] += 16 + handle_size;
   }
@@ -85,29 +87,29 @@ void CudaFabric::Shared::find_links(Transport how) {
   // What this process's ranks can write.
   Reasons tried;
   std::vector<int> local;
-  for (int rank = 0; rank < ranks; ++rank) {
-    if (processes.mine(rank)) local.push_back(device(rank));
+  for (int rank = 0; rank < ranks(); ++rank) {
+    if (mine(rank)) local.push_back(device(rank));
   }
-  processes.together("try its links", [&] {
+  processes_.together("try its links", [&] {
     if (how == Transport::kStaged) return;
     const auto between = asyncdiff::find_links(local);
-    for (int a = 0; a < ranks; ++a) {
-      if (!processes.mine(a)) continue;
-      for (int b = 0; b < ranks; ++b) {
+    for (int a = 0; a < ranks(); ++a) {
+      if (!mine(a)) continue;
+      for (int b = 0; b < ranks(); ++b) {
         if (a == b) continue;
         std::string& reason = tried[{a, b}];
-        const std::string& theirs = uuids[static_cast<std::size_t>(b)];
-        if (processes.mine(b)) {
+        const std::string& theirs = uuids_[static_cast<std::size_t>(b)];
+        if (mine(b)) {
           if (device(a) != device(b)) reason = between.at({device(a), device(b)}).reason;
           continue;
         }
         if (device_of(theirs) < 0) {
           reason = "the device of rank " + std::to_string(b) + " is not visible to process " +
-                   std::to_string(processes.process()) + ": do not hide it (CUDA_VISIBLE_DEVICES)";
+                   std::to_string(processes_.process()) + ": do not hide it (CUDA_VISIBLE_DEVICES)";
           continue;
         }
         try {
-          Buffer& seen = imported[{b, device(a)}];
+          Buffer& seen = control.imported(b, device(a));
           if (seen.data == nullptr) {
             seen = import_device(handle[static_cast<std::size_t>(b)], device(a), FlagPool::kBytes);
           }
@@ -119,28 +121,28 @@ void CudaFabric::Shared::find_links(Transport how) {
     }
   });
   Reasons all;
-  for (const std::string& text : processes.all_gather(to_text(tried))) add_from_text(text, all);
+  for (const std::string& text : processes_.all_gather(to_text(tried))) add_from_text(text, all);
 
   // What has arrived here.
   Reasons lost;
-  processes.together("read its links back", [&] {
+  processes_.together("read its links back", [&] {
     for (const auto& [pair, reason] : all) {
       const auto& [a, b] = pair;
-      if (!reason.empty() || processes.mine(a) || !processes.mine(b)) continue;
-      const std::byte* memory = own[static_cast<std::size_t>(b)].data + probe(a, b);
+      if (!reason.empty() || mine(a) || !mine(b)) continue;
+      const std::byte* memory = control.own(b).data + probe(a, b);
       if (!read_probe(device(b), memory, seed_of(a, b))) {
         lost[pair] = "a write from rank " + std::to_string(a) + " to rank " + std::to_string(b) +
                      " was lost";
       }
     }
   });
-  for (const std::string& text : processes.all_gather(to_text(lost))) add_from_text(text, all);
+  for (const std::string& text : processes_.all_gather(to_text(lost))) add_from_text(text, all);
 
-  for (int a = 0; a < ranks; ++a) {
-    for (int b = 0; b < ranks; ++b) {
+  for (int a = 0; a < ranks(); ++a) {
+    for (int b = 0; b < ranks(); ++b) {
       if (a == b) continue;
-      Link& link = links[{a, b}];
-      link.same = uuids[static_cast<std::size_t>(a)] == uuids[static_cast<std::size_t>(b)];
+      Link& link = links_[{a, b}];
+      link.same = uuids_[static_cast<std::size_t>(a)] == uuids_[static_cast<std::size_t>(b)];
       if (how == Transport::kStaged) {
         link.reason = "staging was asked for";
         continue;
@@ -154,8 +156,11 @@ void CudaFabric::Shared::find_links(Transport how) {
       }
     }
   }
-  reset(0);
-  processes.barrier();
+  for (const std::string& uuid : uuids_) {
+    alone_.push_back(std::count(uuids_.begin(), uuids_.end(), uuid) == 1);
+  }
+  control.reset(0);  // of probes
+  processes_.barrier();
 }
 
 }  // namespace asyncdiff

@@ -25,10 +25,23 @@ std::string timeout_text(const Incident& i, double seconds) {
          ", failed, or is slower than the deadline allows: raise the deadline if it is";
 }
 
-std::string slot_order_text(const Incident& i) {
-  return where(i) + ": slot " + std::to_string(i.expected) + " is next (" + std::to_string(i.seen) +
-         " bundles so far). The n-th bundle uses slot n % slots, and a slot is committed after it "
-         "was begun and released after it was got";
+// What has to come before a call that is out of turn.
+std::string missing_before(const std::string& operation) {
+  if (operation == "begin") {
+    return "the bundle before it has begun and is not committed: commit it first";
+  }
+  if (operation == "get") return "an earlier bundle is still held: release it first";
+  if (operation == "release") {
+    return "no bundle is held: a slot is released once, after it was got";
+  }
+  return "no bundle has begun: begin comes first";  // push, commit
+}
+
+std::string slot_order_text(const Incident& i, OutOfTurn what) {
+  const std::string count = " (" + std::to_string(i.seen) + " bundles so far)";
+  if (what == OutOfTurn::kCall) return where(i) + count + ": " + missing_before(i.operation);
+  return where(i) + ": slot " + std::to_string(i.expected) + " is next" + count +
+         ". The n-th bundle, from zero, uses slot n % slots";
 }
 
 }  // namespace
@@ -39,6 +52,7 @@ Aborted::Aborted(int rank_, const std::string& reason)
 ExchangeTimeout::ExchangeTimeout(const Incident& i, double deadline_seconds)
     : Error(timeout_text(i, deadline_seconds)), incident(i) {}
 
-SlotOrderError::SlotOrderError(const Incident& i) : Error(slot_order_text(i)), incident(i) {}
+SlotOrderError::SlotOrderError(const Incident& i, OutOfTurn what)
+    : Error(slot_order_text(i, what)), incident(i) {}
 
 }  // namespace asyncdiff

@@ -1,4 +1,4 @@
-// FlagPool of a piece of memory: each holds a word, or a few, that one end writes and others watch.
+// Lines of a piece of memory: each holds a word, or a few, that one end writes and others watch.
 #pragma once
 
 #include <cstddef>

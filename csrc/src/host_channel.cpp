@@ -62,8 +62,8 @@ void HostChannel::check_turn(int rank, int slot, std::uint64_t done, bool allowe
   const std::uint64_t next = done % static_cast<std::uint64_t>(slots());
   if (allowed && next == static_cast<std::uint64_t>(slot)) return;
   const Incident incident{rank, -1, name(), slot, next, done, operation};
-  shared_->fail(HostFailure::kSlotOrder, incident);
-  throw SlotOrderError(incident);
+  shared_->fail(allowed ? HostFailure::kSlotOrder : HostFailure::kCallOrder, incident);
+  throw SlotOrderError(incident, allowed ? OutOfTurn::kSlot : OutOfTurn::kCall);
 }
 
 void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed,
@@ -146,18 +146,6 @@ void HostChannel::release(int receiver, int slot, Stream) {
   check_turn(receiver, slot, done, allowed, "release");
   mine.released.store(done + 1, std::memory_order_release);
   shared_->control->changed.notify();
-}
-
-void HostChannel::unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) {
-  const nvtx::Range range("unpack", *this, receiver, slot);
-  check_count(tensors.size());
-  get(receiver, slot, stream);
-  const std::byte* from = start_of(place_of(receiver), slot);
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const std::size_t nbytes = layout().specs[i].nbytes;
-    if (nbytes > 0) std::memcpy(tensors[i], from + layout().offsets[i], nbytes);
-  }
-  release(receiver, slot, stream);
 }
 
 }  // namespace asyncdiff

@@ -23,7 +23,6 @@ class HostChannel final : public Channel {
   void commit(int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
-  void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) override;
 
   bool of(const HostFabric::Shared& fabric) const { return shared_.get() == &fabric; }
 

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "agreement.hpp"
 #include "asyncdiff/shared_memory.hpp"
 #include "copy_text.hpp"
 #include "host_channel.hpp"
@@ -22,9 +23,9 @@
 namespace asyncdiff {
 
 HostFabric::Shared::Shared(Processes all, double deadline_seconds)
-    : processes(std::move(all)),
-      deadline(deadline_seconds),
-      memory(allocate(0, sizeof(HostControl))) {
+    : processes(std::move(all)), deadline(deadline_seconds) {
+  agree_on_fabric(processes, "host", "");
+  memory = allocate(0, sizeof(HostControl));
   control = reinterpret_cast<HostControl*>(memory.data);
 }
 
@@ -68,7 +69,8 @@ void HostFabric::Shared::check() const {
   const Incident incident{failure.rank,     failure.peer, failure.channel,  failure.slot,
                           failure.expected, failure.seen, failure.operation};
   if (failure.kind == HostFailure::kTimeout) throw ExchangeTimeout(incident, deadline);
-  if (failure.kind == HostFailure::kSlotOrder) throw SlotOrderError(incident);
+  if (failure.kind == HostFailure::kSlotOrder) throw SlotOrderError(incident, OutOfTurn::kSlot);
+  if (failure.kind == HostFailure::kCallOrder) throw SlotOrderError(incident, OutOfTurn::kCall);
   throw Aborted(failure.rank, failure.reason);
 }
 
@@ -93,8 +95,10 @@ std::map<std::pair<int, int>, std::string> HostFabric::links() const {
 std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
                                              const std::string& name, Mode mode) {
-  check_endpoints(sender, receivers, slots);
-  if (shared_->closed.load()) throw Error("the fabric is closed");
+  agree_on_channel(shared_->processes, sender, receivers, layout, slots, name, mode, [&] {
+    check_endpoints(sender, receivers, slots);
+    if (shared_->closed.load()) throw Error("the fabric is closed");
+  });
   return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots, mode);
 }
 
@@ -112,10 +116,11 @@ void HostFabric::abort(int rank, const std::string& reason) {
 void HostFabric::check() { shared_->check(); }
 
 void HostFabric::reset(std::uint64_t first_bundle) {
-  if (shared_->closed.load()) throw Error("the fabric is closed");
   // Nobody counts on while another process still works, and nobody works while another still
   // resets.
-  shared_->processes.barrier();
+  agree_on_reset(shared_->processes, first_bundle, [&] {
+    if (shared_->closed.load()) throw Error("the fabric is closed");
+  });
   if (shared_->processes.mine(0)) {
     shared_->control->failure.state.store(HostFailure::kNone, std::memory_order_release);
   }

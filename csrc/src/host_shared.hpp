@@ -20,7 +20,7 @@ namespace asyncdiff {
 
 // The first failure, for all to see. Plain memory without pointers: it is shared by processes.
 struct HostFailure {
-  enum Kind : std::uint32_t { kAborted = 1, kTimeout = 2, kSlotOrder = 3 };
+  enum Kind : std::uint32_t { kAborted = 1, kTimeout = 2, kSlotOrder = 3, kCallOrder = 4 };
   enum State : std::uint32_t { kNone = 0, kBeingWritten = 1, kThere = 2 };
 
   std::atomic<std::uint32_t> state;

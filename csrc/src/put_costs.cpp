@@ -1,6 +1,8 @@
 #include "asyncdiff/put_costs.hpp"
 
+#include <cmath>
 #include <cstddef>
+#include <istream>
 #include <limits>
 #include <locale>
 #include <sstream>
@@ -17,6 +19,15 @@ constexpr const char* kTitle = "asyncdiff put costs 3";
 double cost_of(const PutCosts::Row& row, Mode mode) {
   if (mode == Mode::kInline) return row.inline_us;
   return mode == Mode::kKernel ? row.kernel_us : row.copy_us;
+}
+
+// A stream reads a negative number as a large one.
+bool read_size(std::istream& in, std::size_t& size) {
+  return (in >> std::ws).peek() != '-' && in >> size;
+}
+
+bool read_cost(std::istream& in, double& cost) {
+  return in >> cost && std::isfinite(cost) && cost >= 0;
 }
 
 }  // namespace
@@ -68,12 +79,13 @@ PutCosts PutCosts::from_text(const std::string& text) {
   std::getline(in, title);
   PutCosts out;
   std::size_t count = 0;
-  bool good = title == kTitle && in >> out.copy_node_us >> count && count >= 1 && count <= 1000;
+  bool good = title == kTitle && read_cost(in, out.copy_node_us) && read_size(in, count) &&
+              count >= 1 && count <= 1000;
   for (std::size_t i = 0; good && i < count; ++i) {
     Row row{};
-    good = static_cast<bool>(in >> row.nbytes >> row.inline_us >> row.kernel_us >> row.copy_us) &&
-           row.inline_us >= 0 && row.kernel_us > 0 && row.copy_us > 0 &&
-           (out.rows.empty() || row.nbytes > out.rows.back().nbytes);
+    good = read_size(in, row.nbytes) && read_cost(in, row.inline_us) &&
+           read_cost(in, row.kernel_us) && read_cost(in, row.copy_us) && row.kernel_us > 0 &&
+           row.copy_us > 0 && row.nbytes > (out.rows.empty() ? 0 : out.rows.back().nbytes);
     out.rows.push_back(row);
   }
   if (!good) throw InvalidArgument("this is no table of put costs");

@@ -1,4 +1,4 @@
-// The data path of the fused put and of unpack, thread by thread on the CPU: every byte of every
+// How blocks share a bundle and copy their parts, thread by thread on the CPU: every byte of every
 // tensor is copied once, to its place, whatever sizes and alignments are.
 #include <cstddef>
 #include <cstdint>
@@ -6,14 +6,8 @@
 #include <vector>
 
 #include "check.hpp"
-
-#define __device__
-struct alignas(16) uint4 {
-  std::uint32_t x, y, z, w;
-};
-static struct {
-  unsigned x;
-} threadIdx;
+#include "device_on_cpu.hpp"
+// After it.
 #include "../cuda/copy.cuh"
 
 using namespace asyncdiff;

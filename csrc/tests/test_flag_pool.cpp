@@ -1,4 +1,4 @@
-// FlagPool are dealt out once, and again after they were given back.
+// Lines are dealt out once, and again after they were given back.
 #include <cstddef>
 #include <random>
 #include <utility>

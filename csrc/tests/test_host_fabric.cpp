@@ -90,23 +90,22 @@ void an_interrupted_wait_was_none() {
   HostFabric fabric(2, 60.0);
   const auto channel = fabric.channel(0, {1}, Layout({TensorSpec("uint8", {1})}), 1, "");
   const std::uint8_t byte = 7;
-  std::uint8_t got = 0;
   set_interrupt_check([] { throw Interrupted(); });
   CHECK_THROWS(channel->get(1, 0, 0), Interrupted);
-  CHECK_THROWS(channel->unpack(1, {&got}, 0, 0), Interrupted);
   channel->put({&byte}, 0, 0);
   CHECK_THROWS(channel->begin(0, 0), Interrupted);
   CHECK_THROWS(channel->put({&byte}, 0, 0), Interrupted);
   set_interrupt_check(nullptr);
   for (int n = 0; n < 2; ++n) {
-    channel->unpack(1, {&got}, 0, 0);
-    CHECK(got == 7);
+    channel->get(1, 0, 0);
+    CHECK(*channel->slot(1, 0).data == std::byte{7});
+    channel->release(1, 0, 0);
     channel->put({&byte}, 0, 0);
   }
   fabric.check();
 }
 
-void puts_together_are_of_one_fabric() {
+void a_batch_is_of_one_fabric() {
   HostFabric fabric(2, 1.0);
   HostFabric other(2, 1.0);
   const Layout nothing((std::vector<TensorSpec>()));
@@ -140,6 +139,6 @@ int main() {
   waits_end();
   an_abort_wakes_who_waits();
   an_interrupted_wait_was_none();
-  puts_together_are_of_one_fabric();
+  a_batch_is_of_one_fabric();
   a_report_may_take_long();
 }

@@ -51,8 +51,12 @@ int main() {
   check_read(PutCosts::from_text(text), costs);
   for (const char* wrong :
        {"", "asyncdiff put costs 0\n2 1\n1 1 1 1\n", "asyncdiff put costs 3\n2 2\n1 1 1 1\n",
-        "asyncdiff put costs 3\n2 1\n1 1 0 1\n",
-        "asyncdiff put costs 3\n2 2\n5 1 1 1\n5 1 1 1\n"}) {
+        "asyncdiff put costs 3\n2 1\n1 1 0 1\n", "asyncdiff put costs 3\n2 2\n5 1 1 1\n5 1 1 1\n",
+        "asyncdiff put costs 3\n2 1\n-1 1 1 1\n", "asyncdiff put costs 3\n2 1\n0 1 1 1\n",
+        "asyncdiff put costs 3\n-2 1\n1 1 1 1\n",
+        "asyncdiff put costs 3\n2 -18446744073709551615\n1 1 1 1\n",
+        "asyncdiff put costs 3\nnan 1\n1 1 1 1\n", "asyncdiff put costs 3\n2 1\n1 nan 1 1\n",
+        "asyncdiff put costs 3\n2 1\n1 1 1e999 1\n", "asyncdiff put costs 3\n2 1\n1 1 1 inf\n"}) {
     CHECK_THROWS(PutCosts::from_text(wrong), InvalidArgument);
   }
 

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "asyncdiff/channel_kernel.hpp"
+#include "asyncdiff/channel_receiver.hpp"
 #include "asyncdiff/cuda_fabric.hpp"
 #include "asyncdiff/errors.hpp"
 

@@ -41,24 +41,21 @@ class World:
         torch.cuda.synchronize(self.devices[0])
 
     def views(self, receiver: int, slot: int) -> list[torch.Tensor]:
-        device = f"cuda:{self.devices[receiver]}"
-        raw = torch.as_tensor(self.channel.slot(receiver, slot), device=device)
-        return [
-            raw[o : o + s.nbytes].view(getattr(torch, s.dtype)).as_strided(s.shape, s.strides)
-            for s, o in zip(self.layout.specs, self.layout.offsets, strict=True)
-        ]
+        return views(self.channel, receiver, slot, self.devices[receiver])
 
     def put(self, slot: int) -> None:
         self.channel.put(self.tensors, slot, self.streams[0])
 
+    def push(self, slot: int) -> None:
+        """Tensor by tensor, the last one first."""
+        self.channel.begin(slot, self.streams[0])
+        for i in reversed(range(len(self.tensors))):
+            self.channel.push(i, self.tensors[i], slot, self.streams[0])
+        self.channel.commit(slot, self.streams[0])
+
     def receive(self, receiver: int, slot: int, into: list[torch.Tensor]) -> None:
         """Get, copy out on the receiver's stream, release."""
-        stream = self.streams[receiver]
-        self.channel.get(receiver, slot, stream)
-        with torch.cuda.device(self.devices[receiver]), torch.cuda.stream(stream):
-            for new, view in zip(into, self.views(receiver, slot), strict=True):
-                new.copy_(view)
-        self.channel.release(receiver, slot, stream)
+        receive(self.channel, receiver, slot, self.streams[receiver], into)
 
     def room(self, receiver: int) -> list[torch.Tensor]:
         return [torch.zeros_like(v) for v in self.views(receiver, 0)]
@@ -77,6 +74,31 @@ class World:
         self.synchronize()
         self.fabric.check()
         assert (room[0] == 3).all()
+
+
+def views(channel: core.Channel, receiver: int, slot: int, device: int) -> list[torch.Tensor]:
+    """The tensors in a slot, where they lie."""
+    raw = torch.as_tensor(channel.slot(receiver, slot), device=f"cuda:{device}")
+    return [
+        raw[o : o + s.nbytes].view(getattr(torch, s.dtype)).as_strided(s.shape, s.strides)
+        for s, o in zip(channel.layout.specs, channel.layout.offsets, strict=True)
+    ]
+
+
+def receive(
+    channel: core.Channel,
+    receiver: int,
+    slot: int,
+    stream: torch.cuda.Stream,
+    into: list[torch.Tensor],
+) -> None:
+    """Get, copy out on the receiver's stream, release."""
+    channel.get(receiver, slot, stream)
+    device = stream.device.index
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        for new, view in zip(into, views(channel, receiver, slot, device), strict=True):
+            new.copy_(view)
+    channel.release(receiver, slot, stream)
 
 
 def mixed_bundle() -> list[torch.Tensor]:

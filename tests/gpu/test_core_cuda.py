@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PLACES, devices_for
-from core_world import MODES, WAYS, World, mixed_bundle
+from core_world import MODES, WAYS, World, mixed_bundle, receive
 
 import asyncdiff_core as core
 
@@ -101,7 +101,10 @@ def test_replayed_graphs_and_eager_calls_count_alike(
 @pytest.mark.parametrize(("place", "transport"), WAYS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shift", [0, 1, 4, 16])
-def test_odd_sizes_and_unaligned_sources(place: str, transport: str, mode: str, shift: int) -> None:
+@pytest.mark.parametrize("pushed", [False, True])
+def test_odd_sizes_and_unaligned_sources(
+    place: str, transport: str, mode: str, shift: int, pushed: bool
+) -> None:
     sizes = [0, 1, 3, 15, 16, 17, 255, 256, 257, 16383, 16384, 16385, 100_003, 1_500_001]
     world = World(place, transport, [torch.zeros(n, dtype=torch.uint8) for n in sizes], mode=mode)
     torch.manual_seed(shift)
@@ -110,7 +113,7 @@ def test_odd_sizes_and_unaligned_sources(place: str, transport: str, mode: str, 
     torch.cuda.synchronize(world.devices[0])
     room = world.room(1)
     for n in range(3):
-        world.put(n % 2)
+        (world.push if pushed else world.put)(n % 2)
         world.receive(1, n % 2, room)
         world.synchronize()
         world.fabric.check()
@@ -120,59 +123,25 @@ def test_odd_sizes_and_unaligned_sources(place: str, transport: str, mode: str, 
 
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)
+@pytest.mark.parametrize("receivers", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_tensors_may_be_pushed_one_by_one(place: str, transport: str, mode: str) -> None:
-    world = World(place, transport, mixed_bundle(), mode=mode)
-    room = world.room(1)
+def test_tensors_may_be_pushed_one_by_one(
+    place: str, transport: str, mode: str, receivers: int
+) -> None:
+    world = World(place, transport, mixed_bundle(), receivers, mode=mode)
+    rooms = {r: world.room(r) for r in world.receivers}
     for n in range(5):
         for tensor in world.tensors:
             tensor.copy_(tensor + 1)
         torch.cuda.synchronize(world.devices[0])
-        world.channel.begin(n % 2, world.streams[0])
-        for i in reversed(range(len(world.tensors))):
-            world.channel.push(i, world.tensors[i], n % 2, world.streams[0])
-        world.channel.commit(n % 2, world.streams[0])
-        world.receive(1, n % 2, room)
+        world.push(n % 2)
+        for r, room in rooms.items():
+            world.receive(r, n % 2, room)
         world.synchronize()
         world.fabric.check()
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(world.tensors, room, strict=True))
-
-
-@pytest.mark.parametrize(("place", "transport"), WAYS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shift", [0, 1, 4])
-def test_unpack_is_get_copy_release(place: str, transport: str, mode: str, shift: int) -> None:
-    sizes = [0, 1, 7, 8, 9, 255, 256, 4096, 4097, 100_003]
-    world = World(place, transport, [torch.zeros(n, dtype=torch.uint8) for n in sizes], mode=mode)
-    torch.manual_seed(shift)
-    device = f"cuda:{world.devices[1]}"
-    base = torch.zeros(300_000, dtype=torch.uint8, device=device)
-    into = [base[shift + sum(sizes[:i]) + 16 * i :][:n] for i, n in enumerate(sizes)]
-    torch.cuda.synchronize(world.devices[1])
-    for n in range(6):
-        for tensor in world.tensors:
-            tensor.random_(256)
-        torch.cuda.synchronize(world.devices[0])
-        world.put(n % 2)
-        world.channel.unpack(1, into, n % 2, world.streams[1])
-        world.synchronize()
-        world.fabric.check()
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(world.tensors, into, strict=True))
-    written = torch.zeros_like(base, dtype=torch.bool)
-    for i, size in enumerate(sizes):
-        written[shift + sum(sizes[:i]) + 16 * i :][:size] = True
-    assert not base[~written].any()
-
-
-def test_unpack_after_an_unreleased_get_is_out_of_turn() -> None:
-    world = World("one GPU", "auto", [torch.zeros(8)])
-    world.put(0)
-    world.put(1)
-    world.channel.get(1, 0, world.streams[1])
-    world.channel.unpack(1, world.room(1), 1, world.streams[1])
-    world.synchronize()
-    with pytest.raises(core.SlotOrderError):
-        world.fabric.check()
+        for room in rooms.values():
+            for sent, got in zip(world.tensors, room, strict=True):
+                assert torch.equal(sent.cpu(), got.cpu())
 
 
 def test_tensors_are_found_by_the_exchange_table() -> None:
@@ -201,7 +170,7 @@ def test_many_tensors(place: str) -> None:
         torch.cuda.synchronize(devices[0])
         torch.cuda.synchronize(devices[1])
         channel.put(sent, 0, streams[0])
-        channel.unpack(1, got, 0, streams[1])
+        receive(channel, 1, 0, streams[1], got)
         streams[1].synchronize()
         fabric.check()
         assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(sent, got, strict=True))
@@ -211,7 +180,7 @@ def test_many_tensors(place: str) -> None:
 
 
 @pytest.mark.parametrize(("place", "transport"), WAYS)
-def test_bundles_of_several_channels_go_in_one_launch(place: str, transport: str) -> None:
+def test_a_batch_of_several_channels_goes_in_one_launch(place: str, transport: str) -> None:
     """A noise prediction to all and hidden states to one, as stride denoising needs it."""
     devices = devices_for(place, 3)
     fabric = core.CudaFabric(devices, transport=transport)
@@ -242,7 +211,7 @@ def test_bundles_of_several_channels_go_in_one_launch(place: str, transport: str
                     torch.zeros(t.shape, dtype=t.dtype, device=f"cuda:{devices[r]}") for t in bundle
                 ]
                 torch.cuda.synchronize(devices[r])
-                c.unpack(r, into, n % 2, streams[r])
+                receive(c, r, n % 2, streams[r], into)
                 streams[r].synchronize()
                 fabric.check()
                 assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(bundle, into, strict=True))
@@ -274,10 +243,7 @@ def test_counts_may_wrap(place: str, transport: str, mode: str, first: int) -> N
                 tensor.fill_(n - first + 100 * again)
             torch.cuda.synchronize(world.devices[0])
             world.put(n % 2)
-            if n % 3:
-                world.receive(1, n % 2, room)
-            else:
-                world.channel.unpack(1, room, n % 2, world.streams[1])
+            world.receive(1, n % 2, room)
             world.synchronize()
             world.fabric.check()
             assert all((t == n - first + 100 * again).all() for t in room)

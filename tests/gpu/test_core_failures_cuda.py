@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import PLACES
 from core_world import WAYS, World
 
 import asyncdiff_core as core
@@ -84,13 +86,24 @@ def test_an_abort_ends_waits() -> None:
         world.fabric.check()
 
 
-@pytest.mark.parametrize("case", ["begin", "commit", "get", "release"])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("begin", "slot 0 is next"),
+        ("push", "no bundle has begun"),
+        ("commit", "no bundle has begun"),
+        ("get", "slot 0 is next"),
+        ("release", "no bundle is held"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["kernel", "inline"])
-def test_slots_out_of_turn(case: str, mode: str) -> None:
+def test_slots_out_of_turn(case: str, message: str, mode: str) -> None:
     world = World("one GPU", "auto", [torch.zeros(8)], deadline=5, mode=mode)
     stream = world.streams[0]
     if case == "begin":
         world.channel.begin(1, stream)
+    elif case == "push":
+        world.channel.push(0, world.tensors[0], 0, stream)
     elif case == "commit":
         world.channel.commit(0, stream)
     elif case == "get":
@@ -98,9 +111,131 @@ def test_slots_out_of_turn(case: str, mode: str) -> None:
     else:
         world.channel.release(1, 0, stream)
     world.synchronize()
-    with pytest.raises(core.SlotOrderError, match="n-th bundle uses slot") as caught:
+    with pytest.raises(core.SlotOrderError, match=message) as caught:
         world.fabric.check()
     assert caught.value.operation == case
+
+
+class Reading:
+    """A receiver that reads slot 0, for longer than the deadline, while its sender goes wrong."""
+
+    def __init__(self, place: str, mode: str, late: bool, captured: bool) -> None:
+        tensors = [torch.ones(1_000_000), torch.ones(3), torch.ones(5, dtype=torch.int8)]
+        self.world = world = World(place, "auto", tensors, deadline=0.3, mode=mode)
+        self.room = world.room(1)
+        world.put(0)
+        world.receive(1, 0, self.room)  # loads kernels
+        world.push(1)
+        world.receive(1, 1, self.room)
+        world.synchronize()
+        world.fabric.reset()
+        replay = None
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with (
+                torch.cuda.device(world.devices[0]),
+                torch.cuda.graph(graph, stream=world.streams[0]),
+            ):
+                world.push(0)
+            replay = graph.replay
+        world.put(0)
+        if late:
+            world.put(1)
+        world.synchronize()
+        world.channel.get(1, 0, world.streams[1])
+        with torch.cuda.device(world.devices[1]), torch.cuda.stream(world.streams[1]):
+            torch.cuda._sleep(2_000_000_000)
+            for new, view in zip(self.room, world.views(1, 0), strict=True):
+                new.copy_(view)
+        with torch.cuda.device(world.devices[0]), torch.cuda.stream(world.streams[0]):
+            for tensor in world.tensors:
+                tensor.fill_(7)
+            # Slot 1 is next; or slot 0 is, but not released before the deadline.
+            replay() if replay else world.push(0)
+        world.synchronize()
+        self.error = core.ExchangeTimeout if late else core.SlotOrderError
+
+    def whole(self) -> bool:
+        return all((t == 1).all() for t in self.room)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("mode", ["kernel", "inline"])
+def test_a_begin_that_failed_grants_no_slot(
+    place: str, mode: str, late: bool, captured: bool
+) -> None:
+    reading = Reading(place, mode, late, captured)
+    assert reading.whole()
+    if mode == "kernel":
+        assert all((v == 1).all() for v in reading.world.views(1, 0))
+    with pytest.raises(reading.error, match="begin of slot 0"):
+        reading.world.fabric.check()
+    reading.world.fabric.reset()
+    reading.world.check_delivery()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_copies_have_overwritten_passes_no_check(
+    place: str, late: bool, captured: bool
+) -> None:
+    """Copy engines cannot be told to stop: what was read meanwhile is refused by check()."""
+    reading = Reading(place, "copy", late, captured)
+    with pytest.raises(reading.error, match="begin of slot 0"):
+        reading.world.fabric.check()
+    reading.world.fabric.reset()
+    reading.world.check_delivery()
+
+
+class Held:
+    """A rendezvous of one process in which another one lets it wait."""
+
+    process, processes = 0, 1
+
+    def __init__(self) -> None:
+        self.hold = False
+        self.came, self.go_on = threading.Event(), threading.Event()
+
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        if self.hold:
+            self.came.set()
+            assert self.go_on.wait(10)
+        return [mine]
+
+
+@pytest.mark.parametrize("what", ["reset", "channel"])
+def test_an_abort_waits_for_no_lock(what: str) -> None:
+    rendezvous = Held()
+    fabric = core.CudaFabric([0, 0], owners=[0, 0], rendezvous=rendezvous)
+    layout = core.Layout([core.TensorSpec("uint8", (8,))])
+    channel = fabric.channel(0, [1], layout, mode="kernel")
+    rendezvous.hold = True
+    calls: dict[str, Callable[[], object]] = {
+        "reset": fabric.reset,
+        "channel": lambda: fabric.channel(0, [1], layout, mode="copy"),
+    }
+    waiting = threading.Thread(target=calls[what])
+    waiting.start()
+    assert rendezvous.came.wait(10)
+    aborting = threading.Thread(target=fabric.abort, args=(1, "enough"))
+    aborting.start()
+    aborting.join(2)
+    ended = not aborting.is_alive()
+    if ended:
+        with pytest.raises(core.Aborted, match="enough"):
+            fabric.check()
+    rendezvous.go_on.set()
+    waiting.join(30)
+    aborting.join(30)
+    assert ended
+    fabric.reset()
+    channel.put([torch.zeros(8, dtype=torch.uint8, device="cuda:0")], 0)
+    torch.cuda.synchronize()
+    fabric.check()
+    fabric.close()
 
 
 def test_mistakes_on_the_host_are_refused() -> None:

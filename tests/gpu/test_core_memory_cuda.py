@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import PLACES
-from core_world import MODES, WAYS, World
+from core_world import MODES, WAYS, World, receive
 
 import asyncdiff_core as core
 
@@ -57,7 +57,7 @@ def test_channels_come_and_go_without_end(place: str, transport: str) -> None:
         tensor.fill_(value)
         torch.cuda.synchronize(world.devices[0])
         channel.put(world.tensors, slot, world.streams[0])
-        channel.unpack(1, room, slot, world.streams[1])
+        receive(channel, 1, slot, world.streams[1], room)
         world.synchronize()
         world.fabric.check()
         assert (room[0] == value).all()

@@ -50,6 +50,17 @@ def test_another_gpu_is_left_alone(
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_different_calls_are_an_error_everywhere(place: str, tmp_path: Path) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    first, second = run("mismatch", 2, tmp_path, gpus)
+    assert "tensor 0 is float16(8) with strides (1) here, bfloat16(8)" in first["dtype"]
+    assert "the channel's name is 'last' here, 'first' in process 0" in second["order"]
+    assert "its first bundle is 6 here, 7 in process 1" in first["reset"]
+    assert "the call is make a channel here, reset in process 1" in first["call"]
+    assert "process 1 could not make a channel: rank 99" in first["rank"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_fabric_that_fails_half_made_harms_nobody(place: str, tmp_path: Path) -> None:
     gpus = len(set(devices_for(place, 2)))
     for failed, bundle in run("cuda_cut", 2, tmp_path, gpus):

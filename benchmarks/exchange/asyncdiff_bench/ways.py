@@ -97,10 +97,10 @@ def _channel(mode: str) -> Callable[[], Make]:
     return make
 
 
-def _unpack() -> Make:
-    from .links.channels import UnpackLink
+def _push() -> Make:
+    from .links.channels import PushLink
 
-    return UnpackLink
+    return PushLink
 
 
 def _memcpy_link() -> Make:
@@ -132,7 +132,7 @@ _WAYS = (
     Way("inline", "asyncdiff, inline", _on_gpus, _channel("inline"), least_slots=2),
     Way("kernel", "asyncdiff, kernel", _on_gpus, _channel("kernel"), least_slots=2),
     Way("copy", "asyncdiff, copy", _on_gpus, _channel("copy"), least_slots=2),
-    Way("unpack", "asyncdiff, unpacked", _on_any, _unpack, least_slots=2),
+    Way("push", "asyncdiff, tensor by tensor", _on_any, _push, least_slots=2),
     Way("memcpy", "memcpy and event", _memcpy, _memcpy_link, joint=True),
     Way("nccl", "NCCL send/recv", _nccl, _send_receive, distributed=True),
     Way(

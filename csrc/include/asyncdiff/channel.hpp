@@ -18,9 +18,9 @@ namespace asyncdiff {
 using Stream = std::uintptr_t;
 
 // How a channel between GPUs moves bundles. Copy: copy engines, tensor by tensor, which takes no
-// multiprocessor. Kernel: one launch gathers all tensors and stores them to all receivers. Inline:
-// the same with data and flag in one store, for small bundles. Auto: the fastest of them by
-// measured costs (put_costs.hpp). On the host they are all the same, a copy.
+// multiprocessor. Kernel: a launch stores a tensor, or in a put all of them, to all receivers.
+// Inline: the same with data and flag in one store, for small bundles. Auto: the fastest of them by
+// measured costs of a put (put_costs.hpp). On the host they are all the same, a copy.
 enum class Mode { kAuto, kInline, kKernel, kCopy };
 
 Mode mode_from(const std::string& name);
@@ -31,11 +31,17 @@ ASYNCDIFF_EXPORT std::string name_of(Mode mode);
 // lives in device memory and is advanced by the kernels, so that replays count.
 //
 // Sender:    begin(slot)  push(tensor) ...  commit(slot), or put(tensors, slot)
-// Receiver:  get(slot)  ...reads the slot...  release(slot), or unpack(tensors, slot)
+// Receiver:  get(slot)  ...reads the slot...  release(slot)
 //
 // begin waits until every receiver has released what the slot held before. commit makes the
 // bundle visible; data is ordered before it. On the host these calls block and throw; on CUDA they
 // only enqueue, and what goes wrong on the device shows in Fabric::check().
+//
+// A begin that fails, or comes out of turn, grants no slot: pushes behind it store nothing, and
+// commit tells nobody. Copy engines cannot be told not to copy, so that with Mode::kCopy the copies
+// behind such a begin run, into a slot that may still be read. But the failure is there before the
+// first of them: whoever has read slots, synchronizes and then finds that Fabric::check() throws
+// nothing has read whole bundles.
 class ASYNCDIFF_EXPORT Channel {
  public:
   Channel(std::string name, int sender, std::vector<int> receivers, Layout layout, int slots,
@@ -63,8 +69,6 @@ class ASYNCDIFF_EXPORT Channel {
   virtual void put(const std::vector<const void*>& tensors, int slot, Stream stream);
   virtual void get(int receiver, int slot, Stream stream) = 0;
   virtual void release(int receiver, int slot, Stream stream) = 0;
-  // Get, copy the bundle to tensors[i], laid out like specs[i], release.
-  virtual void unpack(int receiver, const std::vector<void*>& tensors, int slot, Stream stream) = 0;
 
  protected:
   void check_slot(int slot) const;

@@ -1,5 +1,5 @@
 // A channel's ends as seen from device code: where to wait and where to signal. What kernels do
-// with them is in channel_kernel.hpp.
+// with them is in channel_wait.hpp, channel_sender.hpp and channel_receiver.hpp.
 //
 // Epochs count bundles, only grow between two resets, and live in device memory: kernels advance
 // them, so graph replays and eager calls count alike. Every word has one writer.
@@ -16,8 +16,9 @@ constexpr int kMaxReceivers = 16;  // SenderDevice is a parameter of every put
 constexpr int kMaxFlags = 32;
 constexpr int kFlagStride = 128 / sizeof(std::uint64_t);
 
-enum class FailureKind : std::uint64_t { kNone = 0, kTimeout = 1, kSlotOrder = 2 };
-enum class Operation : std::uint64_t { kBegin = 0, kCommit = 1, kGet = 2, kRelease = 3 };
+// Out of turn is either the slot, or the call: a commit without a begin.
+enum class FailureKind : std::uint64_t { kNone = 0, kTimeout = 1, kSlotOrder = 2, kCallOrder = 3 };
+enum class Operation : std::uint64_t { kBegin = 0, kPush = 1, kCommit = 2, kGet = 3, kRelease = 4 };
 
 // What a kernel leaves for the host when it gives up. In pinned host memory, one for each end of
 // a channel; `kind` is written last.
@@ -35,14 +36,17 @@ struct alignas(128) FailureRecord {
 struct WaitContext {
   std::uint64_t* abort;  // one word of the fabric in pinned host memory; not zero ends all waits
   FailureRecord* record;
+  unsigned* claimed;  // one word of this end, on its device: who sets it first writes the record
   std::uint64_t deadline_ns;
 };
 
-// Local to the sender, in its device memory.
+// Local to the sender, in its device memory. A bundle has begun once its slot is free: while it is
+// not committed, begun is one more than committed, and pushes may write.
 struct alignas(128) SenderCounters {
   std::uint64_t begun;
   std::uint64_t committed;
   unsigned finished;  // blocks of the fused put that is running
+  unsigned failed;    // of WaitContext
 };
 
 // Local to a receiver, in its device memory.
@@ -50,6 +54,7 @@ struct alignas(128) ReceiverCounters {
   std::uint64_t got;
   std::uint64_t released;
   unsigned finished;  // blocks of the fused get that is running
+  unsigned failed;    // of WaitContext
 };
 
 // How a bundle travels. Flagged: as it is, then the channel's flags are set to its epoch. Inline:

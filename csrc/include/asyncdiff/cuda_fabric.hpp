@@ -40,9 +40,10 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
 
   // Rank r runs in process owners[r], on that process's device devices[r]. Making the fabric,
   // making a channel, reset() and close() are then collective: every process does them, in the same
-  // order. Device memory is shared by CUDA IPC: handles of it cross on the rendezvous, once a
-  // channel. What others may have mapped stays until close(), also of channels that are gone; and
-  // for good, where the fabric is dropped without it.
+  // order and with the same arguments (else InvalidArgument in all of them). Device memory is
+  // shared by CUDA IPC: handles of it cross on the rendezvous, once a channel. What others may have
+  // mapped stays until close(), also of channels that are gone; and for good, where the fabric is
+  // dropped without it.
   CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
              Transport transport, std::shared_ptr<Rendezvous> rendezvous);
   ~CudaFabric() override;
@@ -58,9 +59,9 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   // As many launches as needed where there are more than 8 channels or 320 tensors.
   void put_batch(const std::vector<Put>& puts, Stream stream) override;
   // A receiver's end of one of this fabric's channels, for a kernel of one's own that consumes
-  // bundles itself (channel_kernel.hpp); good as long as the channel lives and the fabric is open.
-  // Throws InvalidArgument for a channel of another fabric, and for a rank that does not receive
-  // from it here.
+  // bundles itself (channel_receiver.hpp); good as long as the channel lives and the fabric is
+  // open. Throws InvalidArgument for a channel of another fabric, and for a rank that does not
+  // receive from it here.
   ReceiverDevice receiver_device(const Channel& channel, int receiver) const;
   void abort(int rank, const std::string& reason) override;
   void check() override;

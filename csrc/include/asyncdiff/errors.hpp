@@ -41,9 +41,10 @@ struct Incident {
   int peer;             // whom it concerned; -1 where it concerned nobody else
   std::string channel;  // the channel's name
   int slot;             // the slot that the operation named
-  std::uint64_t
-      expected;  // the epoch that was waited for (ExchangeTimeout) or the slot (SlotOrderError)
-  std::uint64_t seen;     // what was there instead
+  // The epoch that was waited for (ExchangeTimeout), or the slot that is next (SlotOrderError).
+  std::uint64_t expected;
+  // The epoch that was there instead, or the number of bundles so far.
+  std::uint64_t seen;
   std::string operation;  // begin, push, commit, get or release
 };
 
@@ -54,10 +55,13 @@ class ASYNCDIFF_EXPORT ExchangeTimeout : public Error {
   Incident incident;
 };
 
-// A slot was named out of turn: the n-th bundle of a channel uses slot n % slots.
+// What was out of turn: the slot, as the n-th bundle of a channel uses slot n % slots; or the call,
+// as a commit without a begin, or a release without a get.
+enum class OutOfTurn { kSlot, kCall };
+
 class ASYNCDIFF_EXPORT SlotOrderError : public Error {
  public:
-  explicit SlotOrderError(const Incident& incident);
+  SlotOrderError(const Incident& incident, OutOfTurn what);
   Incident incident;
 };
 

@@ -40,9 +40,10 @@ class ASYNCDIFF_EXPORT Fabric {
   // leave some of them done: only reset() helps then.
   virtual void put_batch(const std::vector<Put>& puts, Stream stream);
 
-  // Ends all waits, now and later, until reset().
+  // Ends all waits, now and later, until reset(). Waits for nothing, whatever other threads do.
   virtual void abort(int rank, const std::string& reason) = 0;
-  // Throws the first failure since the last reset(), if there was one. Does not synchronize.
+  // Throws the first failure since the last reset(), if there was one. Does not synchronize. What
+  // was read from slots by work that is done is whole, where nothing is thrown.
   virtual void check() = 0;
   // Empties all channels and forgets failures. Nothing may be in flight. The next bundle of every
   // channel counts as the first_bundle-th, so it uses slot first_bundle % slots.

@@ -20,7 +20,8 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
   HostFabric(int ranks, double deadline_seconds);
 
   // Rank r runs in process owners[r]. Making the fabric, making a channel and reset() are then
-  // collective: every process does them, in the same order. Mailboxes are POSIX shared memory.
+  // collective: every process does them, in the same order and with the same arguments (else
+  // InvalidArgument in all of them). Mailboxes are POSIX shared memory.
   HostFabric(std::vector<int> owners, double deadline_seconds,
              std::shared_ptr<Rendezvous> rendezvous);
 

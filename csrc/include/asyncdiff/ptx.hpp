@@ -56,6 +56,16 @@ __device__ __forceinline__ unsigned add_one_acquire_release_device(unsigned* add
   return before;
 }
 
+// Sets a word of this device. What it was before: of all threads that set it, one gets zero.
+__device__ __forceinline__ unsigned set_relaxed_device(unsigned* address) {
+  unsigned before;
+  asm volatile("atom.exch.relaxed.gpu.global.b32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(address)
+               : "memory");
+  return before;
+}
+
 // Programmatic dependent launch (compute capability 9.0 and later): a kernel that was launched so
 // is set up while the one before it in the stream still runs. Here it waits until that one has
 // ended and its memory is visible. Without such a launch, nothing to wait for.

@@ -30,7 +30,7 @@ struct ASYNCDIFF_EXPORT PutCosts {
   // tenth slower: it leaves the multiprocessors to whoever computes.
   Mode fastest(std::size_t nbytes, std::size_t tensors, std::size_t targets) const;
 
-  // FlagPool of numbers; from_text throws InvalidArgument for anything else.
+  // Lines of numbers; from_text throws InvalidArgument for anything else.
   std::string to_text() const;
   static PutCosts from_text(const std::string& text);
 };

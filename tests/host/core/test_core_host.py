@@ -10,18 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from bundles import read
 
 import asyncdiff_core as core
 from asyncdiff_core.arrays import describe
 
 LAYOUT = core.Layout([core.TensorSpec("float32", (3, 5)), core.TensorSpec("int64", (7,))])
-
-
-def read(channel: core.Channel, receiver: int, slot: int) -> list[np.ndarray]:
-    """The tensors of a slot, as flat views."""
-    raw = np.asarray(channel.slot(receiver, slot))
-    parts = zip(channel.layout.specs, channel.layout.offsets, strict=True)
-    return [raw[o : o + s.nbytes].view(s.dtype) for s, o in parts]
 
 
 def bundle(n: int) -> list[np.ndarray]:
@@ -168,27 +162,44 @@ def test_an_abort_ends_waits_at_once() -> None:
         fabric.check()
 
 
-@pytest.mark.parametrize("case", ["begin", "begin twice", "commit", "push", "get", "release"])
+ORDERS = {
+    "begin": "slot 0 is next (0 bundles so far)",
+    "begin twice": "the bundle before it has begun and is not committed: commit it first",
+    "begin twice, next slot": "the bundle before it has begun and is not committed",
+    "commit": "no bundle has begun: begin comes first",
+    "commit, other slot": "slot 0 is next",
+    "push": "no bundle has begun: begin comes first",
+    "push, other slot": "slot 0 is next",
+    "get": "slot 0 is next",
+    "release": "no bundle is held: a slot is released once, after it was got",
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
 def test_slots_out_of_turn(case: str) -> None:
     fabric = core.HostFabric(2)
     channel = fabric.channel(0, [1], LAYOUT)
-    with pytest.raises(core.SlotOrderError, match="n-th bundle uses slot") as caught:
-        if case == "begin":
-            channel.begin(1)
-        elif case == "begin twice":
-            channel.begin(0)
-            channel.begin(1)
-        elif case == "commit":
-            channel.commit(0)
-        elif case == "push":
-            channel.push(0, bundle(0)[0], 0)
+    if case.endswith("slot") or case == "begin twice":
+        channel.begin(0)
+    with pytest.raises(core.SlotOrderError) as caught:
+        if case.startswith("begin"):
+            channel.begin(0 if case == "begin twice" else 1)
+        elif case.startswith("commit"):
+            channel.commit(int("other" in case))
+        elif case.startswith("push"):
+            channel.push(0, bundle(0)[0], int("other" in case))
         elif case == "get":
             channel.get(1, 1)
         else:
             channel.release(1, 0)
-    assert caught.value.operation == case.split()[0]
-    with pytest.raises(core.SlotOrderError):
+    assert ORDERS[case] in str(caught.value)
+    # It does not say that the slot is next which was named.
+    slot = caught.value.slot
+    assert f"slot {slot} is next" not in str(caught.value)
+    assert caught.value.operation == case.split()[0].rstrip(",")
+    with pytest.raises(core.SlotOrderError) as again:
         fabric.check()
+    assert str(again.value) == str(caught.value)
 
 
 def test_wrong_tensors_are_refused_before_anything_is_sent() -> None:
@@ -264,20 +275,6 @@ def test_links_and_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_the_cuda_fabric_says_so() -> None:
     with pytest.raises(core.DeviceError, match=r"built without CUDA|no GPU"):
         core.CudaFabric([0, 0])
-
-
-def test_unpack_copies_out_and_releases() -> None:
-    fabric = core.HostFabric(2)
-    channel = fabric.channel(0, [1], LAYOUT, slots=1)
-    for n in range(3):
-        channel.put(bundle(n), 0)
-        into = [np.zeros((3, 5), np.float32), np.zeros(7, np.int64)]
-        channel.unpack(1, into, 0)
-        assert all((a == b).all() for a, b in zip(into, bundle(n), strict=True))
-    with pytest.raises(core.InvalidArgument, match="1 tensors"):
-        channel.unpack(1, into[:1], 0)
-    with pytest.raises(core.InvalidArgument, match="was agreed"):
-        channel.unpack(1, into[::-1], 0)
 
 
 def test_puts_of_several_channels() -> None:
@@ -357,6 +354,11 @@ def test_the_fastest_mode_by_costs(nbytes: int, tensors: int, receivers: int, mo
         COSTS.replace("65536", "64"),
         COSTS.replace("10.5", "0"),
         COSTS.replace("2 3\n", "2 4\n", 1),
+        COSTS.replace("2 3\n", "-2 3\n", 1),
+        COSTS.replace("1024", "-1024"),
+        COSTS.replace("1024", "0"),
+        COSTS.replace("10.5", "nan"),
+        COSTS.replace("10.5", "-1"),
     ],
 )
 def test_what_is_no_table_of_costs(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundles import receive
 
 import asyncdiff_core as core
 
@@ -54,22 +55,18 @@ def make(kind: str) -> tuple[list[Any], list[weakref.ref[Any]]]:
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "dlpack", "interface"])
-@pytest.mark.parametrize("operation", ["put", "put_batch", "unpack"])
+@pytest.mark.parametrize("operation", ["put", "put_batch"])
 def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
     fabric = core.HostFabric(2)
     channel = fabric.channel(0, [1], LAYOUT, slots=1)
     arrays, alive = make(kind)
-    out = np.zeros(3, np.int64)
-    if operation != "unpack":
-        channel.put([np.zeros(3, np.int64)], 0)  # now a put waits
+    channel.put([np.zeros(3, np.int64)], 0)  # now a put waits
 
     def call() -> None:
         if operation == "put":
             channel.put(arrays, 0)
-        elif operation == "put_batch":
-            fabric.put_batch([(channel, arrays, 0)])
         else:
-            channel.unpack(1, arrays, 0)
+            fabric.put_batch([(channel, arrays, 0)])
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -77,12 +74,8 @@ def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
     arrays.clear()
     gc.collect()
     waited_with = [ref() is not None for ref in alive]
-    if operation == "unpack":
-        channel.put([np.arange(3)], 0)
-    else:
-        channel.unpack(1, [out], 0)
-        channel.unpack(1, [out], 0)
-        assert out.tolist() == [0, 1, 2]
+    receive(channel, 1, 0)
+    assert receive(channel, 1, 0)[0].tolist() == [0, 1, 2]
     thread.join(10)
     assert waited_with == [True]
     fabric.check()

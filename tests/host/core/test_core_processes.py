@@ -45,10 +45,39 @@ def test_an_abort_reaches_all_processes(tmp_path: Path) -> None:
         assert "enough of this" in result["text"]
 
 
-def test_different_channels_are_an_error_everywhere(tmp_path: Path) -> None:
-    for text in run("mismatch", 2, tmp_path):
-        assert "could not open shared memory" in text or "expected" in text
-        assert "same channels in order" in text
+def test_different_calls_are_an_error_everywhere(tmp_path: Path) -> None:
+    first, second, third = run("mismatch", 3, tmp_path)
+    assert "the number of its slots is 2 here, 102 in process 1" in first["slots"]
+    assert "tensor 0 is bfloat16(8) with strides (1) here, float16(8)" in second["dtype"]
+    assert "in process 0; tensor 0 is bfloat16(8)" in second["dtype"]
+    assert "the channel's name is 'first' here, 'last' in process 1" in third["order"]
+    assert "its first bundle is 6 here, 7 in process 1. This is process 2" in third["reset"]
+    assert "the call is reset here, make a channel in process 0" in second["call"]
+    assert "rank 99: the fabric has ranks 0 to 2" in second["rank"]
+    assert "process 1 could not make a channel: rank 99" in first["rank"]
+
+
+class Garbled:
+    """A rendezvous whose other process sends what nobody can read."""
+
+    process, processes = 0, 2
+
+    def __init__(self, bytes_: bytes, good: int) -> None:
+        self.bytes = bytes_
+        self.good = good
+
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        self.good -= 1
+        return [mine, mine if self.good >= 0 else self.bytes]
+
+
+@pytest.mark.parametrize("good", range(3))
+@pytest.mark.parametrize(
+    "sent", [b"!\xff\xfe", b"=\xff", b"\xff\xfe", b"=99999999999:\xff", b"=-1:"]
+)
+def test_what_others_send_need_not_be_text(sent: bytes, good: int) -> None:
+    with pytest.raises(core.CoreError, match="process 1"):
+        core.HostFabric(2, rendezvous=Garbled(sent, good))
 
 
 def test_ends_of_other_processes_are_refused(tmp_path: Path) -> None:

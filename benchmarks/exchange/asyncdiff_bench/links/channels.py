@@ -61,22 +61,24 @@ class ChannelLink(Link):
         self.channel.release(receiver, n % self.slots, stream)
 
 
-class UnpackLink(ChannelLink):
-    """The receiver copies the bundle out and releases it, in one launch."""
+class PushLink(ChannelLink):
+    """Tensor by tensor, as the engine sends values that are computed one after another."""
 
     def __init__(
         self, world: Any, sender: int, receivers: Sequence[int], payload: Payload, slots: int
     ) -> None:
         super().__init__(world, sender, receivers, payload, slots, "auto")
-        self._slots = {
-            r: [payload.memory(world.devices[r]) for _ in range(slots)] for r in self._slots
-        }
 
-    def receive(self, receiver: int, n: int, stream: Any) -> None:
-        self.channel.unpack(receiver, self.received(receiver, n).tensors, n % self.slots, stream)
+    def sending(self, n: int, stream: Any) -> Callable[[], None]:
+        slot, tensors = n % self.slots, self.source(n).tensors
 
-    def release(self, receiver: int, n: int, stream: Any) -> None:
-        pass  # unpack did it
+        def send() -> None:
+            self.channel.begin(slot, stream)
+            for i, tensor in enumerate(tensors):
+                self.channel.push(i, tensor, slot, stream)
+            self.channel.commit(slot, stream)
+
+        return send
 
 
 def mode(name: str) -> Make:

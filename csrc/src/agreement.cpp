@@ -1,0 +1,67 @@
+#include "agreement.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace asyncdiff {
+
+namespace {
+
+std::string text_of(const std::vector<int>& numbers) {
+  std::string out;
+  for (int number : numbers) out += (out.empty() ? "" : " ") + std::to_string(number);
+  return "(" + out + ")";
+}
+
+// Strides that mean nothing may differ.
+std::string text_of(TensorSpec spec) {
+  for (std::size_t i = 0; i < spec.shape.size(); ++i) {
+    if (spec.nbytes == 0 || spec.shape[i] == 1) spec.strides[i] = 0;
+  }
+  return spec.describe();
+}
+
+}  // namespace
+
+void agree_on_fabric(const Processes& processes, const std::string& kind,
+                     const std::string& transport) {
+  processes.agree("make a fabric", [&] {
+    return Processes::Values{{"the call", "make a fabric"},
+                             {"its kind", kind},
+                             {"the list of its ranks' processes", text_of(processes.owners())},
+                             {"its transport", transport}};
+  });
+}
+
+void agree_on_channel(const Processes& processes, int sender, const std::vector<int>& receivers,
+                      const Layout& layout, int slots, const std::string& name, Mode mode,
+                      const std::function<void()>& check) {
+  processes.agree("make a channel", [&] {
+    check();
+    Processes::Values out = {{"the call", "make a channel"},
+                             {"the channel's name", "'" + name + "'"},
+                             {"its sender", std::to_string(sender)},
+                             {"the list of its receivers", text_of(receivers)},
+                             {"the number of its slots", std::to_string(slots)},
+                             {"its mode", name_of(mode)},
+                             {"the number of tensors", std::to_string(layout.specs.size())}};
+    for (std::size_t i = 0; i < layout.specs.size(); ++i) {
+      out.emplace_back("tensor " + std::to_string(i), text_of(layout.specs[i]));
+    }
+    return out;
+  });
+}
+
+void agree_on_reset(const Processes& processes, std::uint64_t first_bundle,
+                    const std::function<void()>& check) {
+  processes.agree("reset", [&] {
+    check();
+    return Processes::Values{{"the call", "reset"},
+                             {"its first bundle", std::to_string(first_bundle)}};
+  });
+}
+
+}  // namespace asyncdiff

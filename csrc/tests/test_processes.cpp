@@ -1,0 +1,216 @@
+// What processes do together, played by threads: a failure of one is everybody's, and so is a call
+// that they make differently.
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/host_fabric.hpp"
+#include "asyncdiff/processes.hpp"
+#include "check.hpp"
+
+using namespace asyncdiff;
+
+namespace {
+
+class Meeting {
+ public:
+  explicit Meeting(int count) : texts_(static_cast<std::size_t>(count)) {}
+
+  std::vector<std::string> gather(int process, const std::string& text) {
+    std::unique_lock lock(mutex_);
+    texts_[static_cast<std::size_t>(process)] = text;
+    const int round = round_;
+    if (++there_ == static_cast<int>(texts_.size())) {
+      last_ = texts_;
+      there_ = 0;
+      ++round_;
+      came_.notify_all();
+    } else if (!came_.wait_for(lock, std::chrono::seconds(2), [&] { return round_ != round; })) {
+      throw Error("somebody did not come");
+    }
+    return last_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable came_;
+  std::vector<std::string> texts_, last_;
+  int there_ = 0;
+  int round_ = 0;
+};
+
+class Guest final : public Rendezvous {
+ public:
+  Guest(std::shared_ptr<Meeting> meeting, int process, int count)
+      : meeting_(std::move(meeting)), process_(process), count_(count) {}
+  int process() const override { return process_; }
+  int processes() const override { return count_; }
+  std::vector<std::string> all_gather(const std::string& mine) override {
+    return meeting_->gather(process_, mine);
+  }
+
+ private:
+  std::shared_ptr<Meeting> meeting_;
+  int process_;
+  int count_;
+};
+
+// What work(process, rendezvous) threw in each of them; empty where nothing.
+std::vector<std::string> in_processes(
+    int count, const std::function<void(int, std::shared_ptr<Rendezvous>)>& work) {
+  const auto meeting = std::make_shared<Meeting>(count);
+  std::vector<std::string> thrown(static_cast<std::size_t>(count));
+  std::vector<std::thread> threads;
+  for (int p = 0; p < count; ++p) {
+    threads.emplace_back([&, p] {
+      try {
+        work(p, std::make_shared<Guest>(meeting, p, count));
+      } catch (const std::exception& error) {
+        thrown[static_cast<std::size_t>(p)] = error.what();
+      } catch (int) {
+        thrown[static_cast<std::size_t>(p)] = "an int";
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return thrown;
+}
+
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+template <class Throw>
+std::vector<std::string> together(Throw throws) {
+  return in_processes(3, [&](int p, std::shared_ptr<Rendezvous> rendezvous) {
+    const Processes processes({0, 1, 2}, std::move(rendezvous));
+    processes.together("take memory", [&] {
+      if (p == 1) throws();
+    });
+  });
+}
+
+void any_failure_is_everybodys() {
+  auto thrown = together([] { throw std::bad_alloc(); });
+  CHECK(has(thrown[1], "bad_alloc") && !has(thrown[1], "process"));
+  CHECK(has(thrown[0], "process 1 could not take memory: ") && thrown[2] == thrown[0]);
+  thrown = together([] { throw std::runtime_error(""); });
+  CHECK(has(thrown[2], "process 1 could not take memory: unknown error"));
+  thrown = together([] { throw 7; });
+  CHECK(thrown[1] == "an int" && has(thrown[0], "unknown error"));
+}
+
+using Make = std::function<void(int, HostFabric&)>;
+
+std::vector<std::string> on_fabrics(const Make& work, int count = 2) {
+  return in_processes(count, [&](int p, std::shared_ptr<Rendezvous> rendezvous) {
+    std::vector<int> owners;
+    for (int i = 0; i < count; ++i) owners.push_back(i);
+    HostFabric fabric(owners, 5.0, std::move(rendezvous));
+    work(p, fabric);
+  });
+}
+
+const Layout kLayout({TensorSpec("float32", {4, 3, 1})});
+
+void a_difference_is_named() {
+  const auto differ = [](const Make& work, const std::string& what, const std::string& one,
+                         const std::string& two) {
+    const auto thrown = on_fabrics(work);
+    CHECK(
+        has(thrown[0], what + " is " + one + " here, " + two + " in process 1. This is process 0"));
+    CHECK(
+        has(thrown[1], what + " is " + two + " here, " + one + " in process 0. This is process 1"));
+    CHECK(has(thrown[0], "in the same order"));
+  };
+  const auto layouts = [&](const std::vector<TensorSpec>& one, const std::vector<TensorSpec>& two) {
+    return [=](int p, HostFabric& fabric) {
+      fabric.channel(0, {1}, Layout(p == 0 ? one : two), 2, "");
+    };
+  };
+  // All of as many bytes.
+  differ(layouts({TensorSpec("float16", {4})}, {TensorSpec("bfloat16", {4})}), "tensor 0",
+         "float16(4) with strides (1)", "bfloat16(4) with strides (1)");
+  differ(layouts({TensorSpec("int8", {2, 3})}, {TensorSpec("int8", {3, 2})}), "tensor 0",
+         "int8(2, 3) with strides (3, 1)", "int8(3, 2) with strides (2, 1)");
+  differ(layouts({TensorSpec("int8", {2, 3}, {3, 1})}, {TensorSpec("int8", {2, 3}, {1, 2})}),
+         "tensor 0", "int8(2, 3) with strides (3, 1)", "int8(2, 3) with strides (1, 2)");
+  differ(layouts({TensorSpec("int8", {512})}, std::vector<TensorSpec>(2, TensorSpec("int8", {1}))),
+         "the number of tensors", "1", "2");
+  const auto channels = [](std::vector<int> slots, std::vector<std::string> names) {
+    return [=](int p, HostFabric& fabric) {
+      const auto i = static_cast<std::size_t>(p);
+      fabric.channel(0, {1}, kLayout, slots[i], names[i]);
+    };
+  };
+  differ(channels({2, 3}, {"a", "a"}), "the number of its slots", "2", "3");
+  differ(channels({2, 2}, {"a", "b"}), "the channel's name", "'a'", "'b'");
+  differ([](int p, HostFabric& fabric) { fabric.channel(p, {1 - p}, kLayout, 2, "a"); },
+         "its sender", "0", "1");
+  differ(
+      [](int p, HostFabric& fabric) {
+        fabric.channel(0, {1}, kLayout, 2, "a", p == 0 ? Mode::kAuto : Mode::kCopy);
+      },
+      "its mode", "auto", "copy");
+  differ([](int p, HostFabric& fabric) { fabric.reset(p == 0 ? 5 : 6); }, "its first bundle", "5",
+         "6");
+  differ(
+      [](int p, HostFabric& fabric) {
+        if (p == 0) {
+          fabric.reset();
+        } else {
+          fabric.channel(0, {1}, kLayout, 2, "a");
+        }
+      },
+      "the call", "reset", "make a channel");
+}
+
+void receivers_and_ranks_may_differ() {
+  const auto thrown = on_fabrics(
+      [](int p, HostFabric& fabric) {
+        fabric.channel(0, p == 2 ? std::vector<int>{2, 1} : std::vector<int>{1, 2}, kLayout, 2, "");
+      },
+      3);
+  CHECK(has(thrown[0],
+            "the list of its receivers is (1 2) here, (2 1) in process 2. This is process 0"));
+  CHECK(has(thrown[2],
+            "(1 2) in process 0; the list of its receivers is (2 1) here, (1 2) in process 1"));
+  const auto fabrics = in_processes(2, [](int p, std::shared_ptr<Rendezvous> rendezvous) {
+    const HostFabric fabric(p == 0 ? std::vector<int>{0, 1} : std::vector<int>{1, 0, 1}, 5.0,
+                            std::move(rendezvous));
+  });
+  CHECK(has(fabrics[0], "the list of its ranks' processes is (0 1) here, (1 0 1) in process 1"));
+}
+
+void what_is_alike_goes_on() {
+  const auto thrown = on_fabrics([](int p, HostFabric& fabric) {
+    // A stride that means nothing may differ; nothing is left over by a call that failed.
+    const std::vector<std::int64_t> strides = {3, 1, p};
+    fabric.channel(0, {1}, Layout({TensorSpec("float32", {4, 3, 1}, strides)}), 2, "a");
+    CHECK_THROWS(fabric.channel(0, {1}, kLayout, 2 + p, "b"), InvalidArgument);
+    CHECK_THROWS(fabric.channel(0, {p == 0 ? 7 : 1}, kLayout, 2, "b"), Error);
+    const auto channel = fabric.channel(0, {1}, kLayout, 2, "b");
+    fabric.reset(2);
+    const float values[12] = {1};
+    if (p == 0) channel->put({values}, 0, 0);
+    if (p == 1) channel->get(1, 0, 0);
+  });
+  CHECK(thrown[0].empty() && thrown[1].empty());
+}
+
+}  // namespace
+
+int main() {
+  any_failure_is_everybodys();
+  a_difference_is_named();
+  receivers_and_ranks_may_differ();
+  what_is_alike_goes_on();
+}

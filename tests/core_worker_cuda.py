@@ -1,0 +1,256 @@
+"""What a process of the tests of channels between GPUs of several processes does."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from scenarios import main, meet
+
+import asyncdiff_core as core
+
+
+class OnGpu:
+    """This process's rank of a CUDA fabric with one rank a process; each sends to all others."""
+
+    def __init__(
+        self,
+        process: int,
+        processes: int,
+        folder: Path,
+        gpus: int,
+        transport: str,
+        deadline: float,
+        mode: str = "auto",
+    ) -> None:
+        import torch
+
+        self.process = process
+        devices = [p % gpus for p in range(processes)]
+        self.device = torch.device("cuda", devices[process])
+        torch.cuda.set_device(self.device)
+        self.meet = meet(folder, process, processes)
+        self.fabric = core.CudaFabric(
+            devices, deadline=deadline, transport=transport, rendezvous=self.meet
+        )
+        layout = core.Layout([core.TensorSpec("int64", (50_001,)), core.TensorSpec("int8", (7,))])
+        everyone = range(processes)
+        self.channels = [
+            self.fabric.channel(
+                s, [r for r in everyone if r != s], layout, name=f"from {s}", mode=mode
+            )
+            for s in everyone
+        ]
+        self.source = [
+            torch.zeros(50_001, dtype=torch.int64, device=self.device),
+            torch.ones(7, dtype=torch.int8, device=self.device),
+        ]
+        self.sending, self.receiving = torch.cuda.Stream(), torch.cuda.Stream()
+        self.count = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.wrong = torch.zeros_like(self.count)
+        torch.cuda.synchronize()
+
+    def send(self, slot: int) -> None:
+        import torch
+
+        with torch.cuda.stream(self.sending):
+            self.source[0].add_(1)
+            self.channels[self.process].put(self.source, slot, self.sending)
+
+    def receive(self, slot: int) -> None:
+        """Every bundle's numbers have to be how many came before it, plus one."""
+        import torch
+
+        with torch.cuda.stream(self.receiving):
+            self.count.add_(1)
+            for sender, channel in enumerate(self.channels):
+                if sender == self.process:
+                    continue
+                channel.get(self.process, slot, self.receiving)
+                raw = torch.as_tensor(channel.slot(self.process, slot), device=self.device)
+                numbers = raw[: 50_001 * 8].view(torch.int64)
+                self.wrong.add_((numbers != self.count).sum())
+                channel.release(self.process, slot, self.receiving)
+
+
+def cuda_exchange(
+    process: int, processes: int, folder: Path, gpus: int, transport: str, mode: str
+) -> Any:
+    """Eager, then replayed CUDA graphs, then mixed."""
+    import torch
+
+    rank = OnGpu(process, processes, folder, gpus, transport, 20.0, mode)
+    for n in range(20):
+        rank.send(n % 2)
+        rank.receive(n % 2)
+    torch.cuda.synchronize()
+    graphs = {}
+    for slot in range(2):
+        for work, arguments, stream in (
+            (rank.send, (slot,), rank.sending),
+            (rank.receive, (slot,), rank.receiving),
+        ):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                work(*arguments)
+            graphs[slot, stream is rank.sending] = graph
+    rng = random.Random(process)
+    for n in range(200):
+        if rng.random() < 0.8:
+            with torch.cuda.stream(rank.sending):
+                graphs[n % 2, True].replay()
+        else:
+            rank.send(n % 2)
+        if rng.random() < 0.8:
+            with torch.cuda.stream(rank.receiving):
+                graphs[n % 2, False].replay()
+        else:
+            rank.receive(n % 2)
+        if n % 50 == 49:
+            rank.fabric.check()
+    torch.cuda.synchronize()
+    rank.fabric.check()
+    links = sorted({k for (a, b), k in rank.fabric.links().items() if a != b})
+    result = {"count": rank.count.item(), "wrong": rank.wrong.item(), "links": links}
+    rank.fabric.reset()
+    rank.source[0].zero_()
+    rank.count.zero_()
+    torch.cuda.synchronize()
+    rank.send(0)
+    rank.receive(0)
+    torch.cuda.synchronize()
+    result["after_reset"] = rank.wrong.item()
+    del graphs
+    rank.fabric.close()
+    return result
+
+
+def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
+    import torch
+
+    rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
+    rank.send(0)
+    rank.receive(0)
+    torch.cuda.synchronize()
+    rank.fabric.check()
+    rank.meet.all_gather(b"")
+    if process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    rank.send(1)
+    rank.receive(1)
+    torch.cuda.synchronize()
+    waited = time.monotonic() - begun
+    try:
+        rank.fabric.check()
+    except core.ExchangeTimeout as e:
+        rank.fabric.close()
+        again = core.CudaFabric([rank.device.index] * 2)
+        again.check()
+        again.close()
+        return {"peer": e.peer, "seconds": waited}
+    return "no error"
+
+
+def cuda_contexts(process: int, processes: int, folder: Path, transport: str) -> Any:
+    """Which of the first two GPUs have a context after all that a fabric on the second does.
+
+    Without torch, which makes contexts of its own. One process has both ranks.
+    """
+    import ctypes
+    import threading
+
+    owners = [0, processes - 1]
+    if processes == 1:
+        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport)
+    else:
+        rendezvous = meet(folder, process, processes)
+        fabric = core.CudaFabric([1, 1], deadline=20.0, transport=transport, rendezvous=rendezvous)
+    layout = core.Layout([core.TensorSpec("uint8", (4096,))])
+    channel, back = fabric.channel(0, [1], layout), fabric.channel(1, [0], layout)
+    fabric.reset(5)
+    for n in range(5, 9):
+        if process == owners[0]:
+            channel.put([back.slot(0, 0)], n % 2)
+        if process == owners[1]:
+            channel.get(1, n % 2)
+            channel.release(1, n % 2)
+    del channel, back
+    # A thread that has never used CUDA frees it all.
+    closing = threading.Thread(target=fabric.close)
+    closing.start()
+    closing.join()
+
+    driver = ctypes.CDLL("libcuda.so.1")
+    assert driver.cuInit(0) == 0
+    context = ctypes.c_void_p()
+    assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
+    assert context.value is None  # GPU 0 is the current one, as it was
+    out = []
+    for device in range(2):
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        code = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+        assert code == 0
+        out.append(bool(active.value))
+    return out
+
+
+class Cut:
+    """A rendezvous that fails after so many gathers, in all processes at once."""
+
+    def __init__(self, whole: core.SocketRendezvous, gathers: int) -> None:
+        self.process, self.processes = whole.process, whole.processes
+        self.whole = whole
+        self.gathers = gathers
+
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        if self.gathers == 0:
+            raise ConnectionError("cut")
+        self.gathers -= 1
+        return self.whole.all_gather(mine)
+
+
+def cuda_cut(process: int, processes: int, folder: Path, gpus: int) -> Any:
+    """Making a fabric fails at every point of it where others may have memory of ours open; then a
+    bundle goes through one that is whole. Returns how often it failed, and the bundle."""
+    import torch
+
+    devices = [p % gpus for p in range(processes)]
+    whole = meet(folder, process, processes)
+    for failed in range(50):
+        rendezvous = Cut(whole, failed)
+        try:
+            fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=rendezvous)
+            break
+        except ConnectionError:
+            continue
+    else:
+        return "no fabric"
+    rendezvous.gathers = 1000
+    layout = core.Layout([core.TensorSpec("int64", (3,))])
+    channel = fabric.channel(0, [1], layout, mode="kernel")
+    tensor = torch.tensor([1, 2, 3], device=f"cuda:{devices[process]}")
+    torch.cuda.synchronize(devices[process])
+    if process == 0:
+        channel.put([tensor], 0)
+    if process == 1:
+        tensor.zero_()
+        torch.cuda.synchronize(devices[1])
+        channel.get(1, 0)
+        tensor.copy_(
+            torch.as_tensor(channel.slot(1, 0), device=tensor.device)[:24].view(torch.int64)
+        )
+        channel.release(1, 0)
+    torch.cuda.synchronize(devices[process])
+    fabric.check()
+    result = [failed, tensor.tolist()]
+    fabric.close()
+    return result
+
+
+if __name__ == "__main__":
+    main(globals())
