@@ -31,6 +31,9 @@ _OTHERS = {
     "devices": "--devices",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
+    "sampler": "--sampler",
+    "dtype": "--dtype",
+    "seed": "--seed",
     "negative_prompt": "--negative",
     "height": "--height",
     "width": "--width",
@@ -112,7 +115,7 @@ def as_flags(arguments: Mapping[str, Any]) -> str:
     """The same for ``asyncdiff generate``."""
     words: list[str] = []
     for name, value in arguments.items():
-        if value is None:
+        if value is None or (name not in flags() and (name, str(value)) not in _SPECIAL):
             continue
         if (name, str(value)) in _SPECIAL:
             flag = _SPECIAL[name, str(value)]

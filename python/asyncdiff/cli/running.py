@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from .console import remark
 from .failures import asked_of
 from .flags import as_flags, as_python, flags
 from .options import Waves, read_devices
+from .subject import Model, Picture
 
 
 class Preparing:
@@ -110,7 +112,8 @@ def noise(seed: int) -> Any:
 
 
 def what_ran(
-    model: str,
+    subject: Model,
+    drawn: Picture,
     pipe: Any,
     setting: Waves,
     arguments: Mapping[str, Any],
@@ -133,8 +136,16 @@ def what_ran(
     if guidance is None and "guidance_scale" in defaults:
         guidance = defaults["guidance_scale"].default
     settings = {"devices": devices, **arguments}
+    asked = {
+        "num_inference_steps": setting.steps,
+        "sampler": drawn.sampler,
+        "dtype": subject.dtype,
+        **call,
+        "seed": seed,
+    }
+    which = shlex.join([subject.model or "--demo", *(f"--load={x}" for x in subject.load or [])])
     return {
-        "model": model,
+        "model": subject.name,
         "pipeline": type(pipe).__name__,
         "denoiser": type(denoiser).__name__,
         "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
@@ -144,6 +155,6 @@ def what_ran(
         "seed": seed,
         **settings,
         "python": as_python(settings),
-        "flags": as_flags({**settings, "num_inference_steps": setting.steps}),
+        "flags": f"{which} {as_flags({**settings, **asked})}",
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers")},
     }

@@ -91,6 +91,10 @@ class Model:
             raise typer.BadParameter("--load is for models that are loaded, not for --demo")
         read_load(self.load)
 
+    def announce(self) -> None:
+        """Say what is loaded, before torch is: that alone takes seconds."""
+        console.remark(f"loading {self.name}")
+
     def pipeline(self, device: str, sampler: str | None = None) -> Any:
         """The pipeline on its device, silent. Raises InputError where it cannot be had."""
         import torch
@@ -156,7 +160,6 @@ def load(model: str, dtype: Any, options: dict[str, Any]) -> Any:
     """The pipeline, in host memory. Raises InputError where there is none of that name."""
     from ..demo.model import is_saved
 
-    console.remark(f"loading {model}")
     if is_saved(model):
         from ..demo.pipeline import EmojiPipeline
 

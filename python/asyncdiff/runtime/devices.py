@@ -26,7 +26,9 @@ def resolve(
     if devices is None:
         return _default(ranks)
     if isinstance(devices, (str, int, torch.device)):
-        raise DeviceError(f"devices is a list with one entry a rank; write [{devices!r}] * {ranks}")
+        named = [d.strip() for d in devices.split(",")] if isinstance(devices, str) else [devices]
+        instead = f"{named}" if len(named) > 1 else f"{named} * {ranks}"
+        raise DeviceError(f"devices is a list with one entry a rank; write {instead}")
     out = [_device(d) for d in devices]
     if len(out) != ranks:
         raise DeviceError(

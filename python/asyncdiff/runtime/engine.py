@@ -21,7 +21,7 @@ from ..errors import RankError
 from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..partition.partition import Partition
-from ..progress import Progress
+from ..progress import Progress, stage
 from ..schedule.plan import Plan
 from ..schedule.segments import LoweredTick
 from .buffers import layout_of, views
@@ -156,9 +156,10 @@ class Engine:
             return
         for worker in self.workers:
             worker.graphs.try_again()
-        for tick in plan.ticks:
-            for action in tick.runs:
-                self.workers[action.rank].prepare(action.slots)
+        with stage("recording CUDA graphs"):
+            for tick in plan.ticks:
+                for action in tick.runs:
+                    self.workers[action.rank].prepare(action.slots)
         self._ready = plan
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:

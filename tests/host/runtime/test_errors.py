@@ -45,6 +45,7 @@ def make(**options: Any) -> AsyncDenoiser:
         ({"devices": ["cpu"] * 3}, DeviceError, r"components \+ stride - 1 = 2"),
         ({"devices": ["cpu"] * 2, "stride": 2}, DeviceError, "2 devices for 3 ranks"),
         ({"devices": "cpu"}, DeviceError, r"\['cpu'\] \* 2"),
+        ({"devices": "cpu, cpu"}, DeviceError, r"write \['cpu', 'cpu'\]$"),
         ({"devices": ["cpu", "gpu"]}, DeviceError, "'gpu' is not a device"),
         ({"devices": ["cpu", "cuda:0"]}, DeviceError, "mixes cpu and cuda"),
         ({"devices": ["meta"] * 2}, DeviceError, "ranks run on"),

@@ -43,6 +43,7 @@ def calibrate(
             "better"
         )
     files.check_writable(out)
+    subject.announce()
     from ... import parallelize
 
     ranks = pick(devices, setting)
@@ -50,7 +51,7 @@ def calibrate(
     call: dict[str, Any] = {"num_inference_steps": setting.steps, **drawn.call()}
     check_call(pipe, call)
     arguments = {**setting.told(), "order": str(out)}
-    told = what_ran(subject.name, pipe, setting, arguments, ranks, call, seed)
+    told = what_ran(subject, drawn, pipe, setting, arguments, ranks, call, seed)
     preparing = Preparing()
     handle = parallelize(
         pipe, devices=ranks, compile=False, progress=preparing, **setting.arguments()

@@ -81,12 +81,13 @@ def _run(
     seed: int,
     out: Path,
 ) -> dict[str, Any]:
+    subject = Model(demo=True)
+    subject.announce()
     from ...demo import model as demo_model
     from ...tools import compare
 
     ranks = pick(devices, max(settings, key=lambda one: one.ranks))
     prompts = prompts or chosen(list(demo_model.known_prompts()), PICTURES)
-    subject = Model(demo=True)
     pipe = subject.pipeline(ranks[0], drawn.sampler or "ddim")
     steps = settings[0].steps
     call = {"num_inference_steps": steps, **drawn.call()}
@@ -113,7 +114,7 @@ def _run(
     notes: dict[str, list[str]] = {}
     for one in settings:
         mine = ranks[: one.ranks]
-        told = what_ran(subject.name, pipe, one, one.told(), mine, call, seed)
+        told = what_ran(subject, drawn, pipe, one, one.told(), mine, call, seed)
         told |= {"width": plain[0].width, "height": plain[0].height}
         images, run = _asynchronous(pipe, one, mine, draw, preparing)
         results = [

@@ -35,6 +35,7 @@ def generate(
     subject.check()
     setting.check()
     files.check_picture(out)
+    subject.announce()
     from ... import parallelize
     from ...tools import compare
     from ...tools.prediction import predicted
@@ -58,7 +59,7 @@ def generate(
         "warmup_mode": "split" if split_warmup else "chain",
         "compile": compile,
     }
-    told = what_ran(subject.name, pipe, setting, setting.told() | modes, ranks, call, seed)
+    told = what_ran(subject, drawn, pipe, setting, setting.told() | modes, ranks, call, seed)
     plain = None
     if with_compare:
         draw("preparing one device")  # the first generation on a device also prepares it

@@ -140,6 +140,7 @@ def _partition(
     width: int | None,
     copies: int,
 ) -> Any:
+    subject.announce()
     from ...integrations.diffusers.pipeline import plan_partition
 
     usual = "float32" if device == "cpu" or subject.demo else "float16"

@@ -10,7 +10,7 @@ import typer
 from .. import console, files
 from .. import options as opt
 from ..failures import asked_of
-from ..flags import as_flags, as_python
+from ..flags import as_python
 from ..running import Preparing, check_call, what_ran
 from ..subject import Model, Picture, Prompts, PromptsFile
 from ..subject import prompts as read_prompts
@@ -63,6 +63,7 @@ def tune(
         files.check_writable(out)
     if png is not None:
         files.check_picture(png, [".png"])
+    subject.announce()
 
     from ...runtime.devices import resolve
     from ...tools.tune import check_request
@@ -93,9 +94,10 @@ def tune(
         chosen.calibration.save(out)
         arguments["order"] = str(out)
     setting = opt.Setting(steps=steps)
-    told = what_ran(subject.name, pipe, setting, arguments, where, drawn.call(), seed)
+    told = what_ran(subject, drawn, pipe, setting, arguments, where, drawn.call(), seed)
     # Where it was tried is not where it will run.
-    told["python"], told["flags"] = as_python(arguments), as_flags(arguments | {"steps": steps})
+    told["python"] = as_python(arguments)
+    told["flags"] = told["flags"].replace(f"--devices {','.join(where)} ", "", 1)
     if png is not None:
         from ...tools.tune_plot import draw
 
