@@ -14,7 +14,7 @@
 
 namespace asyncdiff {
 
-// signals.cu: one warp each; copies between them move the data.
+// signals.cu: one warp each; pushes between them move the data.
 
 // Waits until every receiver has released the slot.
 void launch_begin(const SenderDevice& sender, int slot, cudaStream_t stream);
