@@ -2,9 +2,10 @@
 # make test   the same environment; all tests (those for GPUs skip themselves without one)
 # make env    the environment alone
 # make lint   ruff, mypy, clang-format
-# make cuda   compile all CUDA code with nvcc, where there is one
+# make cuda   compile all CUDA code, with nvcc from PyPI where there is none
 # make arm    build the host's C++ library for ARM and run its tests in an emulator, if there is one
 # make docs   build the documentation site in out/site
+# make wheels build wheels for every Python and CUDA that is here, check and try them (out of dist/)
 # make clean  remove what was built (and .venv)
 #
 # What was done leaves a stamp in .venv/stamps, so that nothing is installed twice. A changed
@@ -27,13 +28,32 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Errors alone: pip warns of every index, link and script folder that a machine's settings name.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
+PYTHON_FILES := $(shell find python asyncdiff_core -name '*.py' -o -name '*.safetensors')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
 
-.PHONY: demo test lint cuda arm docs clean env
-demo: $(STAMPS)/package
-	$(BIN)/asyncdiff demo --out out/demo.png $(DEMO_ARGS)
+.PHONY: force announce wheels demo test lint cuda arm docs clean env
+demo: announce out/demo.png
+	@echo "the picture: $(abspath out/demo.png)"
+
+# Drawn again when anything that it depends on changed, or DEMO_ARGS differ from the last time.
+out/demo.png: $(STAMPS)/package $(STAMPS)/demo_args $(PYTHON_FILES)
+	$(BIN)/asyncdiff demo --out $@ $(DEMO_ARGS)
+
+$(STAMPS)/demo_args: force | $(STAMPS)/package
+	@$(file >$@.new,$(DEMO_ARGS))
+	cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+# Of the steps that are still to do, on two cores; what is downloaded at 10 MB/s.
+announce:
+	@[ -e out/demo.png ] || echo "The first time takes minutes, each step about:"
+	[ -e $(STAMPS)/venv ] || echo "  5 s    a virtual environment in $(VENV)"
+	[ -e $(STAMPS)/torch ] || echo "  1 min  $(TORCH): 200 MB (with a GPU, 3 GB: 5 min)"
+	[ -e $(STAMPS)/build ] || echo "  10 s   what builds the C++ extension"
+	[ -e $(STAMPS)/package ] || echo "  2 min  the extension (with nvcc, 4 min), and what asyncdiff[$(EXTRAS)] needs"
+	[ -e out/demo.png ] || echo "  2 min  pictures from the shipped model, plainly and in parallel"
 
 test: $(STAMPS)/package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/host $(PYTEST_ARGS)
@@ -57,22 +77,24 @@ docs: $(STAMPS)/docs
 	@echo "the site: file://$(abspath out/site/index.html)"
 
 # A wheel of its own, not the installed package: what users get from pip, with CUDA in it, must
-# also be importable on a machine without a driver, and a C++ program must build against it.
+# also be importable on a machine without a driver, and a C++ program must build against it. For the
+# oldest GPUs and for those whose kernels have code of their own; the package is built for all.
 cuda: $(STAMPS)/build
-	@if ! command -v nvcc >/dev/null; then
-		echo "make cuda: no nvcc on the PATH, so no CUDA code was compiled."
-		echo "Install the CUDA toolkit 12 or 13 and put its bin folder on the PATH."
-		exit 0
-	fi
+	@ASYNCDIFF_CUDA=on $(BIN)/python csrc/packaging/pypi_cuda.py >$(STAMPS)/cuda.txt
+	$(PIP) install -r $(STAMPS)/cuda.txt
 	rm -rf build/cuda
-	ASYNCDIFF_CUDA=on $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
-	$(PIP) install -q --no-deps --no-compile --target build/cuda/site build/cuda/*.whl
+	export CUDAARCHS="$${CUDAARCHS:-75-real;90}"
+	ASYNCDIFF_CUDA=on $(PIP) wheel --no-build-isolation --no-deps -w build/cuda .
+	$(PIP) install --no-deps --no-compile --target build/cuda/site build/cuda/*.whl
 	cd build/cuda
 	export PYTHONPATH=site PATH="$(abspath $(BIN)):$$PATH"
 	python -c "$$CHECK_CUDA"
 	cmake -S ../../examples/cpp -B example -Dasyncdiff_core_DIR="$$(python -m asyncdiff_core --cmakedir)"
 	cmake --build example
 	example/exchange
+
+wheels: $(STAMPS)/venv
+	$(BIN)/python csrc/packaging/wheels.py dist
 
 arm: $(STAMPS)/build
 	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then
@@ -131,12 +153,14 @@ $(STAMPS)/torch: $(STAMPS)/venv
 		index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 	fi
 	echo "installing $(TORCH) $${index[*]}"
-	$(PIP) install -q "$${index[@]}" '$(TORCH)'
+	$(PIP) install "$${index[@]}" '$(TORCH)'
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch pyproject.toml
 	@$(BIN)/python -c "$$REQUIRES" build-system requires >$(STAMPS)/requires.txt
-	$(PIP) install -q -r $(STAMPS)/requires.txt
+	echo "installing what builds the extension"
+	$(BIN)/python csrc/packaging/pypi_cuda.py >>$(STAMPS)/requires.txt
+	$(PIP) install -r $(STAMPS)/requires.txt
 	touch $@
 
 # What a list in pyproject.toml names, found by the keys that lead to it.
@@ -157,14 +181,14 @@ export REQUIRES
 # Without build isolation, so that CMake's own folder stays valid and builds only what changed.
 $(STAMPS)/package: $(STAMPS)/build $(BUILD) $(NATIVE)
 	@echo "building and installing asyncdiff[$(EXTRAS)]"
-	$(PIP) install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) install --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
 	@$(BIN)/python -c "$$REQUIRES" project optional-dependencies docs >$(STAMPS)/docs.txt
-	$(PIP) install -q -r $(STAMPS)/docs.txt
+	$(PIP) install -r $(STAMPS)/docs.txt
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package
-	@$(PIP) install -q $(LINTERS)
+	@$(PIP) install $(LINTERS)
 	touch $@

@@ -104,3 +104,52 @@ def test_the_extension_shows_no_runtime_library_of_its_own() -> None:
     ]
     assert "PyInit__core" in defined
     assert not [s for s in defined if s.startswith(("__cxa_", "cuda", "__cuda"))]
+
+
+def from_pypi(**env: str) -> list[str]:
+    """What the build would install, on a PATH without nvcc unless ``env`` says otherwise."""
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("CUDA")}
+    kept = kept | {"PATH": "/usr/bin:/bin"} | env
+    script = ROOT / "csrc" / "packaging" / "pypi_cuda.py"
+    return subprocess.check_output([sys.executable, script], text=True, env=kept).split()
+
+
+def fake_driver(folder: Path, version: int) -> str:
+    """A folder with a libcuda that supports that CUDA: 13000 is 13.0."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    source = folder / "cuda.c"
+    source.write_text(f"int cuDriverGetVersion(int *v) {{ *v = {version}; return 0; }}")
+    run = [compiler, "-shared", "-fPIC", source, "-o", folder / "libcuda.so.1"]
+    subprocess.run(run, check=True)
+    return str(folder)
+
+
+def test_the_compiler_comes_from_pypi_where_a_driver_can_use_it(tmp_path: Path) -> None:
+    if Path("/usr/bin/nvcc").exists():
+        pytest.skip("nvcc lies in /usr/bin and cannot be hidden")
+    driver = fake_driver(tmp_path, 13010)
+    wanted = from_pypi(LD_LIBRARY_PATH=driver)
+    assert "nvidia-cuda-nvcc==13.0.*" in wanted and "nvidia-cuda-runtime==13.0.*" in wanted
+    assert from_pypi(ASYNCDIFF_CUDA="on") == wanted
+    assert from_pypi(LD_LIBRARY_PATH=driver, ASYNCDIFF_CUDA="off") == []
+    older = tmp_path / "older"
+    older.mkdir()
+    assert from_pypi(LD_LIBRARY_PATH=fake_driver(older, 12040)) == []
+
+
+def test_an_installed_compiler_is_taken(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.touch(mode=0o755)
+    assert from_pypi(ASYNCDIFF_CUDA="on", PATH=f"{tmp_path}:/usr/bin:/bin") == []
+    assert from_pypi(ASYNCDIFF_CUDA="on", CUDACXX=str(nvcc)) == []
+
+
+def test_the_licenses_are_named_and_there() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'license = "Apache-2.0"' in text
+    (names,) = re.findall(r"^license-files = \[(.*)\]$", text, re.MULTILINE)
+    for pattern in re.findall(r'"(.*?)"', names):
+        assert list(ROOT.glob(pattern)), pattern
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
