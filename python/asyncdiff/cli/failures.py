@@ -39,8 +39,6 @@ def explain(error: BaseException) -> str | None:
         return f"not enough memory on the GPU: {_line(str(error))}"
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
-        if module == "asyncdiff_core":
-            return "the core extension is not built: run `make demo`, or `pip install .`"
         if module == "asyncdiff_bench":
             return (
                 "the exchange benchmark (asyncdiff_bench) is not installed: install asyncdiff "

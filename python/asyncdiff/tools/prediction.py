@@ -21,14 +21,14 @@ def predicted(handle: Any, steps: int) -> Timeline | None:
     split over groups of ranks, whose sequential time is not that of the parts, and where nodes were
     not timed.
     """
-    denoiser = handle.denoiser
-    if denoiser.splits:
+    devices = [torch.device(d) for d in handle.denoiser.devices]
+    plan = handle.plan(steps)
+    if len(devices) != plan.ranks or plan.steps != steps:
         return None
     report = handle.partition.report().to_dict()
     if not report["source"].startswith("measured"):
         return None
-    devices = [torch.device(d) for d in denoiser.devices]
     timing = Timing.from_report(
         report, link_gb_per_s=link_speed(devices) / 1e6, link_latency_us=LATENCY_US
     )
-    return predict(handle.plan(steps), timing)
+    return predict(plan, timing)
