@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from . import _core
 
+_NOBODY_LISTENS = contextlib.nullcontext()
+
+
+def nvtx_range(operation: str, **what: object) -> contextlib.AbstractContextManager[None]:
+    """``operation key=value ...`` around a block; nothing is formatted where no tool listens."""
+    return _range(operation, what) if _core.nvtx_listening() else _NOBODY_LISTENS
+
 
 @contextlib.contextmanager
-def nvtx_range(operation: str, **what: object) -> Iterator[None]:
-    """``operation key=value ...`` around a block; nothing is formatted where no tool listens."""
-    if not _core.nvtx_listening():
-        yield
-        return
+def _range(operation: str, what: Mapping[str, object]) -> Iterator[None]:
     _core.nvtx_push(" ".join([operation, *(f"{k}={v}" for k, v in what.items())]))
     try:
         yield

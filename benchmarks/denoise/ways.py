@@ -100,8 +100,11 @@ class Asynchronous:
 
     def run(self, loop: Loop) -> torch.Tensor:
         denoiser, setting = self.denoiser, self.setting
-        denoiser.warmup, denoiser.exact_tail = setting.warmup, setting.tail
-        denoiser.warmup_mode = "split" if setting.split_warmup else "chain"
+        denoiser.configure(
+            warmup=setting.warmup,
+            exact_tail=setting.tail,
+            warmup_mode="split" if setting.split_warmup else "chain",
+        )
         with denoiser.generation(loop.timesteps, loop.scheduler):
             return loop(lambda kwargs: denoiser(**kwargs)[0])
 

@@ -129,8 +129,7 @@ def _spread(pipe: Any, method: Asynchronous) -> Any:
         _current[:] = [pipe, key, handle]
     # What a plan is made of may change between generations; what is prepared is kept.
     denoiser = _current[2].denoiser
-    denoiser.warmup, denoiser.order = method.warmup, method.order
-    denoiser.exact_tail = method.tail
+    denoiser.configure(warmup=method.warmup, order=method.order, exact_tail=method.tail)
     return _current[2]
 
 

@@ -19,6 +19,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .config import ParallelConfig
     from .denoiser import AsyncDenoiser
     from .integrations.diffusers.handle import Handle
     from .integrations.diffusers.pipeline import parallelize, restore
@@ -37,6 +38,7 @@ __all__ = [
     "Handle",
     "InputError",
     "MetricError",
+    "ParallelConfig",
     "PartitionError",
     "PlanError",
     "RankError",
@@ -49,6 +51,7 @@ __all__ = [
 
 _LAZY = {
     "AsyncDenoiser": "denoiser",
+    "ParallelConfig": "config",
     "AutoWarmup": "sampling.auto_warmup",
     "Calibration": "sampling.calibration",
     "Handle": "integrations.diffusers.handle",

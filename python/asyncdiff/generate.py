@@ -5,26 +5,68 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
+from .config import GenerationSpec, ParallelConfig
 from .errors import InputError, PlanError, SchedulerError
+from .generation import Generation
 from .graph.signature import Call, Role, argument_names
 from .progress import bar
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import clean_image
 from .sampling.fit import check_pictures, fit
-from .sampling.predictor import default_order
+from .sampling.linear import Samplers
+from .sampling.predictor import LatePredictor, default_order
 from .sampling.scheduler import check_scheduler
-
-if TYPE_CHECKING:
-    from .denoiser import AsyncDenoiser
+from .schedule.plan import Plan
 
 #: Called after a step with its index, its timestep and the new latents; may return others.
 Callback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+class Denoiser(Protocol):
+    """What a generation needs of :class:`asyncdiff.AsyncDenoiser`, which documents it."""
+
+    module: nn.Module
+    samplers: Samplers
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The settings."""
+
+    def own_modes(self) -> AbstractContextManager[None]:
+        """Without the caller's modes."""
+
+    def generation(
+        self, timesteps: torch.Tensor, scheduler: Any
+    ) -> AbstractContextManager[Generation]:
+        """A generation with these timesteps."""
+
+    def start(
+        self, spec: GenerationSpec, *, predict: Callable[[Plan], LatePredictor]
+    ) -> Generation:
+        """Begin a generation."""
+
+    def stop(self) -> None:
+        """Give up the current one."""
+
+    def plan(self, steps: int) -> Plan:
+        """The plan of a generation."""
+
+    def prepare(self, **kwargs: Any) -> None:
+        """Prepare for a call."""
+
+    def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """A call, taken apart."""
+
+    def call(self, call: Call) -> Any:
+        """One step of the current generation."""
 
 
 @dataclass
@@ -48,7 +90,7 @@ class Request:
         return 2 if self.guidance_scale > 1 else 1
 
 
-def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
+def generate(denoiser: Denoiser, request: Request) -> torch.Tensor:
     """The final latents. The caller holds the denoiser's lock."""
     with denoiser.own_modes():
         _set_timesteps(request)
@@ -71,9 +113,7 @@ def generate(denoiser: AsyncDenoiser, request: Request) -> torch.Tensor:
         return latents
 
 
-def _predicted(
-    denoiser: AsyncDenoiser, request: Request, arguments: Mapping[str, Any]
-) -> torch.Tensor:
+def _predicted(denoiser: Denoiser, request: Request, arguments: Mapping[str, Any]) -> torch.Tensor:
     """The noise prediction of the next step, of all conditions."""
     call = denoiser.parse((), arguments)
     _check_call(call)
@@ -107,10 +147,10 @@ def _set_timesteps(request: Request) -> None:
 class _Arguments:
     """Makes the denoiser's calls."""
 
-    def __init__(self, denoiser: AsyncDenoiser, request: Request) -> None:
+    def __init__(self, denoiser: Denoiser, request: Request) -> None:
         self.request = request
         module = denoiser.module
-        self._latents, self._time = argument_names(module, **denoiser.names)
+        self._latents, self._time = argument_names(module, **denoiser.config.names)
         self._rest = dict(request.conditioning)
         taken = [n for n in (self._latents, self._time) if n is not None and n in self._rest]
         if taken:
@@ -182,19 +222,20 @@ class _Run:
 
     def __init__(
         self,
-        denoiser: AsyncDenoiser,
+        denoiser: Denoiser,
         request: Request,
         arguments: _Arguments,
-        warmup: int,
-        tail: int,
+        exact: bool,
     ) -> None:
         self._denoiser, self._request, self._arguments = denoiser, request, arguments
         timesteps = check_scheduler(request.scheduler)
         self._times = arguments.times(timesteps)
         self._collector = _Collector()
         arriving = arguments.announced(timesteps, self._times)
-        denoiser.warmup, denoiser.exact_tail = warmup, tail
-        denoiser.start(arriving, predict=lambda plan: self._collector)
+        spec = denoiser.config.spec(arriving)
+        if exact:
+            spec = replace(spec, warmup=spec.steps, exact_tail=0)
+        denoiser.start(spec, predict=lambda plan: self._collector)
 
     def step(self, k: int, z: torch.Tensor) -> Mapping[int, torch.Tensor]:
         """See :class:`asyncdiff.sampling.fit.Run`."""
@@ -205,15 +246,16 @@ class _Run:
         return {j: _guided(p.float(), self._request) for j, p in found.items()}
 
 
-def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
+def calibrate(denoiser: Denoiser, request: Request) -> Calibration:
     """What waves of this denoiser predict best with; see :meth:`AsyncDenoiser.calibrate`."""
-    if denoiser.schedule != "wavefront":
+    config = denoiser.config
+    if config.schedule != "wavefront":
         raise PlanError("only waves are calibrated: take schedule='wavefront'")
-    if denoiser.auto_warmup is not None:
+    if config.auto_warmup is not None:
         raise PlanError("a calibration is for a fixed number of exact steps: set warmup to it")
     check_pictures(request.latents)
-    warmup, tail = cast(int, denoiser.warmup), denoiser.exact_tail
-    with denoiser.own_modes(), bar(denoiser.progress) as progress:
+    warmup = cast(int, config.warmup)
+    with denoiser.own_modes(), bar(config.progress) as progress:
         _set_timesteps(request)
         sampler = denoiser.samplers.get(request.scheduler, request.step_options)
         clean = clean_image(request.scheduler)
@@ -226,8 +268,7 @@ def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
         delay = denoiser.plan(steps).delay
 
         def begin(exact: bool) -> _Run:
-            ends = (steps, 0) if exact else (warmup, tail)
-            return _Run(denoiser, request, arguments, *ends)
+            return _Run(denoiser, request, arguments, exact)
 
         try:
             return fit(
@@ -235,13 +276,12 @@ def calibrate(denoiser: AsyncDenoiser, request: Request) -> Calibration:
                 request.latents,
                 sampler,
                 clean,
-                Shape(denoiser.components, denoiser.stride, delay, warmup, tail),
-                default_order(clean, delay, denoiser.stride),
+                Shape(config.components, config.stride, delay, warmup, config.exact_tail),
+                default_order(clean, delay, config.stride),
                 lambda done, total: progress("calibrating", done, total),
             )
         finally:
             denoiser.stop()
-            denoiser.warmup, denoiser.exact_tail = warmup, tail
 
 
 def _guided(noise: torch.Tensor, request: Request) -> torch.Tensor:

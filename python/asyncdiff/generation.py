@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from .config import GenerationSpec
 from .errors import InputError, SchedulerError
 from .graph.signature import RESIDUALS, Call, Role, Signature
 from .graph.writes import Seen, Writes
+from .phases import Phase, plan_of
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import NO_EARLIER, Engine
 from .runtime.step import Time
@@ -32,7 +34,8 @@ class GenerationReport:
     was compiled then; ``compile_s`` those that compiling took for such inputs, whenever that was.
     ``exchange_bytes`` is all that ranks sent to others,
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
-    the part of the exchange that computation did not hide (None if not measured).
+    the part of the exchange that computation did not hide (None if not measured). ``settings`` are
+    those of :class:`asyncdiff.ParallelConfig`.
     """
 
     components: int
@@ -50,6 +53,7 @@ class GenerationReport:
     cuda_graphs: bool
     compiled: bool
     compile_s: float
+    settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,69 +71,42 @@ class GenerationReport:
         )
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Steps that one engine serves, by a plan of its own: ``plan.steps`` from ``first`` on.
-    ``main``: the one that a generation is about; others are exact steps run in another way."""
-
-    engine: Engine | Groups
-    plan: Plan
-    first: int = 0
-    main: bool = True
-
-
 class Generation:
     """Serves the steps of one generation, in order, from the ticks of its phases' plans.
 
     With ``predict`` the plans are of waves: their predictions come late, and what it makes for the
-    main plan says what the sampler is given until then. With ``drift`` exact steps end when it says
-    so.
+    main plan says what the sampler is given until then.
     """
 
     def __init__(
-        self,
-        timesteps: torch.Tensor,
-        predict: Callable[[Plan], LatePredictor] | None = None,
-        drift: Drift | None = None,
+        self, spec: GenerationSpec, predict: Callable[[Plan], LatePredictor] | None = None
     ) -> None:
-        self.timesteps = timesteps
+        self.spec = spec
+        self.timesteps = timesteps = spec.timesteps
         #: the same, known to the host: to a GPU's it has to wait once, before a generation begins
         self._known = timesteps.detach().cpu()
         self._seen, self._writes = Seen(timesteps), Writes()
-        self.steps = len(timesteps)
+        self.steps = spec.steps
         self.engine: Engine | Groups | None = None
         self.next_step = 0
+        #: whether every step was served, or given up
+        self.done = False
         self._held: dict[int, list[Any]] = {}
         self._predict = predict
         self._predictor: LatePredictor | None = None
-        self._drift = drift
+        auto = spec.auto_warmup
+        self._drift = None if auto is None else Drift(auto)
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
 
-    @property
-    def done(self) -> bool:
-        """Whether every step was served."""
-        return self.next_step >= self.steps
-
-    def begin(
-        self,
-        phases: Sequence[Phase],
-        call: Call,
-        prepare_s: float,
-        plan_of: Callable[[int], Plan] | None = None,
-    ) -> None:
+    def begin(self, phases: Sequence[Phase], call: Call, prepare_s: float) -> None:
         """Take the engines for this generation, whose steps ``phases`` serve one after another;
-        ``call`` is its first.
-
-        ``plan_of`` makes the same plan with another number of exact steps, for ``drift``. Raises
-        PlanError where a calibration is for other waves.
-        """
+        ``call`` is its first. Raises PlanError where a calibration is for other waves."""
         self._follow(phases)
         if self._predict is not None:
             self._predictor = self._predict(self._main.plan)
         self.engine = self._main.engine
         self._prepare_s = prepare_s
-        self._plan_of = plan_of
         for engine in self._engines:
             engine.begin(self.steps, call.tensors)
         self._started = time.perf_counter()
@@ -167,7 +144,8 @@ class Generation:
         if self._drift is not None:
             self._drift.saw(step, leaves[0])
         self.next_step += 1
-        if self.done:
+        if self.next_step == self.steps:
+            self.done = True
             for engine in self._engines:
                 engine.finish()
             self._writes.check()
@@ -180,8 +158,8 @@ class Generation:
         if step >= self._main.plan.warmup:
             self._drift = None
         elif step > 0 and drift.enough(step):
-            assert self._plan_of is not None
-            self._follow([replace(p, plan=self._plan_of(step)) for p in self._phases])
+            plan = plan_of(self.spec, self._main.engine.partition, step)
+            self._follow([replace(p, plan=plan) for p in self._phases])
             self._drift = None
 
     def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
@@ -226,7 +204,7 @@ class Generation:
         if self.engine is not None and not self.done:
             for engine in self._engines:
                 engine.abandon()
-        self.next_step = self.steps
+        self.done = True
 
     def _time(self, index: int, call: Call) -> Time:
         """The timestep argument at an index: that of the call for its own step, else as announced.
@@ -283,6 +261,7 @@ class Generation:
             cuda_graphs=all(w.graphs.used for w in engine.workers),
             compiled=all(w.compiled for w in engine.workers),
             compile_s=engine.compile_s,
+            settings=self.spec.config.to_dict(),
         )
 
     @property

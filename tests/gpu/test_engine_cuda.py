@@ -375,7 +375,7 @@ def test_inputs_and_options_that_change_on_the_way(place: str) -> None:
         assert reference.distance(run(), want) < 1e-4
         assert handle.report().steps == 2
     assert len(handle.denoiser._engines) == 3
-    handle.denoiser.warmup = 1
+    handle.denoiser.configure(warmup=1)
     got = run()
     assert torch.equal(run(), got) and 0 < reference.distance(got, want) < 1
     handle.restore()

@@ -55,7 +55,7 @@ def test_equals_the_pipeline(components: int, stride: int) -> None:
     denoiser = handle.denoiser
     latents, conditioning = unet_inputs()
     for warmup, name in itertools.product((1, 3), ("DDIMScheduler", "DPMSolverMultistepScheduler")):
-        denoiser.warmup = warmup
+        denoiser.configure(warmup=warmup)
         pipe.scheduler = scheduler(name)
         want = reference.run(pipe, SPEC, num_inference_steps=8)
         theirs = handle.report()

@@ -13,15 +13,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..config import GROUPS
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
 from ..schedule.plan import Plan
 from ..schedule.segments import LoweredTick
 from .engine import NO_EARLIER, Engine
 from .step import Caller, Time
-
-#: Guidance has two conditions.
-GROUPS = 2
 
 
 class Groups:

@@ -9,9 +9,8 @@ import torch
 
 import asyncdiff_core as core
 
+from ..config import Devices
 from ..errors import DeviceError
-
-Devices = Sequence[str | int | torch.device] | None
 
 
 def resolve(

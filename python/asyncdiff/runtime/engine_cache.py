@@ -6,13 +6,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ..config import GROUPS, ParallelConfig
 from ..graph.capture import capture
 from ..graph.conditions import batched_inputs
 from ..graph.hooks import check_hooks
@@ -21,11 +21,10 @@ from ..graph.signature import Call, Signature
 from ..graph.weight_watch import WeightWatch
 from ..graph.weights import Weights
 from ..partition.cost import fused, link_speed, measure
-from ..partition.ownership import Split
 from ..partition.partition import Partition, partition
-from ..progress import Progress, bar
+from ..progress import bar
 from ..schedule.plan import Plan, ring
-from .cfg_parallel import GROUPS, Groups, part
+from .cfg_parallel import Groups, part
 from .cuda_graphs import reason
 from .devices import collect, out_of_memory
 from .engine import Engine
@@ -41,33 +40,23 @@ _Kind = tuple[Signature, int]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """What engines are made by; see :class:`asyncdiff.AsyncDenoiser`, whose arguments these are."""
-
-    devices: Sequence[torch.device]
-    names: Mapping[str, str | None]
-    components: int
-    split: Split
-    guidance: str
-    schedule: str
-    delay: int | None
-    extrapolate: float
-    compile: bool
-    progress: Progress | None
-    deadline: float
-
-
 class EngineCache:
     """The engines of one denoiser, by kind of the call."""
 
-    def __init__(self, module: nn.Module, weights: Weights, making: EngineConfig) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        devices: Sequence[torch.device],
+        config: ParallelConfig,
+    ) -> None:
         self._module = module
         self._state = ModuleState(module)
         #: the denoiser's state when an engine was asked for last
         self._number = 0
         self._weights = weights
-        self._making = making
+        self._devices = list(devices)
+        self._config = config
         self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
         self._watches: dict[_Kind, WeightWatch] = {}
         self._whole: dict[_Kind, Engine | Groups] = {}
@@ -92,12 +81,12 @@ class EngineCache:
         kind = self._kind(call)
         self._renew(kind)
         if kind not in self._kept:
-            making = self._making
-            split = making.guidance == "split"
+            config = self._config
+            split = config.guidance == "split"
             self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
-            with bar(making.progress):
+            with bar(config.progress):
                 made = self._with_room(
-                    lambda: self._team(call, making.components, making.devices, split)
+                    lambda: self._team(call, config.components, self._devices, split)
                 )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
@@ -131,8 +120,8 @@ class EngineCache:
         kind = next(reversed(self._kept))
         made = self._whole.get(kind)
         if made is None:
-            first = self._making.devices[0]
-            others = [d for d in self._making.devices if d != first] or [first]
+            first = self._devices[0]
+            others = [d for d in self._devices if d != first] or [first]
             made = self._with_room(lambda: self._team(call, 1, [first, others[0]], True), kind)
             self._whole[kind] = made
             self._kept[kind].append(made)
@@ -152,7 +141,7 @@ class EngineCache:
             del self._watches[kind]
             for engine in self._kept.pop(kind):
                 engine.close()
-        if kinds and self._making.devices[0].type == "cuda":
+        if kinds and self._devices[0].type == "cuda":
             collect()
 
     def _with_room(self, work: Callable[[], _T], mine: _Kind | None = None) -> _T:
@@ -183,7 +172,7 @@ class EngineCache:
             return self._even(call, components, devices)
         ranks = len(devices) // GROUPS
         batched = self._batched_inputs(call)
-        names = self._making.names
+        names = self._config.names
         mine = [part(self._module, call, names, group, batched) for group in range(GROUPS)]
         engines: list[Engine] = []
         with contextlib.ExitStack() as undo:  # should there be no memory for all of them
@@ -209,10 +198,10 @@ class EngineCache:
         """An engine; where its components turn out too unequal, one that is cut again."""
         copies = len(devices) - components + 1
         engine = self._engine(call, self._partition(call, components, copies), devices)
-        if components == 1 or self._making.split != "auto":
+        if components == 1 or self._config.split != "auto":
             return engine
         assert self._bytes_per_ms is not None
-        worth = WORTH_COMPILING if self._making.compile else WORTH
+        worth = WORTH_COMPILING if self._config.compile else WORTH
         timed: list[tuple[Partition, list[float]]] = []
         # One that was timed before is there again when a new cut is slower, or has no memory.
         while all(engine.partition is not parts for parts, _ in timed):
@@ -243,8 +232,8 @@ class EngineCache:
         return self._engine(call, otherwise, devices)
 
     def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
-        making = self._making
-        with bar(making.progress) if making.compile else contextlib.nullcontext() as progress:
+        config = self._config
+        with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
             return Engine(
                 parts,
                 devices,
@@ -253,25 +242,25 @@ class EngineCache:
                 slots=ring(
                     parts.exchanges,
                     len(parts.components),
-                    making.schedule,
-                    making.extrapolate,
-                    making.delay,
+                    config.schedule,
+                    config.extrapolate,
+                    config.delay,
                 ),
-                extrapolate=making.extrapolate,
-                deadline=making.deadline,
+                extrapolate=config.extrapolate,
+                deadline=config.deadline,
                 compile=progress,
             )
 
     def _partition(self, call: Call, components: int, copies: int) -> Partition:
-        making = self._making
+        config = self._config
         captured = capture(self._module, call)
-        split = making.split if components == making.components else "auto"
+        split = config.split if components == config.components else "auto"
         costs = None
         if self._bytes_per_ms is None:
-            self._bytes_per_ms = link_speed(making.devices)
+            self._bytes_per_ms = link_speed(self._devices)
         if split == "auto" and components > 1:
-            costs = measure(captured, call.tensors, making.devices[0])
-            if making.compile:
+            costs = measure(captured, call.tensors, self._devices[0])
+            if config.compile:
                 costs = fused(captured, costs)
         return partition(
             captured,

@@ -38,12 +38,9 @@ class Rows:
         self._graphs = graphs
         self._slots = 0
         self.row: Row | None = None
+        #: what the rank's program reads of it
+        self.values: list[torch.Tensor] = []
         self.table: TimestepCache | None = None
-
-    @property
-    def values(self) -> list[torch.Tensor]:
-        """What the rank's program reads."""
-        return [] if self.row is None else self.row.values
 
     def begin(self, steps: int) -> None:
         """Make room for the rows of a generation with so many steps. Call when idle."""
@@ -92,6 +89,7 @@ class Rows:
         values: list[Any] = self.program(*self._arguments())
         if self.row is None:
             self.row = Row(values)
+            self.values = self.row.values
         self.row.store(values)
         return Issued([])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,8 @@ class Worker:
             # Weights, inputs and ``reads`` were brought here on other streams.
             torch.cuda.synchronize(self.device)
         with self.current():
-            self._refresh(self._conditioning)
+            if self.prelude is not None:
+                self._refresh()
             self.rows.warm_up()
             outputs = run_program(self.program, self._arguments(reads), collect)
         self.synchronize()
@@ -274,8 +275,8 @@ class Worker:
         else:
             for static, value in mine:
                 static.copy_(value, non_blocking=True)
-        if self.prelude is not None:
-            self._refresh(values)
+        if self.prelude is not None and not self._conditioning.isdisjoint(values):
+            self._refresh()
 
     def _fetch(self, mine: Sequence[tuple[torch.Tensor, torch.Tensor]], caller: Caller) -> None:
         """Copy what is ready when ``caller`` says so, and let the caller's stream wait for it."""
@@ -303,10 +304,10 @@ class Worker:
         for stream in users:
             stream.wait_stream(self.stream)
 
-    def _refresh(self, changed: Iterable[int]) -> None:
-        """Compute again what depends on the conditioning alone, if an input of it has changed."""
-        if self.prelude is not None and not self._conditioning.isdisjoint(changed):
-            self.kept = store(self.prelude(*self._ahead(self.prelude)), self.kept)
+    def _refresh(self) -> None:
+        """Compute again what depends on the conditioning alone."""
+        assert self.prelude is not None
+        self.kept = store(self.prelude(*self._ahead(self.prelude)), self.kept)
 
     def _arguments(self, reads: Mapping[int, list[torch.Tensor]]) -> list[torch.Tensor]:
         values = [self.static[i] for i in self.inputs]

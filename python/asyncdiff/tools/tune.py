@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..config import Devices
 from ..errors import InputError, TuneError
 from ..graph.capture import capture
 from ..graph.example_inputs import example_inputs
@@ -19,7 +20,7 @@ from ..integrations.diffusers.pipeline import find_denoiser, parallelize
 from ..partition.cost import link_speed, measure
 from ..partition.partition import partition
 from ..progress import Progress
-from ..runtime.devices import Devices, resolve
+from ..runtime.devices import resolve
 from ..sampling.calibration import Calibration
 from ..schedule.plan import SCHEDULES, build, rank_count
 from ..schedule.simulate import Timing, predict

@@ -137,7 +137,7 @@ def test_what_inductor_cannot_take_runs_as_it_is(
 def test_small_denoisers_and_cpus_are_not_compiled_by_default() -> None:
     assert not pays(toy(), [torch.device("cpu")])
     denoiser = spread()
-    assert not denoiser.compile
+    assert not denoiser.config.compile
     denoiser.close()
 
 

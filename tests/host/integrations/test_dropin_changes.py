@@ -78,8 +78,8 @@ def test_guidance_that_ends_early(settings: dict[str, Any], left: int) -> None:
     tail = settings.get("exact_tail", 0)
     assert (report.steps, report.warmup) == (left, left if 2 + tail > left else 2)
     assert 0 < reference.distance(got, want) < 1
-    assert (handle.denoiser.warmup, handle.denoiser.exact_tail) == (2, tail)
-    handle.denoiser.warmup, handle.denoiser.exact_tail = STEPS, 0
+    assert (handle.config.warmup, handle.config.exact_tail) == (2, tail)
+    handle.denoiser.configure(warmup=STEPS, exact_tail=0)
     assert reference.distance(run(pipe, **ends), want) < 1e-5
     handle.restore()
 
@@ -170,7 +170,7 @@ def test_fewer_steps_are_left_than_are_to_be_exact() -> None:
         got = pipe.unet(latents, t, encoder_hidden_states=text).sample
         assert reference.distance(got, due) < 1e-5
     assert (handle.report().steps, handle.report().warmup) == (2, 2)
-    assert (handle.denoiser.warmup, handle.denoiser.exact_tail) == (4, 1)
+    assert (handle.config.warmup, handle.config.exact_tail) == (4, 1)
     run(pipe)
     assert (handle.report().steps, handle.report().warmup) == (STEPS, 4)
     handle.restore()

@@ -81,7 +81,7 @@ def test_a_denoiser_in_a_child() -> None:
     )
 
     def work() -> None:
-        for use in (lambda: denoiser(**toy_call()), lambda: denoiser.start([9, 8])):
+        for use in (lambda: denoiser(**toy_call()), lambda: denoiser.start(denoiser.config.spec([9, 8]))):
             with pytest.raises(InputError, match=r"made by fork\(\)"):
                 use()
         denoiser.close()

@@ -4,6 +4,7 @@ patched denoisers."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_pipeline_that_leaves_the_end_to_another() -> None:
     assert report.steps == pipe.num_timesteps == 7
     # Two exact steps are at the end of these; with all of them exact it is the plain pipeline.
     assert [tick.exact for tick in handle.plan(7).ticks] == [True] + [False] * 4 + [True] * 2
-    handle.denoiser.warmup, handle.denoiser.exact_tail = 7, 0
+    handle.denoiser.configure(warmup=7, exact_tail=0)
     got = reference.run(pipe, XL, num_inference_steps=10, denoising_end=0.7)
     plain = reference.pipeline(XL)
     want = reference.run(plain, XL, num_inference_steps=10, denoising_end=0.7)
@@ -218,13 +219,23 @@ def test_preparing_other_inputs_in_the_middle_is_refused() -> None:
     denoiser.close()
 
 
-def test_modes_set_later_are_checked() -> None:
+def test_settings_change_through_one_method() -> None:
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
-    denoiser.warmup_mode = "splt"
-    with pytest.raises(InputError, match="write 'chain' or 'split'"), denoiser.generation([9, 8]):
-        pass
-    denoiser.warmup_mode = "split"
-    denoiser.warmup = "auto"
+    before = denoiser.config
+    with pytest.raises(InputError, match="write 'chain' or 'split'"):
+        denoiser.configure(warmup_mode="splt")
+    denoiser.configure(warmup_mode="split")
     with pytest.raises(asyncdiff.PlanError, match="needs warmup_mode='chain'"):
-        denoiser.start([9, 8])
+        denoiser.configure(warmup="auto")
+    with pytest.raises(InputError, match=r"stride cannot change any more.*warmup"):
+        denoiser.configure(stride=2)
+    with pytest.raises(InputError, match=r"no setting warmups: did you mean warmup\?"):
+        AsyncDenoiser(toy(), devices=["cpu"] * 2, warmups=2)
+    # Attributes that would change nothing cannot be set.
+    for name in ("stride", "extrapolate", "guidance", "order", "exact_tail"):
+        with pytest.raises(AttributeError, match=f"read config.{name}"):
+            setattr(denoiser, name, 1)
+    assert denoiser.config == dataclasses.replace(before, warmup_mode="split")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        denoiser.config.warmup = 3  # type: ignore[misc]
     denoiser.close()

@@ -119,9 +119,9 @@ def test_the_plan_of_a_generation_like_the_one_before_is_known() -> None:
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, components=2)
     plan = denoiser.plan(6)
     assert denoiser.plan(6) is plan and denoiser.plan(7) is not plan
-    denoiser.warmup = 2
+    denoiser.configure(warmup=2)
     assert denoiser.plan(6).warmup == 2
-    denoiser.warmup = 1
+    denoiser.configure(warmup=1)
     assert denoiser.plan(6) is plan
 
 

@@ -393,7 +393,7 @@ def test_a_timestep_for_every_sample(settings: dict[str, Any], alike: bool) -> N
         with denoiser.generation(times):
             for t in times:
                 torch.testing.assert_close(denoiser(sample, t)[0], module(sample, t)[0])
-    denoiser.warmup = 1
+    denoiser.configure(warmup=1)
     with denoiser.generation(times):
         for k, t in enumerate(times):
             got = denoiser(sample, t)[0]

@@ -64,7 +64,7 @@ def oracle(denoiser: AsyncDenoiser, **numbers: Any) -> torch.Tensor:
     """What a denoiser that has run should give: by whole evaluations, but for their components."""
     scheduler, call = ddim(), toy_call()
     kept = scheduler.alphas_cumprod.double()[scheduler.timesteps]
-    captured, count = denoiser.partition.captured, denoiser.components
+    captured, count = denoiser.partition.captured, denoiser.config.components
     owners = by_modules(captured, SPLITS[count])
     delay = denoiser.plan(STEPS).delay
     waves = Waves(captured, owners, count, delay, parse(denoiser.module, (), call))
@@ -99,7 +99,7 @@ def test_equals_the_simulation(components: int, delay: int | None, stride: int) 
             delay=delay,
         )
         for warmup, tail, order in itertools.product((1, 3), (0, 2), (0, 0.5, 1)):
-            denoiser.warmup, denoiser.exact_tail, denoiser.order = warmup, tail, order
+            denoiser.configure(warmup=warmup, exact_tail=tail, order=order)
             got = run(denoiser, ddim())
             want = oracle(denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
@@ -170,7 +170,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
     )
     scheduler.set_timesteps(20)
     shared.scheduler = scheduler
-    shared.unet.__dict__["_asyncdiff"].denoiser.order = 0.75
+    shared.unet.__dict__["_asyncdiff"].denoiser.configure(order=0.75)
     times = scheduler.timesteps[8:]
 
     def guided(denoiser: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -206,7 +206,7 @@ def test_a_denoiser_is_calibrated_and_uses_it() -> None:
     denoiser = waves(module, 2, 1, order=0.0)
     before = denoiser.generate(call["sample"], conditioning, scheduler)
     calibration = denoiser.calibrate(call["sample"], conditioning, scheduler)
-    assert denoiser.order is calibration and denoiser.warmup == 1
+    assert denoiser.config.order is calibration and denoiser.config.warmup == 1
     assert set(calibration.tried) == {"line of order 0", *AIMS}
     after = denoiser.generate(call["sample"], conditioning, scheduler)
     assert reference.distance(after, want) < reference.distance(before, want)
@@ -239,16 +239,16 @@ def test_a_pipeline_is_calibrated() -> None:
         "num_inference_steps": 6,
     }
     found = handle.calibrate(**options)
-    assert len(found.coefficients) == 6 and handle.denoiser.order is found
+    assert len(found.coefficients) == 6 and handle.config.order is found
     got = pipe(**options).images
     want = reference.pipeline(SPEC)(**options).images
     assert reference.distance(got, want) < 0.5
     with pytest.raises(PlanError, match="made for 6 steps"):
         pipe(**options | {"num_inference_steps": 8})
-    handle.denoiser.warmup = 2
+    handle.denoiser.configure(warmup=2)
     with pytest.raises(PlanError, match="warmup=1, not 2"):
         pipe(**options)
-    handle.denoiser.order = None
+    handle.denoiser.configure(order=None)
     pipe(**options)
     handle.restore()
 
@@ -274,7 +274,7 @@ def test_another_scheduler_is_refused(tmp_path: Path) -> None:
     calibration = denoiser.calibrate(call["sample"], conditioning, scheduler)
     assert calibration.sampler["class"] == "DDIMScheduler"
     calibration.save(tmp_path / "c.json")
-    denoiser.order = Calibration.load(tmp_path / "c.json")
+    denoiser.configure(order=Calibration.load(tmp_path / "c.json"))
     denoiser.generate(call["sample"], conditioning, scheduler)
     other = type(scheduler).from_config(scheduler.config, clip_sample=True)
     other.set_timesteps(STEPS)
@@ -303,20 +303,20 @@ def test_what_cannot_be_calibrated_says_why() -> None:
     clipping.set_timesteps(STEPS)
     with pytest.raises(SchedulerError):
         denoiser.calibrate(call["sample"], conditioning, clipping)
-    denoiser.warmup = "auto"
+    denoiser.configure(warmup="auto")
     with pytest.raises(PlanError, match="fixed number of exact steps"):
         denoiser.calibrate(call["sample"], conditioning, scheduler)
-    denoiser.warmup = STEPS + 1
+    denoiser.configure(warmup=STEPS + 1)  # more than this generation has
     with pytest.raises(PlanError):
         denoiser.calibrate(call["sample"], conditioning, scheduler)
     # What failed left everything as it was.
-    denoiser.warmup = 1
-    assert denoiser.order is None
+    denoiser.configure(warmup=1)
+    assert denoiser.config.order is None
     denoiser.generate(call["sample"], conditioning, scheduler)
     mine = random_calibration(2, 1, 1)
     other = dataclasses.replace(mine, shape=dataclasses.replace(mine.shape, components=3))
     with pytest.raises(PlanError, match="components=3, not 2"):
-        denoiser.order = other
+        denoiser.configure(order=other)
         denoiser.generate(call["sample"], conditioning, scheduler)
     with pytest.raises(PlanError, match="order"):
         waves(module, 2, 1, order="best")

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
 from ...errors import InputError, SchedulerError
 from ...generation import GenerationReport
@@ -33,7 +34,10 @@ log = logging.getLogger("asyncdiff")
 _SHORT = 3
 
 
-class Handle:
+_NOTHING = contextlib.nullcontext()
+
+
+class Handle(ReadOnlySettings):
     """A parallelised pipeline. Keep it to look at what happens, and to undo it.
 
     Also a context, at whose end the pipeline is what it was: ``with asyncdiff.parallelize(pipe):``.
@@ -64,6 +68,15 @@ class Handle:
     def active(self) -> bool:
         """Whether the pipeline is parallelised by this handle; not after :meth:`restore`."""
         return self._module.__dict__.get(HANDLE) is self
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The settings; :meth:`configure` changes some of them."""
+        return self.denoiser.config
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`."""
+        self.denoiser.configure(**changes)
 
     @property
     def partition(self) -> Partition:
@@ -124,7 +137,7 @@ class Handle:
         denoiser = self.denoiser
         where = ", ".join(map(str, denoiser.devices))
         settings = ", ".join(
-            f"{name}={getattr(denoiser, name)!r}"
+            f"{name}={getattr(denoiser.config, name)!r}"
             for name in (
                 *("components", "stride", "warmup", "schedule", "exact_tail", "time_shift"),
                 *("extrapolate", "guidance", "warmup_mode", "compile"),
@@ -179,7 +192,7 @@ class Handle:
                 raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
             time = call.tensors[where[0]]
             try:
-                with self._due(call, time):
+                with self._due(call, time) or _NOTHING:
                     assert self._times is not None
                     step = self.denoiser.step
                     self._times.check(step, time)
@@ -194,9 +207,9 @@ class Handle:
                 raise
             return result
 
-    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Begins a generation where this call does not belong to the one under way; what it returns
-        is to be open during the call."""
+    def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[Any] | None:
+        """Begin a generation where this call does not belong to the one under way; what is returned
+        then is to be open during the call."""
         denoiser, old = self.denoiser, self._times
         scheduler = (self._caller or self.pipe).scheduler
         if old is None or not denoiser.active or old.source is not check_scheduler(scheduler):
@@ -228,26 +241,22 @@ class Handle:
                 )
             log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
             return self._begin(old.after(step), time)
-        return contextlib.nullcontext()
+        return None
 
     def _begin(
         self, times: TimestepTracker, time: torch.Tensor
     ) -> contextlib.AbstractContextManager[Any]:
-        """Begins a generation of these steps; what it returns is to be open during its first
-        call."""
+        """Begin a generation of these steps. What is returned is to be open in its first call."""
         self._times = times
         self._check_mixed(time)
-        left = len(times.values)
         scheduler = (self._caller or self.pipe).scheduler
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(self.denoiser.at_most(left))
-            self.denoiser.start(times.values, self._clean(scheduler))
-            opened.enter_context(preparing(self.shown))
-            return opened.pop_all()
+        spec = self.config.spec(times.values, shorten=True)
+        self.denoiser.start(spec, self._clean(scheduler))
+        return preparing(self.shown)
 
     def _check_mixed(self, time: torch.Tensor) -> None:
-        ahead = self.denoiser.stride > 1 or self.denoiser.time_shift
-        if (ahead or self.denoiser.schedule == "wavefront") and is_mixed(time):
+        ahead = self.config.stride > 1 or self.config.time_shift
+        if (ahead or self.config.schedule == "wavefront") and is_mixed(time):
             raise SchedulerError(
                 "the denoiser was called with several timesteps at once, for the parts of its "
                 "input (image to video, for example), of which other steps' cannot be told "
@@ -255,7 +264,7 @@ class Handle:
             )
 
     def _clean(self, scheduler: Any) -> CleanImage | None:
-        if self.denoiser.schedule != "wavefront":
+        if self.config.schedule != "wavefront":
             return None
         assert self._times is not None
         whole = clean_image(scheduler, backwards=self._times.reading.backwards)

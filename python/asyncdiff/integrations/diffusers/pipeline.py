@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...config import Devices, ParallelConfig
 from ...denoiser import AsyncDenoiser
 from ...errors import InputError
 from ...graph.capture import capture
@@ -21,10 +22,6 @@ from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
-from ...progress import Progress
-from ...runtime.devices import Devices
-from ...sampling.auto_warmup import AutoWarmup
-from ...sampling.calibration import Calibration
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import check_numbers
 from .checks import check_forward
@@ -35,22 +32,9 @@ from .subclass import HANDLE, twin
 def parallelize(
     pipe: Any,
     devices: Devices = None,
-    components: int = 2,
-    stride: int = 1,
-    warmup: int | str | AutoWarmup = 1,
-    split: Split = "auto",
-    time_shift: bool = False,
     *,
-    schedule: str = "asyncdiff",
-    delay: int | None = None,
-    order: float | Calibration | None = None,
-    exact_tail: int = 0,
-    extrapolate: float = 0.0,
-    guidance: str = "batched",
-    warmup_mode: str = "chain",
-    compile: bool | None = None,
-    progress: Progress | None = None,
-    deadline: float | None = None,
+    config: ParallelConfig | None = None,
+    **settings: Any,
 ) -> Handle:
     """Run the denoiser of a diffusers pipeline on several devices at once.
 
@@ -60,25 +44,10 @@ def parallelize(
 
     Args:
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
-        devices: one entry a rank, components + stride − 1 of them (with schedule="wavefront" as
-            many as components), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``).
-            None takes all GPUs, else the CPU.
-        components: N, the parts that the denoiser is split into.
-        stride: S, the sampler steps that one parallel batch serves.
-        warmup: w ≥ 1, the first steps, run exactly; all of them where there are no more, which
-            gives the pipeline's own result.
-            "auto", or an :class:`asyncdiff.AutoWarmup`: by how the denoiser's output changes.
-        split: "auto", "estimate", lists of module paths, or cuts; see
-            :class:`asyncdiff.AsyncDenoiser`.
-        time_shift: pass the timestep one index earlier in asynchronous steps.
-        schedule: "asyncdiff", as published, or "wavefront": closer to the sequential result, at the
-            same speed (docs/guide/waves.md).
-        delay, order, exact_tail, extrapolate: see :class:`asyncdiff.AsyncDenoiser`.
-        guidance, warmup_mode: "batched" and "chain", or "split"; see
-            :class:`asyncdiff.AsyncDenoiser`.
-        compile, progress: compile the components with inductor; see
-            :class:`asyncdiff.AsyncDenoiser`.
-        deadline: see :class:`asyncdiff.AsyncDenoiser`.
+        devices: one entry a rank; see :class:`asyncdiff.ParallelConfig`.
+        config, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists (``components``,
+            ``stride``, ``warmup``, ``schedule``, …); ``config``: all of them at once, from which
+            ``settings`` differ. Where there are no more steps than exact ones, all are exact.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
     pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
@@ -103,25 +72,9 @@ def parallelize(
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
-    denoiser = AsyncDenoiser(
-        twin(module),
-        devices=devices,
-        components=components,
-        stride=stride,
-        warmup=warmup,
-        split=split,
-        time_shift=time_shift,
-        schedule=schedule,
-        delay=delay,
-        order=order,
-        exact_tail=exact_tail,
-        extrapolate=extrapolate,
-        guidance=guidance,
-        warmup_mode=warmup_mode,
-        compile=compile,
-        progress=progress,
-        deadline=deadline,
-    )
+    if devices is not None or config is None:
+        settings["devices"] = devices
+    denoiser = AsyncDenoiser(twin(module), config=config, **settings)
     try:
         return Handle(pipe, module, denoiser)
     except BaseException:

@@ -1,0 +1,262 @@
+"""The one configuration: how a denoiser is spread over ranks, and what one generation is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .deadline import check_deadline
+from .errors import InputError, PlanError
+from .partition.ownership import Split
+from .progress import Progress
+from .sampling.auto_warmup import AutoWarmup
+from .sampling.calibration import Calibration
+from .sampling.predictor import check_order
+from .schedule.plan import check_delay, check_numbers, check_schedule, rank_count
+
+#: One entry a rank, or None: all GPUs, else the CPU.
+Devices = Sequence[str | int | torch.device] | None
+#: With guidance split, guidance has two conditions: two groups of ranks.
+GROUPS = 2
+#: More steps than any generation has, where their number is not known yet.
+_MANY = 1_000_000
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Settings of a parallelised denoiser. Immutable, and checked when made.
+
+    Attributes:
+        devices: one entry a rank (N + S − 1; waves: N; twice that with guidance="split"), which
+            may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None for all GPUs, else the CPU.
+        components: N, the parts that the denoiser is split into.
+        stride: S, the sampler steps that one parallel batch serves.
+        warmup: w ≥ 1, the first steps, run exactly; w = all steps gives the sequential result.
+            "auto", or an :class:`asyncdiff.AutoWarmup`: exact steps end when the denoiser's output
+            changes less from step to step than it did.
+        split: ``"auto"`` (node costs measured on the first device; where every component has a GPU
+            of its own they are then timed, and cut again if that makes the slowest faster),
+            ``"estimate"`` (from FLOPs and bytes, the same on every machine), one list of module
+            paths for each component, or the ``partition.cuts`` of an earlier run.
+        time_shift: of ``"asyncdiff"`` only: pass the timestep one index earlier in asynchronous
+            steps.
+        schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024), or ``"wavefront"``: an
+            evaluation passes through the components in successive ticks, and the sampler goes on
+            with an extrapolated clean image until it arrives (docs/wavefront.md). Closer to the
+            sequential result, at the same speed.
+        delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
+            nothing inside a wave is stale. None for what measured best: 1 where the first component
+            sends to the last one, as in UNets, N − 1 in a chain of components.
+        order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
+            straight line); None for what measured best for N and S; or what ``calibrate()`` or
+            ``Calibration.load`` returned.
+        exact_tail: the last so many steps are run exactly, like the first w.
+        extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
+            of other components are moved on before they are used.
+        guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
+            first half of the ranks takes the first condition, the others the second one.
+        warmup_mode: "chain" (exact steps run one component after another), or "split": the exact
+            steps but the last of the first ones run whole on two devices, a condition each. Those
+            hold the whole denoiser then.
+        latents, timestep: names of those arguments, where they are not the usual ones.
+        compile: compile the components with inductor, which takes a minute or so for inputs of a
+            new shape, up to four where components turn out unequal (results are cached on the disk,
+            where torch keeps them) and makes a step a third faster; None for denoisers of at least
+            100 million parameters on GPUs.
+        progress: called with (what, done, of how many) during preparation; None for a bar where
+            stderr is a terminal.
+        deadline: seconds after which a rank that waits for another gives up; None takes
+            ``ASYNCDIFF_DEADLINE``, else 10.
+
+    Raises PlanError or InputError, each saying what to change.
+    """
+
+    devices: Devices = None
+    components: int = 2
+    stride: int = 1
+    warmup: int | str | AutoWarmup = 1
+    split: Split = "auto"
+    time_shift: bool = False
+    schedule: str = "asyncdiff"
+    delay: int | None = None
+    order: float | Calibration | None = None
+    exact_tail: int = 0
+    extrapolate: float = 0.0
+    guidance: str = "batched"
+    warmup_mode: str = "chain"
+    latents: str | None = None
+    timestep: str | None = None
+    compile: bool | None = None
+    progress: Progress | None = dataclasses.field(default=None, compare=False)
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        check_schedule(
+            self.schedule,
+            time_shift=self.time_shift,
+            extrapolate=self.extrapolate,
+            exact_tail=self.exact_tail,
+        )
+        check_numbers(self.components, self.stride, self.exact_steps(_MANY))
+        check_delay(self.delay, self.schedule, self.components)
+        check_order(self.order, self.schedule)
+        self._check_modes()
+        check_deadline(self.deadline)
+
+    def _check_modes(self) -> None:
+        for name, words in (
+            ("guidance", ("batched", "split")),
+            ("warmup_mode", ("chain", "split")),
+        ):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name}={getattr(self, name)!r}: write {words[0]!r} or 'split'")
+        if self.warmup_mode == "split" and self.auto_warmup is not None:
+            raise PlanError(
+                "warmup='auto' needs warmup_mode='chain': the last exact step, which fills the "
+                "mailboxes, is not known ahead"
+            )
+        if self.warmup_mode == "split" and self.guidance == "batched" and self.ranks < GROUPS:
+            raise PlanError(
+                "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
+                "warmup_mode='chain'"
+            )
+
+    @classmethod
+    def of(cls, config: ParallelConfig | None, settings: Mapping[str, Any]) -> ParallelConfig:
+        """``config`` with ``settings``, by name, in place of its own. Raises InputError for a name
+        that there is not."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise InputError(f"there is no setting {name}: {hint}")
+        return dataclasses.replace(config or cls(), **settings)
+
+    def between_generations(self, changes: Mapping[str, Any]) -> ParallelConfig:
+        """The same with what may change between generations: see :data:`CHANGEABLE`.
+
+        Raises InputError for any other setting, PlanError for values that no plan has.
+        """
+        fixed = [name for name in changes if name not in CHANGEABLE]
+        if fixed:
+            raise InputError(
+                f"{', '.join(fixed)} cannot change any more: restore() and parallelise again. "
+                f"Between generations {', '.join(CHANGEABLE)} may change"
+            )
+        return self.of(self, changes)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one group: N + S − 1, for waves N."""
+        return rank_count(self.components, self.stride, self.schedule)
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """The names of the denoiser's arguments, where they are not the usual ones."""
+        return {"latents": self.latents, "timestep": self.timestep}
+
+    @property
+    def splits(self) -> bool:
+        """Whether conditions are ever split over groups of ranks."""
+        return self.guidance == "split" or self.warmup_mode == "split"
+
+    @property
+    def auto_warmup(self) -> AutoWarmup | None:
+        """What decides about exact steps, if their number is not fixed."""
+        if self.warmup == "auto":
+            return AutoWarmup()
+        return self.warmup if isinstance(self.warmup, AutoWarmup) else None
+
+    def exact_steps(self, steps: int) -> int:
+        """With how many exact steps a generation of ``steps`` begins; the most, if that is open."""
+        auto = self.auto_warmup
+        if auto is not None:
+            return auto.bound(steps, self.exact_tail)
+        return self.warmup  # type: ignore[return-value]  # or what check_numbers refuses
+
+    def spec(
+        self, timesteps: Sequence[Any] | torch.Tensor, *, shorten: bool = False
+    ) -> GenerationSpec:
+        """A generation with these timesteps: the denoiser's own argument values, one a step.
+
+        ``shorten``: where there are fewer steps than exact ones, all of them are exact. Else raises
+        PlanError for them.
+        """
+        times = torch.as_tensor(timesteps)
+        warmup, tail = self.exact_steps(len(times)), self.exact_tail
+        if shorten and warmup + tail > len(times):
+            return GenerationSpec(self, times, max(len(times), 1), 0)
+        return GenerationSpec(self, times, warmup, tail)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data, for reports and JSON; what is not data is named."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["progress"]
+        if self.devices is not None:
+            values["devices"] = [str(d) for d in self.devices]
+        if isinstance(self.warmup, AutoWarmup):
+            values["warmup"] = dataclasses.asdict(self.warmup)
+        if isinstance(self.order, Calibration):
+            values["order"] = "calibrated"
+        if not isinstance(self.split, str):
+            values["split"] = [s if isinstance(s, str) else list(s) for s in self.split]
+        return values
+
+
+#: What may change between generations.
+CHANGEABLE = ("warmup", "warmup_mode", "exact_tail", "order")
+
+
+class ReadOnlySettings:
+    """Refuses to set an attribute with the name of a setting, which would change nothing."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ParallelConfig.__dataclass_fields__:
+            raise AttributeError(
+                f"settings are not attributes: read config.{name}"
+                + (f", change it by configure({name}=…)" if name in CHANGEABLE else "")
+            )
+        super().__setattr__(name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationSpec:
+    """What one generation is, fixed when it starts.
+
+    ``timesteps`` are the denoiser's own argument values, one a step (or a row a step). The first
+    ``warmup`` steps, at the most where ``auto_warmup`` decides, and the last ``exact_tail`` are
+    run exactly. Raises PlanError where there are fewer steps than that.
+    """
+
+    config: ParallelConfig
+    timesteps: torch.Tensor
+    warmup: int
+    exact_tail: int
+
+    def __post_init__(self) -> None:
+        config = self.config
+        check_numbers(config.components, config.stride, self.warmup, self.steps, self.exact_tail)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.timesteps)
+
+    @property
+    def auto_warmup(self) -> AutoWarmup | None:
+        """What decides when the exact steps end, if they may end before the last of them."""
+        return self.config.auto_warmup if self.warmup < self.steps else None
+
+    @property
+    def split_steps(self) -> tuple[int, int]:
+        """Exact steps at both ends that run split over two devices. The last one of the warm-up
+        fills the mailboxes: it runs as a chain."""
+        if self.config.warmup_mode == "chain":
+            return 0, 0
+        return self.warmup - 1, self.exact_tail

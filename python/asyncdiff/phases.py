@@ -1,0 +1,73 @@
+"""Who serves which steps of a generation: engines, each with a plan of its own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from .config import GenerationSpec
+from .graph.signature import Call
+from .partition.partition import Partition
+from .runtime.cfg_parallel import Groups
+from .runtime.engine import Engine
+from .runtime.engine_cache import EngineCache
+from .schedule.plan import Plan, build
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps that one engine serves, by a plan of its own: ``plan.steps`` from ``first`` on.
+    ``main``: the one that a generation is about; others are exact steps run in another way."""
+
+    engine: Engine | Groups
+    plan: Plan
+    first: int = 0
+    main: bool = True
+
+
+#: Of a generation like the one before, the plan is the same object: nothing is prepared again.
+_build = functools.lru_cache(maxsize=16)(build)
+
+
+def plan_of(spec: GenerationSpec, parts: Partition | None, warmup: int | None = None) -> Plan:
+    """The plan of a generation, for each group of ranks; with warmup_mode="split" without the exact
+    steps that run split. ``warmup``: with this many exact steps. ``parts`` tells which components
+    exchange (None: not known yet; each sends to all later ones)."""
+    config = spec.config
+    before, after = spec.split_steps
+    return _build(
+        config.components,
+        config.stride,
+        (spec.warmup if warmup is None else warmup) - before,
+        spec.steps - before - after,
+        schedule=config.schedule,
+        exact_tail=spec.exact_tail - after,
+        time_shift=config.time_shift,
+        extrapolate=config.extrapolate,
+        delay=config.delay,
+        exchanges=parts.exchanges if parts else None,
+        exact_order=parts.exact_order if parts else None,
+    )
+
+
+def phases_of(spec: GenerationSpec, engines: EngineCache, call: Call) -> list[Phase]:
+    """The phases of a generation of calls like this one, with every CUDA graph recorded."""
+    before, after = spec.split_steps
+    engine = engines.get(call)
+    phases = [Phase(engine, plan_of(spec, engine.partition), before)]
+    if before:
+        phases.insert(0, Phase(engines.whole(call), _exact(before), main=False))
+    if after:
+        first = spec.steps - after
+        phases.append(Phase(engines.whole(call), _exact(after), first, main=False))
+    for phase in phases:
+        engines.prepare(phase.engine, phase.plan)
+    if spec.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then
+        for warmup in range(1, spec.warmup):
+            engines.prepare(engine, plan_of(spec, engine.partition, warmup))
+    return phases
+
+
+def _exact(steps: int) -> Plan:
+    """The plan of exact steps on a rank that has the whole denoiser."""
+    return _build(1, 1, steps, steps, exchanges=())
