@@ -36,6 +36,7 @@ class Channel:
 
     def __init__(self, native: _core.Channel, devices: Sequence[int] | None) -> None:
         self._native = native
+        self._push_array = native.push_array
         self._put_arrays = native.put_arrays
         self._addresses = native.addresses
         self._specs = native.layout.specs
@@ -94,9 +95,12 @@ class Channel:
         is done, in the order of ``stream``. Raises InvalidArgument if shape, element type, strides
         or kind of device differ from the layout's.
         """
+        address = pointer_of(stream)
+        if index >= 0 and self._push_array(index, tensor, slot, address, self._on_gpu):
+            return
         array = describe(tensor)
         self._check(index, array.dtype, array.shape, array.strides, array.device)
-        self._native.push(index, array.pointer, slot, pointer_of(stream))
+        self._native.push(index, array.pointer, slot, address)
 
     def push_pointer(self, index: int, pointer: int, slot: int, stream: Stream = None) -> None:
         """Like :meth:`push`, of memory that the caller answers for."""

@@ -88,6 +88,19 @@ bool is_like(const dlpack::Tensor& array, const TensorSpec& spec, bool on_gpu) {
 
 }  // namespace
 
+std::optional<const void*> address_of(const py::handle& array, const TensorSpec& spec,
+                                      bool on_gpu) {
+  const dlpack::ExchangeTable* table = table_of(Py_TYPE(array.ptr()));
+  if (table == nullptr) return std::nullopt;
+  dlpack::Tensor seen;
+  if (table->view(array.ptr(), &seen) != 0) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  if (!is_like(seen, spec, on_gpu)) return std::nullopt;
+  return static_cast<const std::byte*>(seen.data) + seen.byte_offset;
+}
+
 std::optional<Held> addresses_of(const py::handle& arrays, const Layout& layout, bool on_gpu) {
   if (!PyList_Check(arrays.ptr()) && !PyTuple_Check(arrays.ptr())) return std::nullopt;
   const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(arrays.ptr()));
@@ -97,15 +110,9 @@ std::optional<Held> addresses_of(const py::handle& arrays, const Layout& layout,
   PyObject** items = PySequence_Fast_ITEMS(out.arrays.ptr());
   out.addresses.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
-    const dlpack::ExchangeTable* table = table_of(Py_TYPE(items[i]));
-    if (table == nullptr) return std::nullopt;
-    dlpack::Tensor array;
-    if (table->view(items[i], &array) != 0) {
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    if (!is_like(array, layout.specs[i], on_gpu)) return std::nullopt;
-    out.addresses.push_back(static_cast<const std::byte*>(array.data) + array.byte_offset);
+    const auto address = address_of(items[i], layout.specs[i], on_gpu);
+    if (!address) return std::nullopt;
+    out.addresses.push_back(*address);
   }
   return out;
 }

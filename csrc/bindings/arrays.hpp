@@ -23,4 +23,8 @@ struct Held {
 // microsecond.
 std::optional<Held> addresses_of(const pybind11::handle& arrays, const Layout& layout, bool on_gpu);
 
+// The same of one array that whoever calls holds.
+std::optional<const void*> address_of(const pybind11::handle& array, const TensorSpec& spec,
+                                      bool on_gpu);
+
 }  // namespace asyncdiff::bindings

@@ -34,6 +34,18 @@ void register_channel(py::module_& m) {
             c.push(index, reinterpret_cast<const void*>(data), slot, stream);
           },
           py::arg("index"), py::arg("data"), py::arg("slot"), py::arg("stream"), Unlocked())
+      .def(
+          "push_array",
+          [](Channel& c, std::size_t index, const py::handle& array, int slot, Stream stream,
+             bool on_gpu) {
+            if (index >= c.layout().specs.size()) return false;
+            const auto address = address_of(array, c.layout().specs[index], on_gpu);
+            if (!address) return false;
+            const py::gil_scoped_release unlocked;  // the caller holds the array
+            c.push(index, *address, slot, stream);
+            return true;
+          },
+          py::arg("index"), py::arg("array"), py::arg("slot"), py::arg("stream"), py::arg("on_gpu"))
       .def("commit", &Channel::commit, py::arg("slot"), py::arg("stream"), Unlocked())
       .def_property_readonly("mode", [](const Channel& c) { return name_of(c.mode()); })
       .def(

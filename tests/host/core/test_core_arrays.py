@@ -61,6 +61,11 @@ def test_what_is_unlike_the_layout_is_left_to_the_closer_look() -> None:
         assert found([other], False) is None, other
         with pytest.raises(core.InvalidArgument, match="was agreed"):
             channel.put([other], 0)
+        with pytest.raises(core.InvalidArgument, match="was agreed"):
+            channel.push(0, other, 0)
+    for index in (-1, 1):
+        with pytest.raises(core.InvalidArgument, match=f"tensor {index}: the bundle .* 1 tensors"):
+            channel.push(index, x, 0)
     assert found([x, x], False) is None and found([], False) is None and found(x, False) is None
     assert found([None], False) is None and found([x.numpy()], False) is None
     # A dimension of one may have any stride.
@@ -68,6 +73,21 @@ def test_what_is_unlike_the_layout_is_left_to_the_closer_look() -> None:
     odd = torch.zeros(1, 12)[:, :6]
     assert odd.stride() != (6, 1)
     assert one._native.addresses([odd], False) == [odd.data_ptr()]
+
+
+def test_tensors_pushed_one_by_one_are_of_any_library() -> None:
+    x = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4).T
+    pushed = [x, np.arange(5.0), torch.empty(0, 3), np.float32(7), torch.ones(1, 3)[:, ::3]]
+    _, channel = channel_for([torch.as_tensor(p) for p in pushed])
+    channel.begin(0)
+    for i, tensor in enumerate(pushed):
+        channel.push(i, np.asarray(tensor) if i == 3 else tensor, 0)
+    channel.commit(0)
+    channel.get(1, 0)
+    raw = torch.as_tensor(np.asarray(channel.slot(1, 0)))
+    for sent, spec, at in zip(pushed, channel.layout.specs, channel.layout.offsets, strict=True):
+        got = raw[at : at + spec.nbytes].view(getattr(torch, spec.dtype))
+        assert torch.equal(got.as_strided(spec.shape, spec.strides), torch.as_tensor(sent))
 
 
 def test_bundles_of_several_libraries() -> None:
