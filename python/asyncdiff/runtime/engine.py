@@ -129,8 +129,14 @@ class Engine:
             layout = layout_of(values)
             self.bundle_bytes[i, j] = sum(spec.nbytes for spec in layout.specs)
             receivers = [r for r, w in enumerate(self.workers) if w.index == j]
+            # Copy engines leave the multiprocessors to the components, as in all published rows.
             channel = self.fabric.channel(
-                i, receivers, layout, slots=self.slots, name=f"component {i} to {j}"
+                i,
+                receivers,
+                layout,
+                slots=self.slots,
+                name=f"component {i} to {j}",
+                mode="copy" if self.cuda else "auto",
             )
             self.workers[i].senders.append(Sender(j, channel, layout))
             for r in receivers:

@@ -80,8 +80,13 @@ def test_a_denoiser_in_a_child() -> None:
         toy(), devices=["cpu"] * 2, split="estimate", example_kwargs=toy_call()
     )
 
+    spec = denoiser.config.spec([9, 8])
+
     def work() -> None:
-        for use in (lambda: denoiser(**toy_call()), lambda: denoiser.start(denoiser.config.spec([9, 8]))):
+        for use in (
+            lambda: denoiser(**toy_call()),
+            lambda: denoiser.start(spec),
+        ):
             with pytest.raises(InputError, match=r"made by fork\(\)"):
                 use()
         denoiser.close()
