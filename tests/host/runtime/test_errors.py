@@ -225,7 +225,9 @@ def test_parallelised_twice_and_wrong_objects() -> None:
 
 def test_warmup_longer_than_the_pipeline_runs() -> None:
     pipe, handle = parallel(split=SPEC["split"], warmup=4)
-    with pytest.raises(PlanError, match="warmup=4 exceeds the 3 steps"):
-        reference.run(pipe, SPEC, num_inference_steps=3)
+    got = reference.run(pipe, SPEC, num_inference_steps=3)  # all of them are exact then
+    assert handle.report().warmup == 3
     reference.run(pipe, SPEC, num_inference_steps=4)
     handle.restore()
+    want = reference.run(pipe, SPEC, num_inference_steps=3)
+    assert reference.distance(got, want) < 1e-3
