@@ -2,7 +2,7 @@
 
     python csrc/packaging/wheels.py DIST
 
-Interpreters are python3.10 to python3.13 on the PATH. The compiler of CUDA 13 is the nvcc on the
+Interpreters are python3.10 to python3.13 on the PATH, or those of pyenv or uv. The compiler of CUDA 13 is the nvcc on the
 PATH, or NVIDIA's from PyPI; that of CUDA 12 must be installed, on the PATH or in /usr/local. Wheels
 lie in DIST/cu12 and DIST/cu13 with the manylinux tag that auditwheel found; each was imported, used
 and linked in a fresh environment without a toolkit. Says what it lacked, and fails where nothing
@@ -61,16 +61,25 @@ def venv(python: str | Path, folder: Path, *packages: object) -> Path:
 
 
 def interpreters() -> list[str]:
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    uv = Path.home() / ".local" / "share" / "uv" / "python"
     found = []
     for version in PYTHONS:
         name = f"python{version}"
-        # A name on the PATH may be a version manager's, for a version that is not active.
-        works = shutil.which(name) and subprocess.run([name, "-c", ""], stderr=-3).returncode == 0
+        places = [shutil.which(name), *pyenv.glob(f"{version}.*/bin/{name}")]
+        places += uv.glob(f"cpython-{version}.*/bin/{name}")
+        # A name on the PATH may be pyenv's, for a version that is not active.
+        works = [str(place) for place in places if place and answers(place)]
         if works:
-            found.append(name)
+            found.append(works[0])
         else:
-            print(f"no wheels for CPython {version}: {name} is not on the PATH")
+            print(f"no wheels for CPython {version}: no {name} on the PATH, of pyenv or of uv")
     return found
+
+
+def answers(python: str | Path) -> bool:
+    done = subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL, timeout=60)
+    return done.returncode == 0
 
 
 def compilers() -> dict[str, dict[str, str]]:
@@ -129,8 +138,8 @@ def main() -> None:
         made = []
         for cuda, compiler in compilers().items():
             for python in interpreters():
-                print(f"building for {python}, {cuda} (minutes)", flush=True)
-                folder = Path(scratch) / f"{cuda}-{python}"
+                print(f"building for {python}, {cuda}: minutes", flush=True)
+                folder = Path(scratch) / f"{cuda}-{Path(python).name}"
                 wheel = build(python, compiler, dist / cuda, tools, folder)
                 print(f"{wheel.relative_to(dist.parent)}: {attempt(python, wheel, folder)}")
                 made.append(wheel)
