@@ -47,7 +47,7 @@ class ParallelConfig:
             steps.
         schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024), or ``"wavefront"``: an
             evaluation passes through the components in successive ticks, and the sampler goes on
-            with an extrapolated clean image until it arrives (docs/wavefront.md). Closer to the
+            with an extrapolated clean image until it arrives (docs/guide/waves.md). Closer to the
             sequential result, at the same speed.
         delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
             nothing inside a wave is stale. None for what measured best: 1 where the first component
