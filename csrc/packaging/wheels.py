@@ -2,11 +2,11 @@
 
     python csrc/packaging/wheels.py DIST
 
-Interpreters are python3.10 to python3.13 on the PATH, or those of pyenv or uv. The compiler of CUDA 13 is the nvcc on the
-PATH, or NVIDIA's from PyPI; that of CUDA 12 must be installed, on the PATH or in /usr/local. Wheels
-lie in DIST/cu12 and DIST/cu13 with the manylinux tag that auditwheel found; each was imported, used
-and linked in a fresh environment without a toolkit. Says what it lacked, and fails where nothing
-could be built.
+Interpreters are python3.10 to python3.13 on the PATH, or those of pyenv or uv. The compiler of CUDA
+13 is the nvcc on the PATH, or NVIDIA's from PyPI; that of CUDA 12 must be installed, on the PATH or
+in /usr/local. Wheels lie in DIST/cu12 and DIST/cu13 with the manylinux tag that auditwheel found;
+each was imported, used and linked in a fresh environment without a toolkit. Says what it lacked,
+and fails where nothing could be built.
 """
 
 from __future__ import annotations
