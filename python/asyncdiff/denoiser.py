@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import GROUPS, GenerationSpec, ParallelConfig, ReadOnlySettings
+from .config import GenerationSpec, ParallelConfig, ReadOnlySettings
 from .errors import InputError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
-from .generation import Generation, GenerationReport
+from .generation import Generation, GenerationReport, predictor_of
 from .graph.compile import pays
 from .graph.signature import Call, Parser, check_devices, check_one_latents
 from .graph.weights import Weights
@@ -24,14 +25,14 @@ from .partition.ownership import check_split_argument
 from .partition.partition import Partition
 from .phases import phases_of, plan_of
 from .runtime.cfg_parallel import Groups
-from .runtime.devices import resolve
+from .runtime.devices import devices_of
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
 from .runtime.forking import Locked
-from .sampling.calibration import Calibration, Shape
+from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, clean_image
 from .sampling.linear import Samplers
-from .sampling.predictor import LatePredictor, Line, Predictor, default_order
+from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
 
 log = logging.getLogger("asyncdiff")
@@ -74,7 +75,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         config = ParallelConfig.of(config, settings)
         check_split_argument(module, config.split, config.components)
         self.module = module
-        self._devices = devices = _resolved(config)
+        self._devices = devices = devices_of(config)
         compile = pays(module, devices) if config.compile is None else config.compile
         self._config = replace(config, devices=tuple(devices), compile=compile)
         self._parser = Parser(module, config.latents, config.timestep)
@@ -95,6 +96,8 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             if any(d != self._weights.home for d in devices):
                 self._weights.offload()
             if example_args or example_kwargs:
+                # What was half made would fill the device that the weights have to go back to.
+                undo.push(lambda _, error, frames: traceback.clear_frames(frames))
                 self.prepare(*example_args, **dict(example_kwargs or {}))
             undo.pop_all()
 
@@ -221,7 +224,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             self.stop()
             if predict is None and spec.config.schedule == "wavefront":
                 assert clean is not None
-                predict = functools.partial(_predictor, spec, clean)
+                predict = functools.partial(predictor_of, spec, clean)
             self._generation = Generation(spec, predict)
             return self._generation
 
@@ -389,24 +392,3 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             self._engines.close()
             self._engine = None
             self._weights.restore()
-
-
-def _predictor(spec: GenerationSpec, clean: CleanImage, plan: Plan) -> Predictor:
-    """What says what a step of waves is given meanwhile. Raises PlanError where the calibration is
-    for others."""
-    config, rule = spec.config, spec.config.order
-    if isinstance(rule, Calibration):
-        shape = Shape(config.components, config.stride, plan.delay, spec.warmup, spec.exact_tail)
-        rule.check(shape, clean)
-        return Predictor(clean, rule)
-    order = default_order(clean, plan.delay, config.stride) if rule is None else rule
-    return Predictor(clean, Line(order))
-
-
-def _resolved(config: ParallelConfig) -> list[torch.device]:
-    """The devices of all ranks."""
-    if config.guidance != "split":
-        return resolve(config.devices, config.ranks)
-    waves = config.schedule == "wavefront"
-    why = f"2 x {'components' if waves else '(components + stride - 1)'}"
-    return resolve(config.devices, GROUPS * config.ranks, why)

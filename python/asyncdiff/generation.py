@@ -19,7 +19,9 @@ from .runtime.cfg_parallel import Groups
 from .runtime.engine import NO_EARLIER, Engine
 from .runtime.step import Time
 from .sampling.auto_warmup import Drift
-from .sampling.predictor import LatePredictor
+from .sampling.calibration import Calibration, Shape
+from .sampling.clean_image import CleanImage
+from .sampling.predictor import LatePredictor, Line, Predictor, default_order
 from .schedule.actions import NOTHING
 from .schedule.plan import Plan
 from .schedule.segments import LoweredTick
@@ -268,6 +270,18 @@ class Generation:
     def _engines(self) -> list[Engine | Groups]:
         """Every engine once."""
         return list({id(p.engine): p.engine for p in self._phases}.values())
+
+
+def predictor_of(spec: GenerationSpec, clean: CleanImage, plan: Plan) -> Predictor:
+    """What says what a step of waves is given meanwhile. Raises PlanError where the calibration is
+    for others."""
+    config, rule = spec.config, spec.config.order
+    if isinstance(rule, Calibration):
+        shape = Shape(config.components, config.stride, plan.delay, spec.warmup, spec.exact_tail)
+        rule.check(shape, clean)
+        return Predictor(clean, rule)
+    order = default_order(clean, plan.delay, config.stride) if rule is None else rule
+    return Predictor(clean, Line(order))
 
 
 def _number(time: torch.Tensor) -> Time:

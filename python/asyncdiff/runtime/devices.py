@@ -9,8 +9,17 @@ import torch
 
 import asyncdiff_core as core
 
-from ..config import Devices
+from ..config import GROUPS, Devices, ParallelConfig
 from ..errors import DeviceError
+
+
+def devices_of(config: ParallelConfig) -> list[torch.device]:
+    """The devices of all ranks that a configuration asks for: see :func:`resolve`."""
+    if config.guidance != "split":
+        return resolve(config.devices, config.ranks)
+    waves = config.schedule == "wavefront"
+    why = f"2 x {'components' if waves else '(components + stride - 1)'}"
+    return resolve(config.devices, GROUPS * config.ranks, why)
 
 
 def resolve(

@@ -12,6 +12,7 @@ from torch import fx
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
+from asyncdiff import denoiser as front
 from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compile import compile_program, pays
 from asyncdiff.graph.program import run_program
@@ -21,6 +22,7 @@ from asyncdiff.partition.cost import Costs, count_macs, fused
 from asyncdiff.partition.ownership import units
 from asyncdiff.partition.partition import partition
 from asyncdiff.progress import bar
+from asyncdiff.runtime.engine_cache import EngineCache
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = [torch.tensor(900 - 100 * k) for k in range(4)]
@@ -203,6 +205,26 @@ def test_weights_go_back_after_half_of_them_were_moved(monkeypatch: pytest.Monke
     weights.restore()
     weights.restore()
     assert moves[3:] == ["cuda:0"]
+
+
+def test_a_constructor_that_raises_leaves_the_module_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = toy()
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setattr(front, "devices_of", lambda config: gpus)
+    seen = []
+
+    def raises(cache: EngineCache, call: Any) -> None:
+        seen.append(module.up[0].weight.is_contiguous())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EngineCache, "get", raises)
+    monkeypatch.setattr(front, "check_devices", lambda *_: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        AsyncDenoiser(module, example_kwargs=toy_call(), devices=["cuda:0", "cuda:1"], compile=True)
+    assert seen == [False]  # channels last, while it was prepared
+    assert all(p.is_contiguous() for p in module.parameters())
 
 
 def test_progress_without_a_terminal_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
