@@ -13,7 +13,7 @@ import torch
 from tiny_pipelines import draw, tiny_sd
 
 import asyncdiff
-from asyncdiff import InputError, PlanError
+from asyncdiff import InputError, PartitionError, PlanError
 
 STEPS = 4
 
@@ -82,6 +82,11 @@ def test_settings_that_are_wrong_leave_the_pipeline_as_it_was() -> None:
     with pytest.raises(PlanError):
         spread(pipe, stride=0)
     assert type(pipe) is diffusers.StableDiffusionPipeline
+    with spread(pipe) as handle:
+        for wrong in ({"stride": 0}, {"split": [["nowhere"], ["mid_block"]]}):
+            with pytest.raises((PlanError, PartitionError)):
+                spread(pipe, **wrong)
+        assert handle.active
 
 
 def test_another_pipeline_with_the_same_denoiser() -> None:

@@ -59,6 +59,10 @@ def parallelize(
             f"{type(pipe).__name__} has two denoisers, for the first and for the last steps, of "
             "which asyncdiff would see one: use asyncdiff.AsyncDenoiser on each"
         )
+    if devices is not None or config is None:
+        settings["devices"] = devices
+    config = ParallelConfig.of(config, settings)
+    check_split_argument(module, config.split, config.components)
     held = module.__dict__.get(HANDLE)
     if held is not None:
         if pipe.__dict__.get(HANDLE) is not held:
@@ -72,9 +76,7 @@ def parallelize(
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
-    if devices is not None or config is None:
-        settings["devices"] = devices
-    denoiser = AsyncDenoiser(twin(module), config=config, **settings)
+    denoiser = AsyncDenoiser(twin(module), config=config)
     try:
         return Handle(pipe, module, denoiser)
     except BaseException:
