@@ -1,5 +1,6 @@
 # make demo   set up .venv, build, draw with the shipped model, say where the picture is
-# make test   the same environment; all tests (those for GPUs skip themselves without one)
+# make test   the same environment; all tests but the slowest (those for GPUs skip themselves
+#             without one); PYTEST_ARGS="-m slow" runs those
 # make env    the environment alone
 # make lint   ruff, mypy, clang-format
 # make cuda   compile all CUDA code, with nvcc from PyPI where there is none
@@ -56,7 +57,7 @@ announce:
 	[ -e out/demo.png ] || echo "  2 min  pictures from the shipped model, plainly and in parallel"
 
 test: $(STAMPS)/package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/host $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal tests/host $(PYTEST_ARGS)
 	# One at a time: some of them time what a GPU does. 5: PYTEST_ARGS chose none of these.
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS) || [ $$? = 5 ]
 

@@ -42,6 +42,7 @@ def test_settings_as_text() -> None:
             Setting.parse(wrong)
 
 
+@pytest.mark.slow
 def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "denoise.json"
     command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]
@@ -110,6 +111,7 @@ def test_a_loop_of_nan_is_not_timed() -> None:
         timings.Timings().take(way, cast(Any, None))
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_are_put_batch(tmp_path: Path) -> None:
     """They prepare at once, time one after another, and one document comes of it."""
     script = str(ROOT / "benchmarks/denoise/run.py")

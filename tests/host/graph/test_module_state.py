@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from tiny_pipelines import tiny_flux, tiny_sd3
+from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_sd3
 from toys import toy, toy_call
 
 import asyncdiff
@@ -19,16 +19,14 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.graph.weights import Weights
 from asyncdiff.integrations.diffusers.subclass import twin as twin_of
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
-
 
 def test_options_that_are_set_later() -> None:
     """FreeU sets plain values of blocks. An earlier state is prepared already."""
-    pipe, plain = reference.pipeline(SPEC), reference.pipeline(SPEC)
+    (pipe, call), (plain, _) = tiny_sd(), tiny_sd()
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=3, split="estimate")
 
     def both() -> float:
-        got, want = (reference.run(p, SPEC, num_inference_steps=3) for p in (pipe, plain))
+        got, want = (draw(p, call, num_inference_steps=3) for p in (pipe, plain))
         return reference.distance(got, want)
 
     assert both() < 1e-5 and len(handle.denoiser._engines) == 1

@@ -13,24 +13,30 @@ import pytest
 import reference
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
-from tiny_pipelines import tiny_flux
+from tiny_pipelines import draw, tiny_flux, tiny_sd
 from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, SchedulerError
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 
-SPEC = reference.case("sd21_ddim_n2s2w1")
+CALL = tiny_sd()[1]
 STEPS = 6
 
 
+def pipeline() -> Any:
+    pipe = tiny_sd()[0]
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return pipe
+
+
 def spread(pipe: Any, **settings: Any) -> asyncdiff.Handle:
-    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": SPEC["split"]}
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate"}
     return asyncdiff.parallelize(pipe, **options | settings)
 
 
 def run(pipe: Any, **options: Any) -> torch.Tensor:
-    return reference.run(pipe, SPEC, num_inference_steps=STEPS, **options)
+    return draw(pipe, CALL, num_inference_steps=STEPS, **options)
 
 
 def freeu(at: int) -> Any:
@@ -43,7 +49,7 @@ def freeu(at: int) -> Any:
 
 
 def test_options_that_a_callback_changes() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     want = run(pipe, callback_on_step_end=freeu(1))
     pipe.disable_freeu()
     without = run(pipe)
@@ -64,7 +70,7 @@ def test_options_that_a_callback_changes() -> None:
 )
 def test_guidance_that_ends_early(settings: dict[str, Any], left: int) -> None:
     """The batch is halved then: the rest is a generation of its own, exact as far as asked for."""
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     ends: dict[str, Any] = {
         "callback_on_step_end": SDCFGCutoffCallback(
             cutoff_step_ratio=None, cutoff_step_index=STEPS - left - 1
@@ -85,10 +91,10 @@ def test_guidance_that_ends_early(settings: dict[str, Any], left: int) -> None:
 
 
 def test_other_inputs_in_a_step_that_was_not_due() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = spread(pipe)
     pipe.scheduler.set_timesteps(STEPS)
-    call = reference.inputs(SPEC)
+    call = CALL
     text, noise = call["prompt_embeds"], torch.randn(2, 4, 8, 8)
     time = pipe.scheduler.timesteps[0]
     pipe.unet(noise, time, encoder_hidden_states=text.expand(2, -1, -1))
@@ -99,10 +105,10 @@ def test_other_inputs_in_a_step_that_was_not_due() -> None:
 
 def test_inputs_that_change_in_every_step() -> None:
     """Each of them would be exported and compiled."""
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = spread(pipe)
     pipe.scheduler.set_timesteps(STEPS)
-    text, noise = reference.inputs(SPEC)["prompt_embeds"], torch.randn(STEPS, 4, 8, 8)
+    text, noise = CALL["prompt_embeds"], torch.randn(STEPS, 4, 8, 8)
     with pytest.raises(InputError, match="in every step"):
         for k, time in enumerate(pipe.scheduler.timesteps):
             pipe.unet(noise[k:], time, encoder_hidden_states=text.expand(STEPS - k, -1, -1))
@@ -135,9 +141,9 @@ def test_times_of_the_rest() -> None:
 
 def test_parts_that_have_another_time() -> None:
     """Image to video: the first frame is given, and has time 0."""
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     pipe.scheduler.set_timesteps(STEPS)
-    text, noise = reference.inputs(SPEC)["prompt_embeds"].expand(2, -1, -1), torch.randn(2, 4, 8, 8)
+    text, noise = CALL["prompt_embeds"].expand(2, -1, -1), torch.randn(2, 4, 8, 8)
 
     def steps() -> list[torch.Tensor]:
         return [
@@ -160,9 +166,9 @@ def test_parts_that_have_another_time() -> None:
 
 def test_fewer_steps_are_left_than_are_to_be_exact() -> None:
     """As in image to image with little strength: all of them are exact."""
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     pipe.scheduler.set_timesteps(STEPS)
-    text = reference.inputs(SPEC)["prompt_embeds"]
+    text = CALL["prompt_embeds"]
     latents, times = torch.randn(1, 4, 8, 8), pipe.scheduler.timesteps[4:]
     want = [pipe.unet(latents, t, encoder_hidden_states=text).sample for t in times]
     handle = spread(pipe, warmup=4, exact_tail=1)
@@ -208,7 +214,7 @@ def test_hooks_of_diffusers_are_refused() -> None:
 
 
 def test_denoisers_that_torch_compiles() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     want = run(pipe)
     pipe.unet.compile(backend="eager")
     handle = spread(pipe, warmup=STEPS)
@@ -227,7 +233,7 @@ def test_denoisers_that_torch_compiles() -> None:
 
 
 def test_copies() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = spread(pipe, warmup=STEPS)
     want = run(pipe)
     for copied in (copy.deepcopy, pickle.dumps):
@@ -240,7 +246,7 @@ def test_copies() -> None:
 
 
 def test_a_call_inside_a_call() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = spread(pipe)
 
     def again(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +269,7 @@ def test_two_denoisers_are_refused() -> None:
 
 def test_two_threads_that_prepare_at_once() -> None:
     """torch.export sets modes of the whole process."""
-    pipes = [reference.pipeline(SPEC) for _ in range(2)]
+    pipes = [pipeline() for _ in range(2)]
     want = run(pipes[0])
     handles = [spread(pipe, warmup=STEPS) for pipe in pipes]
     got: list[Any] = [None, None]

@@ -33,9 +33,13 @@ ROWS = {
     "sd3": (410, 145, 4284),
     "flux": (522, 192, 2754),
 }
+#: A UNet and a transformer; the others are larger of the same kinds.
+_QUICK = ("sd21", "sd3")
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize(
+    "key", [k if k in _QUICK else pytest.param(k, marks=pytest.mark.slow) for k in MODELS]
+)
 def test_captures_and_splits(key: str) -> None:
     model = MODELS[key]
     module = model.build("meta", torch.float16)
