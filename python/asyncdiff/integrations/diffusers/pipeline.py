@@ -62,6 +62,7 @@ def parallelize(
     if devices is not None or config is None:
         settings["devices"] = devices
     config = ParallelConfig.of(config, settings)
+    check_forward(module)
     check_split_argument(module, config.split, config.components)
     held = module.__dict__.get(HANDLE)
     if held is not None:
@@ -71,7 +72,6 @@ def parallelize(
                 "that is parallelised: call asyncdiff.restore(pipe) first"
             )
         held.restore()
-    check_forward(module)
     check_hooks(twin(module))
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
