@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bundles import read
+from core_bundles import read
 from scenarios import main, meet
 
 import asyncdiff_core as core

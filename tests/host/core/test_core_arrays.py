@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import receive
+from core_bundles import receive
 
 import asyncdiff_core as core
 from asyncdiff.runtime.buffers import layout_of

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from bundles import read
+from core_bundles import read
 
 import asyncdiff_core as core
 from asyncdiff_core.arrays import describe

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from bundles import receive
+from core_bundles import receive
 
 import asyncdiff_core as core
 
