@@ -10,12 +10,12 @@ import diffusers
 import pytest
 import reference
 import torch
-from tiny_pipelines import tiny_flux, tiny_sd3
+from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_sd3
 
 import asyncdiff
 from asyncdiff import InputError
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+CALL = tiny_sd()[1] | {"num_inference_steps": 10}
 XL = reference.case("sdxl_euler_n2s1w1")
 SCHEDULERS = [
     "DDIMScheduler",
@@ -31,13 +31,19 @@ SCHEDULERS = [
 ]
 
 
-def plain_result(spec: dict[str, Any], **options: Any) -> torch.Tensor:
-    return reference.run(reference.pipeline(spec), spec, **options)
+def pipeline() -> Any:
+    pipe = tiny_sd()[0]
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return pipe
+
+
+def plain_result(**options: Any) -> torch.Tensor:
+    return draw(pipeline(), CALL, **options)
 
 
 @pytest.mark.parametrize(("components", "stride"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 3)])
 def test_all_steps_exact_is_the_plain_pipeline(components: int, stride: int) -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = asyncdiff.parallelize(
         pipe,
         devices=["cpu"] * (components + stride - 1),
@@ -46,25 +52,23 @@ def test_all_steps_exact_is_the_plain_pipeline(components: int, stride: int) -> 
         warmup=4,
         split="estimate",
     )
-    got = reference.run(pipe, SPEC, num_inference_steps=4)
-    assert reference.distance(got, plain_result(SPEC, num_inference_steps=4)) < 1e-5
+    got = draw(pipe, CALL, num_inference_steps=4)
+    assert reference.distance(got, plain_result(num_inference_steps=4)) < 1e-5
     handle.restore()
 
 
 def test_one_component_is_the_plain_pipeline() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = asyncdiff.parallelize(pipe, devices=["cpu"], components=1)
-    assert reference.distance(reference.run(pipe, SPEC), plain_result(SPEC)) < 1e-5
+    assert reference.distance(draw(pipe, CALL), plain_result()) < 1e-5
     handle.restore()
 
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
     """One parallelised pipeline for many schedulers: it is prepared once."""
-    pipe = reference.pipeline(SPEC)
-    handle = asyncdiff.parallelize(
-        pipe, devices=["cpu"] * 3, stride=2, warmup=6, split=SPEC["split"]
-    )
+    pipe = pipeline()
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 3, stride=2, warmup=6, split="estimate")
     yield pipe
     handle.restore()
 
@@ -72,8 +76,8 @@ def shared() -> Any:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler(shared: Any, name: str) -> None:
     """All exact equals the plain pipeline; a longer, asynchronous run stays near it."""
-    config = reference.pipeline(SPEC).scheduler.config
-    plain = reference.pipeline(SPEC)
+    config = pipeline().scheduler.config
+    plain = pipeline()
     distances = []
     for steps in (6, 12):
         results = []
@@ -84,9 +88,7 @@ def test_any_scheduler(shared: Any, name: str) -> None:
                 taken, options = steps - 1, {"skip_prk_steps": True}
             pipe.scheduler = getattr(diffusers, name).from_config(config, **options)
             generator = torch.Generator().manual_seed(3)
-            results.append(
-                reference.run(pipe, SPEC, num_inference_steps=taken, generator=generator)
-            )
+            results.append(draw(pipe, CALL, num_inference_steps=taken, generator=generator))
         distances.append(reference.distance(*results))
     assert distances[0] < 1e-4
     assert 1e-4 < distances[1] < 1.0
@@ -107,7 +109,7 @@ def test_pipeline_and_denoiser_stay_what_they_are() -> None:
 
 
 def test_without_guidance_and_with_other_sizes() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=3, split="estimate")
     for options in (
         {"guidance_scale": 1.0},
@@ -115,15 +117,15 @@ def test_without_guidance_and_with_other_sizes() -> None:
         {},
     ):
         options["num_inference_steps"] = 3
-        got = reference.run(pipe, SPEC, **options)
-        assert reference.distance(got, plain_result(SPEC, **options)) < 1e-5
+        got = draw(pipe, CALL, **options)
+        assert reference.distance(got, plain_result(**options)) < 1e-5
     handle.restore()
 
 
 def test_a_callback_that_raises_and_one_that_interrupts() -> None:
-    pipe = reference.pipeline(SPEC)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split=SPEC["split"])
-    want = reference.run(pipe, SPEC)
+    pipe = pipeline()
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    want = draw(pipe, CALL)
 
     def fail(pipe: Any, step: int, t: Any, kwargs: Any) -> Any:
         if step == 4:
@@ -135,22 +137,22 @@ def test_a_callback_that_raises_and_one_that_interrupts() -> None:
         return kwargs
 
     with pytest.raises(KeyError):
-        reference.run(pipe, SPEC, callback_on_step_end=fail)
-    assert torch.equal(reference.run(pipe, SPEC), want)
-    reference.run(pipe, SPEC, callback_on_step_end=stop)
+        draw(pipe, CALL, callback_on_step_end=fail)
+    assert torch.equal(draw(pipe, CALL), want)
+    draw(pipe, CALL, callback_on_step_end=stop)
     pipe._interrupt = False
-    assert torch.equal(reference.run(pipe, SPEC), want)
+    assert torch.equal(draw(pipe, CALL), want)
     handle.restore()
 
 
 def test_concurrent_callers_take_turns() -> None:
-    pipe = reference.pipeline(SPEC)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split=SPEC["split"])
-    want = reference.run(pipe, SPEC)
+    pipe = pipeline()
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    want = draw(pipe, CALL)
     got: list[Any] = [None] * 3
 
     def work(i: int) -> None:
-        got[i] = reference.run(pipe, SPEC)
+        got[i] = draw(pipe, CALL)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for t in threads:
@@ -173,13 +175,13 @@ def tiny_vae() -> diffusers.AutoencoderKL:
 
 @pytest.mark.parametrize("name", ["Img2Img", "Inpaint"])
 def test_image_to_image_starts_in_the_middle(name: str) -> None:
-    base = reference.pipeline(SPEC)
+    base = pipeline()
     parts = base.components | {"vae": tiny_vae()}
     pipe = getattr(diffusers, f"StableDiffusion{name}Pipeline")(
         **parts, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    call = {k: v for k, v in reference.inputs(SPEC).items() if k.endswith("embeds")}
+    call = {k: v for k, v in CALL.items() if k.endswith("embeds")}
     call |= {"image": torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))}
     call |= {"strength": 0.6, "num_inference_steps": 10, "guidance_scale": 4.0}
     call |= {"output_type": "latent"}
@@ -192,9 +194,7 @@ def test_image_to_image_starts_in_the_middle(name: str) -> None:
 
     want = run()
     for warmup, near in ((6, 1e-5), (1, 1.0)):
-        handle = asyncdiff.parallelize(
-            pipe, devices=["cpu"] * 2, warmup=warmup, split=SPEC["split"]
-        )
+        handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=warmup, split="estimate")
         assert reference.distance(run(), want) < near
         assert handle.report().steps == 6
         handle.restore()
@@ -280,13 +280,13 @@ def test_video_denoisers(index: int) -> None:
 
 
 def test_plan_partition_without_running() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     from asyncdiff.integrations.diffusers.pipeline import plan_partition
 
-    parts = plan_partition(pipe, 2, height=128, width=128)
+    parts = plan_partition(pipe, 2, height=64, width=64)
     assert "measured on CPU" in str(parts.report())
     pipe.unet.to("meta")
-    parts = plan_partition(pipe, 3, height=128, width=128)
+    parts = plan_partition(pipe, 3, height=64, width=64)
     assert "estimated" in str(parts.report()) and len(parts.components) == 3
     with pytest.raises(InputError, match="no example inputs"):
         plan_partition(type("Pipe", (), {"unet": torch.nn.Linear(1, 1)})(), 2)
