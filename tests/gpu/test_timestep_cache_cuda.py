@@ -152,24 +152,3 @@ def test_flux_finds_its_rows_again(
     monkeypatch.setattr(TimestepTracker, "known", lambda times, step, value: value)
     assert torch.equal(run(), want) and computed
     handle.restore()
-
-
-@pytest.mark.parametrize("elements", [1, 511, 512, 70_000])
-def test_the_clock_copies_the_rows_of_ticks(elements: int) -> None:
-    """Also replayed from a graph, whatever the number of its programs."""
-    from asyncdiff.clock import Clock
-
-    device = torch.device("cuda:0")
-    table = torch.randint(1 << 40, (40, elements), device=device)
-    target = torch.zeros_like(table[0])
-    step = torch.zeros(1, dtype=torch.int64, device=device)
-    clock = Clock(target, table, device, step, triton=True)
-    clock.advance(2)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        clock.advance(2)
-    clock.load()
-    for tick in range(1, 40):
-        graph.replay()
-        assert torch.equal(target, table[tick]) and int(step) == 2 * tick

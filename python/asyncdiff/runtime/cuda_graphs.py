@@ -86,6 +86,8 @@ class GraphCache:
                 issued = work()
             self._graphs[key] = graph, issued
         except NotCapturable as e:
+            # Where CUDA ended the capture, torch's allocator may refuse another one on its pool.
+            self._pool = torch.cuda.graph_pool_handle()
             self.used = False
             self._graphs.clear()
             self._refused += 1

@@ -236,9 +236,8 @@ class Engine:
         caller: Caller | None,
     ) -> Inputs:
         fresh = self.conditioning.changed(tensors)
-        device = tensors[self._latents[0]].device
         if self.cuda:
-            caller = caller or Caller(device)
+            caller = caller or Caller(tensors[self._latents[0]].device)
         else:
             # The ranks' threads may still read these after the caller went on to change them.
             moving = {*self._latents, *fresh}
@@ -246,7 +245,7 @@ class Engine:
             times = {k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()}
         self._ticks += 1
         version = self.conditioning.version
-        return Inputs(self._ticks, tensors, times, earlier, fresh, version, device, caller)
+        return Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
 
     def check(self) -> None:
         """Raise RankError for what is known to have gone wrong, without waiting."""

@@ -34,7 +34,7 @@ class Inputs:
     step to step, of earlier steps, in the order of the signature, for runs that are behind.
     ``number`` tells ticks apart. ``fresh`` are the places of conditioning that the ranks do not
     hold yet; ``version`` says which rows of timesteps fit it. ``caller`` tells when the tensors are
-    ready (None: they are); results belong on ``device``.
+    ready, and where results belong (None: they are ready, and all on the CPU).
     """
 
     number: int
@@ -43,5 +43,4 @@ class Inputs:
     earlier: Mapping[int, Sequence[torch.Tensor]]
     fresh: Sequence[int]
     version: int
-    device: torch.device
     caller: Caller | None

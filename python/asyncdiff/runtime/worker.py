@@ -261,7 +261,7 @@ class Worker:
             issued = self.run(action.slots)
         if issued.computed is not None:
             self._last = issued
-        return None if action.step is None else self._deliver(issued.outputs, inputs.device)
+        return None if action.step is None else self._deliver(issued.outputs, inputs.caller)
 
     def _take(self, values: dict[int, torch.Tensor], caller: Caller | None) -> None:
         """Copy denoiser inputs to this rank, by index; those that it does not use are passed over.
@@ -324,14 +324,16 @@ class Worker:
         reads = len(part.graph.find_nodes(op="placeholder")) - len(inputs) - len(kept)
         return [*inputs, *[None] * reads, *kept]
 
-    def _deliver(self, outputs: list[Any], device: torch.device) -> list[Any]:
+    def _deliver(self, outputs: list[Any], caller: Caller | None) -> list[Any]:
         """The outputs as new tensors on the caller's device, ready in order of its stream."""
-        if self.stream is None:  # these may lie in a mailbox, or in what the next run writes to
+        if (
+            self.stream is None or caller is None
+        ):  # these may lie in a mailbox, or in what the next run writes to
             return [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
-        with torch.cuda.device(device):
-            main = torch.cuda.current_stream(device)
+        main = caller.stream
+        with torch.cuda.stream(main):  # whose memory they are
             out = [
-                torch.empty_like(o, device=device) if isinstance(o, torch.Tensor) else o
+                torch.empty_like(o, device=main.device) if isinstance(o, torch.Tensor) else o
                 for o in outputs
             ]
         # The memory of ``out`` may still be in use by earlier work of the main stream.
