@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from emulation import Waves
+from tiny_pipelines import draw, tiny_sd, tiny_unet
 from toys import Toy, toy, toy_call
 from wave_emulation import generate
 
@@ -19,7 +20,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.ownership import by_modules
 from asyncdiff.sampling.predictor import REACH, Line
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+CALL = tiny_sd()[1]
 SPLITS = {
     1: [["enter", "down", "mix", "up", "leave"]],
     2: [["enter", "down"], ["mix", "up", "leave"]],
@@ -27,6 +28,12 @@ SPLITS = {
     4: [["enter", "down.0"], ["down.1", "down.2"], ["mix", "up.0"], ["up.1", "up.2", "leave"]],
 }
 STEPS = 9
+
+
+def pipeline() -> Any:
+    pipe = tiny_sd()[0]
+    pipe.scheduler = ddim()
+    return pipe
 
 
 class Residual(Toy):
@@ -108,28 +115,28 @@ def test_equals_the_simulation(components: int, delay: int | None, stride: int) 
 
 def test_all_exact_is_the_plain_pipeline() -> None:
     for numbers in ({"warmup": 4}, {"warmup": 1, "exact_tail": 3}):
-        pipe = reference.pipeline(SPEC)
+        pipe = pipeline()
         handle = asyncdiff.parallelize(
             pipe, devices=["cpu"] * 3, components=3, split="estimate", schedule="wavefront",
             **numbers,
         )  # fmt: skip
-        got = reference.run(pipe, SPEC, num_inference_steps=4)
-        want = reference.run(reference.pipeline(SPEC), SPEC, num_inference_steps=4)
+        got = draw(pipe, CALL, num_inference_steps=4)
+        want = draw(pipeline(), CALL, num_inference_steps=4)
         assert reference.distance(got, want) < 1e-5
         handle.restore()
 
 
 def test_one_component_is_the_plain_pipeline() -> None:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = asyncdiff.parallelize(pipe, devices=["cpu"], components=1, schedule="wavefront")
-    got = reference.run(pipe, SPEC)
-    assert reference.distance(got, reference.run(reference.pipeline(SPEC), SPEC)) < 1e-5
+    got = draw(pipe, CALL)
+    assert reference.distance(got, draw(pipeline(), CALL)) < 1e-5
     handle.restore()
 
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
-    pipe = reference.pipeline(SPEC)
+    pipe = pipeline()
     handle = asyncdiff.parallelize(
         pipe, devices=["cpu"] * 2, split="estimate", warmup=4, schedule="wavefront"
     )
@@ -150,23 +157,23 @@ def shared() -> Any:
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_any_scheduler(shared: Any, name: str, guidance: float) -> None:
     """A longer run stays near the plain pipeline, with a denoiser of random weights."""
-    plain = reference.pipeline(SPEC)
+    plain = pipeline()
     config = plain.scheduler.config
     results = []
     for pipe in (plain, shared):
         pipe.scheduler = getattr(diffusers, name).from_config(config)
         options = {"num_inference_steps": 20, "generator": torch.Generator().manual_seed(3)}
-        results.append(reference.run(pipe, SPEC, guidance_scale=guidance, **options))
-    assert reference.distance(results[1], results[0]) < 0.1
+        results.append(draw(pipe, CALL, guidance_scale=guidance, **options))
+    assert reference.distance(results[1], results[0]) < 0.02
 
 
 def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
     """Times that begin in the middle of the schedule, as image-to-image pipelines have them."""
-    unet = reference.denoiser(SPEC["denoiser"])
-    call = reference.inputs(SPEC)
+    unet = tiny_unet()
+    call = CALL
     text = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
     scheduler = diffusers.DDIMScheduler.from_config(
-        reference.pipeline(SPEC).scheduler.config, prediction_type="v_prediction"
+        pipeline().scheduler.config, prediction_type="v_prediction"
     )
     scheduler.set_timesteps(20)
     shared.scheduler = scheduler
