@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
+import export_cache
 import pytest
 import torch
+from diffusers.models import attention_processor
 from export_cache import ExportCache
 from tiny_pipelines import tiny_unet
 from toys import Toy, toy, toy_call
 
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.integrations.diffusers.subclass import twin
-
-_BATCHED = ("sample", "encoder_hidden_states")
 
 
 class Exports:
@@ -57,34 +56,31 @@ def test_another_module_gets_its_own_weights_and_a_graph_of_its_own(exports: Exp
         torch.testing.assert_close(program.module()(**toy_call()), module(**toy_call()))
 
 
-def test_what_decides_a_graph_is_exported_again(exports: Exports) -> None:
+def test_inputs_and_weights_decide(exports: Exports) -> None:
+    call = toy_call()
+    assert exports(toy(), call) == 1
+    assert exports(toy(seed=1), call) == exports(twin(toy()), toy_call(seed=3)) == 0
+    assert exports(toy(), toy_call(batch=3)) == exports(toy(), toy_call(size=4)) == 1
+    assert exports(toy(), call | {"timestep": torch.tensor(3.5)}) == 1
+    single = {n: x.float() if x.is_floating_point() else x for n, x in call.items()}
+    assert exports(toy().float(), single) == 1
+    shared = toy()
+    shared.up[1].bias = shared.up[0].bias
+    assert exports(shared, call) == 1
+    assert exports(toy(), call) == 0
+
+
+def test_options_and_processors_decide(exports: Exports) -> None:
     unet = tiny_unet()
     call = example_inputs(unet)
     assert exports(unet, call) == 1
-    assert exports(tiny_unet(seed=1), call) == exports(twin(unet), call) == 0
-    # inputs: constants, batch, dtype
     assert exports(unet, call | {"return_dict": True}) == 1
-    larger = {n: call[n].repeat(2, *[1] * (call[n].ndim - 1)) for n in _BATCHED}
-    assert exports(unet, call | larger) == 1
-    assert exports(unet, call | {"timestep": torch.tensor(3.5)}) == 1
-    # weights: dtype, sharing
-    assert exports(tiny_unet().double(), call | {n: call[n].double() for n in _BATCHED}) == 1
-    shared = tiny_unet()
-    shared.conv_in.bias = shared.down_blocks[0].resnets[0].conv1.bias
-    assert exports(shared, call) == 1
-    # options, processors and their options
-    free = tiny_unet()
-    free.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    assert exports(free, call) == 1
-    sliced = tiny_unet()
-    sliced.set_attention_slice(1)
-    assert exports(sliced, call) == 1
-    sliced.set_attention_slice(2)
-    assert exports(sliced, call) == 1
-    assert exports(unet, call) == 0
-    fused = tiny_unet()
-    fused.fuse_qkv_projections()
-    assert exports(fused, call) == 1
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert exports(unet, call) == 1
+    unet.set_attn_processor(attention_processor.AttnProcessor())
+    assert exports(unet, call) == 1
+    one, two = (export_cache._frozen(attention_processor.SlicedAttnProcessor(n)) for n in (1, 2))
+    assert one != two
 
 
 def test_a_class_whose_functions_change_is_another(
@@ -97,7 +93,7 @@ def test_a_class_whose_functions_change_is_another(
     unet = tiny_unet()
     call = example_inputs(unet)
     assert exports(unet, call) == 1
-    processor = diffusers.models.attention_processor.AttnProcessor2_0
+    processor = attention_processor.AttnProcessor2_0
     there = processor.__call__
     monkeypatch.setattr(processor, "__call__", lambda self, *a, **k: there(self, *a, **k))
     assert exports(unet, call) == 1

@@ -153,6 +153,7 @@ def test_an_older_toolkit_is_refused(tmp_path: Path) -> None:
     assert "CUDA toolkit found is 12.0.140" in re.sub(r"\s+", " ", failed.stderr)
 
 
+@pytest.mark.slow
 def test_static_install(tmp_path: Path, compiler: str, program: Path) -> None:
     """CTest, then find_package and pkg-config from a folder with a space in its name."""
     prefix = tmp_path / "a prefix"
@@ -188,6 +189,7 @@ def test_pkg_config_from_the_wheel(tmp_path: Path, compiler: str, program: Path)
     assert flags.index("-lasyncdiff_cuda") < flags.index("-lasyncdiff")
 
 
+@pytest.mark.slow
 def test_shared_library(tmp_path: Path, compiler: str, program: Path) -> None:
     """It has a soname, shows its own names alone, and its errors can be caught outside."""
     build(ROOT, tmp_path / "build", "-DBUILD_SHARED_LIBS=ON", "-DASYNCDIFF_CUDA=off", DEBUG)
@@ -216,6 +218,7 @@ def test_shared_library(tmp_path: Path, compiler: str, program: Path) -> None:
     assert not [name for name in shown if "HostChannel" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["add_subdirectory", "FetchContent"])
 def test_subproject(tmp_path: Path, program: Path, way: str) -> None:
     """At its defaults: no Python, an alias as from find_package, nothing in the parent's prefix."""

@@ -123,6 +123,7 @@ def test_who_is_better_than_us_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size and (tmp_path / "b.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_and_continues(tmp_path: Path) -> None:
     out = tmp_path / "fidelity.json"
     command = [sys.executable, str(ROOT / "benchmarks/fidelity/run.py"), "--quick"]
