@@ -159,7 +159,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 )
             self._engine = self._engines.get(call)
             if steps is not None:
-                phases_of(self._config.spec(range(steps)), self._engines, call)
+                phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
 
     def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """A call of the denoiser, taken apart; raises InputError where it does not fit."""
@@ -272,7 +272,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             if generation.engine is None:
                 started = time.perf_counter()
                 self._engine = self._engines.get(call)
-                phases = phases_of(generation.spec, self._engines, call)
+                phases = phases_of(generation.spec, self._engines, self._engine, call)
                 generation.begin(phases, call, time.perf_counter() - started)
             try:
                 result = generation.step(call)

@@ -50,10 +50,12 @@ def plan_of(spec: GenerationSpec, parts: Partition | None, warmup: int | None = 
     )
 
 
-def phases_of(spec: GenerationSpec, engines: EngineCache, call: Call) -> list[Phase]:
-    """The phases of a generation of calls like this one, with every CUDA graph recorded."""
+def phases_of(
+    spec: GenerationSpec, engines: EngineCache, engine: Engine | Groups, call: Call
+) -> list[Phase]:
+    """The phases of a generation of calls like this one, which ``engine`` was got for, with every
+    CUDA graph recorded."""
     before, after = spec.split_steps
-    engine = engines.get(call)
     phases = [Phase(engine, plan_of(spec, engine.partition), before)]
     if before:
         phases.insert(0, Phase(engines.whole(call), _exact(before), main=False))
