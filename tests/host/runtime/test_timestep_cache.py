@@ -12,7 +12,7 @@ import torch
 from toys import toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, RankError
+from asyncdiff import AsyncDenoiser, ParallelConfig, RankError
 from asyncdiff.generation import Generation
 from asyncdiff.graph.hoist import Hoisted, hoist
 from asyncdiff.graph.program import KEEP, TIMED
@@ -405,7 +405,7 @@ def test_a_timestep_for_every_sample(settings: dict[str, Any], alike: bool) -> N
 def test_what_is_known_to_be_announced() -> None:
     """Only a view of the very element, unchanged since, of the same dtype."""
     times = torch.tensor([900.0, 500.0, 100.0])
-    generation = Generation(times)
+    generation = Generation(ParallelConfig().spec(times))
     assert generation._announced(times[1], 1) and generation._announced(times[1].expand(2), 1)
     assert not generation._announced(times[1], 2)
     assert not generation._announced(times[1].clone(), 1)
@@ -415,7 +415,7 @@ def test_what_is_known_to_be_announced() -> None:
     assert not generation._announced(times[1], 1)
     with torch.inference_mode():  # has no version
         times = torch.tensor([900.0])
-        generation = Generation(times)
+        generation = Generation(ParallelConfig().spec(times))
         assert generation._announced(times[0], 0)
         times.add_(1)
         assert not generation._announced(times[0], 0)
@@ -425,7 +425,7 @@ def test_a_pipeline_calls_with_what_it_announced() -> None:
     sampler = scheduler()
     for start in (0, 3):
         times = TimestepTracker(sampler, sampler.timesteps[start])
-        generation = Generation(times.values)
+        generation = Generation(ParallelConfig().spec(times.values))
         assert len(times.values) == 8 - start
         for k, t in enumerate(sampler.timesteps[start:]):
             assert generation._announced(t, k) and generation._announced(t.expand(2), k)
@@ -443,7 +443,7 @@ def test_times_that_a_pipeline_computes_are_known(made: Any, dtype: torch.dtype)
     for start in (0, 5):
         calls = [made(t.expand(2), dtype) for t in sampler.timesteps[start:]]
         times = TimestepTracker(sampler, calls[0])
-        generation = Generation(times.values)
+        generation = Generation(ParallelConfig().spec(times.values))
         known = [times.known(k, call) for k, call in enumerate(calls)]
         assert all(torch.equal(a, b) for a, b in zip(known, calls, strict=True))
         announced = [generation._announced(t, k) for k, t in enumerate(known)]
