@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
@@ -116,6 +117,13 @@ def _reduces(node: fx.Node) -> bool:
     return any(word in str(node.target) for word in ("norm", "softmax", "mean"))
 
 
+class _Untracked(contextlib.nullcontext[None]):
+    """In the place of torch's tracker of modules, which hangs hooks on all modules of the process
+    while it counts: a pipeline that begins in another thread is refused because of such."""
+
+    parents = frozenset({"Global"})
+
+
 def count_macs(captured: Captured) -> dict[fx.Node, int]:
     """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
     macs = dict.fromkeys(captured.nodes, 0)
@@ -125,7 +133,9 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
             continue
         values = {n: _meta(n.meta.get("val")) for n in node.all_input_nodes}
         args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+        with counter:
             node.target(*args, **kwargs)  # type: ignore[operator]
         macs[node] = counter.get_total_flops() // 2
     return macs

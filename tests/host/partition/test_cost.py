@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
-from asyncdiff.partition.cost import _Block, measure
+from asyncdiff.partition.cost import _Block, count_macs, measure
 
 
 class Model(nn.Module):
@@ -37,6 +39,28 @@ def test_every_node_has_a_cost() -> None:
     assert set(costs.ms) == set(captured.nodes)
     assert all(ms >= 0 for ms in costs.ms.values())
     assert costs.source == "measured on CPU"
+
+
+class Watch(TorchDispatchMode):
+    """Whether there are hooks of all modules while operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hooks = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+        self.seen.append(any(hooks))
+        return func(*args, **kwargs or {})
+
+
+def test_counting_is_nothing_that_other_threads_see() -> None:
+    """A pipeline that begins in another thread is refused where all modules have a hook."""
+    captured, _ = _captured(torch.randn(2, 8), torch.tensor(3.0))
+    with Watch() as watch:
+        macs = count_macs(captured)
+    assert watch.seen and not any(watch.seen)
+    assert sorted(macs.values())[-3:] == [0, 2 * 8 * 8, 2 * 8 * 8]
 
 
 def test_values_live_no_longer_than_they_are_read() -> None:
