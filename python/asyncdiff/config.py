@@ -143,7 +143,8 @@ class ParallelConfig:
 
         Raises InputError for any other setting, PlanError for values that no plan has.
         """
-        fixed = [name for name in changes if name not in CHANGEABLE]
+        known = self.__dataclass_fields__
+        fixed = [name for name in changes if name in known and name not in CHANGEABLE]
         if fixed:
             raise InputError(
                 f"{', '.join(fixed)} cannot change any more: restore() and parallelise again. "

@@ -230,6 +230,8 @@ def test_settings_change_through_one_method() -> None:
     with pytest.raises(InputError, match=r"stride cannot change any more.*warmup"):
         denoiser.configure(stride=2)
     with pytest.raises(InputError, match=r"no setting warmups: did you mean warmup\?"):
+        denoiser.configure(warmups=2)
+    with pytest.raises(InputError, match=r"no setting warmups: did you mean warmup\?"):
         AsyncDenoiser(toy(), devices=["cpu"] * 2, warmups=2)
     # Attributes that would change nothing cannot be set.
     for name in ("stride", "extrapolate", "guidance", "order", "exact_tail"):
