@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <string>
 
 #include "driver.hpp"
 
@@ -11,46 +12,51 @@ namespace asyncdiff {
 
 namespace {
 
-// Whether something has made the context that the runtime uses on this device.
-bool has_context(int device) noexcept {
-  using GetState = decltype(&cuDevicePrimaryCtxGetState);
-  try {
-    static const auto get_state = driver_function<GetState>("cuDevicePrimaryCtxGetState");
-    unsigned flags = 0;
-    int active = 0;
-    if (get_state == nullptr || get_state(device, &flags, &active) != CUDA_SUCCESS) return true;
-    return active != 0;
-  } catch (...) {
-    return true;  // rather a context too many than another current device
-  }
+void check_driver(CUresult code, const char* what) {
+  if (code != CUDA_SUCCESS)
+    throw CudaError(std::string(what) + ": the driver's error " + std::to_string(code));
 }
 
-// Leaves this thread without a context, as one is that has used no GPU yet. Whether the runtime's
-// current device is this one then.
-bool without_context(int device) noexcept {
-  using SetCurrent = decltype(&cuCtxSetCurrent);
-  try {
-    static const auto set_current = driver_function<SetCurrent>("cuCtxSetCurrent");
-    if (set_current == nullptr || set_current(nullptr) != CUDA_SUCCESS) return false;
-    int now = -1;
-    return cudaGetDevice(&now) == cudaSuccess && now == device;
-  } catch (...) {
-    return false;
+// The context that the runtime uses on a device, made where there is none.
+CUcontext primary_context(int device, bool anew) {
+  static const auto retain =
+      driver_function<decltype(&cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  // Kept until the process ends, as the runtime keeps its own reference.
+  constexpr int kDevices = 64;
+  static std::atomic<CUcontext> known[kDevices] = {};
+  if (!anew && device < kDevices) {
+    if (auto* const context = known[device].load(std::memory_order_relaxed)) return context;
   }
+  CUcontext context = nullptr;
+  check_driver(retain(&context, device), "making a context on a device");
+  if (device < kDevices) known[device].store(context, std::memory_order_relaxed);
+  return context;
 }
 
 }  // namespace
 
-void return_to_device(int device) noexcept {
-  // Asked until there is one, or is to be: it is not taken away before its device is reset.
-  constexpr int kDevices = 64;
-  static std::atomic<bool> known[kDevices] = {};
-  const bool noted = device < kDevices && known[device].load(std::memory_order_relaxed);
-  if (!noted) {
-    if (!has_context(device) && without_context(device)) return;
-    if (device < kDevices) known[device].store(true, std::memory_order_relaxed);
-  }
-  cudaSetDevice(device);
+DeviceGuard::DeviceGuard(int device) {
+  int current = -1;
+  check_cuda(cudaGetDevice(&current), "reading the current device");
+  if (current == device) return;
+  static const auto push = driver_function<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+  // A second time where somebody has reset the device since.
+  if (push(primary_context(device, false)) != CUDA_SUCCESS)
+    check_driver(push(primary_context(device, true)), "choosing a device");
+  pushed_ = true;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (!pushed_) return;
+  static const auto pop = [] {
+    try {
+      return driver_function<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
+    } catch (...) {
+      return decltype(&cuCtxPopCurrent)(nullptr);
+    }
+  }();
+  CUcontext left = nullptr;
+  if (pop != nullptr) pop(&left);
 }
 
 }  // namespace asyncdiff

@@ -1,8 +1,8 @@
 // Work on a device that need not be the current one.
 //
-// From CUDA 12 on, making a device current makes a context there, of half a gigabyte. A thread that
-// came from a device without one is left without a context instead: the runtime then calls the
-// first device current, as it did before.
+// From CUDA 12 on, making a device current makes a context there, of half a gigabyte; going back
+// to a device that had none would make one. So a guard pushes the context that the runtime uses on
+// its device, and pops it: the thread has afterwards what it had before, be it none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,26 +11,17 @@
 
 namespace asyncdiff {
 
-// Makes it current, without making a context where that is possible. Throws nothing.
-void return_to_device(int device) noexcept;
-
 // Makes a device current for the life of the guard.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "reading the current device");
-    if (previous_ != device) check_cuda(cudaSetDevice(device), "choosing a device");
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) return_to_device(previous_);
-  }
+  // Throws CudaError.
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
-  bool changed_ = false;
+  bool pushed_ = false;
 };
 
 // For destructors, where errors are of no use, least of all when the process ends: they neither
