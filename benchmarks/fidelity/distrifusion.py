@@ -21,10 +21,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from asyncdiff.integrations.diffusers.pipeline import find_denoiser
 from asyncdiff_bench.errors import BenchError
 from fidelity.macs import total
 from fidelity.method import Method, Work
 from fidelity.replaced import replacing
+
+#: What reads the latents, in UNets and in transformers.
+_FIRST = ("conv_in", "pos_embed.proj")
 
 
 class DistriFusion(Method):
@@ -46,25 +50,25 @@ class DistriFusion(Method):
 
     @contextlib.contextmanager
     def applied(self, pipe: Any, steps: int) -> Iterator[int]:
-        """See :class:`Method`. For one generation, whose UNet is called once a step.
+        """See :class:`Method`. For one generation, whose denoiser is called once a step.
 
         Raises BenchError for attention that it does not know, and, when it runs, for a layer whose
         rows cannot be dealt out evenly.
         """
-        unet = pipe.unet
+        denoiser = find_denoiser(pipe)
         state = _State(self.devices)
         now = itertools.count()
-        forward = unet.forward
+        forward = denoiser.forward
 
         def whole(*args: Any, **kwargs: Any) -> Any:
             state.fresh = next(now) < self.synchronous
             return forward(*args, **kwargs)
 
         with replacing() as replace:
-            replace(unet, "forward", whole)
-            for name, module in unet.named_modules():
+            replace(denoiser, "forward", whole)
+            for name, module in denoiser.named_modules():
                 # Every device has all of the latents, which are gathered after each step.
-                if name != "conv_in" and (make := _maker(module)) is not None:
+                if name not in _FIRST and (make := _maker(module)) is not None:
                     replace(module, "forward", make(module, state))
             yield steps
 

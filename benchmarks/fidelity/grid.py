@@ -34,9 +34,9 @@ SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
 
 
 def methods(
-    device: str, sampler: str, steps: int, others: Sequence[str], quick: bool
+    device: str, pipe: Any, steps: int, others: Sequence[str], quick: bool
 ) -> Iterator[Method]:
-    """Every row for this sampler; ``quick``: one of each kind. ``others``: prompts that are not
+    """Every row for this pipeline; ``quick``: one of each kind. ``others``: prompts that are not
     drawn, to calibrate on."""
     # Shapes outside: what is prepared for one serves all kinds of the same schedule.
     for n, s in SHAPES[:1] if quick else SHAPES:
@@ -69,6 +69,15 @@ def methods(
     for share in SHARES[1:2] if quick else SHARES:
         yield FewerSteps(max(1, round(share * steps)))
     yield GuidanceSplit()
+    if hasattr(pipe, "unet"):  # a transformer has no encoder
+        yield from _faster_diffusion(quick)
+    for patches in (2,) if quick else (2, 4):
+        for synchronous in SYNCHRONOUS[:1] if quick else SYNCHRONOUS:
+            if synchronous < steps:
+                yield DistriFusion(patches, synchronous)
+
+
+def _faster_diffusion(quick: bool) -> Iterator[Method]:
     for devices in (2,) if quick else (1, 2, 3, 4):
         name = f"Faster Diffusion, {devices} devices"
         yield FasterDiffusion(f"{name}, the paper's keys", devices, paper_keys)
@@ -77,10 +86,6 @@ def methods(
             keys = functools.partial(_uniform, every)
             name = f"Faster Diffusion, {every} devices, every {every} steps"
             yield FasterDiffusion(name, every, keys)
-    for patches in (2,) if quick else (2, 4):
-        for synchronous in SYNCHRONOUS[:1] if quick else SYNCHRONOUS:
-            if synchronous < steps:
-                yield DistriFusion(patches, synchronous)
 
 
 def _uniform(every: int, steps: int) -> range:

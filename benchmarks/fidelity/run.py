@@ -1,8 +1,9 @@
 """What each way of making pictures faster keeps of them.
 
-    python benchmarks/fidelity/run.py --device cuda:0          # the whole grid on the shipped model
-    python benchmarks/fidelity/run.py --quick                  # a few rows, on the CPU
-    python benchmarks/fidelity/run.py --only "N=4 .*w=1$"      # rows whose names match
+    python benchmarks/fidelity/run.py --model unet --device cuda:0   # the whole grid
+    python benchmarks/fidelity/run.py --quick                        # a few rows, on the CPU
+    python benchmarks/fidelity/run.py --only "N=4 .*w=1$"            # rows whose names match
+    python benchmarks/fidelity/run.py --model unet --samplers euler --steps 4 8 12
     python benchmarks/fidelity/run.py --pipeline FOLDER --prompts-file FILE --device cuda:0
 
 Every row is one batch of pictures beside those of the plain pipeline from the same noise: PSNR,
@@ -11,8 +12,8 @@ are on the disk. Its speed-up is that of its critical path in MACs (benchmarks/f
 what its devices allow, links and launches aside; benchmarks/denoise measures times of real
 denoisers.
 
-Writes fidelity.json, fidelity_SAMPLER.png (speed-up against PSNR) and fidelity_SAMPLER_sheet.png.
-Rows that fidelity.json has already, from the same settings, are kept: a run can be continued.
+Writes fidelity_MODEL.json, beside it _SAMPLER.png (speed-up against PSNR) and _SAMPLER_sheet.png.
+Rows that the JSON has already, from the same settings, are kept: a run can be continued.
 """
 
 from __future__ import annotations
@@ -32,74 +33,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
-from asyncdiff.cli.subject import chosen
-from asyncdiff.demo import model as demo_model
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
 from fidelity.grid import methods
 from fidelity.ours import plain_work
 from fidelity.plots import scatter, sheet
 from fidelity.rivals import beaten
+from fidelity.subjects import MODELS, Subject, subject
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
-#: Sampler steps that each sampler is usually given.
-STEPS = {"ddim": 50, "dpm": 25, "euler": 50}
-
-
-def load(args: argparse.Namespace, sampler: str) -> Any:
-    """The pipeline on its device, silent."""
-    if args.pipeline is None:
-        pipe: Any = demo_model.load(args.device, scheduler=sampler)
-    else:
-        import diffusers
-
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            args.pipeline, dtype=getattr(torch, args.dtype), local_files_only=True
-        ).to(args.device)
-        classes = {
-            "ddim": "DDIMScheduler",
-            "dpm": "DPMSolverMultistepScheduler",
-            "euler": "EulerDiscreteScheduler",
-        }
-        pipe.scheduler = getattr(diffusers, classes[sampler]).from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 #: On how many other prompts waves are calibrated.
 CALIBRATION, QUICK_CALIBRATION = 16, 4
 
 
-def prompts(args: argparse.Namespace) -> list[str]:
-    """Evenly spread over those that the shipped model knows, or the lines of a file."""
-    return chosen(known_prompts(args), args.prompts)
-
-
-def other_prompts(args: argparse.Namespace) -> list[str]:
-    """Others of the same kind, to calibrate on."""
-    drawn = set(prompts(args))
-    count = QUICK_CALIBRATION if args.quick else CALIBRATION
-    return chosen([p for p in known_prompts(args) if p not in drawn], count)
-
-
-def known_prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompts_file is not None:
-        return [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
-    return demo_model.known_prompts()
-
-
 def run_sampler(
-    args: argparse.Namespace, sampler: str, steps: int, rows: list[dict[str, Any]], save: Callable
+    args: argparse.Namespace,
+    model: Subject,
+    sampler: str,
+    steps: int,
+    rows: list[dict[str, Any]],
+    save: Callable,
 ) -> None:
     """All rows of one sampler; ``save`` is called after each."""
-    pipe = load(args, sampler)
-    texts = prompts(args)
+    pipe = model.load(args.device, sampler)
+    texts = model.prompts(args.prompts)
+    others = model.other_prompts(QUICK_CALIBRATION if args.quick else CALIBRATION, texts)
+    guidance = model.guidance if args.guidance is None else args.guidance
     learned, missing = learned_metrics()
     for why in missing.values():
         print(f"left out: {why}", flush=True)
 
     def call() -> dict[str, Any]:
         noise = [torch.Generator("cpu").manual_seed(args.seed + i) for i in range(len(texts))]
-        return {"prompt": texts, "guidance_scale": args.guidance, "generator": noise}
+        return {"prompt": texts, "guidance_scale": guidance, "generator": noise}
 
     with torch.no_grad():
         out = pipe(**call(), num_inference_steps=steps, output_type="pt")
@@ -107,7 +72,7 @@ def run_sampler(
     plain = plain_work(pipe, steps)
     shown = {"plain": reference}
     here = {r["method"]: r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)}
-    for method in methods(args.device, sampler, steps, other_prompts(args), args.quick):
+    for method in methods(args.device, pipe, steps, others, args.quick):
         if args.only and not any(re.search(pattern, method.name) for pattern in args.only):
             continue
         known, settings = here.get(method.name), method.settings(pipe, steps)
@@ -144,33 +109,41 @@ def run_sampler(
     mine = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
     for line in beaten(mine):
         print(line)
-    scatter(mine, args.out.parent / f"fidelity_{sampler}.png")
-    sheet(shown, texts, args.out.parent / f"fidelity_{sampler}_sheet.png")
+    at = args.out.with_suffix("")
+    scatter(mine, at.with_name(f"{at.name}_{sampler}.png"))
+    sheet(shown, texts, at.with_name(f"{at.name}_{sampler}_sheet.png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--samplers", nargs="+", default=["ddim", "dpm"], choices=list(STEPS))
-    parser.add_argument("--steps", type=int, help="default: 50, for dpm 25")
-    parser.add_argument("--prompts", type=int, default=60, metavar="COUNT")
-    parser.add_argument("--prompts-file", type=Path, help="one prompt a line")
-    parser.add_argument("--pipeline", help="a local diffusers folder; else the shipped model")
+    parser.add_argument("--model", default="emoji", choices=MODELS)
+    parser.add_argument("--weights", type=Path, help="of a yardstick, that are not shipped yet")
+    parser.add_argument("--pipeline", help="a local diffusers folder, in place of --model")
+    parser.add_argument("--prompts-file", type=Path, help="of --pipeline: one prompt a line")
     parser.add_argument("--dtype", default="float16", help="of --pipeline")
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samplers", nargs="+", help="ddim, dpm, euler or flow; default: all")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: what a sampler usually has")
+    parser.add_argument("--prompts", type=int, default=60, metavar="COUNT")
+    parser.add_argument("--guidance", type=float, help="default: the model's usual one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="REGEX", help="rows whose names match")
     parser.add_argument("--quick", action="store_true", help="a few rows, eight prompts")
-    parser.add_argument("--out", type=Path, default=OUT / "fidelity.json")
+    parser.add_argument("--out", type=Path, help="default: fidelity_MODEL.json among the results")
     args = parser.parse_args()
     if args.quick:
         args.prompts = min(args.prompts, 8)
+    model = subject(args)
+    if unknown := set(args.samplers or ()) - set(model.steps):
+        parser.error(f"{model.name} is drawn with {', '.join(model.steps)}, not {unknown}")
+    if args.out is None:
+        args.out = OUT / f"fidelity_{args.model}.json"
     settings = {
-        "model": args.pipeline or "the shipped model",
-        "prompts": prompts(args),
-        "guidance": args.guidance,
+        "model": model.name,
+        "prompts": model.prompts(args.prompts),
+        "guidance": model.guidance if args.guidance is None else args.guidance,
         "seed": args.seed,
         "device": args.device,
     }
@@ -183,8 +156,9 @@ def main() -> None:
     def save() -> None:
         results_file.write(args.out, {"settings": settings, "rows": rows})
 
-    for sampler in args.samplers:
-        run_sampler(args, sampler, args.steps or STEPS[sampler], rows, save)
+    for sampler in args.samplers or model.steps:
+        for steps in args.steps or [model.steps[sampler]]:
+            run_sampler(args, model, sampler, steps, rows, save)
     print(f"written to {args.out}")
 
 

@@ -24,6 +24,9 @@ class _Maker:
         generator = torch.Generator(self.options["device"]).manual_seed(0)
         return torch.randn(shape, generator=generator, **self.options)
 
+    def label(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=self.options["device"], dtype=torch.int64)
+
     def time(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full(shape, 500, device=self.options["device"], dtype=dtype)
 
@@ -105,6 +108,15 @@ def _sd3(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: i
     }
 
 
+def _dit(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+    return {
+        "hidden_states": make(batch, config.in_channels, h, w),
+        "timestep": make.time(batch),
+        "class_labels": make.label(batch),
+        "return_dict": False,
+    }
+
+
 def _flux(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
     # FLUX packs 2×2 latents into a token; its guidance is an input, so that there is no batch.
     tokens, text = (h // 2) * (w // 2), 512
@@ -130,6 +142,7 @@ _BY_CLASS: dict[str, Callable[..., dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "UNetSpatioTemporalConditionModel": _video_unet,
     "UNetMotionModel": _motion_unet,
+    "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
 }
