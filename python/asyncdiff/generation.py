@@ -22,9 +22,8 @@ from .sampling.auto_warmup import Drift
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import CleanImage
 from .sampling.predictor import LatePredictor, Line, Predictor, default_order
-from .schedule.actions import NOTHING
+from .schedule.actions import NOTHING, Tick
 from .schedule.plan import Plan
-from .schedule.segments import LoweredTick
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,10 @@ class Generation:
 
     def _follow(self, phases: Sequence[Phase]) -> None:
         self._phases = list(phases)
-        self._ticks: dict[int, tuple[Phase, LoweredTick]] = {
+        self._ticks: dict[int, tuple[Phase, Tick]] = {
             step + phase.first: (phase, tick)
             for phase in phases
-            for tick in phase.plan.lowered
+            for tick in phase.plan.ticks
             for step in tick.serves
         }
         self._main = next(p for p in phases if p.main)

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from ..config import GROUPS
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
+from ..schedule.actions import Tick
 from ..schedule.plan import Plan
-from ..schedule.segments import LoweredTick
 from .engine import NO_EARLIER, Engine
 from .step import Caller, Time
 
@@ -78,7 +78,7 @@ class Groups:
 
     def tick(
         self,
-        tick: LoweredTick,
+        tick: Tick,
         tensors: Sequence[torch.Tensor],
         times: Mapping[int, Time],
         earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,

@@ -22,8 +22,8 @@ from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..partition.partition import Partition
 from ..progress import Progress, stage
+from ..schedule.actions import Tick
 from ..schedule.plan import Plan
-from ..schedule.segments import LoweredTick
 from .buffers import layout_of, views
 from .devices import fabric
 from .executor import InlineQueue, RankQueue, ThreadQueue
@@ -192,7 +192,7 @@ class Engine:
 
     def tick(
         self,
-        tick: LoweredTick,
+        tick: Tick,
         tensors: Sequence[torch.Tensor],
         times: Mapping[int, Time],
         earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,

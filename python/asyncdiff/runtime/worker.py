@@ -17,8 +17,7 @@ from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program
 from ..graph.signature import Role
 from ..partition.partition import Partition
-from ..schedule.actions import NOTHING, Action, Kind, Slots
-from ..schedule.segments import Segment
+from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
 from .buffers import dense, moved_on
 from .cuda_graphs import GraphCache, Issued, capturing, reason
 from .devices import out_of_memory

@@ -1,7 +1,9 @@
-"""What a plan is made of: actions of ranks, ticks of actions, exchanges between components."""
+"""What a plan is made of: actions of ranks, segments and ticks of actions, exchanges."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -63,6 +65,24 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Actions that ``rank`` issues one after another, without waiting for the host."""
+
+    rank: int
+    actions: tuple[Action, ...]
+
+    @cached_property
+    def run(self) -> Action | None:
+        """The run among them; a segment has one at most."""
+        return next((a for a in self.actions if a.kind is Kind.RUN), None)
+
+    @cached_property
+    def step(self) -> int | None:
+        """The step whose noise prediction it delivers."""
+        return None if self.run is None else self.run.step
+
+
+@dataclass(frozen=True)
 class Tick:
     """A batch of runs: one after another (``exact``) or all at once.
 
@@ -74,7 +94,7 @@ class Tick:
     serves: tuple[int, ...]
     actions: tuple[Action, ...]
 
-    @property
+    @cached_property
     def runs(self) -> tuple[Action, ...]:
         """The runs of this tick, in issue order."""
         return tuple(a for a in self.actions if a.kind is Kind.RUN)
@@ -83,6 +103,53 @@ class Tick:
     def delivers(self) -> tuple[int, ...]:
         """The steps whose noise predictions come out of it, in order."""
         return tuple(sorted(a.step for a in self.actions if a.step is not None))
+
+    @cached_property
+    def times(self) -> tuple[int, ...]:
+        """The indices of the timesteps that its runs need."""
+        return tuple(dict.fromkeys(a.time for a in self.runs if a.time is not None))
+
+    @cached_property
+    def latents(self) -> tuple[int, ...]:
+        """The steps whose latents its runs need."""
+        return tuple(dict.fromkeys(a.latents for a in self.runs if a.latents is not None))
+
+    @cached_property
+    def ranks(self) -> frozenset[int]:
+        """The ranks that run."""
+        return frozenset(a.rank for a in self.runs)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Its actions in pieces of one rank: what an engine issues, a simulation walks through, and
+        a process that owns some ranks runs alone.
+
+        As in a plan, whoever issues the segments one after another never waits for something that
+        was not issued before. What ranks take before they run in an asynchronous tick is of earlier
+        ticks, so that in between their order is free: each rank has one segment. What they take
+        afterwards (at the end of a generation, to empty the channels) may be of this tick.
+        """
+        if self.exact:
+            return tuple(_consecutive(self.actions))
+        late = len(self.actions)
+        if self.runs:
+            first = self.actions.index(self.runs[0])
+            taken = (i for i in range(first, late) if self.actions[i].kind is Kind.GET)
+            late = next(taken, late)
+        turns = {rank: i for i, rank in enumerate(dict.fromkeys(a.rank for a in self.actions))}
+        early = sorted(self.actions[:late], key=lambda a: turns[a.rank])
+        return (*_consecutive(early), *_consecutive(self.actions[late:]))
+
+
+def _consecutive(actions: Iterable[Action]) -> Iterator[Segment]:
+    for rank, group in itertools.groupby(actions, lambda a: a.rank):
+        mine: list[Action] = []
+        for action in group:
+            if action.kind is Kind.RUN and any(a.kind is Kind.RUN for a in mine):
+                yield Segment(rank, tuple(mine))
+                mine = []
+            mine.append(action)
+        yield Segment(rank, tuple(mine))
 
 
 @dataclass(frozen=True)

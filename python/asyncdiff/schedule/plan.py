@@ -5,38 +5,24 @@ plan one after another, each to its rank, never waits for something that was not
 This file imports neither torch nor devices; it can be tested, printed and studied on paper.
 
 Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps. The two
-schedules are in published.py and wavefront.py; what a rank issues at once in segments.py.
+schedules are in published.py and wavefront.py; what they share is in builder.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..errors import PlanError
 from .actions import Action, Exchange, Kind, Tick
-from .published import Builder as Published
-from .segments import LoweredTick, lower
-from .wavefront import Builder as Waves
-from .wavefront import lagged, shortest_delay
+from .builder import Builder
+from .published import Published
+from .wavefront import Waves, lagged, shortest_delay
 
 __all__ = [
-    "SCHEDULES",
-    "Action",
-    "Exchange",
-    "Kind",
-    "Plan",
-    "Tick",
-    "build",
-    "chain",
-    "check_delay",
-    "check_numbers",
-    "check_schedule",
-    "rank_count",
-    "ring",
-    "wave_delay",
-]
+    "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain", "check_delay",
+    "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
+]  # fmt: skip
 
 #: "asyncdiff": as published. "wavefront": see :mod:`asyncdiff.schedule.wavefront`.
 SCHEDULES = ("asyncdiff", "wavefront")
@@ -59,11 +45,6 @@ class Plan:
     extrapolate: float = 0.0
     #: ticks from a wave's start to its prediction; 0 in the published schedule
     delay: int = 0
-
-    @cached_property
-    def lowered(self) -> tuple[LoweredTick, ...]:
-        """What runs: the ticks as segments of ranks, the same for engine and simulation."""
-        return lower(self.ticks)
 
     @property
     def ranks(self) -> int:
@@ -120,16 +101,12 @@ def ring(
 
 
 def check_schedule(
-    schedule: str,
-    *,
-    time_shift: bool = False,
-    extrapolate: float = 0.0,
-    exact_tail: int = 0,
+    schedule: str, *, time_shift: bool = False, extrapolate: float = 0.0, exact_tail: int = 0
 ) -> None:
     """Raise :class:`PlanError` for an unknown schedule, or options that it does not have."""
     if schedule not in SCHEDULES:
         raise PlanError(f"schedule={schedule!r}: write one of {', '.join(SCHEDULES)}")
-    if not isinstance(exact_tail, int) or isinstance(exact_tail, bool) or exact_tail < 0:
+    if not _is_whole(exact_tail, 0):
         raise PlanError(f"exact_tail must be a whole number of at least 0, not {exact_tail!r}")
     if not 0 <= extrapolate <= 2:
         raise PlanError(f"extrapolate={extrapolate!r}: take 0 (off) to 2; 1 is a straight line")
@@ -152,7 +129,7 @@ def check_delay(delay: int | None, schedule: str, components: int) -> None:
         raise PlanError(
             "delay belongs to schedule='wavefront': here every prediction is one of its own step"
         )
-    if isinstance(delay, bool) or not isinstance(delay, int) or not 1 <= delay < components:
+    if not _is_whole(delay, 1) or delay >= components:
         raise PlanError(
             f"delay={delay!r}: waves of {components} components arrive after 1 to "
             f"{components - 1} ticks; None takes what measured best"
@@ -166,11 +143,11 @@ def check_numbers(
 ) -> None:
     """Raise :class:`PlanError` if no plan has these numbers (``steps=None``: not known yet)."""
     for name, value in (("components", components), ("stride", stride), ("warmup", warmup)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value, 1):
             raise PlanError(f"{name} must be a whole number of at least 1, not {value!r}")
     if steps is None:
         return
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if not _is_whole(steps, 1):
         raise PlanError(f"steps must be a whole number of at least 1, not {steps!r}")
     if warmup > steps:
         raise PlanError(
@@ -182,6 +159,10 @@ def check_numbers(
             f"warmup={warmup} and exact_tail={exact_tail} exceed the {steps} steps of this "
             f"generation: take exact_tail <= {steps - warmup}, or more steps"
         )
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def build(
@@ -214,12 +195,7 @@ def build(
 
     Raises PlanError for numbers and options that no plan has.
     """
-    check_schedule(
-        schedule,
-        time_shift=time_shift,
-        extrapolate=extrapolate,
-        exact_tail=exact_tail,
-    )
+    check_schedule(schedule, time_shift=time_shift, extrapolate=extrapolate, exact_tail=exact_tail)
     check_numbers(components, stride, warmup, steps, exact_tail)
     check_delay(delay, schedule, components)
     edges = tuple(chain(components) if exchanges is None else exchanges)
@@ -232,14 +208,18 @@ def build(
         )
     slots = ring(edges, components, schedule, extrapolate, delay)
     late = wave_delay(components, edges, schedule, delay)
+    builder: Builder
     if schedule == "wavefront":
         edges = lagged(edges, components, late)
-        ticks = Waves(components, stride, edges, late, slots).ticks(warmup, steps, exact_tail)
+        builder = Waves(components, stride, edges, slots, late)
     else:
-        published = Published(components, stride, edges, 2 if extrapolate else 1, slots)
-        ticks = published.ticks(warmup, steps, exact_tail, order, time_shift)
+        held = 2 if extrapolate else 1
+        builder = Published(
+            components, stride, edges, slots, order=order, held=held, shift=int(time_shift)
+        )
+    ticks = builder.ticks(warmup, steps, exact_tail)
     return Plan(
-        components, stride, warmup, steps, time_shift, slots, edges, tuple(ticks),
+        components, stride, warmup, steps, time_shift, slots, edges, ticks,
         schedule, exact_tail, float(extrapolate), late,
     )  # fmt: skip
 

@@ -50,7 +50,11 @@ def _draw_rows(axes: Any, timeline: Timeline, window: tuple[float, float], label
     plan = timeline.plan
     low, high = window
     shown = [s for s in timeline.spans if s.end_ms > low and s.start_ms < high]
-    for (rank, kind, component), group in _grouped(shown).items():
+    # One collection of bars for each rank and kind: drawing bar by bar takes seconds.
+    groups: dict[tuple[int, SpanKind, int], list[Span]] = defaultdict(list)
+    for s in shown:
+        groups[s.rank, s.kind, s.component].append(s)
+    for (rank, kind, component), group in groups.items():
         top, height, colour = {
             SpanKind.RUN: (-0.36, 0.5, _colour(component)),
             SpanKind.EXCHANGE: (0.16, 0.16, _colour(component)),
@@ -75,31 +79,19 @@ def _draw_rows(axes: Any, timeline: Timeline, window: tuple[float, float], label
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _grouped(spans: list[Span]) -> dict[tuple[int, SpanKind, int], list[Span]]:
-    """One collection of bars for each rank and kind: drawing bar by bar takes seconds."""
-    out: dict[tuple[int, SpanKind, int], list[Span]] = defaultdict(list)
-    for s in spans:
-        out[(s.rank, s.kind, s.component)].append(s)
-    return out
-
-
 def _legend(figure: Any, plan: Plan) -> None:
     from matplotlib.patches import Patch
 
     parts = [Patch(facecolor=_colour(c), label=f"component {c}") for c in range(plan.components)]
     if plan.stride > 1:
-        parts.append(
-            Patch(facecolor="grey", edgecolor="white", hatch="//", label="copy of the last")
-        )
+        copy = Patch(facecolor="grey", edgecolor="white", hatch="//", label="copy of the last")
+        parts.append(copy)
     if plan.components > 1:
         parts.append(Patch(facecolor="grey", alpha=0.55, label="thin: boundary on its way"))
     parts.append(Patch(facecolor="black", label="sampler update"))
+    columns = min(7, len(parts))
     figure.legend(
-        handles=parts,
-        loc="outside lower center",
-        ncols=min(7, len(parts)),
-        fontsize=8,
-        frameon=False,
+        handles=parts, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
     )
 
 

@@ -155,14 +155,11 @@ class Timeline:
             "busy": list(self.busy),
             "ticks": [
                 {
-                    "index": t.index,
-                    "exact": t.exact,
-                    "serves": list(t.serves),
-                    "start_ms": a,
-                    "end_ms": b,
+                    "index": t.index, "exact": t.exact, "serves": list(t.serves),
+                    "start_ms": start, "end_ms": end,
                 }
                 for t in self.plan.ticks
-                for a, b in [self.tick_bounds(t.index)]
+                for start, end in [self.tick_bounds(t.index)]
             ],
         }  # fmt: skip
 
@@ -205,24 +202,28 @@ class _Simulation:
         self.latents = [0.0] * plan.ranks  # when the newest latents are on the rank
         self.arrived: dict[tuple[int, int, int], float] = {}  # (source, ordinal, receiving rank)
         self.freed: dict[tuple[int, int, int], float] = {}
-        for tick in plan.lowered:
-            left = sum(segment.run is not None for segment in tick.segments)
-            delivered = 0.0
-            if not left:  # steps that are taken on predictions alone
-                self._update(tick.index, len(tick.serves), delivered)
-            for a in (a for segment in tick.segments for a in segment.actions):
-                if a.kind is Kind.GET:
-                    when = self.arrived[a.component, a.ordinal, a.rank]
-                    self.queue[a.rank] = max(self.queue[a.rank], when)
-                elif a.kind is Kind.RELEASE:
-                    self.freed[a.component, a.ordinal, a.rank] = self.queue[a.rank]
-                else:
-                    end = self._run(tick.index, a)
-                    if a.step is not None:
-                        delivered = max(delivered, end + (self.latency if a.rank else 0.0))
-                    left -= 1
-                    if not left:  # before what the plan still takes only to leave channels empty
-                        self._update(tick.index, len(tick.serves), delivered)
+        for tick in plan.ticks:
+            actions = [a for segment in tick.segments for a in segment.actions]
+            runs = [i for i, a in enumerate(actions) if a.kind is Kind.RUN]
+            # After its last run, before what the plan still takes only to leave channels empty.
+            update = runs[-1] + 1 if runs else 0
+            delivered = max((self._act(tick.index, a) for a in actions[:update]), default=0.0)
+            self._update(tick.index, len(tick.serves), delivered)
+            for a in actions[update:]:
+                self._act(tick.index, a)
+
+    def _act(self, tick: int, a: Action) -> float:
+        """Issue an action. When rank 0 has the noise prediction that it delivers; else 0."""
+        bundle = a.component, a.ordinal, a.rank
+        if a.kind is Kind.GET:
+            self.queue[a.rank] = max(self.queue[a.rank], self.arrived[bundle])
+        elif a.kind is Kind.RELEASE:
+            self.freed[bundle] = self.queue[a.rank]
+        else:
+            end = self._run(tick, a)
+            if a.step is not None:
+                return end + (self.latency if a.rank else 0.0)
+        return 0.0
 
     def _run(self, tick: int, a: Action) -> float:
         start = max(self.queue[a.rank], self.latents[a.rank])
@@ -230,31 +231,27 @@ class _Simulation:
         self.queue[a.rank] = end
         self.spans.append(Span(a.rank, tick, SpanKind.RUN, start, end, a.component, None, a.time))
         if a.ordinal != NOTHING:
-            self._send(tick, a, a.ordinal, start, end)
+            self._send(tick, a, start, end)
         return end
 
-    def _send(self, tick: int, a: Action, ordinal: int, start: float, end: float) -> None:
-        receivers = [
-            (rank, e.target)
-            for e in self.plan.exchanges
-            if e.source == a.component
-            for rank in self.plan.ranks_of(e.target)
-        ]
+    def _send(self, tick: int, a: Action, start: float, end: float) -> None:
+        pairs = [(e.source, e.target) for e in self.plan.exchanges if e.source == a.component]
+        receivers = [(pair, rank) for pair in pairs for rank in self.plan.ranks_of(pair[1])]
         for late in (False, True):  # what exists early leaves first, to all receivers
-            for rank, target in receivers:
-                pair = (a.component, target)
+            for pair, rank in receivers:
                 tail = self.timing.tail_bytes.get(pair, 0)
                 size = tail if late else self.timing.boundary_bytes.get(pair, 0) - tail
-                slot = self.freed.get((a.component, ordinal - self.plan.slots, rank), 0.0)
+                slot = self.freed.get((a.component, a.ordinal - self.plan.slots, rank), 0.0)
                 begin = max(self.port[a.rank], slot, end if late else start)
                 done = begin + size / (self.timing.link_gb_per_s * 1e6)
                 if size:
                     self.port[a.rank] = done
                     self.sent_bytes += size
-                    exchange = SpanKind.EXCHANGE
-                    self.spans.append(Span(a.rank, tick, exchange, begin, done, a.component, rank))
+                    self.spans.append(
+                        Span(a.rank, tick, SpanKind.EXCHANGE, begin, done, a.component, rank)
+                    )
                 if late:  # the signal follows the last byte, and never precedes the run's end
-                    self.arrived[(a.component, ordinal, rank)] = max(done, end) + self.latency
+                    self.arrived[a.component, a.ordinal, rank] = max(done, end) + self.latency
 
     def _update(self, tick: int, steps: int, delivered: float) -> None:
         start = max(self.queue[0], delivered)

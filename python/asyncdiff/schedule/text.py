@@ -13,11 +13,8 @@ from .plan import Plan
 
 #: What a header may have besides, and how to read it.
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "schedule": str,
-    "exact_tail": int,
-    "extrapolate": float,
-    "delay": int,
-}
+    "schedule": str, "exact_tail": int, "extrapolate": float, "delay": int
+}  # fmt: skip
 _RUN = re.compile(r"r(\d+) R(\d+) x(\d+) t(\d+)(?: e(\d+))?(?: p(\d+))?(?: <(\S+))?$")
 _WAIT = re.compile(r"r(\d+) ([GL])(\d+):(\d+)$")
 
@@ -35,9 +32,8 @@ def to_text(plan: Plan) -> str:
         f"time_shift={int(plan.time_shift)} slots={plan.slots} exchanges={edges}"
     )
     for name in _OPTIONS:  # written where they are not at their defaults
-        value = getattr(plan, name)
-        if value != Plan.__dataclass_fields__[name].default:
-            head += f" {name}={int(value) if isinstance(value, bool) else value}"
+        if (value := getattr(plan, name)) != getattr(Plan, name):
+            head += f" {name}={value}"
     lines = [head]
     for tick in plan.ticks:
         serves = ",".join(map(str, tick.serves)) or "-"
@@ -61,62 +57,51 @@ def _action_text(a: Action) -> str:
 
 def from_text(text: str) -> Plan:
     """Read what :func:`to_text` wrote. Raises PlanError naming the line that does not parse."""
-    lines = text.strip().splitlines()
+    first, *lines = text.strip().splitlines() or [""]
     try:
-        head = dict(part.split("=", 1) for part in lines[0].split()[1:])
-        edges = head["exchanges"]
-        exchanges = tuple(
-            Exchange(*map(int, re.split("[>:]", e))) for e in edges.split(",") if edges != "-"
-        )
-        ticks, slots = [], int(head["slots"])
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                ticks.append(_tick_from_text(line, slots))
-            except (ValueError, AttributeError) as error:
-                raise PlanError(f"plan text, line {number}: cannot read {line!r}") from error
-        return Plan(
-            int(head["N"]), int(head["S"]), int(head["w"]), int(head["T"]),
-            bool(int(head["time_shift"])), slots, exchanges, tuple(ticks),
-            **{name: read(head[name]) for name, read in _OPTIONS.items() if name in head},
-        )  # fmt: skip
-    except (IndexError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, PlanError):
-            raise
+        head = dict(part.split("=", 1) for part in first.split()[1:])
+        edges = (re.split("[>:]", e) for e in head["exchanges"].split(",") if e != "-")
+        exchanges = tuple(Exchange(*map(int, e)) for e in edges)
+        n, stride, warmup, steps = (int(head[name]) for name in "NSwT")
+        shift, slots = bool(int(head["time_shift"])), int(head["slots"])
+        options = {name: read(head[name]) for name, read in _OPTIONS.items() if name in head}
+    except (KeyError, ValueError, TypeError) as error:
         raise PlanError("plan text, line 1: not the header of a plan") from error
+    ticks = tuple(_tick_from_text(i, line, slots) for i, line in enumerate(lines, start=2))
+    return Plan(n, stride, warmup, steps, shift, slots, exchanges, ticks, **options)
 
 
-def _tick_from_text(line: str, slots: int) -> Tick:
+def _tick_from_text(number: int, line: str, slots: int) -> Tick:
     head, _, body = line.partition(" |")
-    index, kind, serves = head.split()
-    if kind not in ("exact", "async"):
-        raise ValueError(kind)
-    actions = tuple(_action_from_text(part, slots) for part in body.strip().split("; ") if part)
-    steps = () if serves == "-" else tuple(map(int, serves.split(",")))
-    return Tick(int(index), kind == "exact", steps, actions)
+    try:
+        index, kind, serves = head.split()
+        steps = () if serves == "-" else tuple(map(int, serves.split(",")))
+        exact = {"exact": True, "async": False}[kind]
+        actions = (_action_from_text(part, slots) for part in body.strip().split("; ") if part)
+        return Tick(int(index), exact, steps, tuple(actions))
+    except (KeyError, ValueError) as error:
+        raise PlanError(f"plan text, line {number}: cannot read {line!r}") from error
 
 
 def _action_from_text(text: str, slots: int) -> Action:
-    wait = _WAIT.match(text)
-    if wait:
+    if wait := _WAIT.match(text):
         ordinal = int(wait[4])
         return Action(Kind(wait[2]), int(wait[1]), int(wait[3]), ordinal, ordinal % slots)
     run = _RUN.match(text)
     if run is None:
         raise ValueError(text)
-    read = (map(int, part.split(":")) for part in (run[7] or "").split(",") if part)
-    reads = tuple(Bundle(source, n, max(n, 0) % slots) for source, n in read)
+    rank, component, latents, time = map(int, run.group(1, 2, 3, 4))
     step = None if run[5] is None else int(run[5])
     put, slot = (NOTHING, NOTHING) if run[6] is None else (int(run[6]), int(run[6]) % slots)
-    return Action(
-        Kind.RUN, int(run[1]), int(run[2]), put, slot, int(run[3]), int(run[4]), step, reads
-    )
+    read = (map(int, part.split(":")) for part in (run[7] or "").split(",") if part)
+    reads = tuple(Bundle(source, n, max(n, 0) % slots) for source, n in read)
+    return Action(Kind.RUN, rank, component, put, slot, latents, time, step, reads)
 
 
 def to_json(plan: Plan) -> str:
     """The plan as JSON: the header's fields, and the ticks in the notation of :func:`to_text`."""
     head, *ticks = to_text(plan).splitlines()
-    data: dict[str, Any] = {"format": "asyncdiff-plan-2", "plan": head, "ticks": ticks}
-    return json.dumps(data, indent=1)
+    return json.dumps({"format": "asyncdiff-plan-2", "plan": head, "ticks": ticks}, indent=1)
 
 
 def from_json(text: str) -> Plan:
@@ -138,29 +123,23 @@ def grid(plan: Plan, width: int | None = None) -> str:
     Runs of an exact step follow each other (columns marked ``x``); those of a tick run at once.
     ``width``: characters of a line; what does not fit goes on below, in a further block.
     """
-    cells = [[""] * len(plan.ticks) for _ in range(plan.ranks)]
-    for column, tick in enumerate(plan.ticks):
-        for a in tick.runs:
-            mark = f"t{a.time}" + ("*" if a.step is not None else "")
-            cells[a.rank][column] = (cells[a.rank][column] + " " + mark).strip()
-    heads = [("x" if t.exact else "") + (",".join(map(str, t.serves)) or "-") for t in plan.ticks]
-    widths = [max(len(heads[c]), *(len(row[c]) for row in cells)) for c in range(len(heads))]
     names = [
         f"rank {r} C{plan.component_of(r)}" + (" copy" if r >= plan.components else "")
         for r in range(plan.ranks)
     ]
     left = max(map(len, [*names, "steps"]))
-    rows = [["steps", *heads]] + [[n, *row] for n, row in zip(names, cells, strict=True)]
-    blocks: list[list[int]] = [[]]
-    for column, cell in enumerate(widths):
-        used = left + 2 + sum(widths[c] + 1 for c in blocks[-1]) + 1 + cell
-        if width is not None and used > width and blocks[-1]:
-            blocks.append([])
-        blocks[-1].append(column)
-    return "\n\n".join(
-        "\n".join(
-            row[0].ljust(left) + " | " + " ".join(row[1 + c].rjust(widths[c]) for c in block)
-            for row in rows
-        )
-        for block in blocks
-    )
+    rows = [name.ljust(left) + " |" for name in ["steps", *names]]
+    blocks = [list(rows)]
+    for tick in plan.ticks:
+        column = [("x" if tick.exact else "") + (",".join(map(str, tick.serves)) or "-")]
+        for rank in range(plan.ranks):
+            runs = (a for a in tick.runs if a.rank == rank)
+            column.append(" ".join(f"t{a.time}" + "*" * (a.step is not None) for a in runs))
+        cell = max(map(len, column))
+        used = len(blocks[-1][0]) + 1 + cell
+        if width is not None and used > width and blocks[-1] != rows:
+            blocks.append(list(rows))
+        blocks[-1] = [
+            row + " " + text.rjust(cell) for row, text in zip(blocks[-1], column, strict=True)
+        ]
+    return "\n\n".join(map("\n".join, blocks))

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import PlanError
-from .actions import Action, Exchange, Tick
-from .ledger import Ledger
+from .actions import Exchange
+from .builder import Builder
 
 
 def shortest_delay(components: int, exchanges: Sequence[Exchange]) -> int:
@@ -58,78 +58,45 @@ def lagged(exchanges: Sequence[Exchange], components: int, delay: int) -> tuple[
     return tuple(replace(e, lag=max(1, after[e.target] - after[e.source])) for e in exchanges)
 
 
-class Builder:
-    """Emits the ticks of waves. Every wave is one bundle on every channel, exact steps included,
-    so that a bundle's ordinal is the number of its wave."""
+class Waves(Builder):
+    """Writes plans of waves. Every wave is one bundle on every channel, exact steps included, so
+    that a bundle's ordinal is the number of its wave."""
 
     def __init__(
-        self, components: int, stride: int, exchanges: Sequence[Exchange], delay: int, slots: int
+        self, components: int, stride: int, exchanges: Sequence[Exchange], slots: int, delay: int
     ) -> None:
-        self.n = components
-        self.stride = stride
-        self.delay = delay
+        super().__init__(range(components), exchanges, slots)
+        self.stride, self.delay = stride, delay
         self.offsets = offsets(components, delay)
-        self.sources = {
-            c: [e.source for e in exchanges if e.target == c] for c in range(components)
-        }
-        self.senders = {e.source for e in exchanges}
-        self.ledger = Ledger(slots)
-        self.waves = 0  # those before the next exact step
+        self.waves = 0  # those that were started
 
-    def ticks(self, warmup: int, steps: int, exact_tail: int) -> list[Tick]:
-        """All ticks."""
-        out: list[Tick] = []
-        for k in range(warmup):
-            out.append(self._exact(len(out), k))
-        out += self._asynchronous(len(out), warmup, steps - exact_tail)
-        for k in range(steps - exact_tail, steps):
-            out.append(self._exact(len(out), k))
-        out[-1] = replace(out[-1], actions=out[-1].actions + self._empty())
-        return out
-
-    def _exact(self, index: int, k: int) -> Tick:
-        """A step whose wave passes through all components in one tick."""
-        actions: list[Action] = []
-        for c in range(self.n):
-            actions += self._take(c, self.waves, own=True)
-            actions.append(self._run(c, k, self.waves, own=True))
-            actions += self._give_back(c, self.waves)
+    def exact(self, k: int) -> None:
+        """Write a step whose wave passes through all components in one tick."""
+        for c in self.components:
+            self._take(c, self.waves, own=True)
+            self._run(c, k, self.waves, own=True)
+            self._give_back(c, self.waves)
         self.waves += 1
-        return Tick(index, True, (k,), tuple(actions))
+        self.tick(True, (k,))
 
-    def _asynchronous(self, index: int, begin: int, end: int) -> list[Tick]:
-        """Steps ``begin`` … ``end`` − 1, at once.
+    def asynchronous(self, steps: range) -> None:
+        """Write a tick for every S steps.
 
         A wave that would not be finished is not started: nobody would use it.
         """
-        out = []
-        steps = range(begin, end, self.stride)
-        waves = max(0, len(steps) - self.delay)
-        for tick, first in enumerate(steps):
-            active = {
-                c: tick - after for c, after in enumerate(self.offsets) if 0 <= tick - after < waves
-            }
-            actions: list[Action] = []
+        starts = steps[:: self.stride]
+        waves = range(len(starts) - self.delay)
+        for tick in range(len(starts)):
+            started = [(c, tick - after) for c, after in enumerate(self.offsets)]
+            active = {c: self.waves + wave for c, wave in started if wave in waves}
             for c, wave in active.items():
-                actions += self._take(c, self.waves + wave)
-            actions += [self._run(c, steps[w], self.waves + w) for c, w in active.items()]
+                self._take(c, wave)
             for c, wave in active.items():
-                actions += self._give_back(c, self.waves + wave)
-            serves = tuple(range(first, min(first + self.stride, end)))
-            out.append(Tick(index + tick, False, serves, tuple(actions)))
-        self.waves += waves
-        return out
-
-    def _empty(self) -> tuple[Action, ...]:
-        """Take and give back what nobody will read, so that the channels end empty."""
-        ledger, actions = self.ledger, []
-        for c, sources in self.sources.items():
-            for source in sources:
-                while ledger.held(c, source):
-                    actions.append(ledger.release(c, source))
-                while ledger.taken[c, source] < self.waves:
-                    actions += [ledger.get(c, source), ledger.release(c, source)]
-        return tuple(actions)
+                self._run(c, starts[wave - self.waves], wave)
+            for c, wave in active.items():
+                self._give_back(c, wave)
+            self.tick(False, steps[tick * self.stride : (tick + 1) * self.stride])
+        self.waves += len(waves)
 
     def _read(self, component: int, source: int, wave: int, own: bool = False) -> int:
         """The wave of ``source`` that a run of ``wave`` reads: in a tick, where both run the same
@@ -137,32 +104,16 @@ class Builder:
         behind = self.offsets[component] == self.offsets[source] and not own
         return wave - behind
 
-    def _take(self, component: int, wave: int, own: bool = False) -> list[Action]:
-        """Take what a run of ``wave`` reads; older bundles are given back first."""
-        ledger, actions = self.ledger, []
+    def _take(self, component: int, wave: int, own: bool = False) -> None:
+        """Take what a run of ``wave`` reads."""
         for source in self.sources[component]:
-            while ledger.taken[component, source] <= self._read(component, source, wave, own):
-                if ledger.held(component, source):
-                    actions.append(ledger.release(component, source))
-                actions.append(ledger.get(component, source))
-        return actions
+            self.take(component, source, self._read(component, source, wave, own) + 1)
 
-    def _give_back(self, component: int, wave: int) -> list[Action]:
+    def _give_back(self, component: int, wave: int) -> None:
         """Give back what no run after that of ``wave`` reads."""
-        ledger, actions = self.ledger, []
         for source in self.sources[component]:
-            next_read = self._read(component, source, wave + 1)
-            while ledger.held(component, source) and ledger.freed[component, source] < next_read:
-                actions.append(ledger.release(component, source))
-        return actions
+            self.give_back(component, source, self._read(component, source, wave + 1))
 
-    def _run(self, component: int, k: int, wave: int, own: bool = False) -> Action:
-        return self.ledger.run(
-            component,
-            component,
-            latents=k,
-            time=k,
-            step=k if component == self.n - 1 else None,
-            reads=[(s, self._read(component, s, wave, own)) for s in self.sources[component]],
-            sends=component in self.senders,
-        )
+    def _run(self, component: int, k: int, wave: int, own: bool = False) -> None:
+        reads = [(s, self._read(component, s, wave, own)) for s in self.sources[component]]
+        self.run(component, k, k, k if component == self.last else None, reads)

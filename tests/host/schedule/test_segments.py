@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncdiff.schedule import plan as P
-from asyncdiff.schedule.segments import Segment
+from asyncdiff.schedule.actions import Segment
 
 numbers = st.tuples(
     st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(0, 12), st.booleans()
@@ -65,15 +65,14 @@ class Channels:
 def in_turn(plan: P.Plan) -> None:
     """Issue the segments one after another, as ranks that share a device do."""
     channels = Channels(plan)
-    for tick, lowered in zip(plan.ticks, plan.lowered, strict=True):
-        assert (lowered.index, lowered.serves) == (tick.index, tick.serves)
+    for tick in plan.ticks:
         for rank in range(plan.ranks):
-            mine = [a for s in lowered.segments if s.rank == rank for a in s.actions]
+            mine = [a for s in tick.segments if s.rank == rank for a in s.actions]
             assert mine == [a for a in tick.actions if a.rank == rank], "a rank's order is kept"
-        assert {a.time for a in tick.runs} == set(lowered.times)
-        assert {a.latents for a in tick.runs} == set(lowered.latents)
-        assert {a.rank for a in tick.runs} == lowered.ranks
-        for segment in lowered.segments:
+        assert {a.time for a in tick.runs} == set(tick.times)
+        assert {a.latents for a in tick.runs} == set(tick.latents)
+        assert {a.rank for a in tick.runs} == tick.ranks
+        for segment in tick.segments:
             assert sum(a.kind is P.Kind.RUN for a in segment.actions) <= 1
             for action in segment.actions:
                 assert channels.possible(action), "a wait for what was not issued"
@@ -85,9 +84,9 @@ def by_rank(plan: P.Plan, order: list[int]) -> None:
     """Every rank goes through its own segments, as far as it can; ``order`` says who is quick. In a
     tick the sampler has the steps before it: no rank begins a tick before they are served."""
     channels = Channels(plan)
-    for lowered in plan.lowered:
+    for tick in plan.ticks:
         queues = {r: deque[P.Action]() for r in order}
-        for segment in lowered.segments:
+        for segment in tick.segments:
             queues[segment.rank].extend(segment.actions)
         moved = True
         while moved:
@@ -140,7 +139,7 @@ def test_a_circle(stride: int) -> None:
 @pytest.mark.parametrize(("components", "stride"), [(1, 1), (2, 1), (3, 1), (2, 2), (3, 3)])
 def test_one_segment_a_rank_in_a_tick(components: int, stride: int) -> None:
     plan = P.build(components, stride, 1, 50)
-    for tick in plan.lowered[2:-2]:
+    for tick in plan.ticks[2:-2]:
         assert sorted(s.rank for s in tick.segments) == list(range(plan.ranks))
-    assert plan.lowered is plan.lowered  # lowered once
-    assert all(isinstance(s, Segment) for tick in plan.lowered for s in tick.segments)
+        assert tick.segments is tick.segments  # lowered once
+    assert all(isinstance(s, Segment) for tick in plan.ticks for s in tick.segments)
