@@ -38,11 +38,10 @@ def cut(
         raise PartitionError(
             f"components={components}: this denoiser can be split into at most {count}"
         )
-    segment = _segment_costs(ms, nbytes, last_use, bytes_per_ms)
-    fan_out = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies) if copies > 1 else segment
-    by_index = [fan_out if i == components - 2 else segment for i in range(components)]
+    by_index = [_segment_costs(ms, nbytes, last_use, bytes_per_ms)] * components
+    if copies > 1 and components > 1:
+        by_index[-2] = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies)
     best = by_index[0][0].copy()  # best[b]: slowest component over nodes 0 … b−1 with n components
-    best[0] = np.inf
     choices = []
     for costs in by_index[1:]:
         worst = np.maximum(best[:, None], costs)  # [a, b]: last component is a … b−1

@@ -7,12 +7,14 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..graph.capture import Captured, nbytes_of, tensors_of
@@ -45,10 +47,9 @@ def estimate(captured: Captured) -> Costs:
         if node in captured.views:
             ms[node] = 0.0
             continue
-        moved = nbytes_of(node) + sum(nbytes_of(source) for source in node.all_input_nodes)
         dtype = next((t.dtype for t in tensors_of(node)), torch.float32)
         rate = _FLOPS_PER_MS.get(dtype, _FLOPS_PER_MS[torch.float32])
-        ms[node] = max(2 * macs[node] / rate, moved / _BYTES_PER_MS)
+        ms[node] = max(2 * macs[node] / rate, _moved(node) / _BYTES_PER_MS)
     return Costs(ms, macs, "estimated")
 
 
@@ -58,7 +59,7 @@ def fused(captured: Captured, costs: Costs) -> Costs:
     Matrix products, convolutions and attention keep their times, without the pass that adds a
     convolution's bias. Of all else what counts is the memory that still has to be read and written:
     a chain of such nodes reads what heavy nodes and normalisations left, and writes what they need.
-    The memory's speed is that of the measured nodes of this kind.
+    The memory's speed is the median of the large measured nodes that do nothing else.
     """
     light = {n for n in captured.nodes if n not in captured.views and not costs.macs[n]}
     readers = _readers(captured)
@@ -69,7 +70,8 @@ def fused(captured: Captured, costs: Costs) -> Costs:
         if n not in captured.views
         and (n not in light or any(r not in light or _reduces(r) for r in readers[n]))
     }
-    speed = _memory_speed(costs, [n for n in light if not _reduces(n)])
+    large = (n for n in light if not _reduces(n) and nbytes_of(n) > 1 << 22 and costs.ms[n] > 0)
+    speed = statistics.median([_moved(n) / costs.ms[n] for n in large] or [_BYTES_PER_MS])
     ms = dict(costs.ms)
     for node in captured.nodes:
         if node in captured.views:
@@ -88,13 +90,9 @@ def fused(captured: Captured, costs: Costs) -> Costs:
     return Costs(ms, costs.macs, f"{costs.source}, as if fused")
 
 
-def _memory_speed(costs: Costs, nodes: Sequence[fx.Node]) -> float:
-    """Bytes a millisecond that large nodes move which do nothing else (median)."""
-    large = [n for n in nodes if nbytes_of(n) > 1 << 22 and costs.ms[n] > 0]
-    rates = [
-        (nbytes_of(n) + sum(nbytes_of(s) for s in n.all_input_nodes)) / costs.ms[n] for n in large
-    ]
-    return statistics.median(rates) if rates else _BYTES_PER_MS
+def _moved(node: fx.Node) -> int:
+    """Bytes that a node reads and writes."""
+    return nbytes_of(node) + sum(map(nbytes_of, node.all_input_nodes))
 
 
 def _readers(captured: Captured) -> dict[fx.Node, set[fx.Node]]:
@@ -124,6 +122,10 @@ class _Untracked(contextlib.nullcontext[None]):
     parents = frozenset({"Global"})
 
 
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def count_macs(captured: Captured) -> dict[fx.Node, int]:
     """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
     macs = dict.fromkeys(captured.nodes, 0)
@@ -131,7 +133,10 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
     for node in captured.nodes:
         if not any(word in str(node.target) for word in heavy):
             continue
-        values = {n: _meta(n.meta.get("val")) for n in node.all_input_nodes}
+        values = {
+            n: pytree.tree_map_only(torch.Tensor, _meta, n.meta.get("val"))
+            for n in node.all_input_nodes
+        }
         args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _Untracked()  # type: ignore[assignment]
@@ -148,25 +153,26 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
     ``tensors`` are the call's inputs. Weights are brought to the device block by block, so that a
     denoiser larger than the device's memory can be measured too.
     """
-    values: dict[fx.Node, Any] = {}
-    for node in captured.graph.nodes:
-        if node.op == "placeholder" and node.name in captured.inputs:
-            values[node] = tensors[captured.inputs[node.name]].to(device)
+    values: dict[fx.Node, Any] = {
+        node: tensors[captured.inputs[node.name]].to(device)
+        for node in captured.graph.nodes
+        if node.op == "placeholder" and node.name in captured.inputs
+    }
     last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
     ms: dict[fx.Node, float] = {}
-    timer = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    what, count = "timing the denoiser's parts", len(captured.nodes)
     with on_device(device):
-        for start in range(0, len(captured.nodes), _BLOCK_NODES):
-            tell("timing the denoiser's parts", start, len(captured.nodes))
+        too_long = _launch_ms(device) if device.type == "cuda" else 0.0
+        for start in range(0, count, _BLOCK_NODES):
+            tell(what, start, count)
             block = captured.nodes[start : start + _BLOCK_NODES]
             run = _Block(block, values, _bring(captured, block, device), last_reader, device)
-            passes = list(timer(run.runs(), device))[1:]
-            for i, node in enumerate(block):
-                ms[node] = (
-                    0.0 if node in captured.views else statistics.median(p[i] for p in passes)
-                )
+            passes = [_timed(run.runs(), device) for _ in range(_PASSES + 1)][1:]
+            for node, times in zip(block, zip(*passes, strict=True), strict=True):
+                view = node in captured.views
+                ms[node] = 0.0 if view else max(statistics.median(times) - too_long, 0.0)
             run.forget()
-    tell("timing the denoiser's parts", len(captured.nodes), len(captured.nodes))
+    tell(what, count, count)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Costs(ms, count_macs(captured), f"measured on {name}")
 
@@ -181,15 +187,17 @@ def link_speed(devices: Sequence[torch.device]) -> float:
         return 1e9 if devices[0].type == "cuda" else 5e6
     source = torch.empty(1 << 26, dtype=torch.uint8, device=devices[0])
     target = torch.empty_like(source, device=other)
+
+    def synchronized() -> float:
+        torch.cuda.synchronize(devices[0])
+        torch.cuda.synchronize(other)
+        return time.perf_counter()
+
     speeds = []
     for _ in range(6):
-        torch.cuda.synchronize(devices[0])
-        torch.cuda.synchronize(other)
-        started = time.perf_counter()
+        started = synchronized()
         target.copy_(source)
-        torch.cuda.synchronize(devices[0])
-        torch.cuda.synchronize(other)
-        speeds.append(source.numel() / (time.perf_counter() - started) / 1e3)
+        speeds.append(source.numel() / (synchronized() - started) / 1e3)
     return statistics.median(speeds[1:])
 
 
@@ -217,14 +225,12 @@ class _Block:
         last_reader: dict[fx.Node, fx.Node],
         device: torch.device,
     ) -> None:
-        self._values = values
-        self._weights = weights
+        self._nodes, self._values, self._weights = nodes, values, weights
         self._device = device
-        self._nodes = nodes
-        mine = set(nodes)
         self._dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
         #: values of earlier blocks that nobody reads after this one
         self._done: list[fx.Node] = []
+        mine = set(nodes)
         for value in [*values, *nodes]:
             reader = last_reader.get(value, value)
             if reader in mine:
@@ -240,10 +246,8 @@ class _Block:
             del self._values[node]
 
     def _run(self, node: fx.Node) -> None:
-        def value(source: fx.Node) -> Any:
-            return self._weights[source] if source in self._weights else self._values[source]
-
-        args, kwargs = resolve(node, value, self._device)
+        known = ChainMap(self._weights, self._values)
+        args, kwargs = resolve(node, known.__getitem__, self._device)
         self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         # As soon as in the component: what is written again while it is still in the cache never
         # goes to memory, and large nodes take up to half longer where it does.
@@ -251,24 +255,14 @@ class _Block:
             del self._values[dead]
 
 
-def _time_on_cpu(runs: Sequence[Callable[[], None]], _: torch.device) -> Iterator[list[float]]:
-    for _pass in range(_PASSES + 1):
-        times = []
-        for run in runs:
-            before = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - before) * 1e3)
-        yield times
-
-
-def _time_on_gpu(runs: Sequence[Callable[[], None]], device: torch.device) -> Iterator[list[float]]:
-    too_long = _launch_ms(device)
-    for _ in range(_PASSES + 1):
-        yield [max(ms - too_long, 0.0) for ms in _apart(runs, device)]
-
-
-def _apart(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Milliseconds between events around each piece of work on the current stream."""
+def _timed(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Milliseconds of each piece of work; on a GPU between events on the current stream."""
+    if device.type != "cuda":
+        ends = [time.perf_counter()]
+        for piece in work:
+            piece()
+            ends.append(time.perf_counter())
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(ends)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(work) + 1)]
     torch.cuda.synchronize(device)
     # The gate holds the queue back while it fills, so that enqueueing is not what is timed.
@@ -294,16 +288,8 @@ def _launch_ms(device: torch.device) -> float:
             add()
     differences = []
     for _ in range(_PASSES):
-        apart = statistics.median(_apart([add] * _BLOCK_NODES, device))
-        together = statistics.median(_apart([graph.replay] * 8, device)) / _BLOCK_NODES
+        apart = statistics.median(_timed([add] * _BLOCK_NODES, device))
+        together = statistics.median(_timed([graph.replay] * 8, device)) / _BLOCK_NODES
         differences.append(apart - together)
     # The least: where others use the GPU too, events are further apart.
     return max(min(differences), 0.0)
-
-
-def _meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    if isinstance(value, (list, tuple)):
-        return type(value)(_meta(v) for v in value)
-    return value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from torch import fx, nn
 
@@ -40,14 +41,10 @@ def balanced(
     last_use = list(range(len(owned)))
     nbytes = [0] * len(owned)
     carried: dict[fx.Node, set[int]] = {}  # which owned values a node is computed from
-    ms = [costs.ms[n] for n in owned]
     for node in captured.nodes:
-        sources: set[int] = set()
-        for s in node.all_input_nodes:
-            sources |= carried.get(s, set())
-        unit = unit_of(node)
-        if unit in position:
-            here = position[unit]
+        sources = {v for s in node.all_input_nodes for v in carried.get(s, ())}
+        here = position.get(unit_of(node))
+        if here is not None:
             for v in sources:
                 last_use[v] = max(last_use[v], here)
             nbytes[here] += nbytes_of(node)
@@ -56,6 +53,7 @@ def balanced(
     for output in captured.outputs:
         for v in carried.get(output, ()):
             last_use[v] = len(owned)
+    ms = [costs.ms[n] for n in owned]
     starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies)
     return [owned[p].name for p in starts]
 
@@ -73,10 +71,7 @@ def by_cuts(captured: Captured, cuts: Sequence[str]) -> Owners:
     starts = [position[c] for c in cuts]
     if starts != sorted(set(starts)) or (starts and starts[0] == 0):
         raise PartitionError(f"cuts must rise and leave no component empty: {list(cuts)}")
-    owners: Owners = {}
-    for i, node in enumerate(owned):
-        owners[node] = sum(i >= s for s in starts)
-    return _with_parts(captured, owners)
+    return _with_parts(captured, {n: bisect_right(starts, i) for i, n in enumerate(owned)})
 
 
 def by_modules(captured: Captured, split: Sequence[Sequence[str]]) -> Owners:
@@ -111,23 +106,21 @@ def check_split_argument(module: nn.Module, split: Split, components: int) -> No
             )
         return
     entries = list(split)
-    by_cuts = bool(entries) and all(isinstance(s, str) for s in entries)
-    parts = len(entries) + 1 if by_cuts else len(entries)
-    if by_cuts and components == parts - 1:
+    strings = bool(entries) and all(isinstance(s, str) for s in entries)
+    if strings and components == len(entries):
         # As many strings as components: a flat list where lists of paths were meant?
         raise PartitionError(
             "split is a list with one list of module paths for each component (or "
             f"{components - 1} cuts), not {len(entries)} strings"
         )
-    if parts != components:
+    if (parts := len(entries) + strings) != components:
         raise PartitionError(f"split has {parts} parts, but components={components}")
-    if not by_cuts:
-        check_split(module, [s if isinstance(s, str) else list(s) for s in entries])
+    if not strings:
+        _check_paths(module, entries)
 
 
-def check_split(module: nn.Module, split: Sequence[Iterable[str]]) -> None:
-    """Raise PartitionError for a path that is no module of ``module``, or is listed twice."""
-    known = dict(module.named_modules())
+def _check_paths(module: nn.Module, split: Sequence[str | Sequence[str]]) -> None:
+    known = dict.fromkeys(path for path, _ in module.named_modules() if path)
     seen: dict[str, int] = {}
     for i, paths in enumerate(split):
         if isinstance(paths, str):
@@ -135,12 +128,11 @@ def check_split(module: nn.Module, split: Sequence[Iterable[str]]) -> None:
                 "split is a list with one list of module paths for each component; "
                 f"entry {i} is the string {paths!r}"
             )
-        listed = list(paths)
-        if not listed:
+        if not list(paths):
             raise PartitionError(f"component {i} of the split is empty")
-        for path in listed:
-            if path not in known or not path:
-                near = [k for k in known if k and k.split(".")[-1] == str(path).split(".")[-1]][:5]
+        for path in paths:
+            if path not in known:
+                near = [k for k in known if k.split(".")[-1] == str(path).split(".")[-1]][:5]
                 hint = f"; did you mean one of {near}?" if near else ""
                 raise PartitionError(
                     f"split, component {i}: {type(module).__name__} has no module {path!r}{hint}"
@@ -151,19 +143,15 @@ def check_split(module: nn.Module, split: Sequence[Iterable[str]]) -> None:
                 )
             seen[path] = i
     for path, i in seen.items():
-        parent = path.rpartition(".")[0]
-        while parent:
+        parent = path
+        while parent := parent.rpartition(".")[0]:
             if seen.get(parent, i) != i:
                 raise PartitionError(
                     f"module {path!r} (component {i}) is part of {parent!r}, which component "
                     f"{seen[parent]} owns: list the parts of {parent!r} instead"
                 )
-            parent = parent.rpartition(".")[0]
 
 
 def _with_parts(captured: Captured, owners: Owners) -> Owners:
-    for node in captured.nodes:
-        unit = unit_of(node)
-        if unit is not node and unit in owners:
-            owners[node] = owners[unit]
-    return owners
+    """The owners of units, and of the parts of their results."""
+    return {n: owners[unit_of(n)] for n in captured.nodes if unit_of(n) in owners}

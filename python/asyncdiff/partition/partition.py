@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -87,28 +86,19 @@ class Partition:
             sends,
             self.captured.outputs if last else [],
             device,
-            weight or self._weight,
+            weight or (lambda name, device: self.captured.weights[name].detach().to(device)),
         )
-
-    def _weight(self, name: str, device: torch.device) -> torch.Tensor:
-        return self.captured.weights[name].detach().to(device)
 
     def report(self) -> PartitionReport:
         """What each component costs and what crosses; prints as a table, ``to_dict`` for JSON."""
         costs = self.costs or estimate(self.captured)
         components = []
         for c in self.components:
-            paths = [p for p in map(self.captured.module_path, c.owned) if p]
-            components.append(
-                ComponentReport(
-                    nodes=len(c.nodes),
-                    ms=sum(costs.ms[n] for n in c.nodes if self.captured.each_run(n)),
-                    macs=sum(costs.macs[n] for n in c.nodes if self.captured.each_run(n)),
-                    parameters=sum(self.captured.weights[w].numel() for w in c.weights),
-                    first_module=paths[0] if paths else "",
-                    last_module=paths[-1] if paths else "",
-                )
-            )
+            paths = [p for p in map(self.captured.module_path, c.owned) if p] or [""]
+            run = [n for n in c.nodes if self.captured.each_run(n)]
+            ms, macs = sum(costs.ms[n] for n in run), sum(costs.macs[n] for n in run)
+            weights = sum(self.captured.weights[w].numel() for w in c.weights)
+            components.append(ComponentReport(len(c.nodes), ms, macs, weights, paths[0], paths[-1]))
         boundaries = []
         for (i, j), b in self.boundaries.items():
             # What is pushed after the component's last computation has nothing to hide behind.
@@ -154,13 +144,14 @@ def _assemble(
     cuts: tuple[str, ...] | None,
     costs: Costs | None,
 ) -> Partition:
-    local, crossing = _close(captured, owners, count)
+    outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
+    local, crossing = _close(outputs, owners, count)
     position = {n: i for i, n in enumerate(captured.graph.nodes)}
     components = []
     for j in range(count):
         nodes = sorted(local[j], key=position.__getitem__)
         used = {s for n in nodes for s in n.all_input_nodes}
-        used |= {o for o in captured.outputs if isinstance(o, fx.Node)} if j == count - 1 else set()
+        used |= outputs if j == count - 1 else set()
         inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
         weights = sorted(n.name for n in used if n.name in captured.weights)
         owned = [n for n in nodes if owners.get(n) == j]
@@ -173,17 +164,17 @@ def _assemble(
         boundaries[i, j] = boundary = Boundary(i, j, values)
         components[i].sends.append(boundary)
         components[j].reads.append(boundary)
-    order = _exact_order(components, captured.outputs)
+    order = _exact_order(components, outputs)
     return Partition(captured, components, boundaries, order, cuts, costs)
 
 
 def _close(
-    captured: Captured, owners: Owners, count: int
+    outputs: set[fx.Node], owners: Owners, count: int
 ) -> tuple[list[set[fx.Node]], dict[tuple[int, int], set[fx.Node]]]:
     """What every component computes, and what crosses, so that the outputs can be computed."""
     local: list[set[fx.Node]] = [set() for _ in range(count)]
     crossing: dict[tuple[int, int], set[fx.Node]] = {}
-    todo = [(o, count - 1) for o in captured.outputs if isinstance(o, fx.Node)]
+    todo = [(o, count - 1) for o in outputs]
     while todo:
         node, j = todo.pop()
         if node.op != "call_function" or node in local[j]:
@@ -200,31 +191,24 @@ def _close(
     return local, crossing
 
 
-def _exact_order(components: list[Component], outputs: list[Any]) -> tuple[int, ...]:
+def _exact_order(components: list[Component], outputs: set[fx.Node]) -> tuple[int, ...]:
     """Run order after which every crossing value and the outputs are those of one exact step.
 
     In a chain this is 0 … N−1. In a circle a component runs again once it has what it lacked.
     """
     sent = [{v for b in c.sends for v in b.values} for c in components]
-    wanted = {o for o in outputs if isinstance(o, fx.Node) and o.op == "call_function"}
-    sent[-1] = sent[-1] | (wanted & set(components[-1].nodes))
+    sent[-1] |= outputs & set(components[-1].nodes)
     # In a circle a value may be computed by several components; each must have it right.
     right: set[tuple[int, fx.Node]] = set()
     order: list[int] = []
     missing = {(i, v) for i, values in enumerate(sent) for v in values}
     while missing:
         for c in components:
-            stale = {
-                v for b in c.reads for v in b.values if (b.source, v) not in right
-            }  # fmt: skip
-            reachable: set[fx.Node] = set()
-            mine = set(c.nodes)
+            stale = {v for b in c.reads for v in b.values if (b.source, v) not in right}
             for node in c.nodes:
-                if not any(
-                    s in stale or (s in mine and s not in reachable) for s in node.all_input_nodes
-                ):
-                    reachable.add(node)
-            gained = {(c.index, v) for v in sent[c.index] & reachable} & missing
+                if not stale.isdisjoint(node.all_input_nodes):
+                    stale.add(node)
+            gained = {(c.index, v) for v in sent[c.index] - stale} & missing
             if gained:
                 order.append(c.index)
                 right |= gained
