@@ -32,7 +32,8 @@ class ParallelConfig:
     """Settings of a parallelised denoiser. Immutable, and checked when made.
 
     Attributes:
-        devices: one entry a rank (N + S − 1; waves: N; twice that with guidance="split"), which
+        devices: one entry a rank (N + S − 1; waves and pipelines: N; twice that with
+            guidance="split"), which
             may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None for all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
@@ -45,10 +46,12 @@ class ParallelConfig:
             paths for each component, or the ``partition.cuts`` of an earlier run.
         time_shift: of ``"asyncdiff"`` only: pass the timestep one index earlier in asynchronous
             steps.
-        schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024), or ``"wavefront"``: an
+        schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024); ``"wavefront"``: an
             evaluation passes through the components in successive ticks, and the sampler goes on
-            with an extrapolated clean image until it arrives (docs/guide/waves.md). Closer to the
-            sequential result, at the same speed.
+            with an extrapolated clean image until it arrives (docs/guide/waves.md), closer to the
+            sequential result, at the same speed; or ``"pipeline"``, for batches of at least N
+            pictures: components work on different pictures in turn, and every step is exact
+            (docs/guide/pipeline.md).
         delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
             nothing inside a wave is stale. None for what measured best: 1 where the first component
             sends to the last one, as in UNets, N − 1 in a chain of components.
@@ -98,6 +101,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_schedule(
             self.schedule,
+            stride=self.stride,
             time_shift=self.time_shift,
             extrapolate=self.extrapolate,
             exact_tail=self.exact_tail,
@@ -115,6 +119,11 @@ class ParallelConfig:
         ):
             if getattr(self, name) not in words:
                 raise InputError(f"{name}={getattr(self, name)!r}: write {words[0]!r} or 'split'")
+        if self.schedule == "pipeline" and self.splits:
+            raise PlanError(
+                "schedule='pipeline' keeps the conditions of a picture together: take "
+                "guidance='batched' and warmup_mode='chain', and more components for more devices"
+            )
         if self.warmup_mode == "split" and self.auto_warmup is not None:
             raise PlanError(
                 "warmup='auto' needs warmup_mode='chain': the last exact step, which fills the "
@@ -154,7 +163,7 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> int:
-        """Ranks of one group: N + S − 1, for waves N."""
+        """Ranks of one group: N + S − 1; N for waves and pipelines."""
         return rank_count(self.components, self.stride, self.schedule)
 
     @property
@@ -190,6 +199,8 @@ class ParallelConfig:
         PlanError for them.
         """
         times = torch.as_tensor(timesteps)
+        if self.schedule == "pipeline":
+            return GenerationSpec(self, times, max(len(times), 1), 0)
         warmup, tail = self.exact_steps(len(times)), self.exact_tail
         if shorten and warmup + tail > len(times):
             return GenerationSpec(self, times, max(len(times), 1), 0)

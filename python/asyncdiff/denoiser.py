@@ -16,6 +16,7 @@ from torch import nn
 
 from .config import GenerationSpec, ParallelConfig, ReadOnlySettings
 from .errors import InputError, SchedulerError
+from .forking import Locked
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, predictor_of
 from .graph.compile import pays
@@ -28,7 +29,7 @@ from .runtime.cfg_parallel import Groups
 from .runtime.devices import devices_of
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
-from .runtime.forking import Locked
+from .runtime.pipelined import joined
 from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, clean_image
 from .sampling.linear import Samplers
@@ -167,7 +168,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
 
     def _check(self, call: Call) -> None:
         check_devices(call, self._devices[0].type == "cuda")
-        if self._config.schedule == "wavefront" or self._config.splits:
+        if self._config.schedule != "asyncdiff" or self._config.splits:
             check_one_latents(call)
 
     @contextlib.contextmanager
@@ -271,6 +272,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 )
             if generation.engine is None:
                 started = time.perf_counter()
+                call = joined(call)
                 self._engine = self._engines.get(call)
                 phases = phases_of(generation.spec, self._engines, self._engine, call)
                 generation.begin(phases, call, time.perf_counter() - started)

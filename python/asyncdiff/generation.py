@@ -114,12 +114,11 @@ class Generation:
 
     def _follow(self, phases: Sequence[Phase]) -> None:
         self._phases = list(phases)
-        self._ticks: dict[int, tuple[Phase, Tick]] = {
-            step + phase.first: (phase, tick)
-            for phase in phases
-            for tick in phase.plan.ticks
-            for step in tick.serves
-        }
+        self._ticks: dict[int, tuple[Phase, list[Tick]]] = {}
+        for phase in phases:
+            for tick in phase.plan.ticks:
+                for step in tick.serves:
+                    self._ticks.setdefault(step + phase.first, (phase, []))[1].append(tick)
         self._main = next(p for p in phases if p.main)
 
     def step(self, call: Call) -> Any:
@@ -164,14 +163,16 @@ class Generation:
             self._drift = None
 
     def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
-        """Issue the tick that serves ``step``; its results by step of the generation."""
-        phase, tick = self._ticks[step]
+        """Issue the tick that serves ``step``, or those of its micro-batches; the results by step
+        of the generation."""
+        phase, ticks = self._ticks[step]
         first = phase.first
-        times = {index: self._time(index + first, call) for index in tick.times}
-        earlier = NO_EARLIER
-        if self._inputs:
-            earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
-        results = phase.engine.tick(tick, call.tensors, times, earlier)
+        for tick in ticks:
+            times = {index: self._time(index + first, call) for index in tick.times}
+            earlier = NO_EARLIER
+            if self._inputs:
+                earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
+            results = phase.engine.tick(tick, call.tensors, times, earlier)
         return {k + first: leaves for k, leaves in results.items()} if first else results
 
     def _by_waves(self, step: int, call: Call, predictor: LatePredictor) -> list[Any]:
@@ -179,7 +180,7 @@ class Generation:
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
         moving = [call.tensors[i] for i in call.indices(Role.LATENTS)]
-        phase, tick = self._ticks[step]
+        phase, (tick,) = self._ticks[step]
         if step == tick.serves[0] + phase.first:
             # The caller may go on to change its own.
             self._inputs[step] = [t.clone() for t in moving]

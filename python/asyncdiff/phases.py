@@ -11,6 +11,7 @@ from .partition.partition import Partition
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
+from .runtime.pipelined import Pipelined
 from .schedule.plan import Plan, build
 
 
@@ -29,10 +30,16 @@ class Phase:
 _build = functools.lru_cache(maxsize=16)(build)
 
 
-def plan_of(spec: GenerationSpec, parts: Partition | None, warmup: int | None = None) -> Plan:
+def plan_of(
+    spec: GenerationSpec,
+    parts: Partition | None,
+    warmup: int | None = None,
+    microbatches: int | None = None,
+) -> Plan:
     """The plan of a generation, for each group of ranks; with warmup_mode="split" without the exact
     steps that run split. ``warmup``: with this many exact steps. ``parts`` tells which components
-    exchange (None: not known yet; each sends to all later ones)."""
+    exchange (None: not known yet; each sends to all later ones). ``microbatches``: of a pipeline
+    (None: not known yet)."""
     config = spec.config
     before, after = spec.split_steps
     return _build(
@@ -45,6 +52,7 @@ def plan_of(spec: GenerationSpec, parts: Partition | None, warmup: int | None = 
         time_shift=config.time_shift,
         extrapolate=config.extrapolate,
         delay=config.delay,
+        microbatches=microbatches,
         exchanges=parts.exchanges if parts else None,
         exact_order=parts.exact_order if parts else None,
     )
@@ -56,7 +64,8 @@ def phases_of(
     """The phases of a generation of calls like this one, which ``engine`` was got for, with every
     CUDA graph recorded."""
     before, after = spec.split_steps
-    phases = [Phase(engine, plan_of(spec, engine.partition), before)]
+    count = engine.microbatches if isinstance(engine, Pipelined) else None
+    phases = [Phase(engine, plan_of(spec, engine.partition, microbatches=count), before)]
     if before:
         phases.insert(0, Phase(engines.whole(call), _exact(before), main=False))
     if after:

@@ -11,6 +11,7 @@ from conftest import PLACES, devices_for
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, AutoWarmup
+from asyncdiff.graph.batch import BatchSplit
 from asyncdiff.graph.conditions import batched_inputs
 from asyncdiff.graph.signature import parse
 
@@ -155,5 +156,5 @@ def test_conditions_are_told_apart_wherever_the_weights_are(dtype: torch.dtype, 
         name: t.to("cuda", dtype if t.is_floating_point() else t.dtype)
         for name, t in toy_call(batch=4, size=32).items()
     }
-    assert batched_inputs(module, parse(module, (), call), 2) == [True, False, True]
+    assert batched_inputs(module, parse(module, (), call), BatchSplit(1, 2)) == [True, False, True]
     assert {p.device.type for p in module.parameters()} == {home}

@@ -19,9 +19,9 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher"),
+    ("progress", "deadline", "launcher", "forking"),
     ("graph", "schedule"),
-    ("partition", "sampling"),
+    ("partition", "sampling", "microbatches"),
     ("config",),
     ("runtime",),
     ("phases",),
@@ -39,12 +39,22 @@ KNOWS_ONLY = {
     "schedule": {"schedule"},
     "graph": {"graph", "progress"},
     "sampling": {"sampling", "schedule"},
+    "microbatches": {"microbatches", "graph"},
     "demo": {"demo"},
 }
 #: Other people's packages that only some of ours know.
 GUESTS = {
     "torch": [
-        *("graph", "partition", "sampling", "config", "runtime", "phases", "generation"),
+        *(
+            "graph",
+            "partition",
+            "sampling",
+            "microbatches",
+            "config",
+            "runtime",
+            "phases",
+            "generation",
+        ),
         *("generate", "denoiser", "integrations", "tools", "demo", "cli"),
     ],
     "asyncdiff_core": ["errors", "deadline", "runtime", "tools"],

@@ -102,7 +102,8 @@ class Setting(Waves):
         str,
         typer.Option(
             "--schedule",
-            help="asyncdiff (as published), or wavefront: closer to the sequential result.",
+            help="asyncdiff (as published), wavefront (closer to the sequential result), or "
+            "pipeline (several pictures at once, exactly).",
         ),
     ] = "asyncdiff"
     order: Annotated[
@@ -127,7 +128,8 @@ Devices = Annotated[
     str | None,
     typer.Option(
         "--devices",
-        help="One device a rank (components + stride - 1; wavefront: components), separated by "
+        help="One device a rank (components + stride - 1; wavefront and pipeline: components), "
+        "separated by "
         "commas, for example cuda:0,cuda:1; may repeat; one alone stands for all. Left out: "
         "all visible GPUs, else the CPU.",
     ),

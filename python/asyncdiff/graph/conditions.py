@@ -1,12 +1,12 @@
-"""Which inputs of a call hold both conditions of a guided batch, found out by running the denoiser.
+"""Which inputs of a call hold all parts of its batch, found out by running the denoiser.
 
-Classifier-free guidance puts its conditions one after the other along the first dimension of the
-latents, and of all else that there is of each sample. Shapes alone do not tell what that is: the
-size of a picture, [64, 96], is as long as a batch of two. So the denoiser is run with one
-condition's part of these inputs changed: what it returns for the other has to stay the same, bit
-for bit. An input for which it does not is shared by both, if the others are then found to be apart;
-and each condition run by itself has to give what it gives in the batch. Otherwise the denoiser is
-refused: nothing that was not found to be exact is split.
+The batch, along the first dimension of the latents, is cut into parts: the conditions of
+classifier-free guidance, which lie one after the other, or pictures. So is all else that there is
+of each sample. Shapes alone do not tell what that is: the size of a picture, [64, 96], is as long
+as a batch of two. So the denoiser is run with these inputs changed but for one part: what it
+returns for that part has to stay the same, bit for bit. An input for which it does not is shared by
+all, if the others are then found to be apart; and each part run by itself has to give what it gives
+in the batch. Otherwise the denoiser is refused: nothing that was not found to be exact is split.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,26 +23,53 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InputError
+from .batch import BatchSplit
 from .side_effects import SideEffects
 from .signature import Call, Role
 
-_INSTEAD = "take guidance='batched' and warmup_mode='chain'"
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a batch is cut for, in words of error messages: ``gives`` parts to ranks, ``parts`` and
+    one ``part`` of the batch, and what to do ``instead``."""
+
+    gives: str
+    parts: str
+    part: str
+    instead: str
+
+
+GUIDANCE = Purpose(
+    "guidance='split' and warmup_mode='split' give to different ranks",
+    "conditions",
+    "condition",
+    "take guidance='batched' and warmup_mode='chain'",
+)
+PICTURES = Purpose(
+    "schedule='pipeline' gives to ranks in turn",
+    "pictures",
+    "picture",
+    "take schedule='asyncdiff' or 'wavefront'",
+)
 #: A rounding step of TF32, in which GPUs may compute float32.
 _TF32 = 2.0**-10
 
 
-def batched_inputs(module: nn.Module, call: Call, parts: int) -> list[bool]:
-    """Which tensors of a call hold ``parts`` conditions along their first dimension.
+def batched_inputs(
+    module: nn.Module, call: Call, split: BatchSplit, purpose: Purpose = GUIDANCE
+) -> list[bool]:
+    """Which tensors of a call hold all parts of ``split`` along their first dimension.
 
     Runs the denoiser five times or more, where the call's latents are; weights that lie elsewhere
     are brought there one by one. Raises InputError where the batch does not hold so many
-    conditions, or the denoiser does not keep them apart.
+    conditions, or the denoiser does not keep the parts apart.
     """
-    _check_known(module)
-    batched = _by_shape(call, parts)
+    if purpose is GUIDANCE:
+        _check_known(module)
+    batched = _by_shape(call, split)
     effects = SideEffects(module)
     try:
-        _Trial(module, call, parts).refine(batched)
+        _Trial(module, call, split, purpose).refine(batched)
     finally:
         effects.undo()
     return batched
@@ -54,21 +82,21 @@ def _check_known(module: nn.Module) -> None:
     mixing = sorted(name for name in processors if "PAG" in name)
     if mixing:
         raise InputError(
-            f"{mixing[0]} mixes the parts of the batch, which guidance='split' and "
-            f"warmup_mode='split' give to different ranks: {_INSTEAD}"
+            f"{mixing[0]} mixes the parts of the batch, which {GUIDANCE.gives}: {GUIDANCE.instead}"
         )
 
 
-def _by_shape(call: Call, parts: int) -> list[bool]:
+def _by_shape(call: Call, split: BatchSplit) -> list[bool]:
     """Which tensors have a first dimension like that of the latents."""
     index = call.indices(Role.LATENTS)[0]
     shape = call.signature.inputs[index].shape
     batch = shape[0] if shape else 0
+    parts = split.conditions * split.count
     if batch < parts or batch % parts:
         raise InputError(
             "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
             f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
-            f"(where it guides by a batch of two conditions), or {_INSTEAD}"
+            f"(where it guides by a batch of two conditions), or {GUIDANCE.instead}"
         )
     # Denoisers of videos take some conditioning once a frame.
     sizes = {batch, *(batch * frames for frames in shape[1:3] if len(shape) == 5)}
@@ -78,8 +106,9 @@ def _by_shape(call: Call, parts: int) -> list[bool]:
 class _Trial:
     """A denoiser run on variants of one call."""
 
-    def __init__(self, module: nn.Module, call: Call, parts: int) -> None:
-        self._module, self._call, self._parts = module, call, parts
+    def __init__(self, module: nn.Module, call: Call, split: BatchSplit, purpose: Purpose) -> None:
+        self._module, self._call, self._split = module, call, split
+        self._purpose = purpose
         self._latents = call.indices(Role.LATENTS)
         self._device = call.tensors[self._latents[0]].device
         weights = itertools.chain(module.parameters(), module.buffers())
@@ -87,10 +116,11 @@ class _Trial:
         self._together = _Together(self._device) if apart else contextlib.nullcontext()
         self._whole = self._run(call.tensors)
         self._noise: list[torch.Tensor] | None = None
-        if any(not x.dim() or x.shape[0] % parts for x in self._whole):
+        rows = split.conditions * split.count
+        if any(not x.dim() or x.shape[0] % rows for x in self._whole):
             raise InputError(
                 "the denoiser returns something that is not there for each sample of the batch, "
-                f"so that conditions cannot be given to ranks of their own: {_INSTEAD}"
+                f"so that {purpose.parts} cannot be given to ranks of their own: {purpose.instead}"
             )
 
     def refine(self, batched: list[bool]) -> None:
@@ -103,34 +133,37 @@ class _Trial:
             chosen = [i for i in chosen if i not in shared]
             if not set(self._latents) & set(chosen) or not self._apart(chosen):
                 raise InputError(
-                    "the denoiser mixes the conditions of the batch, which guidance='split' and "
-                    f"warmup_mode='split' give to different ranks: {_INSTEAD}"
+                    f"the denoiser mixes the {self._purpose.parts} of the batch, which "
+                    f"{self._purpose.gives}: {self._purpose.instead}"
                 )
+        part, instead = self._purpose.part, self._purpose.instead
         try:
-            alone = [self._run(self._part(g, chosen)) for g in range(self._parts)]
+            alone = [self._run(self._part(g, chosen)) for g in range(self._split.count)]
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
             raise InputError(
-                "the denoiser cannot be run on one condition of the batch alone, as guidance="
-                f"'split' and warmup_mode='split' do ({type(e).__name__}: {e}): {_INSTEAD}"
+                f"the denoiser cannot be run on one {part} of the batch alone, which "
+                f"{self._purpose.gives} ({type(e).__name__}: {e}): {instead}"
             ) from e
         for leaves, whole in zip(zip(*alone, strict=True), self._whole, strict=True):
             if not self._alike(list(leaves), whole):
                 raise InputError(
-                    "the denoiser gives other results for one condition of the batch alone, as "
-                    f"guidance='split' and warmup_mode='split' run it: {_INSTEAD}"
+                    f"the denoiser gives other results for one {part} of the batch alone, which "
+                    f"{self._purpose.gives}: {instead}"
                 )
 
     def _apart(self, chosen: Collection[int]) -> bool:
         """Whether no part of the result depends on the other parts of the chosen inputs."""
-        for g in range(self._parts):
+        for g in range(self._split.count):
             tensors = [
                 self._changed(t, g) if i in chosen else t for i, t in enumerate(self._call.tensors)
             ]
             results = self._run(tensors)
-            mine = [(r.chunk(self._parts)[g], w.chunk(self._parts)[g])
-                    for r, w in zip(results, self._whole, strict=True)]  # fmt: skip
+            mine = [
+                (self._split.part(r, g), self._split.part(w, g))
+                for r, w in zip(results, self._whole, strict=True)
+            ]
             if not all(_same_bits(a, b) for a, b in mine) and not self._as_noisy(mine, g):
                 return False
         return True
@@ -147,18 +180,19 @@ class _Trial:
 
     def _changed(self, tensor: torch.Tensor, part: int) -> torch.Tensor:
         """``tensor`` with other values in all parts but one."""
-        pieces = list(tensor.chunk(self._parts))
-        return torch.cat([x if g == part else _others(x) for g, x in enumerate(pieces)])
+        pieces = self._split.parts(tensor)
+        changed = [x if g == part else _others(x) for g, x in enumerate(pieces)]
+        return self._split.join(changed)
 
     def _part(self, part: int, chosen: Collection[int]) -> list[torch.Tensor]:
         return [
-            t.chunk(self._parts)[part] if i in chosen else t
+            self._split.part(t, part) if i in chosen else t
             for i, t in enumerate(self._call.tensors)
         ]
 
     def _alike(self, leaves: list[torch.Tensor], whole: torch.Tensor) -> bool:
         """Whether the parts' results are those in the batch, but for rounding."""
-        joined = torch.cat(leaves)
+        joined = self._split.join(leaves)
         if joined.shape != whole.shape:
             return False
         dtypes = {whole.dtype, *(t.dtype for t in (self._call.tensors[i] for i in self._latents))}

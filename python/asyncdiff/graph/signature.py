@@ -239,9 +239,9 @@ def check_one_latents(call: Call) -> None:
     several = [name for name in names if name.split(".")[0] not in RESIDUALS]
     if len(several) > 1:
         raise InputError(
-            f"this denoiser takes its latents as a list ({', '.join(several)}), which waves and "
-            "guidance split do not serve: take schedule='asyncdiff', guidance='batched' and "
-            "warmup_mode='chain'"
+            f"this denoiser takes its latents as a list ({', '.join(several)}), which waves, "
+            "pipelines and guidance split do not serve: take schedule='asyncdiff', "
+            "guidance='batched' and warmup_mode='chain'"
         )
 
 

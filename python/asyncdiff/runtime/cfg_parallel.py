@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import GROUPS
+from ..graph.batch import BatchSplit
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
 from ..schedule.actions import Tick
@@ -26,11 +26,14 @@ class Groups:
     """Engines that serve one part of the batch each, used as one engine is.
 
     ``call`` is a call with the whole batch, of which the tensors that are ``batched`` hold a part
-    for each engine; the engines are made for :func:`part` of it.
+    for each engine, as ``split`` says; the engines are made for :func:`part` of it.
     """
 
-    def __init__(self, engines: Sequence[Engine], call: Call, batched: Sequence[bool]) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], call: Call, batched: Sequence[bool], split: BatchSplit
+    ) -> None:
         self.engines = list(engines)
+        self._split = split
         self.signature: Signature = call.signature
         self._batched = list(batched)
         self._moving = call.indices(Role.LATENTS)
@@ -72,7 +75,7 @@ class Groups:
     def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
         """Start a generation of so many steps, whose first call has these tensors."""
         self._parts.clear()
-        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]
         for g, engine in enumerate(self.engines):
             engine.begin(steps, [p[g] for p in parts])
 
@@ -84,7 +87,7 @@ class Groups:
         earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
-        parts = [self._split(i, t) for i, t in enumerate(tensors)]
+        parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]
         # One for all: each engine has the caller's stream wait for its results, and those of one
         # condition are nothing that the next has to wait for.
         caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
@@ -103,7 +106,7 @@ class Groups:
             self.abandon()
             raise
         return {
-            step: [_join(leaves) for leaves in zip(*(r[step] for r in results), strict=True)]
+            step: [self._join(leaves) for leaves in zip(*(r[step] for r in results), strict=True)]
             for step in results[0]
         }
 
@@ -141,7 +144,7 @@ class Groups:
         if not self._batched[self._time]:
             return times
         return {
-            k: t.chunk(len(self.engines))[group] if isinstance(t, torch.Tensor) else t
+            k: self._split.part(t, group) if isinstance(t, torch.Tensor) else t
             for k, t in times.items()
         }
 
@@ -151,19 +154,24 @@ class Groups:
         """A group's part of the inputs of earlier steps."""
         return {
             step: [
-                t.chunk(len(self.engines))[group] if self._batched[i] else t
+                self._split.part(t, group) if self._batched[i] else t
                 for i, t in zip(self._moving, values, strict=True)
             ]
             for step, values in earlier.items()
         }
 
-    def _split(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _join(self, leaves: Sequence[Any]) -> Any:
+        if isinstance(leaves[0], torch.Tensor):
+            return self._split.join(leaves)
+        return leaves[0]
+
+    def _parts_of(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
         if not self._batched[index]:
             return [tensor] * len(self.engines)
         kept = self._parts.get(index)
         if kept is None or kept[0] is not tensor:
             # Parts are views: they show when the caller writes to the tensor.
-            kept = tensor, list(tensor.chunk(len(self.engines)))
+            kept = tensor, self._split.parts(tensor)
             self._parts[index] = kept
         return kept[1]
 
@@ -174,15 +182,12 @@ def part(
     names: Mapping[str, str | None],
     group: int,
     batched: Sequence[bool],
+    split: BatchSplit,
 ) -> Call:
     """A group's share of a call, whose tensors are ``batched`` or shared."""
     each = iter(batched)
     leaves = [
-        leaf.chunk(GROUPS)[group] if isinstance(leaf, torch.Tensor) and next(each) else leaf
+        split.part(leaf, group) if isinstance(leaf, torch.Tensor) and next(each) else leaf
         for leaf in call.leaves
     ]
     return parse(module, (), pytree.tree_unflatten(leaves, call.spec), **names)
-
-
-def _join(leaves: Sequence[Any]) -> Any:
-    return torch.cat(list(leaves)) if isinstance(leaves[0], torch.Tensor) else leaves[0]

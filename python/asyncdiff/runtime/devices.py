@@ -17,8 +17,8 @@ def devices_of(config: ParallelConfig) -> list[torch.device]:
     """The devices of all ranks that a configuration asks for: see :func:`resolve`."""
     if config.guidance != "split":
         return resolve(config.devices, config.ranks)
-    waves = config.schedule == "wavefront"
-    why = f"2 x {'components' if waves else '(components + stride - 1)'}"
+    published = config.schedule == "asyncdiff"
+    why = f"2 x {'(components + stride - 1)' if published else 'components'}"
     return resolve(config.devices, GROUPS * config.ranks, why)
 
 

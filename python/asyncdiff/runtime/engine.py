@@ -44,7 +44,8 @@ class Engine:
     ``devices`` has one entry a rank: N + S − 1 (waves: N). ``tensors`` are the inputs of a call,
     in the order of the signature; their values are used for a first run, which fixes how values lie
     in memory. ``slots`` and ``extrapolate`` are those of the plans that will be run.
-    ``compile``: compile the components, and tell it how far that is.
+    ``compile``: compile the components, and tell it how far that is. ``beside``: an engine whose
+    ranks' streams this one's ranks use, in turn with it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         extrapolate: float = 0.0,
         deadline: float | None = None,
         compile: Progress | None = None,
+        beside: Engine | None = None,
     ) -> None:
         self.partition = partition
         self.signature = partition.captured.signature
@@ -76,8 +78,9 @@ class Engine:
             index = min(rank, count - 1)
             # A program holds where its values go, so every rank has its own; weights are shared.
             program = partition.program(index, device, weight)
+            stream = None if beside is None else beside.workers[rank].stream
             self.workers.append(
-                Worker(partition, rank, index, device, program, tensors, extrapolate)
+                Worker(partition, rank, index, device, program, tensors, extrapolate, stream)
             )
         self.conditioning = InputCache(
             [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING],

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ..config import GROUPS, ParallelConfig
+from ..graph.batch import BatchSplit
 from ..graph.capture import capture
-from ..graph.conditions import batched_inputs
+from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
 from ..graph.module_state import ModuleState
-from ..graph.signature import Call, Signature
+from ..graph.signature import Call, Role, Signature
 from ..graph.weight_watch import WeightWatch
 from ..graph.weights import Weights
 from ..partition.cost import fused, link_speed, measure
@@ -28,15 +29,19 @@ from .cfg_parallel import Groups, part
 from .cuda_graphs import reason
 from .devices import collect, out_of_memory
 from .engine import Engine
+from .pipelined import Pipelined, split_of
 from .rebalance import WORTH, WORTH_COMPILING, component_ms, next_cut
 
 log = logging.getLogger("asyncdiff")
 
 #: Kinds of calls whose engines are kept. Each engine holds mailboxes and graphs.
 _KEPT = 4
+#: A guided batch that is cut into its conditions.
+_CONDITIONS = BatchSplit(1, GROUPS)
 
-#: The signature of a call, and what the denoiser was then (:class:`~.module_state.ModuleState`).
-_Kind = tuple[Signature, int]
+#: The signature of a call, what the denoiser was then (:class:`~.module_state.ModuleState`), and
+#: how the batch is cut, if it is cut.
+_Kind = tuple[Signature, int, BatchSplit | None]
 _T = TypeVar("_T")
 
 
@@ -82,11 +87,10 @@ class EngineCache:
         self._renew(kind)
         if kind not in self._kept:
             config = self._config
-            split = config.guidance == "split"
             self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
             with bar(config.progress):
                 made = self._with_room(
-                    lambda: self._team(call, config.components, self._devices, split)
+                    lambda: self._team(call, config.components, self._devices, kind[2])
                 )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
@@ -112,7 +116,14 @@ class EngineCache:
         self._watches[kind] = WeightWatch(captured[0].weights.values())
 
     def _kind(self, call: Call) -> _Kind:
-        return call.signature, self._state.number()
+        return call.signature, self._state.number(), self._split(call)
+
+    def _split(self, call: Call) -> BatchSplit | None:
+        """How the components' engines cut the batch."""
+        config = self._config
+        if config.schedule == "pipeline":
+            return split_of(call, call.indices(Role.LATENTS)[0], config.components)
+        return _CONDITIONS if config.guidance == "split" else None
 
     def whole(self, call: Call) -> Engine | Groups:
         """The engine of two devices that have the whole denoiser, a condition each. Only after
@@ -122,7 +133,8 @@ class EngineCache:
         if made is None:
             first = self._devices[0]
             others = [d for d in self._devices if d != first] or [first]
-            made = self._with_room(lambda: self._team(call, 1, [first, others[0]], True), kind)
+            devices = [first, others[0]]
+            made = self._with_room(lambda: self._team(call, 1, devices, _CONDITIONS), kind)
             self._whole[kind] = made
             self._kept[kind].append(made)
         return made
@@ -164,33 +176,42 @@ class EngineCache:
         return work()
 
     def _team(
-        self, call: Call, components: int, devices: Sequence[torch.device], split: bool
+        self,
+        call: Call,
+        components: int,
+        devices: Sequence[torch.device],
+        split: BatchSplit | None,
     ) -> Engine | Groups:
-        """Ranks on ``devices`` that run ``components`` of the denoiser; ``split``: as two groups,
-        one for each condition."""
-        if not split:
+        """Ranks on ``devices`` that run ``components`` of the denoiser; with ``split`` an engine
+        for each part of the batch: of conditions on devices of their own, of pictures in turn on
+        all of them."""
+        if split is None:
             return self._even(call, components, devices)
-        ranks = len(devices) // GROUPS
-        batched = self._batched_inputs(call)
+        in_turn = self._config.schedule == "pipeline"
+        ranks = len(devices) if in_turn else len(devices) // split.count
+        batched = self._batched_inputs(call, split)
         names = self._config.names
-        mine = [part(self._module, call, names, group, batched) for group in range(GROUPS)]
+        mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
         engines: list[Engine] = []
         with contextlib.ExitStack() as undo:  # should there be no memory for all of them
-            for g in range(GROUPS):
-                of_group = devices[g * ranks : (g + 1) * ranks]
+            for g in range(split.count):
+                of_group = devices if in_turn else devices[g * ranks : (g + 1) * ranks]
                 if g == 0:
                     engines.append(self._even(mine[0], components, of_group))
                 else:
-                    engines.append(self._engine(mine[g], engines[0].partition, of_group))
+                    first = engines[0]
+                    beside = first if in_turn else None
+                    engines.append(self._engine(mine[g], first.partition, of_group, beside))
                 undo.callback(engines[-1].close)
             undo.pop_all()
-        return Groups(engines, call, batched)
+        return (Pipelined if in_turn else Groups)(engines, call, batched, split)
 
-    def _batched_inputs(self, call: Call) -> list[bool]:
-        """Which inputs hold both conditions; looked at once for each kind of calls."""
+    def _batched_inputs(self, call: Call, split: BatchSplit) -> list[bool]:
+        """Which inputs hold all parts of a batch; looked at once for each kind of calls."""
         kind = self._kind(call)
         if self._batched is None or self._batched[0] != kind:
-            found = batched_inputs(self._module, call, GROUPS)
+            purpose = PICTURES if self._config.schedule == "pipeline" else GUIDANCE
+            found = batched_inputs(self._module, call, split, purpose)
             self._batched = self._kind(call), found  # running it may keep something
         return self._batched[1]
 
@@ -231,7 +252,13 @@ class EngineCache:
         collect()
         return self._engine(call, otherwise, devices)
 
-    def _engine(self, call: Call, parts: Partition, devices: Sequence[torch.device]) -> Engine:
+    def _engine(
+        self,
+        call: Call,
+        parts: Partition,
+        devices: Sequence[torch.device],
+        beside: Engine | None = None,
+    ) -> Engine:
         config = self._config
         with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
             return Engine(
@@ -249,6 +276,7 @@ class EngineCache:
                 extrapolate=config.extrapolate,
                 deadline=config.deadline,
                 compile=progress,
+                beside=beside,
             )
 
     def _partition(self, call: Call, components: int, copies: int) -> Partition:

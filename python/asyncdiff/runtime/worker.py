@@ -36,6 +36,7 @@ class Worker:
 
     ``tensors`` are the inputs of a call, whose shapes, dtypes and values the static inputs get.
     ``extrapolate``: of the last change of crossing values, how much is added to them.
+    ``stream``: in place of one of its own, one whose work it shares with other workers.
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class Worker:
         program: fx.GraphModule,
         tensors: Sequence[torch.Tensor],
         extrapolate: float = 0.0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         captured = partition.captured
         cuda = device.type == "cuda"
         self.rank = rank
         self.index = index
         self.device = device
-        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.stream = stream or (torch.cuda.Stream(device) if cuda else None)
         self.comm = torch.cuda.Stream(device) if cuda else None
         self._extrapolate = extrapolate
         roles = [x.role for x in captured.signature.inputs]

@@ -86,13 +86,15 @@ class Segment:
 class Tick:
     """A batch of runs: one after another (``exact``) or all at once.
 
-    ``serves`` are the sampler steps that are taken after it.
+    ``serves`` are the sampler steps that are taken after it, of ``microbatch`` where the batch is
+    cut.
     """
 
     index: int
     exact: bool
     serves: tuple[int, ...]
     actions: tuple[Action, ...]
+    microbatch: int = 0
 
     @cached_property
     def runs(self) -> tuple[Action, ...]:

@@ -4,8 +4,8 @@ A plan is made of ticks, a tick of actions in a legal issue order: whoever issue
 plan one after another, each to its rank, never waits for something that was not issued before.
 This file imports neither torch nor devices; it can be tested, printed and studied on paper.
 
-Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps. The two
-schedules are in published.py and wavefront.py; what they share is in builder.py.
+Words (see docs/design.md): N components, stride S, w exact warm-up steps, T sampler steps. The
+schedules are in published.py, wavefront.py and pipeline.py; what they share is in builder.py.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from ..errors import PlanError
 from .actions import Action, Exchange, Kind, Tick
 from .builder import Builder
+from .pipeline import in_turn
 from .published import Published
 from .wavefront import Waves, lagged, shortest_delay
 
 __all__ = [
-    "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain", "check_delay",
-    "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
+    "ASYNCHRONOUS", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain",
+    "check_delay", "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
 ]  # fmt: skip
 
-#: "asyncdiff": as published. "wavefront": see :mod:`asyncdiff.schedule.wavefront`.
-SCHEDULES = ("asyncdiff", "wavefront")
+#: "asyncdiff": as published. The others: see :mod:`asyncdiff.schedule.wavefront` and
+#: :mod:`asyncdiff.schedule.pipeline`.
+ASYNCHRONOUS = ("asyncdiff", "wavefront")
+SCHEDULES = (*ASYNCHRONOUS, "pipeline")
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ class Plan:
     schedule: str = "asyncdiff"
     exact_tail: int = 0
     extrapolate: float = 0.0
-    #: ticks from a wave's start to its prediction; 0 in the published schedule
+    #: ticks from a wave's start to its prediction; 0 in other schedules
     delay: int = 0
+    #: parts of the batch that take turns, in the pipeline schedule
+    microbatches: int = 1
 
     @property
     def ranks(self) -> int:
-        """World size: N + S − 1, for waves N."""
+        """World size: N + S − 1; N for waves and pipelines."""
         return rank_count(self.components, self.stride, self.schedule)
 
     def component_of(self, rank: int) -> int:
@@ -69,14 +74,14 @@ def chain(components: int) -> tuple[Exchange, ...]:
 
 def rank_count(components: int, stride: int, schedule: str) -> int:
     """World size: copies of the last component serve the published schedule's stride."""
-    return components if schedule == "wavefront" else components + stride - 1
+    return components + stride - 1 if schedule == "asyncdiff" else components
 
 
 def wave_delay(
     components: int, exchanges: Sequence[Exchange], schedule: str, delay: int | None = None
 ) -> int:
     """The delay of plans of this schedule: ``delay``, or where that is None the one that measured
-    best for these exchanges. 0 for the published schedule, and where one component does it all."""
+    best for these exchanges. 0 for other schedules, and where one component does it all."""
     if schedule != "wavefront" or components == 1:
         return 0
     return shortest_delay(components, exchanges) if delay is None else delay
@@ -101,7 +106,12 @@ def ring(
 
 
 def check_schedule(
-    schedule: str, *, time_shift: bool = False, extrapolate: float = 0.0, exact_tail: int = 0
+    schedule: str,
+    *,
+    stride: int = 1,
+    time_shift: bool = False,
+    extrapolate: float = 0.0,
+    exact_tail: int = 0,
 ) -> None:
     """Raise :class:`PlanError` for an unknown schedule, or options that it does not have."""
     if schedule not in SCHEDULES:
@@ -110,6 +120,8 @@ def check_schedule(
         raise PlanError(f"exact_tail must be a whole number of at least 0, not {exact_tail!r}")
     if not 0 <= extrapolate <= 2:
         raise PlanError(f"extrapolate={extrapolate!r}: take 0 (off) to 2; 1 is a straight line")
+    if schedule == "pipeline":
+        _check_pipeline(stride, time_shift, extrapolate, exact_tail)
     if schedule == "wavefront" and time_shift:
         raise PlanError(
             "time_shift belongs to schedule='asyncdiff': a wave runs at its own timestep"
@@ -119,6 +131,21 @@ def check_schedule(
             "extrapolate belongs to schedule='asyncdiff': no value inside a wave is stale. What a "
             "wavefront extrapolates is the clean image: see order"
         )
+
+
+def _check_pipeline(stride: int, time_shift: bool, extrapolate: float, exact_tail: int) -> None:
+    several = isinstance(stride, int) and stride > 1
+    for name, given in (
+        ("stride", several),
+        ("time_shift", time_shift),
+        ("extrapolate", extrapolate),
+        ("exact_tail", exact_tail),
+    ):
+        if given:
+            raise PlanError(
+                f"{name} does not go with schedule='pipeline', in which every step is exact: leave "
+                "it out, or take another schedule"
+            )
 
 
 def check_delay(delay: int | None, schedule: str, components: int) -> None:
@@ -176,6 +203,7 @@ def build(
     time_shift: bool = False,
     extrapolate: float = 0.0,
     delay: int | None = None,
+    microbatches: int | None = None,
     exchanges: Sequence[Exchange] | None = None,
     exact_order: Sequence[int] | None = None,
 ) -> Plan:
@@ -191,11 +219,20 @@ def build(
     Of schedule "asyncdiff" only: ``time_shift``; ``extrapolate``, by how much of the last change
     the values of other components are moved on before they are used (0: they are used as they
     came). Of "wavefront" only: ``delay``, ticks from a wave's start to its prediction, from 1
-    to N − 1 (None: the fewest exchanges from the first component to the last).
+    to N − 1 (None: the fewest exchanges from the first component to the last). Of "pipeline" only:
+    ``microbatches`` (None: as many as components); every step is exact, whatever ``warmup`` is.
 
     Raises PlanError for numbers and options that no plan has.
     """
-    check_schedule(schedule, time_shift=time_shift, extrapolate=extrapolate, exact_tail=exact_tail)
+    check_schedule(
+        schedule,
+        stride=stride,
+        time_shift=time_shift,
+        extrapolate=extrapolate,
+        exact_tail=exact_tail,
+    )
+    if schedule == "pipeline":
+        warmup = steps
     check_numbers(components, stride, warmup, steps, exact_tail)
     check_delay(delay, schedule, components)
     edges = tuple(chain(components) if exchanges is None else exchanges)
@@ -218,10 +255,23 @@ def build(
             components, stride, edges, slots, order=order, held=held, shift=int(time_shift)
         )
     ticks = builder.ticks(warmup, steps, exact_tail)
+    parts = _microbatches(components, schedule, microbatches)
+    if schedule == "pipeline":
+        ticks = in_turn(ticks, parts)
     return Plan(
         components, stride, warmup, steps, time_shift, slots, edges, ticks,
-        schedule, exact_tail, float(extrapolate), late,
+        schedule, exact_tail, float(extrapolate), late, parts,
     )  # fmt: skip
+
+
+def _microbatches(components: int, schedule: str, given: int | None) -> int:
+    if given is None:
+        return components if schedule == "pipeline" else 1
+    if not _is_whole(given, 1):
+        raise PlanError(f"microbatches must be a whole number of at least 1, not {given!r}")
+    if schedule != "pipeline" and given != 1:
+        raise PlanError("microbatches belong to schedule='pipeline': others run the batch as it is")
+    return given
 
 
 def _check_edges(components: int, edges: Iterable[Exchange], order: Sequence[int]) -> None:

@@ -10,6 +10,8 @@ The model, so that its figures can be judged:
   bundle waits at the port until the receiver has given back the slot that it goes to.
 * Rank 0 holds the pipeline: noise predictions come to it, and new latents leave it, one latency
   later (they are small against boundaries, so they take no port time).
+* Micro-batches wait for their own predictions only; the sampler's update of one runs beside rank
+  0's component.
 
 Launch overhead, slow-downs by traffic in memory, and jitter are not in it.
 """
@@ -116,7 +118,8 @@ class Timeline:
     ``total_ms``: until the last update, when the latents are ready; runs and bundles of the last
     tick whose results nobody reads may end later.
     ``exposed_ms``: how much of it would be gone if links took no time. ``sequential_ms``: the same
-    steps on one device. ``busy``: by rank, the share of the total that it computes (0 … 1).
+    steps, of one micro-batch after another, on one device. ``busy``: by rank, the share of the
+    total that it computes (0 … 1).
     """
 
     plan: Plan
@@ -181,7 +184,7 @@ def predict(plan: Plan, timing: Timing) -> Timeline:
         tuple(run.spans),
         run.total,
         max(0.0, exposed),
-        plan.steps * (sum(timing.component_ms) + timing.update_ms),
+        plan.steps * plan.microbatches * (sum(timing.component_ms) + timing.update_ms),
         tuple(min(1.0, b / run.total) if run.total else 0.0 for b in busy),
         run.sent_bytes,
     )
@@ -199,10 +202,14 @@ class _Simulation:
         self.sent_bytes = 0
         self.queue = [0.0] * plan.ranks  # when a rank's compute queue is free
         self.port = [0.0] * plan.ranks
-        self.latents = [0.0] * plan.ranks  # when the newest latents are on the rank
-        self.arrived: dict[tuple[int, int, int], float] = {}  # (source, ordinal, receiving rank)
-        self.freed: dict[tuple[int, int, int], float] = {}
+        # By micro-batch: when the newest latents are on a rank, and its bundles, by (source,
+        # ordinal, receiving rank), have arrived and are given back.
+        parts = range(plan.microbatches)
+        self.latents = [[0.0] * plan.ranks for _ in parts]
+        self.arrived: list[dict[tuple[int, int, int], float]] = [{} for _ in parts]
+        self.freed: list[dict[tuple[int, int, int], float]] = [{} for _ in parts]
         for tick in plan.ticks:
+            self.part = tick.microbatch
             actions = [a for segment in tick.segments for a in segment.actions]
             runs = [i for i, a in enumerate(actions) if a.kind is Kind.RUN]
             # After its last run, before what the plan still takes only to leave channels empty.
@@ -216,9 +223,9 @@ class _Simulation:
         """Issue an action. When rank 0 has the noise prediction that it delivers; else 0."""
         bundle = a.component, a.ordinal, a.rank
         if a.kind is Kind.GET:
-            self.queue[a.rank] = max(self.queue[a.rank], self.arrived[bundle])
+            self.queue[a.rank] = max(self.queue[a.rank], self.arrived[self.part][bundle])
         elif a.kind is Kind.RELEASE:
-            self.freed[bundle] = self.queue[a.rank]
+            self.freed[self.part][bundle] = self.queue[a.rank]
         else:
             end = self._run(tick, a)
             if a.step is not None:
@@ -226,7 +233,7 @@ class _Simulation:
         return 0.0
 
     def _run(self, tick: int, a: Action) -> float:
-        start = max(self.queue[a.rank], self.latents[a.rank])
+        start = max(self.queue[a.rank], self.latents[self.part][a.rank])
         end = start + self.timing.component_ms[a.component]
         self.queue[a.rank] = end
         self.spans.append(Span(a.rank, tick, SpanKind.RUN, start, end, a.component, None, a.time))
@@ -241,7 +248,8 @@ class _Simulation:
             for pair, rank in receivers:
                 tail = self.timing.tail_bytes.get(pair, 0)
                 size = tail if late else self.timing.boundary_bytes.get(pair, 0) - tail
-                slot = self.freed.get((a.component, a.ordinal - self.plan.slots, rank), 0.0)
+                older = a.component, a.ordinal - self.plan.slots, rank
+                slot = self.freed[self.part].get(older, 0.0)
                 begin = max(self.port[a.rank], slot, end if late else start)
                 done = begin + size / (self.timing.link_gb_per_s * 1e6)
                 if size:
@@ -251,15 +259,20 @@ class _Simulation:
                         Span(a.rank, tick, SpanKind.EXCHANGE, begin, done, a.component, rank)
                     )
                 if late:  # the signal follows the last byte, and never precedes the run's end
-                    self.arrived[a.component, a.ordinal, rank] = max(done, end) + self.latency
+                    bundle = a.component, a.ordinal, rank
+                    self.arrived[self.part][bundle] = max(done, end) + self.latency
 
     def _update(self, tick: int, steps: int, delivered: float) -> None:
-        start = max(self.queue[0], delivered)
+        pipelined = self.plan.schedule == "pipeline"
+        start = delivered if pipelined else max(self.queue[0], delivered)
         end = start + steps * self.timing.update_ms
-        self.queue[0] = end
-        self.total = end
+        if not pipelined:
+            self.queue[0] = end
+        self.total = max(self.total, end)
         self.spans.append(Span(0, tick, SpanKind.UPDATE, start, end, 0))
-        self.latents = [end + (self.latency if rank else 0.0) for rank in range(self.plan.ranks)]
+        self.latents[self.part] = [
+            end + (self.latency if rank else 0.0) for rank in range(self.plan.ranks)
+        ]
 
 
 def summary(timeline: Timeline) -> str:

@@ -13,7 +13,8 @@ from .plan import Plan
 
 #: What a header may have besides, and how to read it.
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "schedule": str, "exact_tail": int, "extrapolate": float, "delay": int
+    "schedule": str, "exact_tail": int, "extrapolate": float, "delay": int,
+    "microbatches": int,
 }  # fmt: skip
 _RUN = re.compile(r"r(\d+) R(\d+) x(\d+) t(\d+)(?: e(\d+))?(?: p(\d+))?(?: <(\S+))?$")
 _WAIT = re.compile(r"r(\d+) ([GL])(\d+):(\d+)$")
@@ -24,7 +25,8 @@ def to_text(plan: Plan) -> str:
 
     ``r`` rank, ``G`` get, ``R`` run, ``L`` release, then the component, with the ordinal of the
     bundle that is taken or given back; of a run: ``x`` latents,
-    ``t`` time index, ``e`` step delivered, ``p`` bundle sent, ``<`` bundles read.
+    ``t`` time index, ``e`` step delivered, ``p`` bundle sent, ``<`` bundles read. A tick says which
+    micro-batch is its own (``m``), where there are several.
     """
     edges = ",".join(f"{e.source}>{e.target}:{e.lag}" for e in plan.exchanges) or "-"
     head = (
@@ -38,7 +40,9 @@ def to_text(plan: Plan) -> str:
     for tick in plan.ticks:
         serves = ",".join(map(str, tick.serves)) or "-"
         actions = "; ".join(map(_action_text, tick.actions))
-        lines.append(f"{tick.index} {'exact' if tick.exact else 'async'} {serves} | {actions}")
+        kind = "exact" if tick.exact else "async"
+        part = f" m{tick.microbatch}" if plan.microbatches > 1 else ""
+        lines.append(f"{tick.index} {kind} {serves}{part} | {actions}")
     return "\n".join(lines) + "\n"
 
 
@@ -74,11 +78,12 @@ def from_text(text: str) -> Plan:
 def _tick_from_text(number: int, line: str, slots: int) -> Tick:
     head, _, body = line.partition(" |")
     try:
-        index, kind, serves = head.split()
+        index, kind, serves, *part = head.split()
         steps = () if serves == "-" else tuple(map(int, serves.split(",")))
         exact = {"exact": True, "async": False}[kind]
         actions = (_action_from_text(part, slots) for part in body.strip().split("; ") if part)
-        return Tick(int(index), exact, steps, tuple(actions))
+        microbatch = int(part[0].removeprefix("m")) if part else 0
+        return Tick(int(index), exact, steps, tuple(actions), microbatch)
     except (KeyError, ValueError) as error:
         raise PlanError(f"plan text, line {number}: cannot read {line!r}") from error
 

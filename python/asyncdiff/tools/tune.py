@@ -22,7 +22,7 @@ from ..partition.partition import partition
 from ..progress import Progress
 from ..runtime.devices import resolve
 from ..sampling.calibration import Calibration
-from ..schedule.plan import SCHEDULES, build, rank_count
+from ..schedule.plan import ASYNCHRONOUS, build, rank_count
 from ..schedule.simulate import Timing, predict
 from .fidelity import Fidelity, Learned, fidelity, lpips
 from .prediction import LATENCY_US
@@ -258,7 +258,7 @@ def _target(
 
 def _families(ranks: int) -> list[Family]:
     """All schedules and shapes that ``ranks`` devices allow."""
-    families = [Family(n, s, k) for k in SCHEDULES for n in range(2, ranks + 1) for s in (1, 2)]
+    families = [Family(n, s, k) for k in ASYNCHRONOUS for n in range(2, ranks + 1) for s in (1, 2)]
     return [f for f in families if f.ranks <= ranks]
 
 

@@ -12,6 +12,7 @@ from toys import toy, toy_call
 
 from asyncdiff import InputError
 from asyncdiff.graph import conditions
+from asyncdiff.graph.batch import BatchSplit
 from asyncdiff.graph.conditions import batched_inputs
 from asyncdiff.graph.signature import parse
 
@@ -36,7 +37,7 @@ def found(function: Function, more: torch.Tensor, batch: int = 2) -> bool:
     module = Made(function).double().eval().requires_grad_(False)
     sample = torch.randn(batch, 4, 8, 8).double()
     call = parse(module, (), {"sample": sample, "timestep": torch.tensor(500), "more": more})
-    batched = batched_inputs(module, call, 2)
+    batched = batched_inputs(module, call, BatchSplit(1, 2))
     assert batched[:2] == [True, False]
     return batched[2]
 
@@ -104,14 +105,14 @@ def test_one_condition_alone_is_another_matter(function: Function, message: str)
 def test_processors_that_are_known_to_mix_are_refused() -> None:
     module = toy()
     call = parse(module, (), toy_call())
-    assert batched_inputs(module, call, 2) == [True, False, True]
+    assert batched_inputs(module, call, BatchSplit(1, 2)) == [True, False, True]
 
     class PAGCFGProcessor:
         pass
 
     module.mix.processor = PAGCFGProcessor()
     with pytest.raises(InputError, match="PAGCFGProcessor mixes the parts of the batch"):
-        batched_inputs(module, call, 2)
+        batched_inputs(module, call, BatchSplit(1, 2))
 
 
 def test_conditioning_of_each_frame() -> None:
@@ -131,9 +132,14 @@ def test_conditioning_of_each_frame() -> None:
         "text": torch.randn(6, 7, 5),  # once a frame
         "rope": torch.randn(12, 5),  # nothing to do with the batch
     }
-    assert batched_inputs(Real(), parse(Real(), (), tensors), 2) == [True, False, True, False]
+    assert batched_inputs(Real(), parse(Real(), (), tensors), BatchSplit(1, 2)) == [
+        True,
+        False,
+        True,
+        False,
+    ]
     with pytest.raises(InputError, match="cannot be run on one condition"):
-        batched_inputs(Video(), parse(Video(), (), tensors), 2)
+        batched_inputs(Video(), parse(Video(), (), tensors), BatchSplit(1, 2))
 
 
 def test_a_denoiser_that_is_never_quite_the_same() -> None:
@@ -162,7 +168,7 @@ def test_nothing_of_it_stays() -> None:
     call = {"sample": torch.randn(2, 4, 8, 8).double(), "timestep": torch.tensor(5)}
     parsed = parse(module, (), {**call, "more": torch.randn(2, 5).double()})
     torch.manual_seed(3)
-    batched_inputs(module, parsed, 2)
+    batched_inputs(module, parsed, BatchSplit(1, 2))
     assert torch.equal(torch.rand(3), want) and not calls
 
 

@@ -299,3 +299,26 @@ def test_bad_text(text):
         plan_text.from_text(text)
     with pytest.raises(PlanError):
         plan_text.from_json(text)
+
+
+@pytest.mark.parametrize(("components", "microbatches"), [(1, 1), (2, 2), (3, 4)])
+def test_a_pipelines_micro_batches_take_turns(components, microbatches):
+    plan = P.build(components, steps=3, schedule="pipeline", microbatches=microbatches)
+    assert plan.ranks == components
+    assert [(t.serves, t.microbatch) for t in plan.ticks] == [
+        ((k,), m) for k in range(3) for m in range(microbatches)
+    ]
+    alone = P.build(components, warmup=3, steps=3)
+    for m in range(microbatches):  # each is what exact steps of the published schedule are
+        mine = [t.actions for t in plan.ticks if t.microbatch == m]
+        assert mine == [t.actions for t in alone.ticks]
+    assert plan_text.from_text(plan_text.to_text(plan)) == plan
+    assert plan_text.from_json(plan_text.to_json(plan)) == plan
+
+
+@pytest.mark.parametrize("microbatches", [0, 1.5, True])
+def test_micro_batches_are_counted(microbatches):
+    with pytest.raises(PlanError, match="microbatches must be a whole number"):
+        P.build(2, schedule="pipeline", microbatches=microbatches)
+    with pytest.raises(PlanError, match="microbatches belong to schedule='pipeline'"):
+        P.build(2, microbatches=2)

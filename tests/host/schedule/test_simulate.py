@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -273,3 +274,25 @@ def check_golden(plan, name):
         path.write_text(text)
     assert path.read_text() == text
     assert plan_text.from_text(path.read_text().split("\n\n", 1)[1]) == plan
+
+
+@pytest.mark.parametrize(("components", "microbatches"), [(2, 2), (2, 3), (3, 3), (4, 4), (3, 5)])
+def test_a_pipeline_keeps_its_ranks_busy(components, microbatches):
+    plan = P.build(components, steps=20, schedule="pipeline", microbatches=microbatches)
+    timing = Timing((10.0,) * components)
+    timeline = predict(plan, timing)
+    # The first micro-batch fills the pipeline, the last one drains it; else nobody waits.
+    ticks = 20 * microbatches + components - 1
+    assert timeline.total_ms == pytest.approx(10.0 * ticks)
+    assert timeline.sequential_ms == 10.0 * components * 20 * microbatches
+    slow = predict(plan, replace(timing, update_ms=3.0))
+    more = slow.total_ms - timeline.total_ms
+    if microbatches > components:  # the sampler's work hides behind a further micro-batch
+        assert more == pytest.approx(3.0)
+    else:
+        assert more == pytest.approx(20 * 3.0)
+
+
+def test_too_few_micro_batches_leave_ranks_idle():
+    plan = P.build(4, steps=20, schedule="pipeline", microbatches=1)
+    assert predict(plan, Timing((10.0,) * 4)).speedup == pytest.approx(1.0)

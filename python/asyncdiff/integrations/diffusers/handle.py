@@ -16,6 +16,7 @@ from ...denoiser import AsyncDenoiser
 from ...errors import InputError, SchedulerError
 from ...generation import GenerationReport
 from ...graph.signature import Call, Role
+from ...microbatches import whole
 from ...partition.partition import Partition
 from ...sampling.calibration import Calibration
 from ...sampling.clean_image import CleanImage, clean_image
@@ -283,7 +284,7 @@ class Handle(ReadOnlySettings):
             # Looking goes through all submodules, in every step.
             self._watching = any(k.startswith("callback") and v for k, v in kwargs.items())
             try:
-                return run(pipe, *args, **kwargs)
+                return whole(run(pipe, *args, **kwargs))
             finally:
                 self._caller, self.shown, self._watching = None, None, True
                 self.denoiser.stop()

@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import Any
 
-from ..errors import InputError
+from .errors import InputError
 
 
 class Forked:

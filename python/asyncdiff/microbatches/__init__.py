@@ -1,0 +1,6 @@
+"""A batch in parts that are computed at different times, for pipelines that know one batch only."""
+
+from . import rules
+from .tensor import Layout, MicroBatched, on_stream, whole
+
+__all__ = ["Layout", "MicroBatched", "on_stream", "rules", "whole"]
