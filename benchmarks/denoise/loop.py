@@ -14,8 +14,8 @@ Denoise = Callable[[dict[str, Any]], torch.Tensor]
 class Loop:
     """A generation with guidance: DDIM steps from fixed noise, the conditioning fixed.
 
-    ``inputs`` are keyword arguments of one call of the denoiser; a batch of two is a pair
-    [unconditional, conditional]. The denoiser gets the scheduler's timesteps over
+    ``inputs`` are keyword arguments of one call of the denoiser; a batch of twice the ``pictures``
+    is pairs, all unconditional rows first. The denoiser gets the scheduler's timesteps over
     ``timestep_divisor``.
     """
 
@@ -25,6 +25,7 @@ class Loop:
         steps: int,
         guidance_scale: float = 5.0,
         timestep_divisor: float = 1.0,
+        pictures: int = 1,
     ) -> None:
         from diffusers import DDIMScheduler
 
@@ -34,7 +35,8 @@ class Loop:
         self.scheduler.set_timesteps(steps)
         self.name = "sample" if "sample" in inputs else "hidden_states"
         self.noise: torch.Tensor = inputs[self.name]
-        self.guided = self.noise.shape[0] == 2
+        self.pictures = pictures
+        self.guided = self.noise.shape[0] == 2 * pictures
         self.inputs = inputs
         self.guidance_scale = guidance_scale
         #: The denoiser's timesteps, on its device, so that no step waits for a transfer.
@@ -46,7 +48,7 @@ class Loop:
     @torch.no_grad()
     def __call__(self, denoise: Denoise) -> torch.Tensor:
         """The final latents."""
-        latents = self.noise[:1].clone()
+        latents = self.noise[: self.pictures].clone()
         # A denoiser that takes more channels than it gives gets an image beside the latents.
         beside: torch.Tensor | None = None
         for k, time in enumerate(self._times):
