@@ -32,7 +32,6 @@ from .runtime.engine_cache import EngineCache
 from .runtime.pipelined import joined
 from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, clean_image
-from .sampling.linear import Samplers
 from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
 
@@ -80,8 +79,6 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         compile = pays(module, devices) if config.compile is None else config.compile
         self._config = replace(config, devices=tuple(devices), compile=compile)
         self._parser = Parser(module, config.latents, config.timestep)
-        #: linear schedulers, whose waves can be calibrated
-        self.samplers = Samplers()
         super().__init__()  # the lock, held by whoever runs a generation
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None

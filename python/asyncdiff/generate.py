@@ -21,7 +21,7 @@ from .progress import bar
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import clean_image
 from .sampling.fit import check_pictures, fit
-from .sampling.linear import Samplers
+from .sampling.linear import linearize
 from .sampling.predictor import LatePredictor, default_order
 from .sampling.scheduler import check_scheduler
 from .schedule.plan import Plan
@@ -34,7 +34,6 @@ class Denoiser(Protocol):
     """What a generation needs of :class:`asyncdiff.AsyncDenoiser`, which documents it."""
 
     module: nn.Module
-    samplers: Samplers
 
     @property
     def config(self) -> ParallelConfig:
@@ -257,7 +256,7 @@ def calibrate(denoiser: Denoiser, request: Request) -> Calibration:
     warmup = cast(int, config.warmup)
     with denoiser.own_modes(), bar(config.progress) as progress:
         _set_timesteps(request)
-        sampler = denoiser.samplers.get(request.scheduler, request.step_options)
+        sampler = linearize(request.scheduler, options=request.step_options)
         clean = clean_image(request.scheduler)
         arguments = _Arguments(denoiser, request)
         steps = len(clean.alpha)

@@ -41,7 +41,7 @@ def cut(
     by_index = [_segment_costs(ms, nbytes, last_use, bytes_per_ms)] * components
     if copies > 1 and components > 1:
         by_index[-2] = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies)
-    best = by_index[0][0].copy()  # best[b]: slowest component over nodes 0 … b−1 with n components
+    best = by_index[0][0]  # best[b]: slowest component over nodes 0 … b−1 with n components
     choices = []
     for costs in by_index[1:]:
         worst = np.maximum(best[:, None], costs)  # [a, b]: last component is a … b−1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,12 +68,17 @@ class Calibration:
         newest = before[0]
         if newest == step or newest != self.newest[step] or not any(self.coefficients[step]):
             return Estimate({newest: 1.0})
-        out = Estimate({newest: 1.0}, {}, 0.0)
+        clean = defaultdict(float, {newest: 1.0})
+        noise: defaultdict[int, float] = defaultdict(float)
+        of_input = 0.0
         parts = terms(before, step, self.alpha, self.sigma)
-        for name, coefficient in zip(TERMS, self.coefficients[step], strict=True):
-            if coefficient and name in parts:
-                out = added(out, parts[name], coefficient)
-        return out
+        for name, weight in zip(TERMS, self.coefficients[step], strict=True):
+            if weight and (part := parts.get(name)):
+                for total, mine in ((clean, part.clean), (noise, part.noise)):
+                    for k, w in mine.items():
+                        total[k] += weight * w
+                of_input += weight * part.of_input
+        return Estimate(clean, noise, of_input)
 
     def check(self, shape: Shape, clean: CleanImage) -> None:
         """Raise PlanError unless a generation is one that this was fitted for."""
@@ -147,12 +153,3 @@ def terms(
     if len(before) > 2:
         out["curve"] = Estimate({a: 1.0, b: -2.0, before[2]: 1.0})
     return out
-
-
-def added(to: Estimate, other: Estimate, weight: float) -> Estimate:
-    """``to`` + ``weight`` · ``other``."""
-    clean, noise = dict(to.clean), dict(to.noise)
-    for mine, its in ((clean, other.clean), (noise, other.noise)):
-        for k, w in its.items():
-            mine[k] = mine.get(k, 0.0) + weight * w
-    return Estimate(clean, noise, to.of_input + weight * other.of_input)

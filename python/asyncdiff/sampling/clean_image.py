@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,24 +70,16 @@ class CleanImage:
 
 #: What of a scheduler's configuration decides about the noise of its steps only: α and σ tell that.
 _OF_LEVELS = {
-    "beta_end",
-    "beta_schedule",
-    "beta_start",
-    "num_train_timesteps",
-    "steps_offset",
-    "timestep_spacing",
-    "trained_betas",
-}
+    "beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "steps_offset",
+    "timestep_spacing", "trained_betas",
+}  # fmt: skip
 
 
 def sampler_of(scheduler: Any) -> dict[str, Any]:
     """How a scheduler steps, besides the noise of its steps: the name of its class, and its
     configuration as plain data."""
-    found = {
-        str(k): v
-        for k, v in dict(scheduler.config).items()
-        if not str(k).startswith("_") and k not in _OF_LEVELS
-    }
+    config = {str(k): v for k, v in dict(scheduler.config).items()}
+    found = {k: v for k, v in config.items() if not k.startswith("_") and k not in _OF_LEVELS}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str, sort_keys=True))
     return {"class": type(scheduler).__name__, **plain}
 
@@ -100,10 +92,20 @@ def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
 
     Raises SchedulerError where α and σ cannot be had, or x0 does not follow from the prediction.
     """
-    return replace(_weights(scheduler, backwards), sampler=sampler_of(scheduler))
+    weights = [values.tolist() for values in _weights(scheduler, backwards)]
+    for k, weight in enumerate(weights[1]):
+        if not _TINY < abs(weight) < 1 / _TINY:
+            raise SchedulerError(
+                f"{type(scheduler).__name__}: in step {k} the clean image does not follow from the "
+                f"prediction (its weight would be {weight:.1e}; zero terminal SNR needs v "
+                "prediction): take schedule='asyncdiff', or other settings"
+            )
+    of_input, of_output, alpha, sigma = map(tuple, weights)
+    return CleanImage(of_input, of_output, alpha, sigma, sampler_of(scheduler))
 
 
-def _weights(scheduler: Any, backwards: bool) -> CleanImage:
+def _weights(scheduler: Any, backwards: bool) -> tuple[torch.Tensor, ...]:
+    """Of the input and the prediction in x0, then α and σ, by step."""
     count = len(check_scheduler(scheduler))
     name = type(scheduler).__name__
     sigmas = getattr(scheduler, "sigmas", None)
@@ -113,7 +115,13 @@ def _weights(scheduler: Any, backwards: bool) -> CleanImage:
     config = scheduler.config
     kind = str(config.get("prediction_type", "epsilon")).removeprefix("original_")
     if levels is not None and config.get("sigma_data") is not None:
-        return _checked(name, *_preconditioned(levels, float(config["sigma_data"]), kind))
+        # Karras et al. 2022, table 1, row EDM: x0 = c_skip · x + c_out · F(c_in · x). The input is
+        # c_in · x with c_in = 1 / both, and c_skip = data² / both².
+        data = float(config["sigma_data"])
+        both = (levels**2 + data**2).sqrt()
+        out = levels * data / both
+        # of v: as diffusers has it
+        return data**2 / both, -out if kind == "v_prediction" else out, 1 / both, levels / both
     straight = any("FlowMatch" in c.__name__ for c in type(scheduler).__mro__)
     if levels is not None and (straight or config.get("use_flow_sigmas")):
         alpha, sigma = 1 - levels, levels
@@ -130,56 +138,22 @@ def _weights(scheduler: Any, backwards: bool) -> CleanImage:
             "prediction means cannot be had: take schedule='asyncdiff', or another scheduler, such "
             "as DDIM, Euler, DPMSolverMultistep or FlowMatchEuler"
         )
-    mix = _MIXES.get(kind)
-    if mix is None:
+    if kind not in _MIXES:
         raise SchedulerError(
             f"{name} has prediction_type={kind!r}, which is not one of {', '.join(_MIXES)}: take "
             "schedule='asyncdiff'"
         )
-    inputs, outputs = [], []
-    for a, s in zip(alpha.tolist(), sigma.tolist(), strict=True):
-        noise, image = mix(a, s)  # prediction = noise · ε + image · x0
-        if backwards and kind == "flow_prediction":
-            noise, image = -noise, -image
-        share = a * noise - s * image
-        inputs.append(noise / share if share else math.inf)
-        outputs.append(-s / share if share else math.inf)
-    return _checked(name, inputs, outputs, alpha, sigma)
+    noise, image = _MIXES[kind](alpha, sigma)  # prediction = noise · ε + image · x0
+    if backwards and kind == "flow_prediction":
+        noise, image = -noise, -image
+    share = alpha * noise - sigma * image
+    return noise / share, torch.where(share != 0, -sigma / share, math.inf), alpha, sigma
 
 
 #: How much ε and x0 a prediction holds.
-_MIXES = {
+_MIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]] = {
     "epsilon": lambda alpha, sigma: (1.0, 0.0),
     "sample": lambda alpha, sigma: (0.0, 1.0),
     "v_prediction": lambda alpha, sigma: (alpha, -sigma),
     "flow_prediction": lambda alpha, sigma: (1.0, -1.0),
 }
-
-
-def _preconditioned(
-    sigma: torch.Tensor, data: float, kind: str
-) -> tuple[list[float], list[float], torch.Tensor, torch.Tensor]:
-    """Karras et al. 2022, table 1, row EDM: x0 = c_skip · x + c_out · F(c_in · x)."""
-    both = (sigma**2 + data**2).sqrt()
-    out = sigma * data / both
-    if kind == "v_prediction":  # as diffusers has it
-        out = -out
-    # The input is c_in · x with c_in = 1 / both, and c_skip = data² / both².
-    return (data**2 / both).tolist(), out.tolist(), 1 / both, sigma / both
-
-
-def _checked(
-    name: str,
-    inputs: Sequence[float],
-    outputs: Sequence[float],
-    alpha: torch.Tensor,
-    sigma: torch.Tensor,
-) -> CleanImage:
-    for k, weight in enumerate(outputs):
-        if not _TINY < abs(weight) < 1 / _TINY:
-            raise SchedulerError(
-                f"{name}: in step {k} the clean image does not follow from the prediction (its "
-                f"weight would be {weight:.1e}; zero terminal SNR needs v prediction): take "
-                "schedule='asyncdiff', or other settings"
-            )
-    return CleanImage(tuple(inputs), tuple(outputs), tuple(alpha.tolist()), tuple(sigma.tolist()))

@@ -68,31 +68,36 @@ def fit(
     check_pictures(latents)
     pictures = len(latents)
     trials = _Trials(begin, latents.float(), sampler, clean, progress)
-    trials.sequential()
+    truth = trials.draw(None)
     fitted, judging = range(0, pictures, 2), list(range(1, pictures, 2))
 
     def distance(last: torch.Tensor) -> float:
-        a, b = last[judging].double(), trials.truth[-1][judging].double()
+        a, b = last[judging].double(), truth[judging].double()
         return float((a - b).norm() / b.norm())
 
-    name = f"line of order {order:.2g}"
-    tried = {name: distance(trials.waves(Line(order)))}
+    line = Line(order)
+    tried = {f"line of order {order:.2g}": distance(trials.draw(line))}
     for aim in AIMS:
-        tried[aim] = distance(trials.waves(_Fit(aim, fitted, {})))
+        tried[aim] = distance(trials.draw(_Fit(aim, fitted, {})))
     best = min(tried, key=lambda k: tried[k])
     if best in AIMS:
         final = _Fit(best, range(pictures), {})
-        trials.waves(final)
+        trials.draw(final)
         found = final.coefficients
-    else:
-        found = trials.line(order)
+    else:  # the coefficients that make the line
+        slopes = {
+            k: line.estimate(known, k).clean[known[-1]] - 1 for k, known in trials.late.items()
+        }
+        found = {
+            k: tuple(v if name == "slope" else 0.0 for name in TERMS) for k, v in slopes.items()
+        }
     progress(1, 1)
     steps = range(len(clean.alpha))
     return Calibration(
         shape,
         alpha=clean.alpha,
         sigma=clean.sigma,
-        newest=tuple(max(trials.known[k], default=k) for k in steps),
+        newest=tuple(trials.late[k][-1] if k in trials.late else k for k in steps),
         coefficients=tuple(found.get(k, (0.0,) * len(TERMS)) for k in steps),
         tried=tried,
         sampler=clean.sampler,
@@ -109,7 +114,7 @@ def check_pictures(latents: torch.Tensor) -> None:
 
 
 class _Trials:
-    """Generations of all pictures at once, the sequential one first."""
+    """Generations of all pictures at once; the first one has to be the sequential one."""
 
     def __init__(
         self,
@@ -121,63 +126,51 @@ class _Trials:
     ) -> None:
         self._begin, self._latents = begin, latents
         self._sampler, self._clean = sampler, clean
-        self._steps = len(clean.alpha)
         self._progress, self._done = progress, 0
         #: of the sequential run: the latents before every step and the last ones; clean images
-        self.truth = [latents]
-        self._truth_x0: list[torch.Tensor] = []
-        #: steps whose prediction is known in a step of the waves, ascending
-        self.known: list[list[int]] = []
+        self._truth: list[torch.Tensor] = []
+        self._truth_x0: dict[int, torch.Tensor] = {}
+        #: of the last waves, by step without a prediction of its own: the known steps, ascending
+        self.late: dict[int, list[int]] = {}
 
-    def sequential(self) -> None:
-        """The generation that the others should be like."""
-        run, state = self._begin(True), self._start()
-        for k in range(self._steps):
-            z = self._input(k, state)
-            prediction = self._arrived(run, k, z)[k]
-            self._truth_x0.append(self._clean.x0(k, z, prediction))
-            state = self._stepped(k, state, prediction)
-            self.truth.append(state[0])
-
-    def line(self, order: float) -> dict[int, tuple[float, ...]]:
-        """The coefficients that make a line of this order."""
-        out = {}
-        for k, known in enumerate(self.known):
-            if known[-1] < k:
-                slope = Line(order).estimate(known, k).clean[known[-1]] - 1
-                out[k] = tuple(slope if name == "slope" else 0.0 for name in TERMS)
-        return out
-
-    def waves(self, rule: Line | _Fit) -> torch.Tensor:
-        """The last latents, when clean images are predicted so."""
-        run, state = self._begin(False), self._start()
+    def draw(self, rule: Line | _Fit | None) -> torch.Tensor:
+        """The last latents, when clean images are predicted so; sequentially without a rule."""
+        run, steps = self._begin(rule is None), len(self._clean.alpha)
+        x, given = self._latents, [self._latents]
+        path = [x]
         inputs: dict[int, torch.Tensor] = {}
         known: dict[int, torch.Tensor] = {}
         noise: dict[int, torch.Tensor] = {}
-        self.known = []
-        for k in range(self._steps):
-            z = inputs[k] = self._input(k, state)
-            arrived = self._arrived(run, k, z)
+        self.late = {}
+        for k in range(steps):
+            z = inputs[k] = x * float(self._sampler.scales[k])
+            arrived = {step: prediction.float() for step, prediction in run.step(k, z).items()}
             for step, prediction in sorted(arrived.items()):
                 x0 = self._clean.x0(step, inputs[step], prediction)
-                known[step], noise[step] = x0, self._clean.noise(step, inputs[step], x0)
-            self.known.append(sorted(known))
+                known[step], noise[step] = x0, self._clean.noise(step, inputs.pop(step), x0)
             if k in arrived:
-                prediction = arrived[k]
+                given.append(arrived[k])
             else:
+                self.late[k] = sorted(known)
                 if isinstance(rule, Line):
-                    x0 = evaluate(rule.estimate(sorted(known), k), known, noise, z)
+                    x0 = evaluate(rule.estimate(self.late[k], k), known, noise, z)
                 else:
-                    x0 = self._fitted(k, z, state, known, noise, rule)
-                prediction = self._clean.prediction(k, z, x0)
-            state = self._stepped(k, state, prediction)
-        return state[0]
+                    assert rule is not None
+                    x0 = self._fitted(k, z, given, known, noise, rule)
+                given.append(self._clean.prediction(k, z, x0))
+            x = self._sampler.latents(given)
+            path.append(x)
+            self._done += 1
+            self._progress(self._done, _GENERATIONS * steps)
+        if rule is None:
+            self._truth, self._truth_x0 = path, known
+        return x
 
     def _fitted(
         self,
         k: int,
         z: torch.Tensor,
-        state: list[torch.Tensor],
+        given: list[torch.Tensor],
         known: dict[int, torch.Tensor],
         noise: dict[int, torch.Tensor],
         rule: _Fit,
@@ -186,11 +179,11 @@ class _Trials:
         before = sorted(known, reverse=True)[:3]
         held = known[before[0]]
         aim = self._truth_x0[k]
-        gain = float(self._sampler.steps[k, 0, -1]) / self._clean.of_output[k]
+        gain = float(self._sampler.weights[k + 1, k + 1]) / self._clean.of_output[k]
         if rule.aim == "sequential latents" and gain:
             # What x0 has to be for the step to end there: where it ends is linear in x0.
-            ends = self._stepped(k, state, self._clean.prediction(k, z, held))[0]
-            aim = held + (self.truth[k + 1] - ends) / gain
+            ends = self._sampler.latents([*given, self._clean.prediction(k, z, held)])
+            aim = held + (self._truth[k + 1] - ends) / gain
         found = terms(before, k, self._clean.alpha, self._clean.sigma)
         parts = {name: evaluate(e, known, noise, z) for name, e in found.items()}
         rows = list(rule.pictures)
@@ -202,22 +195,3 @@ class _Trials:
         by_name = dict(zip(parts, solved, strict=True))
         rule.coefficients[k] = tuple(by_name.get(name, 0.0) for name in TERMS)
         return held + sum(by_name[name] * part for name, part in parts.items())
-
-    def _arrived(self, run: Run, k: int, z: torch.Tensor) -> dict[int, torch.Tensor]:
-        found = {step: prediction.float() for step, prediction in run.step(k, z).items()}
-        self._done += 1
-        self._progress(self._done, _GENERATIONS * self._steps)
-        return found
-
-    def _start(self) -> list[torch.Tensor]:
-        return [self._latents] + [torch.zeros_like(self._latents)] * (self._sampler.width - 1)
-
-    def _input(self, k: int, state: list[torch.Tensor]) -> torch.Tensor:
-        return state[0] * float(self._sampler.scales[k])
-
-    def _stepped(
-        self, k: int, state: list[torch.Tensor], prediction: torch.Tensor
-    ) -> list[torch.Tensor]:
-        inputs = torch.stack([*state, prediction])
-        matrix = self._sampler.steps[k].to(inputs)
-        return list(torch.tensordot(matrix, inputs, 1))

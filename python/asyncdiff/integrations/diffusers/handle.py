@@ -111,7 +111,7 @@ class Handle(ReadOnlySettings):
                 raise InputError("the pipeline did not call its denoiser: give it steps to take")
             finally:
                 self._interrupting = False
-            return self.denoiser.calibrate(**as_generation(self.pipe, self.denoiser, call))
+            return self.denoiser.calibrate(**as_generation(self.pipe, call))
 
     def restore(self) -> None:
         """Make the pipeline what it was, weights back on their device. Safe to call twice."""

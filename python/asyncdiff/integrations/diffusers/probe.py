@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...errors import InputError
 from ...graph.signature import Call, Role
+from ...sampling.linear import linearize
 from .timesteps import TimestepTracker
-
-if TYPE_CHECKING:
-    from ...denoiser import AsyncDenoiser
 
 
 class FirstCall(BaseException):
@@ -22,7 +20,7 @@ class FirstCall(BaseException):
         self.call = call
 
 
-def as_generation(pipe: Any, denoiser: AsyncDenoiser, call: Call) -> dict[str, Any]:
+def as_generation(pipe: Any, call: Call) -> dict[str, Any]:
     """The arguments of :meth:`asyncdiff.AsyncDenoiser.calibrate` for the generation that begins so.
 
     Guidance is what ``pipe.guidance_scale`` says, where both halves of the batch hold the same
@@ -50,7 +48,7 @@ def as_generation(pipe: Any, denoiser: AsyncDenoiser, call: Call) -> dict[str, A
     scale = float(getattr(pipe, "guidance_scale", 1.0) or 1.0)
     half = len(z) // 2
     guided = scale > 1 and len(z) % 2 == 0 and torch.equal(z[:half], z[half:])
-    first = float(denoiser.samplers.get(scheduler, {}).scales[0])
+    first = float(linearize(scheduler).scales[0])
 
     def argument(t: torch.Tensor) -> torch.Tensor:
         index = int((times.source == t).nonzero()[0])
