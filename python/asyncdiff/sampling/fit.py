@@ -10,7 +10,7 @@ are fitted, the other half says which is better, or whether the line is; then al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,9 +104,9 @@ def fit(
     )
 
 
-def check_pictures(latents: torch.Tensor) -> None:
+def check_pictures(pictures: Sized) -> None:
     """Raise InputError where there are too few for a fit: before anything is prepared."""
-    if len(latents) < 2:
+    if len(pictures) < 2:
         raise InputError(
             "a calibration needs at least two pictures, half of them to judge by: eight or more "
             "are better"

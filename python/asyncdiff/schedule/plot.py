@@ -11,6 +11,19 @@ from .plan import Plan
 from .simulate import Span, SpanKind, Timeline, summary
 
 
+def blank(what: str, width: float, height: float) -> Any:
+    """An empty figure, in inches, for ``what``. Without pyplot: no global backend is chosen, no
+    window is ever opened. Raises AsyncDiffError where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AsyncDiffError(f"{what} needs matplotlib: pip install 'asyncdiff[demo]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) -> None:
     """Write a PNG: above, the warm-up's last step and ``first_ticks`` ticks; below, all of it.
 
@@ -18,22 +31,12 @@ def draw(timeline: Timeline, path: str | PathLike[str], first_ticks: int = 6) ->
     Raises AsyncDiffError where matplotlib is missing (it is in the extra ``demo``), OSError where
     the file cannot be written.
     """
-    try:
-        # Figure without pyplot: no global backend is chosen, no window is ever opened.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AsyncDiffError(
-            "a timeline needs matplotlib: pip install 'asyncdiff[demo]'"
-        ) from error
     plan = timeline.plan
     begin = plan.ticks[max(0, plan.warmup - 1)].index
     last = plan.ticks[min(len(plan.ticks), plan.warmup + first_ticks) - 1].index
     window = timeline.tick_bounds(begin)[0], timeline.tick_bounds(last)[1]
     whole = 0.0, max(s.end_ms for s in timeline.spans)
-    row = 0.5 + 0.45 * plan.ranks
-    figure = Figure(figsize=(13, 1.9 + 2 * row), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank("a timeline", 13, 2.9 + 0.9 * plan.ranks)
     near, far = figure.subplots(2, 1)
     _draw_rows(near, timeline, window, labels=True)
     _draw_rows(far, timeline, whole, labels=False)

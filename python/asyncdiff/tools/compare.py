@@ -107,30 +107,28 @@ def sheet(
     table = {name: [image(p) for p in row] for name, row in rows.items()}
     if not table or not columns or any(len(row) != len(columns) for row in table.values()):
         raise InputError("a sheet needs as many pictures in every row as it has columns")
-    largest = max(max(p.size) for row in table.values() for p in row)
-    side = cell or max(128, largest)
-    font = ImageFont.load_default(size=max(11, side // 10))
-    line = int(1.6 * font.size)
-    heads = [_fit(label, font, side) for label in columns]
-    top = line * max(h.count("\n") + 1 for h in heads)
-    left = 8 + max(int(font.getlength(line)) for name in table for line in name.split("\n"))
+    notes = notes or {}
+    side = cell or max(128, *(max(p.size) for row in table.values() for p in row))
     gap = max(4, side // 24)
+    font = ImageFont.load_default(size=max(11, side // 10))
     small = ImageFont.load_default(size=max(11, side // 11))
-    under = {name: int(1.5 * small.size) if name in (notes or {}) else 0 for name in table}
-    height = sum(side + gap + extra for extra in under.values())
-    size = (left + len(columns) * (side + gap) + gap, top + height + gap)
-    out = Image.new("RGB", size, "white")
+    heads = [_fit(label, font, side) for label in columns]
+    top = int(1.6 * font.size) * max(h.count("\n") + 1 for h in heads)
+    left = 8 + max(int(font.getlength(line)) for name in table for line in name.split("\n"))
+    under = {name: int(1.5 * small.size) if name in notes else 0 for name in table}
+    height = top + gap + sum(side + gap + extra for extra in under.values())
+    out = Image.new("RGB", (left + len(columns) * (side + gap) + gap, height), "white")
     pen = ImageDraw.Draw(out)
-    for c, head in enumerate(heads):
-        pen.multiline_text((left + gap + c * (side + gap), gap), head, fill="black", font=font)
+    at = [left + gap + c * (side + gap) for c in range(len(columns))]
+    for x, head in zip(at, heads, strict=True):
+        pen.multiline_text((x, gap), head, fill="black", font=font)
     y = top + gap
     for name, row in table.items():
         pen.multiline_text((4, y + side // 2), name, fill="black", font=font, anchor="lm")
-        for c, picture in enumerate(row):
+        for c, (x, picture) in enumerate(zip(at, row, strict=True)):
             shown = _scaled(Image, picture, side)
-            x = left + gap + c * (side + gap)
             out.paste(shown, (x + (side - shown.width) // 2, y + (side - shown.height) // 2))
-            if notes and name in notes:
+            if name in notes:
                 below = (x + side // 2, y + side)
                 pen.text(below, notes[name][c], fill="black", font=small, anchor="ma")
         y += side + gap + under[name]

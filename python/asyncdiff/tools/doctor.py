@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,25 +61,24 @@ def collect(step: Callable[[], None] = lambda: None) -> dict[str, Any]:
     return found
 
 
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
+def _output(*command: str) -> str:
+    """What a command says; nothing where it is missing or fails."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def _nvcc() -> str | None:
-    found = re.search(r"release ([\d.]+)", _output("nvcc", "--version") or "")
+    found = re.search(r"release ([\d.]+)", _output("nvcc", "--version"))
     return found[1] if found else None
 
 
 def _driver() -> dict[str, Any]:
     """What nvidia-smi sees; it ignores CUDA_VISIBLE_DEVICES."""
     fields = "index,uuid,name,driver_version"
-    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader") or ""
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
     rows = [row for row in rows if len(row) == 4 and row[0].isdigit()]
     return {
@@ -95,15 +93,9 @@ def probe(seconds: float = PROBE_SECONDS) -> dict[str, Any]:
     went wrong if it did not come to its end."""
     command = [sys.executable, "-m", "asyncdiff.tools.doctor"]
     path = os.pathsep.join(p for p in sys.path if p)  # as we were found, so shall the child
-    failed = None
+    env, failed = {**os.environ, "PYTHONPATH": path}, None
     try:
-        done = subprocess.run(
-            command,
-            check=False,
-            capture_output=True,
-            timeout=seconds,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        done = subprocess.run(command, check=False, capture_output=True, timeout=seconds, env=env)
         told = done.stdout
         if done.returncode:
             last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
@@ -118,26 +110,24 @@ def probe(seconds: float = PROBE_SECONDS) -> dict[str, Any]:
     return found
 
 
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 def _probe_torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken installation raises OSError as often as ImportError
-        return {"torch": {"error": str(error) or type(error).__name__}}
+        return {"torch": {"error": _said(error)}}
     facts: dict[str, Any] = {"version": str(torch.__version__), "cuda": torch.version.cuda}
     gpus = []
     if torch.cuda.is_available():
         facts["architectures"] = torch.cuda.get_arch_list()
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)
-            gpus.append(
-                {
-                    "index": index,
-                    "name": p.name,
-                    "uuid": str(getattr(p, "uuid", "")),
-                    "memory_gib": round(p.total_memory / 2**30, 1),
-                    "capability": f"{p.major}.{p.minor}",
-                }
-            )
+            gpu = {"index": index, "name": p.name, "uuid": str(getattr(p, "uuid", ""))}
+            memory, capability = round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}"
+            gpus.append(gpu | {"memory_gib": memory, "capability": capability})
     elif torch.version.cuda:
         try:
             torch.cuda.init()
@@ -150,14 +140,10 @@ def _probe_core() -> dict[str, Any]:
     try:
         import asyncdiff_core
 
-        return {
-            "core": {
-                "cuda_built": bool(asyncdiff_core.cuda_built()),
-                "build": dict(asyncdiff_core.build_info()),
-            }
-        }
+        build = dict(asyncdiff_core.build_info())
+        return {"core": {"cuda_built": bool(asyncdiff_core.cuda_built()), "build": build}}
     except Exception as error:
-        return {"core": {"error": str(error) or type(error).__name__}}
+        return {"core": {"error": _said(error)}}
 
 
 def _probe_links(gpus: int) -> dict[str, Any]:
@@ -174,38 +160,34 @@ def _probe_links(gpus: int) -> dict[str, Any]:
         ]
         return {"links": links}
     except Exception as error:
-        return {"links": [], "links_error": str(error) or type(error).__name__}
-
-
-def _say(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, default=str), flush=True)
+        return {"links": [], "links_error": _said(error)}
 
 
 def _child() -> None:
-    torch = _probe_torch()
-    _say(torch)
-    core = _probe_core()
-    _say(core)
-    gpus = len(torch.get("gpus", []))
-    if gpus > 1 and core["core"].get("cuda_built"):
-        _say(_probe_links(gpus))
+    def say(facts: dict[str, Any]) -> dict[str, Any]:
+        print(json.dumps(facts, default=str), flush=True)
+        return facts
+
+    gpus = len(say(_probe_torch()).get("gpus", []))
+    core = say(_probe_core())["core"]
+    if gpus > 1 and core.get("cuda_built"):
+        say(_probe_links(gpus))
 
 
 def _buses(found: dict[str, Any]) -> dict[tuple[int, int], str]:
     """NVLink or PCIe between visible GPUs, from ``nvidia-smi topo -m``."""
     if len(found.get("gpus", [])) < 2:
         return {}
-    matrix = read_topology(_output("nvidia-smi", "topo", "-m") or "")
+    matrix = read_topology(_output("nvidia-smi", "topo", "-m"))
     # Torch counts visible devices only; the UUID says which one of the machine's each is.
     place = {g["uuid"].removeprefix("GPU-"): g["index"] for g in found["driver"]["gpus"]}
-    real = {
-        g["index"]: place.get(g["uuid"].removeprefix("GPU-"), g["index"]) for g in found["gpus"]
+    visible = {
+        place.get(g["uuid"].removeprefix("GPU-"), g["index"]): g["index"] for g in found["gpus"]
     }
     return {
-        (a, b): matrix[(real[a], real[b])]
-        for a in real
-        for b in real
-        if (real[a], real[b]) in matrix
+        (visible[a], visible[b]): bus
+        for (a, b), bus in matrix.items()
+        if a in visible and b in visible
     }
 
 
@@ -230,32 +212,23 @@ def judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The devices that ``devices=None`` takes, and every reason why something is not used."""
     remarks = []
     torch, core, gpus = found.get("torch", {}), found.get("core", {}), found.get("gpus", [])
-    real = found["driver"]["gpus"]
+    real, hidden = found["driver"]["gpus"], found["driver"]["hidden_by"]
     if found.get("probe_failed"):
         remarks.append(found["probe_failed"])
     if "version" not in torch:
         remarks.append(f"torch cannot be imported: {torch.get('error', 'unknown')}")
     if "error" in core:
         remarks.append(f"the core extension cannot be imported: {core['error']}")
+    why = None if hidden is None else f"CUDA_VISIBLE_DEVICES={hidden!r}"
     if not real and not gpus:
         remarks.append("no GPU: nvidia-smi sees none")
     elif not gpus and "version" in torch:
         if not torch.get("cuda"):
-            remarks.append(f"GPUs unused: torch {torch['version']} is a build without CUDA")
-        elif found["driver"]["hidden_by"] is not None:
-            remarks.append(f"GPUs unused: CUDA_VISIBLE_DEVICES={found['driver']['hidden_by']!r}")
-        else:
-            remarks.append(f"GPUs unused: {torch.get('error', 'torch sees none')}")
+            why = f"torch {torch['version']} is a build without CUDA"
+        remarks.append(f"GPUs unused: {why or torch.get('error', 'torch sees none')}")
     elif len(gpus) < len(real):
-        hidden = found["driver"]["hidden_by"]
-        remarks.append(
-            f"{len(real) - len(gpus)} of {len(real)} GPUs unused: "
-            + (
-                f"CUDA_VISIBLE_DEVICES={hidden!r}"
-                if hidden is not None
-                else "torch does not see them"
-            )
-        )
+        unused = f"{len(real) - len(gpus)} of {len(real)} GPUs unused"
+        remarks.append(f"{unused}: {why or 'torch does not see them'}")
     usable = []
     for gpu in gpus:
         needed = "sm_" + gpu["capability"].replace(".", "")
@@ -291,35 +264,27 @@ def tell(found: dict[str, Any]) -> str:
     """The findings for people."""
     core, torch = found.get("core", {}), found.get("torch", {})
     versions = ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v)
+    built = "missing"
+    if "cuda_built" in core:
+        facts = ", ".join(f"{k} {v}" for k, v in core.get("build", {}).items())
+        built = f"built {'with' if core['cuda_built'] else 'without'} CUDA"
+        built += f" ({facts})" if facts else ""
     lines = [
         f"python     {found['python']} on {found['system']}, {found['cores']} cores",
         f"packages   {versions or 'none'}",
         f"torch      {torch.get('version', 'missing')}, CUDA {torch.get('cuda') or 'none'}",
-        f"core       {_core_line(core)}",
+        f"core       {built}",
         f"driver     {found['driver']['version'] or 'none'}; nvcc {found['nvcc'] or 'none'}",
     ]
     for gpu in found.get("gpus", []):
-        lines.append(
-            f"cuda:{gpu['index']}     {gpu['name']}, {gpu['memory_gib']} GiB, "
-            f"capability {gpu['capability']}"
-        )
+        about = f"{gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}"
+        lines.append(f"cuda:{gpu['index']}     {about}")
     for link in found.get("links", []):
-        lines.append(
-            f"link       cuda:{link['from']} to cuda:{link['to']}: {link['kind']}"
-            + (f" ({link['bus']})" if link.get("bus") else "")
-        )
+        bus = f" ({link['bus']})" if link.get("bus") else ""
+        lines.append(f"link       cuda:{link['from']} to cuda:{link['to']}: {link['kind']}{bus}")
     lines.append(f"will use   {', '.join(found['use']) or 'nothing: see below'}")
     lines += [f"note       {remark}" for remark in found["remarks"]]
     return "\n".join(lines)
-
-
-def _core_line(core: dict[str, Any]) -> str:
-    if "cuda_built" not in core:
-        return "missing"
-    build = ", ".join(f"{k} {v}" for k, v in core.get("build", {}).items())
-    return f"built {'with' if core['cuda_built'] else 'without'} CUDA" + (
-        f" ({build})" if build else ""
-    )
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ from typing import Any
 import torch
 
 from ..errors import InputError, MetricError
-from .compare import ssim
+from .compare import psnr, ssim
 
 #: What a learned metric computes from pictures, those they should be, and their prompts.
 Learned = Callable[[torch.Tensor, torch.Tensor, Sequence[str]], float]
 
-#: Files of torch.hub's cache that torchmetrics would otherwise download.
-_LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
-_FID_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _CLIP = "openai/clip-vit-base-patch16"
 
 
@@ -58,13 +55,14 @@ def fidelity(
     if images.shape != reference.shape or images.dim() != 4:
         raise InputError(f"batches of {tuple(images.shape)} and {tuple(reference.shape)} pictures")
     a, b = images.double().cpu(), reference.double().cpu()
-    errors = ((a - b) ** 2).flatten(1).mean(1).tolist()
-    psnr = [math.inf if e == 0 else -10 * math.log10(e) for e in errors]
-    pairs = zip(a.permute(0, 2, 3, 1).numpy(), b.permute(0, 2, 3, 1).numpy(), strict=True)
+    pairs = [
+        (x.permute(1, 2, 0).numpy(), y.permute(1, 2, 0).numpy()) for x, y in zip(a, b, strict=True)
+    ]
+    decibels = [psnr(x, y) for x, y in pairs]
     return Fidelity(
-        psnr_db=fmean(psnr),
-        psnr_db_median=median(psnr),
-        psnr_db_min=min(psnr),
+        psnr_db=fmean(decibels),
+        psnr_db_median=median(decibels),
+        psnr_db_min=min(decibels),
         ssim=fmean(ssim(x, y) for x, y in pairs),
         relative_l2=float((a - b).norm() / b.norm()),
         learned={name: metric(a, b, prompts) for name, metric in (learned or {}).items()},
@@ -85,8 +83,7 @@ def learned_metrics() -> tuple[dict[str, Learned], dict[str, str]]:
 
 def lpips() -> Learned:
     """Mean LPIPS (AlexNet; Zhang et al. 2018); 0 for equal pictures. Raises MetricError."""
-    _need("lpips", "torchmetrics", "torchvision")
-    _need_weights("lpips", _LPIPS_WEIGHTS)
+    _need("lpips", "torchmetrics", "torchvision", weights="alexnet-owt-7be5be79.pth")
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
     def metric(images: torch.Tensor, reference: torch.Tensor, prompts: Sequence[str]) -> float:
@@ -101,8 +98,8 @@ def lpips() -> Learned:
 def fid() -> Learned:
     """Fréchet inception distance (Heusel et al. 2017) between the two batches, which should be
     of thousands of pictures. Raises MetricError."""
-    _need("fid", "torchmetrics", "torch_fidelity")
-    _need_weights("fid", _FID_WEIGHTS)
+    inception = "weights-inception-2015-12-05-6726825d.pth"
+    _need("fid", "torchmetrics", "torch_fidelity", weights=inception)
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     def metric(images: torch.Tensor, reference: torch.Tensor, prompts: Sequence[str]) -> float:
@@ -130,16 +127,16 @@ def clip_score() -> Learned:
     return metric
 
 
-def _need(metric: str, *packages: str) -> None:
+def _need(metric: str, *packages: str, weights: str | None = None) -> None:
+    """``weights``: a file of torch.hub's cache, which torchmetrics would otherwise download."""
     absent = [p for p in packages if find_spec(p) is None]
     if absent:
         names = " ".join(p.replace("_", "-") for p in absent)
         raise MetricError(f"{metric} needs {' and '.join(absent)}: pip install {names}")
-
-
-def _need_weights(metric: str, name: str) -> None:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
+    if (
+        weights is not None
+        and not (path := Path(torch.hub.get_dir(), "checkpoints", weights)).is_file()
+    ):
         raise MetricError(f"{metric} needs the weights {path}, which are not there: put them there")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from ..graph.signature import parse
 from ..integrations.diffusers.pipeline import find_denoiser, parallelize
 from ..partition.cost import link_speed, measure
 from ..partition.partition import partition
-from ..progress import Progress
+from ..progress import Progress, tell, within
 from ..runtime.devices import resolve
 from ..sampling.calibration import Calibration
+from ..sampling.fit import check_pictures
 from ..schedule.plan import ASYNCHRONOUS, build, rank_count
 from ..schedule.simulate import Timing, predict
 from .fidelity import Fidelity, Learned, fidelity, lpips
@@ -46,12 +47,7 @@ class Family:
 
     def arguments(self, end: tuple[int, int]) -> dict[str, Any]:
         """Of :func:`asyncdiff.parallelize`, with so many exact steps at both ends."""
-        warmup, exact_tail = end
-        return {**vars(self), "warmup": warmup, "exact_tail": exact_tail}
-
-    def text(self, end: tuple[int, int]) -> str:
-        """The same in short."""
-        return f"{self.schedule} N={self.components} S={self.stride} w={end[0]} tail={end[1]}"
+        return {**vars(self), "warmup": end[0], "exact_tail": end[1]}
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Trial:
         return {
             "arguments": self.arguments,
             "speedup": self.speedup,
-            "fidelity": asdict(self.fidelity),
+            "fidelity": self.fidelity.to_dict(),
             "calibrated": self.calibration is not None,
         }
 
@@ -142,64 +138,52 @@ def tune(
         calibrate_on=calibrate_on,
     )  # fmt: skip
     good, learned = _target(psnr_db, max_lpips)
-    told = progress or (lambda what, done, total: None)
+    steps = num_inference_steps
 
     def arguments(texts: Sequence[str], first_seed: int) -> dict[str, Any]:
         noise = [torch.Generator("cpu").manual_seed(first_seed + i) for i in range(len(texts))]
         own = {"prompt": list(texts), "generator": noise, **dict(call or {})}
-        return own | {"num_inference_steps": num_inference_steps, "output_type": "pt"}
+        return own | {"num_inference_steps": steps, "output_type": "pt"}
 
     def draw(what: str) -> torch.Tensor:
-        with torch.no_grad(), _steps(pipe, what, num_inference_steps, told) as watched:
+        with torch.no_grad(), _steps(pipe, what, steps) as watched:
             images: torch.Tensor = pipe(**arguments(prompts, seed), **watched).images
         return images.float().cpu()
 
-    def attempt(family: Family, end: tuple[int, int], speedup: float, what: str) -> Trial:
+    def attempt(family: Family, end: tuple[int, int], speedup: float) -> Trial:
         settings = family.arguments(end)
         devices = [where[r % len(where)] for r in range(family.ranks)]
+        name = f"{family.schedule} N={family.components} S={family.stride} w={end[0]} tail={end[1]}"
         # The split is that which the user will get: it decides what is stale.
-        handle = parallelize(pipe, devices, compile=False, progress=told, **settings)
-        try:
+        with parallelize(pipe, devices, compile=False, **settings) as handle:
             calibration = None
             if calibrate_on is not None and family.schedule == "wavefront":
                 calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
-            close = fidelity(draw(what), reference, prompts, learned)
-        finally:
-            handle.restore()
+            close = fidelity(draw(f"trying {name}"), reference, prompts, learned)
         return Trial(settings, speedup, close, calibration)
 
-    reference = draw("drawing with the plain pipeline")
-    families = _families(ranks)
-    links = link_speed(where)
-    denoiser = _Measured(pipe, where[0], call or {}, told)
-    speeds = {}
-    for number, family in enumerate(families):
-        told("predicting speeds", number, len(families))
-        speeds[id(family)] = denoiser.speedups(family, num_inference_steps, links)
-    told("predicting speeds", len(families), len(families))
-    families.sort(key=lambda f: -max(speeds[id(f)].values(), default=0.0))
     tried: list[Trial] = []
     best: Trial | None = None
-    for number, family in enumerate(families):
-        told("families of settings", number, len(families))
-        ends = list(speeds[id(family)])
-        low, high = 0, len(ends)
-        while low < high:
-            middle = (low + high) // 2
-            end = ends[middle]
-            speedup = speeds[id(family)][end]
-            if best is not None and speedup <= best.speedup:
-                high = middle  # too slow to be of use, and with more exact steps slower still
-                continue
-            trial = attempt(family, end, speedup, f"trying {family.text(end)}")
-            tried.append(trial)
-            if good(trial.fidelity):
-                best, high = trial, middle
-            else:
-                low = middle + 1
-    told("families of settings", len(families), len(families))
+    with within(progress or (lambda what, done, total: None)):
+        reference = draw("drawing with the plain pipeline")
+        families = _speedups(pipe, where, ranks, steps, call or {})
+        for number, (family, speedups) in enumerate(families):
+            tell("families of settings", number, len(families))
+            low, high = 0, len(speedups)
+            while low < high:
+                middle = (low + high) // 2
+                end, speedup = speedups[middle]
+                if best is not None and speedup <= best.speedup:
+                    high = middle  # too slow to be of use, and with more exact steps slower still
+                    continue
+                tried.append(attempt(family, end, speedup))
+                if good(tried[-1].fidelity):
+                    best, high = tried[-1], middle
+                else:
+                    low = middle + 1
+        tell("families of settings", len(families), len(families))
     if not tried:
-        raise InputError(f"{num_inference_steps} steps are too few to leave out anything")
+        raise InputError(f"{steps} steps are too few to leave out anything")
     if best is None:
         closest = max(tried, key=lambda t: t.fidelity.psnr_db)
         wanted = f"{psnr_db} dB" if psnr_db is not None else f"LPIPS {max_lpips}"
@@ -229,11 +213,7 @@ def check_request(
     if ranks < 2:
         raise InputError(f"ranks={ranks}: asynchronous denoising takes at least two devices")
     if calibrate_on is not None:
-        if len(calibrate_on) < 2:
-            raise InputError(
-                "a calibration needs at least two pictures, half of them to judge by: eight or "
-                "more are better"
-            )
+        check_pictures(calibrate_on)
         if set(calibrate_on) & set(prompts):
             raise InputError(
                 "calibrate_on and prompts share some: judge by others than were fitted"
@@ -256,62 +236,42 @@ def _target(
     return lambda f: f.learned["lpips"] <= max_lpips, {"lpips": lpips()}
 
 
-def _families(ranks: int) -> list[Family]:
-    """All schedules and shapes that ``ranks`` devices allow."""
+#: A setting of its family by its exact steps at both ends, with its predicted speed-up.
+Speedups = list[tuple[tuple[int, int], float]]
+
+
+def _speedups(
+    pipe: Any, where: Sequence[torch.device], ranks: int, steps: int, call: Mapping[str, Any]
+) -> list[tuple[Family, Speedups]]:
+    """All settings that ``ranks`` devices allow by family, the fastest family first. The denoiser
+    is exported and timed once, on the first device."""
+    module = find_denoiser(pipe)
+    scale = getattr(pipe, "vae_scale_factor", 1)
+    size: dict[str, Any] = {"height": call.get("height"), "width": call.get("width")}
+    parsed = parse(module, (), example_inputs(module, scale=scale, **size))
+    captured = capture(module, parsed)
+    costs = measure(captured, parsed.tensors, where[0])
+    links = {"link_gb_per_s": link_speed(where) / 1e6, "link_latency_us": LATENCY_US}
     families = [Family(n, s, k) for k in ASYNCHRONOUS for n in range(2, ranks + 1) for s in (1, 2)]
-    return [f for f in families if f.ranks <= ranks]
-
-
-class _Measured:
-    """A pipeline's denoiser, exported and timed once, for every family of settings."""
-
-    def __init__(
-        self, pipe: Any, device: torch.device, call: Mapping[str, Any], told: Progress
-    ) -> None:
-        told("exporting and timing the denoiser", 0, 2)
-        module = find_denoiser(pipe)
-        args = example_inputs(
-            module,
-            scale=getattr(pipe, "vae_scale_factor", 1),
-            height=call.get("height"),
-            width=call.get("width"),
-        )
-        parsed = parse(module, (), args)
-        self._captured = capture(module, parsed)
-        told("exporting and timing the denoiser", 1, 2)
-        self._costs = measure(self._captured, parsed.tensors, device)
-        told("exporting and timing the denoiser", 2, 2)
-
-    def speedups(
-        self, family: Family, steps: int, bytes_per_ms: float
-    ) -> dict[tuple[int, int], float]:
-        """Predicted speed-up by exact steps at both ends."""
+    families = [f for f in families if f.ranks <= ranks]
+    ends = [(w, tail) for w, tail in ENDS if w + tail < steps]
+    found = []
+    for number, family in enumerate(families):
+        tell("predicting speeds", number, len(families))
         copies = family.ranks - family.components + 1
-        parts = partition(
-            self._captured, family.components, "auto", costs=self._costs, copies=copies
-        )
-        timing = Timing.from_report(
-            parts.report().to_dict(),
-            link_gb_per_s=bytes_per_ms / 1e6,
-            link_latency_us=LATENCY_US,
-        )
-        out = {}
-        for w, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
-            plan = build(
-                family.components,
-                family.stride,
-                w,
-                steps,
-                schedule=family.schedule,
-                exact_tail=tail,
-                exchanges=parts.exchanges,
-            )
-            out[w, tail] = predict(plan, timing).speedup
-        return out
+        parts = partition(captured, family.components, "auto", costs=costs, copies=copies)
+        timing = Timing.from_report(parts.report().to_dict(), **links)
+        speedups = []
+        for end in ends:
+            plan = build(steps=steps, exchanges=parts.exchanges, **family.arguments(end))
+            speedups.append((end, predict(plan, timing).speedup))
+        found.append((family, speedups))
+    tell("predicting speeds", len(families), len(families))
+    return sorted(found, key=lambda each: -max((s for _, s in each[1]), default=0.0))
 
 
 @contextlib.contextmanager
-def _steps(pipe: Any, what: str, steps: int, told: Progress) -> Iterator[dict[str, Any]]:
+def _steps(pipe: Any, what: str, steps: int) -> Iterator[dict[str, Any]]:
     """Tells how many steps a call of the pipeline has taken, where it says so itself: yields what
     to pass to it."""
     done = 0
@@ -319,10 +279,10 @@ def _steps(pipe: Any, what: str, steps: int, told: Progress) -> Iterator[dict[st
     def stepped(_pipe: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         done = min(done + 1, steps)
-        told(what, done, steps + 1)  # the picture is made after the last step
+        tell(what, done, steps + 1)  # the picture is made after the last step
         return values
 
-    told(what, 0, steps + 1)
+    tell(what, 0, steps + 1)
     accepted = inspect.signature(pipe.__call__).parameters
     yield {"callback_on_step_end": stepped} if "callback_on_step_end" in accepted else {}
-    told(what, steps + 1, steps + 1)
+    tell(what, steps + 1, steps + 1)

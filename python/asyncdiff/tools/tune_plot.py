@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from os import PathLike
 
-from ..errors import AsyncDiffError
+from ..schedule.plot import blank
 from .tune import Trial, Tuned
 
 _NAMES = {"asyncdiff": "as published", "wavefront": "waves"}
@@ -23,38 +24,21 @@ def draw(
 
     Raises AsyncDiffError where matplotlib is missing (it is in the extra ``demo``).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AsyncDiffError("a plot needs matplotlib: pip install 'asyncdiff[demo]'") from error
 
     def height(trial: Trial) -> float:
         if max_lpips is not None:
             return trial.fidelity.learned["lpips"]
         return trial.fidelity.psnr_db
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes = blank("a plot", 7.5, 5).subplots()
     families = dict.fromkeys(_family(t) for t in found.tried)
-    for number, name in enumerate(families):
+    for name, colour in zip(families, itertools.cycle(_COLOURS), strict=False):
         mine = sorted((t for t in found.tried if _family(t) == name), key=lambda t: t.speedup)
-        axes.plot(
-            [t.speedup for t in mine],
-            [height(t) for t in mine],
-            marker="o",
-            color=_COLOURS[number % len(_COLOURS)],
-            label=name,
-        )
-        for t in mine:
-            axes.annotate(
-                f"w={t.arguments['warmup']}, end {t.arguments['exact_tail']}",
-                (t.speedup, height(t)),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=7,
-            )
+        at = [(t.speedup, height(t)) for t in mine]
+        axes.plot(*zip(*at, strict=True), marker="o", color=colour, label=name)
+        for trial, point in zip(mine, at, strict=True):
+            end = f"w={trial.arguments['warmup']}, end {trial.arguments['exact_tail']}"
+            axes.annotate(end, point, xytext=(5, 5), textcoords="offset points", fontsize=7)
     wanted = psnr_db if max_lpips is None else max_lpips
     if wanted is not None:
         axes.axhline(wanted, color="grey", linestyle="--", linewidth=1, label="wanted")
@@ -68,7 +52,7 @@ def draw(
     axes.set_ylabel("mean PSNR to the plain pictures, dB" if max_lpips is None else "mean LPIPS")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
+    axes.figure.savefig(path, dpi=130, format="png")
 
 
 def _family(trial: Trial) -> str:

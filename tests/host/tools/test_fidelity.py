@@ -15,13 +15,15 @@ import torch
 import asyncdiff
 from asyncdiff import InputError, MetricError, TuneError
 from asyncdiff.demo import model as demo_model
+from asyncdiff.partition.cost import measure
 from asyncdiff.partition.partition import partition
 from asyncdiff.schedule.plan import build
 from asyncdiff.schedule.simulate import Timing, predict
 from asyncdiff.tools import fidelity as measures
+from asyncdiff.tools import tune as tuning
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
 from asyncdiff.tools.prediction import LATENCY_US, predicted
-from asyncdiff.tools.tune import _families, _Measured, tune
+from asyncdiff.tools.tune import tune
 from asyncdiff.tools.tune_plot import draw
 from fidelity import plots, rivals
 from fidelity.macs import balanced, total
@@ -174,12 +176,23 @@ def test_tune_tells_and_draws_what_it_does(pipe: Any, tmp_path: Path) -> None:
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_one_timing_of_the_denoiser_predicts_every_family(pipe: Any) -> None:
+def test_one_timing_of_the_denoiser_predicts_every_family(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a partition of its own for each would."""
-    measured = _Measured(pipe, torch.device("cpu"), {}, lambda what, done, total: None)
-    for family in _families(3):
+    timed = []
+
+    def measured(captured: Any, *rest: Any) -> Any:
+        timed.append((captured, measure(captured, *rest)))
+        return timed[-1][1]
+
+    monkeypatch.setattr(tuning, "measure", measured)
+    monkeypatch.setattr(tuning, "link_speed", lambda devices: 5e6)
+    found = tuning._speedups(pipe, [torch.device("cpu")], 3, 10, {})
+    ((captured, costs),) = timed
+    assert [f.ranks <= 3 for f, _ in found] == [True] * 7
+    for family, speedups in found:
         copies = family.ranks - family.components + 1
-        captured, costs = measured._captured, measured._costs
         parts = partition(captured, family.components, "auto", costs=costs, copies=copies)
         timing = Timing.from_report(
             parts.report().to_dict(), link_gb_per_s=5, link_latency_us=LATENCY_US
@@ -188,7 +201,7 @@ def test_one_timing_of_the_denoiser_predicts_every_family(pipe: Any) -> None:
             family.components, family.stride, 1, 10, schedule=family.schedule, exact_tail=2,
             exchanges=parts.exchanges,
         )  # fmt: skip
-        assert measured.speedups(family, 10, 5e6)[1, 2] == predict(plan, timing).speedup
+        assert dict(speedups)[1, 2] == predict(plan, timing).speedup
 
 
 def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
