@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from torch import nn
 
 from .config import GenerationSpec, ParallelConfig, ReadOnlySettings
 from .errors import InputError, SchedulerError
-from .forking import Locked
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, predictor_of
 from .graph.compile import pays
@@ -35,10 +35,8 @@ from .sampling.clean_image import CleanImage, clean_image
 from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
 
-log = logging.getLogger("asyncdiff")
 
-
-class AsyncDenoiser(ReadOnlySettings, Locked):
+class AsyncDenoiser(ReadOnlySettings):
     """``module`` split into components that run on several devices at once.
 
     Args:
@@ -78,12 +76,13 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         self._devices = devices = devices_of(config)
         compile = pays(module, devices) if config.compile is None else config.compile
         self._config = replace(config, devices=tuple(devices), compile=compile)
-        self._parser = Parser(module, config.latents, config.timestep)
-        super().__init__()  # the lock, held by whoever runs a generation
+        #: takes a call's positional and keyword arguments apart; InputError where they do not fit
+        self.parse = Parser(module, config.latents, config.timestep)
+        #: held by whoever runs a generation
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
-        #: that of the inputs seen last
-        self._engine: Engine | Groups | None = None
+        self._engine: Engine | Groups | None = None  # that of the inputs seen last
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
             self._weights = Weights(module)
             undo.callback(self._weights.restore)
@@ -114,6 +113,22 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         """
         with self.lock:
             self._config = self._config.between_generations(changes)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a process made by ``fork()``, which leaves threads behind."""
+        return os.getpid() != self._process
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever runs a generation. Raises InputError in a process made by ``fork()``."""
+        if self.forked:
+            raise InputError(
+                "this denoiser was spread over ranks before the process was made by fork(), which "
+                "leaves their threads behind: call restore() and parallelise again here, or make "
+                "processes by 'spawn' (multiprocessing.set_start_method)"
+            )
+        return self._lock
 
     @property
     def devices(self) -> list[torch.device]:
@@ -149,8 +164,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         with self.lock, self.own_modes():
             call = self.parse(args, kwargs)
             self._check(call)
-            used = self._generation.engine if self._generation and self.active else None
-            if used is not None and not self.fits(call):
+            if self.active and not self.fits(call):
                 raise InputError(
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"
@@ -158,10 +172,6 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             self._engine = self._engines.get(call)
             if steps is not None:
                 phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
-
-    def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """A call of the denoiser, taken apart; raises InputError where it does not fit."""
-        return self._parser(args, kwargs)
 
     def _check(self, call: Call) -> None:
         check_devices(call, self._devices[0].type == "cuda")
@@ -198,12 +208,10 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                         "schedule='wavefront' has to know α and σ of every step: pass the "
                         "scheduler, generation(timesteps, scheduler)"
                     )
-                whole = clean_image(scheduler)
-                steps = len(timesteps)
+                whole, steps = clean_image(scheduler), len(timesteps)
                 clean = whole.of_steps(len(whole.of_input) - steps, steps)
-            generation = self.start(self._config.spec(timesteps), clean)
             try:
-                yield generation
+                yield self.start(self._config.spec(timesteps), clean)
             finally:
                 self.stop()
 
@@ -326,9 +334,9 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             guidance_rescale,
             callback,
             timestep_argument,
-            dict(step_options or {}),
+            step_options,
         )
-        with self.lock:
+        with self.lock, self.own_modes():
             self.stop()
             return generate(self, request)
 
@@ -366,9 +374,9 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             guidance_scale,
             guidance_rescale,
             timestep_argument=timestep_argument,
-            step_options=dict(step_options or {}),
+            step_options=step_options,
         )
-        with self.lock:
+        with self.lock, self.own_modes():
             self.stop()
             found = calibrate(self, request)
             self.configure(order=found)
@@ -382,12 +390,9 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
 
     def close(self) -> None:
         """Free the ranks' memory and put the module back on its device."""
-        if self.forked:  # whose ranks are the parent's
+        with contextlib.nullcontext() if self.forked else self.lock:
+            if not self.forked:  # whose ranks are the parent's
+                self.stop()
+                self._engines.close()
             self._generation = self._engine = None
-            self._weights.restore()
-            return
-        with self.lock:
-            self.stop()
-            self._engines.close()
-            self._engine = None
             self._weights.restore()

@@ -13,7 +13,7 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
-from asyncdiff.runtime import timestep_cache as timetable
+from asyncdiff.runtime import rows as timetable
 from asyncdiff.runtime.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("full_float32")

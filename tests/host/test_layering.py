@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher", "forking"),
+    ("progress", "deadline", "launcher"),
     ("graph", "schedule"),
     ("partition", "sampling", "microbatches"),
     ("config",),

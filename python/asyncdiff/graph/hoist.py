@@ -3,7 +3,7 @@
 Text keys and values depend on the prompt alone: they are computed when it changes, and kept. Time
 embeddings, and what each block makes of them, depend on the timestep, maybe on the prompt too, but
 not on the latents: they are computed once for every timestep
-(:mod:`asyncdiff.runtime.timestep_cache`).
+(:mod:`asyncdiff.runtime.rows`).
 """
 
 from __future__ import annotations

@@ -10,24 +10,14 @@ import torch
 import asyncdiff_core as core
 
 
-def dense(value: torch.Tensor) -> torch.Tensor:
-    """``value`` itself if its memory has no gaps or overlaps, else a dense copy."""
-    like = torch.empty_like(value)  # preserve_format: dense, and the same order of dimensions
-    return value if same_strides(value, like.stride()) else like.copy_(value)
-
-
-def same_strides(value: torch.Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether ``value`` lies in memory as ``strides`` say. Strides of dimensions of size 1, and
-    of empty tensors, mean nothing."""
-    if value.stride() == strides or value.numel() == 0:
-        return True
-    pairs = zip(value.shape, value.stride(), strides, strict=True)
-    return all(size == 1 or mine == theirs for size, mine, theirs in pairs)
-
-
 def as_laid_out(value: torch.Tensor, spec: core.TensorSpec) -> torch.Tensor:
-    """``value`` with the strides of ``spec``: itself, or a copy."""
-    if same_strides(value, spec.strides):
+    """``value`` with the strides of ``spec``: itself, or a copy. Strides of dimensions of size 1,
+    and of empty tensors, mean nothing."""
+    strides = value.stride()
+    if strides == spec.strides or value.numel() == 0:
+        return value
+    pairs = zip(value.shape, strides, spec.strides, strict=True)
+    if all(size == 1 or mine == due for size, mine, due in pairs):
         return value
     out = torch.empty_strided(spec.shape, spec.strides, dtype=value.dtype, device=value.device)
     return out.copy_(value)
@@ -37,17 +27,10 @@ def layout_of(values: Sequence[torch.Tensor]) -> core.Layout:
     """The layout of a bundle of tensors like ``values``, with their dense strides."""
     specs = []
     for value in values:
-        strides = torch.empty_like(value).stride()
+        strides = torch.empty_like(value).stride()  # dense, and the same order of dimensions
         name = str(value.dtype).removeprefix("torch.")
         specs.append(core.TensorSpec(name, tuple(value.shape), tuple(strides)))
     return core.Layout(specs)
-
-
-def views(
-    channel: core.Channel, layout: core.Layout, receiver: int, slot: int, device: torch.device
-) -> list[torch.Tensor]:
-    """The tensors of a bundle in a receiver's slot, without copying."""
-    return tensors_in(memory_of(channel.slot(receiver, slot), device), layout)
 
 
 def memory_of(buffer: core.Buffer, device: torch.device) -> torch.Tensor:

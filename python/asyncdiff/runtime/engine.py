@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,15 +23,13 @@ from ..partition.partition import Partition
 from ..progress import Progress, stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
-from .buffers import layout_of, views
+from .buffers import layout_of, memory_of, tensors_in
 from .devices import fabric
-from .executor import InlineQueue, RankQueue, ThreadQueue
+from .executor import RankQueue
 from .input_cache import InputCache
-from .push import Sender
 from .step import Caller, Inputs, Time
 from .worker import Worker
 
-log = logging.getLogger("asyncdiff")
 
 #: Nothing of earlier steps: all runs are of the step at hand.
 NO_EARLIER: Mapping[int, Sequence[torch.Tensor]] = {}
@@ -92,10 +89,7 @@ class Engine:
         self.compile_s = 0.0
         if compile is not None:
             self._compile(compile)
-        abort = self.fabric.abort
-        self._queue: RankQueue = (
-            InlineQueue(abort) if self.cuda else ThreadQueue(len(self.devices), abort)
-        )
+        self._queue = RankQueue(len(self.devices), self.fabric.abort, threads=not self.cuda)
         self._clean = True
         #: ticks that were issued since the engine was made
         self._ticks = 0
@@ -141,13 +135,13 @@ class Engine:
                 name=f"component {i} to {j}",
                 mode="copy" if self.cuda else "auto",
             )
-            self.workers[i].senders.append(Sender(j, channel, layout))
+            self.workers[i].senders[j] = channel, layout
             for r in receivers:
-                self.workers[r].receivers[i] = channel
+                worker = self.workers[r]
+                worker.receivers[i] = channel
                 for slot in range(self.slots):
-                    self.workers[r].mailbox[i, slot] = views(
-                        channel, layout, r, slot, self.workers[r].device
-                    )
+                    memory = memory_of(channel.slot(r, slot), worker.device)
+                    worker.mailbox[i, slot] = tensors_in(memory, layout)
 
     def _compile(self, progress: Progress) -> None:
         started = time.perf_counter()

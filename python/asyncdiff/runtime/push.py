@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,30 +12,24 @@ import asyncdiff_core as core
 
 from .buffers import as_laid_out
 
-
-@dataclass
-class Sender:
-    """A component's end of one channel: where the values for one other component go."""
-
-    target: int
-    channel: core.Channel
-    layout: core.Layout
+#: Where values for one other component go, and how they lie there.
+Sender = tuple[core.Channel, core.Layout]
 
 
 class Push:
-    """The bundles of one run, for every receiver: a program's sink of boundary values.
+    """The bundles of one run, by receiver: a program's sink of boundary values.
 
     ``stream`` computes, ``comm`` pushes; both are None on the CPU, where pushes are made at once.
     """
 
     def __init__(
         self,
-        senders: Iterable[Sender],
+        senders: Mapping[int, Sender],
         slot: int,
         stream: torch.cuda.Stream | None,
         comm: torch.cuda.Stream | None,
     ) -> None:
-        self._senders = {s.target: s for s in senders}
+        self._senders = senders
         self._slot = slot
         self._stream = stream
         self._comm = comm
@@ -48,20 +41,20 @@ class Push:
         started = time.perf_counter()
         if comm is not None and stream is not None:
             comm.wait_stream(stream)
-        for sender in self._senders.values():
-            sender.channel.begin(slot, comm)
+        for channel, _ in senders.values():
+            channel.begin(slot, comm)
         #: Seconds of the calling thread.
         self.spent = time.perf_counter() - started
 
     def __call__(self, target: int, index: int, value: torch.Tensor) -> None:
         """Push one value of the bundle for ``target``."""
-        sender = self._senders[target]
-        value = as_laid_out(value, sender.layout.specs[index])
+        channel, layout = self._senders[target]
+        value = as_laid_out(value, layout.specs[index])
         self._held.append(value)
         started = time.perf_counter()
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
-        sender.channel.push_pointer(index, value.data_ptr(), self._slot, self._comm)
+        channel.push_pointer(index, value.data_ptr(), self._slot, self._comm)
         self.spent += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -69,8 +62,8 @@ class Push:
         started = time.perf_counter()
         if self._stream is not None:
             self.computed = _mark(self._stream)
-        for sender in self._senders.values():
-            sender.channel.commit(self._slot, self._comm)
+        for channel, _ in self._senders.values():
+            channel.commit(self._slot, self._comm)
         if self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
             self.delivered = _mark(self._stream)

@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from ..graph.row import Row
+from ..graph.row import TABLE_BYTES, Row
 from .cuda_graphs import GraphCache, Issued
 from .step import Time
-from .timestep_cache import Key, TimestepCache, fits
 
 #: Among a worker's CUDA graphs, that which computes a row.
 _GRAPH = "row"
@@ -27,7 +25,7 @@ class Rows:
 
     def __init__(
         self,
-        program: fx.GraphModule | None,
+        program: Callable[..., list[Any]] | None,
         arguments: Callable[[], Sequence[torch.Tensor | None]],
         time: torch.Tensor | None,
         graphs: GraphCache,
@@ -36,17 +34,23 @@ class Rows:
         self._arguments = arguments
         self.time = time
         self._graphs = graphs
-        self._slots = 0
         self.row: Row | None = None
         #: what the rank's program reads of it
         self.values: list[torch.Tensor] = []
-        self.table: TimestepCache | None = None
+        #: packed rows, the one that was kept first in front, by the version of the conditioning
+        #: that they were computed with, and the timestep
+        self.table: dict[tuple[int, float], torch.Tensor] = {}
+        #: room for so many, and the part of it that is not used yet
+        self.slots = 0
+        self._free: list[torch.Tensor] = []
 
     def begin(self, steps: int) -> None:
         """Make room for the rows of a generation with so many steps. Call when idle."""
-        self._slots = steps if self.row is not None and fits(steps, self.row.nbytes) else 0
-        if self.table is not None and len(self.table.keys) != self._slots:
-            self.table = None
+        fits = self.row is not None and steps * self.row.nbytes <= TABLE_BYTES
+        slots = steps if fits else 0
+        if slots != self.slots:
+            self.slots = slots
+            self.clear()
 
     def select(self, time: Time, version: int) -> None:
         """Make the row that of a timestep: copy it from the table, or compute it and keep it.
@@ -59,17 +63,16 @@ class Rows:
             self._compute()
             return
         assert self.row is not None and self.time is not None
-        if self.table is None and self._slots:
-            self.table = TimestepCache(self._slots, self.row)
-        key: Key = (version, time)
-        found = None if self.table is None else self.table.find(key)
+        found = self.table.get((version, time))
         if found is not None:
             self.row.memory.copy_(found)
             return
         self.time.fill_(time)
         self._compute()
-        if self.table is not None:
-            self.table.put(key, self.row.memory)
+        if self.slots:
+            slot = self._slot(self.row)
+            slot.copy_(self.row.memory)
+            self.table[version, time] = slot
 
     def prepare(self) -> None:
         """Capture the graph that computes a row, if it is still missing."""
@@ -86,7 +89,7 @@ class Rows:
     def execute(self) -> Issued:
         """Compute the row for the timestep in the static input."""
         assert self.program is not None
-        values: list[Any] = self.program(*self._arguments())
+        values = self.program(*self._arguments())
         if self.row is None:
             self.row = Row(values)
             self.values = self.row.values
@@ -95,7 +98,15 @@ class Rows:
 
     def clear(self) -> None:
         """Drop the table. Call when idle."""
-        self.table = None
+        self.table.clear()
+        self._free.clear()
 
     def _compute(self) -> None:
         self._graphs.issue(_GRAPH, self.execute)
+
+    def _slot(self, row: Row) -> torch.Tensor:
+        """Memory for one more row, if need be that of the one that was kept first."""
+        if not self.table and not self._free:
+            memory = row.memory.new_empty(self.slots, row.nbytes)
+            self._free = list(memory.unbind())
+        return self._free.pop() if self._free else self.table.pop(next(iter(self.table)))

@@ -18,7 +18,7 @@ from ..graph.program import on_device, run_program
 from ..graph.signature import Role
 from ..partition.partition import Partition
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
-from .buffers import dense, moved_on
+from .buffers import moved_on
 from .cuda_graphs import GraphCache, Issued, capturing, reason
 from .devices import out_of_memory
 from .push import Push, Sender
@@ -83,7 +83,8 @@ class Worker:
         time = next((self.static[i] for i in self._times if i in self.static), None)
         timed = parts.timed
         self.rows = Rows(timed, lambda: self._ahead(timed, self.kept), time, self.graphs)
-        self.senders: list[Sender] = []
+        #: by receiving component
+        self.senders: dict[int, Sender] = {}
         #: by sending component, the channels that bring bundles
         self.receivers: dict[int, core.Channel] = {}
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
@@ -113,7 +114,7 @@ class Worker:
         sent: dict[int, list[torch.Tensor]] = {}
 
         def collect(target: int, index: int, value: torch.Tensor) -> None:
-            sent.setdefault(target, []).append(dense(value))
+            sent.setdefault(target, []).append(value.clone())  # dense, in the same order
 
         if self.device.type == "cuda":
             # Weights, inputs and ``reads`` were brought here on other streams.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from asyncdiff.runtime.executor import ThreadQueue
+from asyncdiff.runtime.executor import RankQueue
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def four_threads() -> Iterator[None]:
 
 
 def test_ranks_share_the_threads_and_nobody_else_is_concerned(four_threads: None) -> None:
-    queue = ThreadQueue(2, lambda rank, reason: None)
+    queue = RankQueue(2, lambda rank, reason: None, threads=True)
 
     def elsewhere() -> int:
         seen: list[int] = []

@@ -19,11 +19,10 @@ from asyncdiff.graph.program import KEEP, TIMED
 from asyncdiff.graph.row import Row, padded
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.runtime import input_cache as conditioning
-from asyncdiff.runtime import timestep_cache as timetable
+from asyncdiff.runtime import rows as timetable
 from asyncdiff.runtime import worker as component
-from asyncdiff.runtime.cuda_graphs import Issued
+from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
 from asyncdiff.runtime.rows import Rows
-from asyncdiff.runtime.timestep_cache import TimestepCache
 from asyncdiff.runtime.worker import Worker
 
 SPLITS = {
@@ -178,9 +177,9 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     run(denoiser, seed=2)
     assert len(computed) == 5 + 5 + 3
     computed.clear()
-    first = ranks[0].rows.table
+    assert ranks[0].rows.slots == 8
     run(denoiser, seed=2, steps=5)
-    assert computed and ranks[0].rows.table is not first and len(ranks[0].rows.table.keys) == 5
+    assert len(computed) == sum(len(rank.rows.table) for rank in ranks) and ranks[0].rows.slots == 5
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
@@ -343,15 +342,23 @@ def test_a_row_is_packed_and_a_table_keeps_the_newest() -> None:
     row.store(like)
     assert row.nbytes == 3 * 256 and row.values[0].stride() == (1, 3)
     assert all(torch.equal(a, b) for a, b in zip(row.values, like, strict=True))
-    table = TimestepCache(2, row)
-    for time in (9.0, 8.0, 7.0):
-        row.values[1].fill_(time)
-        table.put((0, time), row.memory)
-    assert table.find((0, 9.0)) is None and table.find((1, 8.0)) is None
-    found = table.find((0, 8.0))
-    assert found is not None
-    row.memory.copy_(found)
-    assert row.values[1] == 8
+    calls: list[float] = []
+
+    def program(time: torch.Tensor) -> list[torch.Tensor]:
+        calls.append(time.item())
+        return [like[0], time, like[2]]
+
+    time = torch.tensor(0.0)
+    rows = Rows(program, lambda: [time], time, GraphCache(0, None))
+    rows.warm_up()
+    rows.begin(2)
+    for known in (9.0, 8.0, 7.0, 8.0):
+        rows.select(known, 0)
+        assert rows.values[1] == known
+    assert calls == [0.0, 9.0, 8.0, 7.0]
+    rows.select(9.0, 0)
+    rows.select(9.0, 1)
+    assert calls[4:] == [9.0, 9.0] and rows.values[1] == 9 and len(rows.table) == 2
 
 
 # ---- timesteps -----------------------------------------------------------------------------------
