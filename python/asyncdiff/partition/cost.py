@@ -7,8 +7,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,12 +165,13 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
         for start in range(0, count, _BLOCK_NODES):
             tell(what, start, count)
             block = captured.nodes[start : start + _BLOCK_NODES]
-            run = _Block(block, values, _bring(captured, block, device), last_reader, device)
-            passes = [_timed(run.runs(), device) for _ in range(_PASSES + 1)][1:]
+            values |= _bring(captured, block, device)
+            runs = _runs(block, values, last_reader, device)
+            passes = [_timed(runs, device) for _ in range(_PASSES + 1)][1:]
             for node, times in zip(block, zip(*passes, strict=True), strict=True):
                 view = node in captured.views
                 ms[node] = 0.0 if view else max(statistics.median(times) - too_long, 0.0)
-            run.forget()
+            _forget(captured, block, values, last_reader)
     tell(what, count, count)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Costs(ms, count_macs(captured), f"measured on {name}")
@@ -214,45 +214,40 @@ def _bring(
     return out
 
 
-class _Block:
-    """Nodes that are run again and again, one by one."""
+def _runs(
+    block: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    last_reader: Mapping[fx.Node, fx.Node],
+    device: torch.device,
+) -> list[Callable[[], None]]:
+    """Runs of one node each, that may be done again and again."""
+    dies: dict[fx.Node, list[fx.Node]] = {}
+    for node in block:
+        dies.setdefault(last_reader.get(node, node), []).append(node)
 
-    def __init__(
-        self,
-        nodes: Sequence[fx.Node],
-        values: dict[fx.Node, Any],
-        weights: dict[fx.Node, Any],
-        last_reader: dict[fx.Node, fx.Node],
-        device: torch.device,
-    ) -> None:
-        self._nodes, self._values, self._weights = nodes, values, weights
-        self._device = device
-        self._dies: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
-        #: values of earlier blocks that nobody reads after this one
-        self._done: list[fx.Node] = []
-        mine = set(nodes)
-        for value in [*values, *nodes]:
-            reader = last_reader.get(value, value)
-            if reader in mine:
-                (self._dies[reader] if value in mine else self._done).append(value)
-
-    def runs(self) -> list[Callable[[], None]]:
-        """Runs one node each."""
-        return [functools.partial(self._run, node) for node in self._nodes]
-
-    def forget(self) -> None:
-        """Drop the values that nobody reads any more."""
-        for node in self._done:
-            del self._values[node]
-
-    def _run(self, node: fx.Node) -> None:
-        known = ChainMap(self._weights, self._values)
-        args, kwargs = resolve(node, known.__getitem__, self._device)
-        self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    def run(node: fx.Node) -> None:
+        args, kwargs = resolve(node, values.__getitem__, device)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         # As soon as in the component: what is written again while it is still in the cache never
         # goes to memory, and large nodes take up to half longer where it does.
-        for dead in self._dies[node]:
-            del self._values[dead]
+        for dead in dies.get(node, ()):
+            del values[dead]
+
+    return [functools.partial(run, node) for node in block]
+
+
+def _forget(
+    captured: Captured,
+    block: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    last_reader: Mapping[fx.Node, fx.Node],
+) -> None:
+    """Drop weights, and what nobody reads after this block."""
+    mine = set(block)
+    for node in list(values):
+        kept = node.op == "call_function" or node.name in captured.inputs
+        if not kept or last_reader.get(node) in mine:
+            del values[node]
 
 
 def _timed(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:

@@ -150,12 +150,9 @@ class Timeline:
     def to_dict(self) -> dict[str, Any]:
         """The summary, and the bounds of each tick, for JSON."""
         return {
-            "total_ms": self.total_ms,
-            "sequential_ms": self.sequential_ms,
-            "speedup": self.speedup,
-            "exposed_ms": self.exposed_ms,
-            "exchange_bytes": self.exchange_bytes,
-            "busy": list(self.busy),
+            "total_ms": self.total_ms, "sequential_ms": self.sequential_ms,
+            "speedup": self.speedup, "exposed_ms": self.exposed_ms,
+            "exchange_bytes": self.exchange_bytes, "busy": list(self.busy),
             "ticks": [
                 {
                     "index": t.index, "exact": t.exact, "serves": list(t.serves),
@@ -178,16 +175,12 @@ def predict(plan: Plan, timing: Timing) -> Timeline:
     for s in run.spans:
         if s.kind is not SpanKind.EXCHANGE:
             busy[s.rank] += min(s.end_ms, run.total) - min(s.start_ms, run.total)
+    sequential = plan.steps * plan.microbatches * (sum(timing.component_ms) + timing.update_ms)
+    shares = tuple(min(1.0, b / run.total) if run.total else 0.0 for b in busy)
     return Timeline(
-        plan,
-        timing,
-        tuple(run.spans),
-        run.total,
-        max(0.0, exposed),
-        plan.steps * plan.microbatches * (sum(timing.component_ms) + timing.update_ms),
-        tuple(min(1.0, b / run.total) if run.total else 0.0 for b in busy),
+        plan, timing, tuple(run.spans), run.total, max(0.0, exposed), sequential, shares,
         run.sent_bytes,
-    )
+    )  # fmt: skip
 
 
 class _Simulation:
@@ -202,12 +195,11 @@ class _Simulation:
         self.sent_bytes = 0
         self.queue = [0.0] * plan.ranks  # when a rank's compute queue is free
         self.port = [0.0] * plan.ranks
-        # By micro-batch: when the newest latents are on a rank, and its bundles, by (source,
-        # ordinal, receiving rank), have arrived and are given back.
-        parts = range(plan.microbatches)
-        self.latents = [[0.0] * plan.ranks for _ in parts]
-        self.arrived: list[dict[tuple[int, int, int], float]] = [{} for _ in parts]
-        self.freed: list[dict[tuple[int, int, int], float]] = [{} for _ in parts]
+        # When the newest latents of a micro-batch are on a rank; when its bundles, by (micro-batch,
+        # source, ordinal, receiving rank), have arrived and are given back.
+        self.latents = [[0.0] * plan.ranks for _ in range(plan.microbatches)]
+        self.arrived: dict[tuple[int, int, int, int], float] = {}
+        self.freed: dict[tuple[int, int, int, int], float] = {}
         for tick in plan.ticks:
             self.part = tick.microbatch
             actions = [a for segment in tick.segments for a in segment.actions]
@@ -221,11 +213,11 @@ class _Simulation:
 
     def _act(self, tick: int, a: Action) -> float:
         """Issue an action. When rank 0 has the noise prediction that it delivers; else 0."""
-        bundle = a.component, a.ordinal, a.rank
+        bundle = self.part, a.component, a.ordinal, a.rank
         if a.kind is Kind.GET:
-            self.queue[a.rank] = max(self.queue[a.rank], self.arrived[self.part][bundle])
+            self.queue[a.rank] = max(self.queue[a.rank], self.arrived[bundle])
         elif a.kind is Kind.RELEASE:
-            self.freed[self.part][bundle] = self.queue[a.rank]
+            self.freed[bundle] = self.queue[a.rank]
         else:
             end = self._run(tick, a)
             if a.step is not None:
@@ -248,8 +240,8 @@ class _Simulation:
             for pair, rank in receivers:
                 tail = self.timing.tail_bytes.get(pair, 0)
                 size = tail if late else self.timing.boundary_bytes.get(pair, 0) - tail
-                older = a.component, a.ordinal - self.plan.slots, rank
-                slot = self.freed[self.part].get(older, 0.0)
+                older = self.part, a.component, a.ordinal - self.plan.slots, rank
+                slot = self.freed.get(older, 0.0)
                 begin = max(self.port[a.rank], slot, end if late else start)
                 done = begin + size / (self.timing.link_gb_per_s * 1e6)
                 if size:
@@ -259,8 +251,8 @@ class _Simulation:
                         Span(a.rank, tick, SpanKind.EXCHANGE, begin, done, a.component, rank)
                     )
                 if late:  # the signal follows the last byte, and never precedes the run's end
-                    bundle = a.component, a.ordinal, rank
-                    self.arrived[self.part][bundle] = max(done, end) + self.latency
+                    bundle = self.part, a.component, a.ordinal, rank
+                    self.arrived[bundle] = max(done, end) + self.latency
 
     def _update(self, tick: int, steps: int, delivered: float) -> None:
         pipelined = self.plan.schedule == "pipeline"

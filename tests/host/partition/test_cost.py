@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
-from asyncdiff.partition.cost import _Block, count_macs, measure
+from asyncdiff.partition.cost import _forget, _runs, count_macs, measure
 
 
 class Model(nn.Module):
@@ -81,13 +81,15 @@ def test_values_live_no_longer_than_they_are_read() -> None:
     last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
     halves = captured.nodes[:3], captured.nodes[3:]
     for half in halves:
-        block = _Block(half, values, weights, last_reader, cpu)
+        values |= weights
+        runs = _runs(half, values, last_reader, cpu)
         most = 0
         for _ in range(2):  # a second pass finds all that it reads
-            for run in block.runs():
+            for run in runs:
                 run()
                 most = max(most, len(values))
         # What is read again and the last value, also of the pass before.
-        assert most <= len(inputs) + 3
-        block.forget()
+        assert most <= len(inputs) + len(weights) + 3
+        _forget(captured, half, values, last_reader)
+        assert not set(weights) & set(values)
     assert not [n for n in values if n in captured.nodes]
