@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from ..progress import stage
-from .side_effects import SideEffects
+from .side_effects import refused
 from .signature import Call, Role, Signature
 
 log = logging.getLogger("asyncdiff")
@@ -121,23 +121,21 @@ def capture(module: nn.Module, call: Call) -> Captured:
         torch.empty_like(x, device=home) if isinstance(x, torch.Tensor) else x for x in call.leaves
     ]
     kwargs = pytree.tree_unflatten(leaves, call.spec)
-    effects = SideEffects(module)
     try:
-        watched = effects.watched()
-        with _exporting, torch.no_grad(), watched, _unlogged(), stage("exporting the denoiser"):
+        progress = stage("exporting the denoiser")
+        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module):
             program = torch.export.export(module, (), kwargs, strict=False)
             if any(_mutates(n) for n in program.graph.nodes):
                 # In-place operations have no place in a graph that is cut into pieces.
                 program = program.run_decompositions({})
+    except CaptureError:
+        raise
     except Exception as e:  # the exporter raises what it likes
-        _check_effects(name, effects)
-        effects.undo()
         _check_inputs(module, kwargs, call)
         raise CaptureError(
             f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
             + _what_to_do(str(e))
         ) from e
-    _check_effects(name, effects)
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError(f"{name} changes its own buffers or inputs in forward: put it in eval()")
@@ -189,18 +187,6 @@ def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> N
         ) from e
     except Exception:
         return
-
-
-def _check_effects(name: str, effects: SideEffects) -> None:
-    """Raise CaptureError where the denoiser keeps something in each call, and take it away."""
-    where = effects.found()
-    if where:
-        effects.undo()
-        raise CaptureError(
-            f"{name} keeps something in each call ({where}), as attention processors do that "
-            "record or count: captured, it would do so once, without values. Take that off "
-            "(set_attn_processor()), or run the denoiser without asyncdiff (restore())"
-        )
 
 
 def _what_to_do(reason: str) -> str:

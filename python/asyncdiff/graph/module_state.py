@@ -6,6 +6,7 @@ are loaded later. A captured graph has all of it frozen in.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,24 +22,23 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._layers: list[nn.Module] = []
+        self._classes: list[tuple[type, Any]] = []
         self._copies: list[tuple[Any, Any]] = []
-        #: the submodules with their classes, and the forwards of these
-        self._classes: list[tuple[nn.Module, type, Any]] = []
         self._known: dict[Any, int] = {}
-        self._last = 0
+        self._unused = itertools.count(1)
         self._number = 0
 
     def number(self) -> int:
         """Another one for every state. Quick as long as nothing changes."""
-        if not self._copies or not self._unchanged():
-            self._copies = [(x, x.copy()) for x in _containers(self._module)]
-            self._classes = [(x, type(x), type(x).forward) for x in self._module.modules()]
-            state = tuple(_frozen(x) for x, _ in self._copies)
-            state += tuple((cls, _Object(forward)) for _, cls, forward in self._classes)
+        if not self._unchanged():
+            self._layers = list(self._module.modules())
+            self._classes = _classes(self._layers)
+            self._copies = [(x, x.copy()) for child in self._layers for x in _containers(child)]
+            state = (*self._classes, *(_frozen(x) for x, _ in self._copies))
             if state not in self._known:
-                self._last += 1
-                self._known[state] = self._last
-                while len(self._known) > _KNOWN:
+                self._known[state] = next(self._unused)
+                if len(self._known) > _KNOWN:
                     del self._known[next(iter(self._known))]
             self._number = self._known[state]
         return self._number
@@ -46,27 +46,32 @@ class ModuleState:
     def _unchanged(self) -> bool:
         try:
             # Identity first, for each value.
-            return all(now == then for now, then in self._copies) and all(
-                type(x) is cls and cls.forward is forward for x, cls, forward in self._classes
+            return bool(self._layers) and (
+                all(now == then for now, then in self._copies)
+                and _classes(self._layers) == self._classes
             )
         except (RuntimeError, ValueError):  # other tensors, which have no truth
             return False
 
 
-def _containers(module: nn.Module) -> Iterator[Any]:
-    """All dictionaries and lists in which something of a state may be exchanged."""
-    for child in module.modules():
-        attributes = vars(child)
-        yield attributes
-        yield from (attributes["_modules"], attributes["_parameters"], attributes["_buffers"])
-        yield from (child._forward_hooks, child._forward_pre_hooks)
-        processor = attributes.get("processor")  # where it is no submodule
-        own = getattr(processor, "__dict__", {})
-        if own:
-            yield own
-        for name, value in (*attributes.items(), *own.items()):
-            if isinstance(value, list) or (isinstance(value, dict) and name[:1] != "_"):
-                yield value
+def _classes(layers: list[nn.Module]) -> list[tuple[type, Any]]:
+    """The classes of layers, and their forwards, which may be exchanged too."""
+    return [(type(x), type(x).forward) for x in layers]
+
+
+def _containers(layer: nn.Module) -> Iterator[Any]:
+    """All dictionaries and lists in which something of a layer's state may be exchanged."""
+    attributes = vars(layer)
+    yield attributes
+    yield from (attributes["_modules"], attributes["_parameters"], attributes["_buffers"])
+    yield from (layer._forward_hooks, layer._forward_pre_hooks)
+    # Of its processor, where that is no submodule.
+    own = getattr(attributes.get("processor"), "__dict__", {})
+    if own:
+        yield own
+    for name, value in (*attributes.items(), *own.items()):
+        if isinstance(value, list) or (isinstance(value, dict) and name[:1] != "_"):
+            yield value
 
 
 class _Object:
@@ -90,20 +95,19 @@ def _frozen(value: Any) -> Any:
         return tuple(_frozen(x) for x in value)
     if _is_plain(value):
         return value
-    if isinstance(value, dict):
-        return tuple(
-            (n, _named(n, x)) for n, x in value.items() if str(n)[:1] != "_" or _is_plain(x)
-        )
-    return _Object(value)
+    if not isinstance(value, dict):
+        return _Object(value)
+    return tuple(
+        # A processor may be a new one in each call.
+        (n, type(x), _frozen(getattr(x, "__dict__", {})))
+        if n == "processor" and not isinstance(x, nn.Module)
+        else (n, _frozen(x))
+        for n, x in value.items()
+        if str(n)[:1] != "_" or _is_plain(x)
+    )
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(x) for x in value)
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _named(name: Any, value: Any) -> Any:
-    if name == "processor" and not isinstance(value, nn.Module):  # may be a new one in each call
-        return type(value), _frozen(getattr(value, "__dict__", {}))
-    return _frozen(value)

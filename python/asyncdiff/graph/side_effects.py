@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..errors import CaptureError
 
 #: Packages whose objects keep nothing but what may be computed once.
 _TRUSTED = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "asyncdiff"}
@@ -27,22 +30,55 @@ _OWN = frozenset(vars(nn.Module()))
 _ASSIGNED = "assigned during export"
 #: So many objects are looked at, from each module on.
 _MOST = 10_000
+#: What may be written to.
+_CONTAINERS = (dict, list, set, collections.deque, types.CellType)
 
-#: What may be written to: where it is, its content then, how to read that and put it back, and
-#: whether it is outside of the denoiser, so that a count in it is a count of calls.
-_Place = tuple[str, Any, Callable[[], Any], Callable[[Any], None], bool]
+
+@contextlib.contextmanager
+def refused(module: nn.Module) -> Iterator[None]:
+    """Open during an export: raises CaptureError if the denoiser keeps something in each call.
+    Nothing of what it kept stays."""
+    effects, assigned = SideEffects(module), list[str]()
+    attributes = [(child, set(vars(child))) for child in module.modules()]
+    with warnings.catch_warnings():
+        # The exporter takes away what layers keep in attributes that they had, and warns of it,
+        # which nobody else need hear.
+        warnings.filterwarnings("always", f".*{_ASSIGNED}")
+        others = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any) -> None:
+            if _ASSIGNED in str(message):
+                assigned.extend(re.findall(r"self\.([\w.]+)", str(message)))
+            else:
+                others(message, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for child, names in attributes:
+                for name in vars(child).keys() - names:
+                    if isinstance(vars(child)[name], torch.Tensor):
+                        del vars(child)[name]
+            where = next((x for x in assigned if _keeps(module, x)), None) or effects.found()
+            effects.undo()
+            if where:
+                raise CaptureError(
+                    f"{type(module).__name__} keeps something in each call ({where}), as attention "
+                    "processors do that record or count: captured, it would do so once, without "
+                    "values. Take that off (set_attn_processor()), or run the denoiser without "
+                    "asyncdiff (restore())"
+                )
 
 
 class SideEffects:
     """What is within reach of a denoiser's layers, as it is when this is made."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._names = [(child, set(vars(child))) for child in module.modules()]
-        self._assigned: list[str] = []
-        self._inside = {id(child) for child in module.modules()}
-        self._seen: set[int] = set()
-        self._places: list[_Place] = []
+        self._seen = {id(child) for child in module.modules()}
+        #: where a container is, itself, what was in it, and whether it is outside of the denoiser,
+        #: so that a count in it is a count of calls
+        self._places: list[tuple[str, Any, dict[Any, Any], bool]] = []
         for path, child in module.named_modules():
             stack = [
                 (f"{path}.{name}".lstrip("."), value, name == "processor")
@@ -50,95 +86,84 @@ class SideEffects:
                 if name not in _OWN
             ]
             if _foreign(type(child)):
-                stack.append((path, type(child), True))
+                stack += _methods(path, type(child))
             for _ in range(_MOST):
                 if not stack:
                     break
                 stack += self._visit(*stack.pop())
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Open during an export. The exporter takes away what layers keep in attributes that they
-        had, and warns of it, which nobody else need hear."""
-        with warnings.catch_warnings(record=True) as said:
-            warnings.filterwarnings("always", f".*{_ASSIGNED}")
-            try:
-                yield
-            finally:
-                for child, names in self._names:
-                    for name in set(vars(child)) - names:
-                        if isinstance(vars(child)[name], torch.Tensor):
-                            del vars(child)[name]
-        for warning in said:
-            if _ASSIGNED in str(warning.message):
-                self._assigned += re.findall(r"self\.([\w.]+)", str(warning.message))
-            else:
-                warnings.warn_explicit(
-                    warning.message, warning.category, warning.filename, warning.lineno
-                )
-
     def found(self) -> str | None:
         """Where something was kept that a call would keep each time: a new tensor, one more entry
         of a list, another number."""
-        for where in self._assigned:
-            layer = self._module.get_submodule(where.rpartition(".")[0])
-            if _foreign(type(layer)) or "forward" in vars(layer):
-                return where
-        for where, then, read, _, outside in self._places:
-            now = read()
-            if now is not then and _grown(now, then, outside):
+        for where, container, then, outside in self._places:
+            now = _entries(container)
+            new = [(key, x) for key, x in now.items() if key not in then or then[key] is not x]
+            longer = isinstance(container, (list, collections.deque)) and len(now) > len(then)
+            if any(_has_tensor(x) for _, x in new) or (
+                outside and (longer or any(_counted(x, then.get(key)) for key, x in new))
+            ):
                 return where
         return None
 
     def undo(self) -> None:
         """Put back what was there."""
-        for _, then, read, write, _ in self._places:
-            if not _same(read(), then):
-                write(then)
+        for _, container, then, _ in self._places:
+            now = _entries(container)
+            if list(now) == list(then) and all(now[key] is then[key] for key in then):
+                continue
+            if isinstance(container, types.CellType):
+                container.cell_contents = then[0]
+                continue
+            container.clear()
+            if isinstance(container, dict):
+                container.update(then)
+            else:
+                (container.update if isinstance(container, set) else container.extend)(
+                    then.values()
+                )
 
     def _visit(self, where: str, value: Any, outside: bool) -> Iterator[tuple[str, Any, bool]]:
         """Remember ``value`` if it can be written to; what is within reach of it."""
-        if id(value) in self._seen or id(value) in self._inside:
+        if id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, (dict, list, set, collections.deque)):
-            read, write = value.copy, partial(_replace, value)
-            self._places.append((where, value.copy(), read, write, outside))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"{where}[{key!r}]", entry, outside) for key, entry in items)
-        elif isinstance(value, tuple):
-            yield from ((where, entry, outside) for entry in value)
-        elif isinstance(value, partial):
-            yield from ((where, x, outside) for x in (value.func, value.args, value.keywords))
-        elif isinstance(value, types.MethodType):
-            yield from ((where, x, outside) for x in (value.__self__, value.__func__))
-        elif isinstance(value, types.FunctionType):
-            yield from self._of_function(where, value)
+        if isinstance(value, _CONTAINERS):
+            entries = _entries(value)
+            self._places.append((where, value, entries, outside))
+            for key, entry in entries.items():
+                within = isinstance(value, types.CellType)
+                yield where if within else f"{where}[{key!r}]", entry, outside
+        elif isinstance(value, (tuple, partial, types.MethodType)):
+            yield from ((where, x, outside) for x in gc.get_referents(value))
+        elif isinstance(value, types.FunctionType) and _foreign(value):
+            code, known = value.__code__, value.__globals__
+            cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+            yield from ((f"{where}: {name}", cell, True) for name, cell in cells)
+            for name in code.co_names:
+                if not isinstance(known.get(name), (types.ModuleType, type)):
+                    yield f"{where}: {name}", known.get(name), True
         elif isinstance(value, type):
-            for base in value.__mro__:
-                if _foreign(base):
-                    yield from ((where, x, True) for x in vars(base).values() if callable(x))
+            yield from _methods(where, value)
         elif _foreign(type(value)) and hasattr(value, "__dict__"):
-            yield where, type(value), True
-            if not isinstance(value, nn.Module):
-                read, write = vars(value).copy, partial(_replace, vars(value))
-                self._places.append((where, read(), read, write, True))
-            yield from (
-                (f"{where}.{name}", x, True) for name, x in vars(value).items() if name not in _OWN
-            )
+            yield from _methods(where, type(value))
+            if isinstance(value, nn.Module):
+                yield from (
+                    (f"{where}.{n}", x, True) for n, x in vars(value).items() if n not in _OWN
+                )
+            else:
+                yield where, vars(value), True
 
-    def _of_function(self, where: str, function: Any) -> Iterator[tuple[str, Any, bool]]:
-        if not _foreign(function):
-            return
-        names = function.__code__.co_freevars
-        for name, cell in zip(names, function.__closure__ or (), strict=True):
-            read, write = partial(_content, cell), partial(setattr, cell, "cell_contents")
-            self._places.append((f"{where}: {name}", read(), read, write, True))
-            yield f"{where}: {name}", read(), True
-        known = function.__globals__
-        for name in function.__code__.co_names:
-            if not isinstance(known.get(name), (types.ModuleType, type)):
-                yield f"{where}: {name}", known.get(name), True
+
+def _methods(where: str, cls: type) -> Iterator[tuple[str, Any, bool]]:
+    for base in cls.__mro__:
+        if _foreign(base):
+            yield from ((where, x, True) for x in vars(base).values() if callable(x))
+
+
+def _keeps(module: nn.Module, where: str) -> bool:
+    """Whether the attribute is one of a layer that a user made, or made other."""
+    layer = module.get_submodule(where.rpartition(".")[0])
+    return _foreign(type(layer)) or "forward" in vars(layer)
 
 
 def _foreign(what: Any) -> bool:
@@ -148,56 +173,31 @@ def _foreign(what: Any) -> bool:
     return not known or package == "__main__"
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing was assigned yet
-        return None
+def _entries(container: Any) -> dict[Any, Any]:
+    """What is in a container, by key, index or, in a set, address."""
+    if isinstance(container, types.CellType):
+        try:
+            return {0: container.cell_contents}
+        except ValueError:  # nothing was assigned yet
+            return {0: None}
+    if isinstance(container, dict):
+        return dict(container)
+    if isinstance(container, set):
+        return {id(x): x for x in container}
+    return dict(enumerate(container))
 
 
-def _replace(container: Any, content: Any) -> None:
-    container.clear()
-    (container.extend if hasattr(container, "extend") else container.update)(content)
-
-
-def _entries(value: Any) -> list[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return list(value.items())
-    if isinstance(value, set):
-        return [(id(x), x) for x in value]
-    return list(enumerate(value)) if isinstance(value, (list, collections.deque)) else [(0, value)]
-
-
-def _same(now: Any, then: Any) -> bool:
-    mine, theirs = _entries(now), _entries(then)
-    return len(mine) == len(theirs) and all(
-        a == b and (x is y or (_is_number(x) and x == y))
-        for (a, x), (b, y) in zip(mine, theirs, strict=True)
-    )
-
-
-def _grown(now: Any, then: Any, outside: bool) -> bool:
-    before = dict(_entries(then))
-    new = [(key, x) for key, x in _entries(now) if key not in before or before[key] is not x]
-    if any(_has_tensor(x) for _, x in new):
-        return True
-    if not outside:
-        return False
-    longer = isinstance(now, (list, collections.deque)) and len(now) > len(then)
-    return longer or any(
-        _is_number(x) and _is_number(before.get(key)) and x != before[key] for key, x in new
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _counted(now: Any, then: Any) -> bool:
+    """Whether a number has become another one."""
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (now, then))
+    return numbers and now != then
 
 
 def _has_tensor(value: Any, depth: int = 4) -> bool:
     if isinstance(value, torch.Tensor) or depth == 0:
         return isinstance(value, torch.Tensor)
     if isinstance(value, dict):
-        return any(_has_tensor(x, depth - 1) for x in value.values())
-    return isinstance(value, (list, tuple, set, collections.deque)) and any(
-        _has_tensor(x, depth - 1) for x in value
-    )
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set, collections.deque)):
+        return False
+    return any(_has_tensor(x, depth - 1) for x in value)

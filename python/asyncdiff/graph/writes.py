@@ -1,18 +1,51 @@
-"""Whether a caller's tensor was written to since it was looked at.
+"""Whether tensors were written to since they were looked at.
 
-Torch counts the writes to a tensor, but not to one that was made in inference mode. Of such a
-tensor a copy is kept, to compare it with. On the CPU that is done at once. On a GPU the host would
-have to wait in every step: there the comparison is issued behind the caller's work, the tensor is
-taken for unchanged meanwhile, and the result is looked at once, when the generation has ended and
-the host waits anyway. A write in between is then an error, which says what to do: nothing is wrong
-in silence.
+Torch counts the writes to a tensor, but not to one that was made in inference mode, nor those
+through ``.data``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from ..errors import InputError
+
+#: So many elements of each weight are looked at.
+_SAMPLES = 8
+
+
+class WeightWatch:
+    """Weights as they are when this is made; looked at within a millisecond, whenever a generation
+    begins.
+
+    Each is known by its address, by how often torch saw it written to, and by the values of a few
+    elements, spread over it: writes through ``.data``, as optimisers, averages and adapters do
+    them, change all elements.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+        self._weights = list({id(w): w for w in weights if w.device.type != "meta"}.values())
+        self._marks = self._mark()
+        self._samples: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+        for weight in self._weights:
+            if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.numel() > 0:
+                kind = weight.device, weight.element_size()
+                self._samples.setdefault(kind, []).append(_sample(weight))
+        self._values = self._read()
+
+    def changed(self) -> bool:
+        """Whether something was written. For weights on a GPU the host waits."""
+        return self._mark() != self._marks or not all(
+            torch.equal(now, then) for now, then in zip(self._read(), self._values, strict=True)
+        )
+
+    def _mark(self) -> list[tuple[int, int | None]]:
+        return [(w.data_ptr(), _version(w)) for w in self._weights]
+
+    def _read(self) -> list[torch.Tensor]:
+        return [torch.cat(samples) for samples in self._samples.values()]
 
 
 class Seen:
@@ -23,13 +56,19 @@ class Seen:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        counted = not tensor.is_inference()
-        self.version = tensor._version if counted else -1
-        self.value = None if counted else tensor.clone()
+        self.version = _version(tensor)
+        self.value = tensor.clone() if self.version is None else None
 
 
 class Writes:
-    """What was found out, and on which device it is yet to be looked at."""
+    """What was found out of callers' tensors, and on which device it is yet to be looked at.
+
+    A tensor without count is compared with the copy: at once on the CPU. On a GPU the host would
+    have to wait in every step: there the comparison is issued behind the caller's work, the tensor
+    is taken for unchanged meanwhile, and the result is looked at once, when the generation has
+    ended and the host waits anyway. A write in between is then an error, which says what to do:
+    nothing is wrong in silence.
+    """
 
     def __init__(self) -> None:
         self._differs: dict[torch.device, torch.Tensor] = {}
@@ -67,6 +106,20 @@ class Writes:
     def clear(self) -> None:
         """Forget what is yet to be looked at."""
         self._differs.clear()
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often torch saw the tensor written to; None where it does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """Bytes of a few elements, spread over the weight's memory, as a view."""
+    strides = zip(weight.shape, weight.stride(), strict=True)
+    extent = 1 + sum((n - 1) * stride for n, stride in strides)
+    count = min(_SAMPLES, extent)
+    step = max(1, (extent - 1) // max(1, count - 1))
+    return weight.detach().as_strided((count, 1), (step, 1)).view(torch.uint8)
 
 
 def _waits(device: torch.device) -> bool:

@@ -19,8 +19,8 @@ from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
 from ..graph.module_state import ModuleState
 from ..graph.signature import Call, Role, Signature
-from ..graph.weight_watch import WeightWatch
 from ..graph.weights import Weights
+from ..graph.writes import WeightWatch
 from ..partition.cost import fused, link_speed, measure
 from ..partition.partition import Partition, partition
 from ..progress import bar

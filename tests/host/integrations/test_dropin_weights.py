@@ -13,8 +13,8 @@ from toys import toy
 
 import asyncdiff
 from asyncdiff import InputError
-from asyncdiff.graph.weight_watch import WeightWatch
 from asyncdiff.graph.weights import Weights
+from asyncdiff.graph.writes import WeightWatch
 
 STEPS = 4
 

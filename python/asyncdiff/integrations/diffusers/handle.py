@@ -15,6 +15,7 @@ from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
 from ...errors import InputError, SchedulerError
 from ...generation import GenerationReport
+from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
 from ...microbatches import whole
 from ...partition.partition import Partition
@@ -23,7 +24,6 @@ from ...sampling.clean_image import CleanImage, clean_image
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
 from .call_sites import check_calls
-from .checks import check_forward
 from .probe import FirstCall, as_generation
 from .step_bar import preparing
 from .subclass import HANDLE, denoiser_class, original, pipeline_class

@@ -16,7 +16,7 @@ from ...denoiser import AsyncDenoiser
 from ...errors import InputError
 from ...graph.capture import capture
 from ...graph.example_inputs import example_inputs
-from ...graph.hooks import check_hooks
+from ...graph.hooks import check_forward, check_hooks
 from ...graph.signature import parse
 from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
@@ -24,7 +24,6 @@ from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import check_numbers
-from .checks import check_forward
 from .handle import Handle
 from .subclass import HANDLE, twin
 
