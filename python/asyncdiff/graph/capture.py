@@ -117,10 +117,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     name = type(module).__name__
     started = time.perf_counter()
     home = next((p.device for p in module.parameters()), torch.device("cpu"))
-    leaves = [
-        torch.empty_like(x, device=home) if isinstance(x, torch.Tensor) else x for x in call.leaves
-    ]
-    kwargs = pytree.tree_unflatten(leaves, call.spec)
+    kwargs = call.kwargs([torch.empty_like(x, device=home) for x in call.tensors])
     try:
         progress = stage("exporting the denoiser")
         with _exporting, torch.no_grad(), _unlogged(), progress, refused(module):
@@ -208,7 +205,6 @@ def _check_sizes(name: str, captured: Captured) -> None:
 
 def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     weights: dict[str, torch.Tensor] = {}
-    inputs: dict[str, int] = {}
     user = []
     for spec in program.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":
@@ -219,12 +215,8 @@ def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], di
             weights[spec.arg.name] = program.constants[spec.target]
     if len(user) != len(call.leaves):
         raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
-    index = 0
-    for name, leaf in zip(user, call.leaves, strict=True):
-        if isinstance(leaf, torch.Tensor):
-            inputs[name] = index
-            index += 1
-    return weights, inputs
+    tensors = [n for n, leaf in zip(user, call.leaves, strict=True) if leaf is torch.Tensor]
+    return weights, {name: index for index, name in enumerate(tensors)}
 
 
 def _outputs(graph: fx.Graph) -> list[Any]:

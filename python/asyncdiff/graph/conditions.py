@@ -207,13 +207,10 @@ class _Trial:
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors among what the denoiser returns."""
-        values = iter(tensors)
-        leaves = [next(values) if isinstance(x, torch.Tensor) else x for x in self._call.leaves]
-        kwargs = pytree.tree_unflatten(leaves, self._call.spec)
         cuda = [self._device] if self._device.type == "cuda" else []
         # The user's random numbers stay what they are.
         with torch.random.fork_rng(cuda), torch.no_grad(), self._together:
-            result = self._module(**kwargs)
+            result = self._module(**self._call.kwargs(tensors))
         return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 

@@ -70,27 +70,31 @@ class Signature:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser: ``tensors`` in the order of ``signature.inputs``."""
+    """One call of the denoiser: ``tensors`` in the order of ``signature.inputs``.
+
+    ``leaves`` are its arguments, flat, with the class ``torch.Tensor`` wherever a tensor stands;
+    ``spec`` puts them together.
+    """
 
     signature: Signature
     tensors: tuple[torch.Tensor, ...]
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
 
-    def kwargs(self) -> dict[str, Any]:
-        """The call's arguments, by keyword."""
-        return pytree.tree_unflatten(list(self.leaves), self.spec)
+    def kwargs(self, tensors: Sequence[torch.Tensor] | None = None) -> dict[str, Any]:
+        """The call's arguments, by keyword; with other ``tensors`` in the place of its own."""
+        values = iter(self.tensors if tensors is None else tensors)
+        leaves = [next(values) if x is torch.Tensor else x for x in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def replacing(self, index: int, tensor: torch.Tensor) -> Call:
+        """The same call with another tensor, of the same shape and dtype, at ``tensors[index]``."""
+        tensors = (*self.tensors[:index], tensor, *self.tensors[index + 1 :])
+        return replace(self, tensors=tensors)
 
     def indices(self, role: Role) -> tuple[int, ...]:
         """Positions in ``tensors`` of the inputs with this role."""
         return self.signature.places[role]
-
-    def replacing(self, index: int, tensor: torch.Tensor) -> Call:
-        """The same call with another tensor, of the same shape and dtype, at ``tensors[index]``."""
-        leaves, tensors = list(self.leaves), list(self.tensors)
-        place = next(i for i, x in enumerate(leaves) if x is tensors[index])
-        leaves[place] = tensors[index] = tensor
-        return replace(self, tensors=tuple(tensors), leaves=tuple(leaves))
 
 
 def parse(
@@ -108,37 +112,7 @@ def parse(
     no tensor for the latents, or one whose gradient would be lost, CaptureError for a ``forward``
     with ``*args``.
     """
-    arguments = _bind(module, args, kwargs)
-    time_name = timestep or next((n for n in TIMESTEP if n in arguments), None)
-    value = arguments.get(time_name) if time_name else None
-    if time_name is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-        # A Python number would be frozen into the exported graph.
-        arguments[time_name] = torch.tensor(value)
-    pairs, spec = pytree.tree_flatten_with_path(arguments)
-    names = [".".join(_key(k) for k in path) for path, _ in pairs]
-    leaves = [leaf for _, leaf in pairs]
-    tensors = [n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)]
-    latent_name = _choose("latents", latents, LATENTS, tensors, 0)
-    time_name = _choose("timestep", timestep, TIMESTEP, tensors, 1)
-    by_name = {n: x for n, x in zip(names, leaves, strict=True) if n in tensors and n != time_name}
-    more_latents = _alike(latent_name, by_name)
-    inputs, constants = [], []
-    for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            constants.append((name, _hashable(name, leaf)))
-            continue
-        root = name.split(".")[0]
-        role = Role.CONDITIONING
-        if name == latent_name or name in more_latents or root in RESIDUALS:
-            role = Role.LATENTS
-        elif name == time_name:
-            role = Role.TIMESTEP
-        inputs.append(Input(name, role, tuple(leaf.shape), leaf.dtype))
-    signature = Signature(tuple(inputs), tuple(constants), str(spec))
-    values = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    if torch.is_grad_enabled():
-        _check_gradients(values)
-    return Call(signature, values, tuple(leaves), spec)
+    return Parser(module, latents, timestep)(args, kwargs)
 
 
 class Parser:
@@ -151,74 +125,57 @@ class Parser:
         self, module: nn.Module, latents: str | None = None, timestep: str | None = None
     ) -> None:
         self._module = module
-        self._names = {"latents": latents, "timestep": timestep}
-        self._last: _Shape | None = None
+        self._latents, self._timestep = latents, timestep
+        #: the arguments of the call before: their tree, shape and dtype of tensors, all else as it
+        #: is; that call, without its tensors; and where among the arguments these stood
+        self._last: tuple[Any, Call, list[int]] | None = None
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The call ``module(*args, **kwargs)``; raises what :func:`parse` does."""
         given, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        each = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in given]
         last = self._last
-        if last is None or spec != last.spec or not last.fits(given):
-            call = parse(self._module, args, kwargs, **self._names)
-            self._last = _Shape.of(self._module, given, spec, call)
-            return call
-        leaves = tuple([given[i] for i in last.order])
-        tensors = tuple([given[i] for i in last.tensors])
-        if torch.is_grad_enabled():
-            _check_gradients(tensors)
-        return replace(last.call, tensors=tensors, leaves=leaves)
+        if last is None or (spec, each) != last[0]:
+            self._last = last = ((spec, each), *self._parse(given, spec))
+        _, call, places = last
+        # The timestep may be a number, which would be frozen into the exported graph.
+        tensors = tuple(
+            [x if isinstance(x := given[i], torch.Tensor) else torch.tensor(x) for i in places]
+        )
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise InputError(
+                "an input of the denoiser asks for its gradient, which ranks do not compute: call "
+                "it under torch.no_grad(), or take gradients without asyncdiff (restore())"
+            )
+        return replace(call, tensors=tensors)
 
-
-@dataclass(frozen=True)
-class _Shape:
-    """What calls have to be like so that they are taken apart as ``call`` was.
-
-    ``spec`` and ``given`` are arguments as they were passed: shape and dtype of tensors, all else
-    as it is. ``order`` says where the call's leaves stand among them, ``tensors`` where its tensors
-    do. ``call`` has no tensors.
-    """
-
-    spec: pytree.TreeSpec
-    given: tuple[Any, ...]
-    order: tuple[int, ...]
-    tensors: tuple[int, ...]
-    call: Call
-
-    @classmethod
-    def of(
-        cls, module: nn.Module, given: list[Any], spec: pytree.TreeSpec, call: Call
-    ) -> _Shape | None:
-        """None where a leaf of the call was made, not given: a timestep that is a number."""
+    def _parse(self, given: list[Any], spec: pytree.TreeSpec) -> tuple[Call, list[int]]:
+        """A call without its tensors, and where these are among the arguments ``given``."""
         args, kwargs = pytree.tree_unflatten(list(range(len(given))), spec)
-        order = tuple(pytree.tree_leaves(_bind(module, args, kwargs)))
-        if any(given[i] is not leaf for i, leaf in zip(order, call.leaves, strict=True)):
-            return None
-        return cls(
-            spec,
-            tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in given),
-            order,
-            tuple(i for i in order if isinstance(given[i], torch.Tensor)),
-            replace(call, tensors=(), leaves=()),
+        pairs, tree = pytree.tree_flatten_with_path(_bind(self._module, args, kwargs))
+        places = {".".join(_key(k) for k in path): place for path, place in pairs}
+        leaves = {name: given[place] for name, place in places.items()}
+        time = self._timestep or next((n for n in TIMESTEP if n in leaves), "")
+        number = leaves.get(time)
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            leaves[time] = torch.tensor(number)
+        tensors = {n: x for n, x in leaves.items() if isinstance(x, torch.Tensor)}
+        latents = _choose("latents", self._latents, LATENTS, list(tensors), 0)
+        timestep = _choose("timestep", self._timestep, TIMESTEP, list(tensors), 1)
+        moving = _alike(latents, {n: x for n, x in tensors.items() if n != timestep})
+        roles: dict[Any, Role] = {timestep: Role.TIMESTEP} | dict.fromkeys(
+            (n for n in tensors if n in moving or n.split(".")[0] in RESIDUALS), Role.LATENTS
         )
-
-    def fits(self, given: list[Any]) -> bool:
-        """Whether these arguments, of the same tree, are like those."""
-        for now, then in zip(given, self.given, strict=True):
-            if isinstance(now, torch.Tensor):
-                if not isinstance(then, tuple) or now.shape != then[0] or now.dtype != then[1]:
-                    return False
-            elif now is not then and (type(now) is not type(then) or now != then):
-                return False
-        return True
-
-
-def _check_gradients(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise InputError for inputs whose gradient would be cut."""
-    if any(tensor.requires_grad for tensor in tensors):
-        raise InputError(
-            "an input of the denoiser asks for its gradient, which ranks do not compute: call it "
-            "under torch.no_grad(), or take gradients without asyncdiff (restore())"
+        signature = Signature(
+            tuple(
+                Input(n, roles.get(n, Role.CONDITIONING), tuple(x.shape), x.dtype)
+                for n, x in tensors.items()
+            ),
+            tuple((n, _hashable(n, x)) for n, x in leaves.items() if n not in tensors),
+            str(tree),
         )
+        template = tuple(torch.Tensor if n in tensors else x for n, x in leaves.items())
+        return Call(signature, (), template, tree), [places[n] for n in tensors]
 
 
 def check_devices(call: Call, cuda: bool) -> None:
@@ -295,28 +252,21 @@ def _choose(
         if wanted not in names:
             raise InputError(f"{what}={wanted!r} is not a tensor argument; there are {names}")
         return wanted
-    for name in known:
-        if name in names:
-            return name
-    if len(names) > position:
-        return names[position]
-    if what == "latents":
+    if not names:
         raise InputError("the denoiser was called without any tensor: pass its latents")
-    return None
+    other = names[position] if len(names) > position else None
+    return next((name for name in known if name in names), other)
 
 
-def _alike(name: str | None, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Where the latents are a list, a picture each: its further entries."""
-    if name is None or not name.rpartition(".")[2].isdecimal():
-        return []
-    prefix, first = name.rpartition(".")[0], tensors[name]
-    return [
-        n
-        for n, t in tensors.items()
-        if n.rpartition(".")[0] == prefix
-        and n.rpartition(".")[2].isdecimal()
-        and (t.shape, t.dtype) == (first.shape, first.dtype)
-    ]
+def _alike(latents: str | None, tensors: Mapping[str, torch.Tensor]) -> set[str | None]:
+    """The latents and, where they are a list, a picture each, its further entries."""
+
+    def entry(name: str) -> Any:
+        root, _, number = name.rpartition(".")
+        return number.isdecimal() and (root, tensors[name].shape, tensors[name].dtype)
+
+    first = latents in tensors and entry(str(latents))
+    return {latents, *(n for n in tensors if first and entry(n) == first)}
 
 
 def _hashable(name: str, leaf: Any) -> Any:

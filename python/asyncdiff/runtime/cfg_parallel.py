@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ..graph.batch import BatchSplit
 from ..graph.signature import Call, Role, Signature, parse
@@ -185,9 +184,6 @@ def part(
     split: BatchSplit,
 ) -> Call:
     """A group's share of a call, whose tensors are ``batched`` or shared."""
-    each = iter(batched)
-    leaves = [
-        split.part(leaf, group) if isinstance(leaf, torch.Tensor) and next(each) else leaf
-        for leaf in call.leaves
-    ]
-    return parse(module, (), pytree.tree_unflatten(leaves, call.spec), **names)
+    each = zip(call.tensors, batched, strict=True)
+    tensors = [split.part(t, group) if yes else t for t, yes in each]
+    return parse(module, (), call.kwargs(tensors), **names)
