@@ -8,34 +8,23 @@ from __future__ import annotations
 
 import ast
 import inspect
-import operator
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any
-
-import torch
 
 from ...errors import SchedulerError
 
 #: A call depends on these, each with whether it has to hold.
 _Conditions = tuple[tuple[ast.expr, bool], ...]
-_COMPARE = {
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
-
-
-class _Unknown(Exception):
-    """A condition needs what is not there yet, or what would have to be computed."""
+#: What conditions may be made of, to be looked at ahead: nothing that computes or calls something.
+_PLAIN = (
+    *(ast.Constant, ast.Name, ast.Attribute, ast.expr_context, ast.Compare, ast.cmpop),
+    *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not),
+)
 
 
 @dataclass(frozen=True)
@@ -53,20 +42,16 @@ def check_calls(pipe: Any, name: str) -> None:
     the first time in a step, is going to do so again in the same step. Says nothing where its code
     does not tell."""
     function = inspect.unwrap(type(pipe).__call__)
-    frame = sys._getframe()
-    while frame.f_code is not getattr(function, "__code__", None):
-        if frame.f_back is None:
-            return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not getattr(function, "__code__", None):
         frame = frame.f_back
+    if frame is None:
+        return
     sites = _sites(function, name)
     line = frame.f_lineno - frame.f_code.co_firstlineno + 1
-    here = [s for s in sites if s.first <= line <= s.last]
-    names = frame.f_locals
-    more = [
-        s
-        for s in sites
-        if here and s not in here and s.loop is here[0].loop and _holds(s.conditions, names)
-    ]
+    loops = [s.loop for s in sites if s.first <= line <= s.last]
+    others = [s for s in sites if not s.first <= line <= s.last and s.loop in loops[:1]]
+    more = [s for s in others if _hold(s.conditions, frame)]
     if more:
         why = " and ".join(ast.unparse(test) for test, _ in more[0].conditions) or "always"
         raise SchedulerError(
@@ -107,40 +92,15 @@ def _within(
                 yield from _within(child, called, loop, inside)
 
 
-def _holds(conditions: _Conditions, names: Mapping[str, Any]) -> bool:
-    """Whether conditions are known to hold where variables have these values."""
-    try:
-        return all(_truth(_value(test, names)) is wanted for test, wanted in conditions)
-    except (_Unknown, TypeError, ValueError):  # also of arrays, which are neither true nor false
-        return False
-
-
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of an expression of names, attributes, comparisons and logic, without side effects.
-    Raises _Unknown for any other."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        if node.id not in names:
-            raise _Unknown
-        return names[node.id]
-    if isinstance(node, ast.Attribute):
+def _hold(conditions: _Conditions, frame: FrameType) -> bool:
+    """Whether conditions are known to hold for the variables of code that runs."""
+    for test, wanted in conditions:
+        if not all(isinstance(node, _PLAIN) for node in ast.walk(test)):
+            return False
+        code = compile(ast.Expression(test), "<condition>", "eval")
         try:
-            return getattr(_value(node.value, names), node.attr)
-        except AttributeError as e:
-            raise _Unknown from e
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not _truth(_value(node.operand, names))
-    if isinstance(node, ast.BoolOp):
-        both = isinstance(node.op, ast.And)
-        return (all if both else any)(_truth(_value(x, names)) for x in node.values)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
-        left, right = _value(node.left, names), _value(node.comparators[0], names)
-        return _COMPARE[type(node.ops[0])](left, right)
-    raise _Unknown
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):  # maybe on a GPU, for which the host would wait
-        raise _Unknown
-    return bool(value)
+            if bool(eval(code, {"__builtins__": {}}, frame.f_locals)) is not wanted:
+                return False
+        except Exception:  # a variable that is not there yet, an array that is neither true nor not
+            return False
+    return True

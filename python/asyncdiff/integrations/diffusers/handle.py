@@ -20,7 +20,7 @@ from ...graph.signature import Call, Role
 from ...microbatches import whole
 from ...partition.partition import Partition
 from ...sampling.calibration import Calibration
-from ...sampling.clean_image import CleanImage, clean_image
+from ...sampling.clean_image import clean_image
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
 from .call_sites import check_calls
@@ -33,8 +33,11 @@ log = logging.getLogger("asyncdiff")
 
 #: So many changes in successive steps are taken for a change in every step.
 _SHORT = 3
-
-
+#: Settings that a handle's text names.
+_SHOWN = (
+    *("components", "stride", "warmup", "schedule", "exact_tail", "time_shift"),
+    *("extrapolate", "guidance", "warmup_mode", "compile"),
+)
 _NOTHING = contextlib.nullcontext()
 
 
@@ -135,15 +138,9 @@ class Handle(ReadOnlySettings):
         self.restore()
 
     def __repr__(self) -> str:
-        denoiser = self.denoiser
-        where = ", ".join(map(str, denoiser.devices))
-        settings = ", ".join(
-            f"{name}={getattr(denoiser.config, name)!r}"
-            for name in (
-                *("components", "stride", "warmup", "schedule", "exact_tail", "time_shift"),
-                *("extrapolate", "guidance", "warmup_mode", "compile"),
-            )
-        )
+        config = self.denoiser.config
+        where = ", ".join(map(str, self.denoiser.devices))
+        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in _SHOWN)
         return (
             f"<asyncdiff.Handle of {type(self.pipe).__name__}: {type(self._module).__name__} on "
             f"{where}; {settings}; {self._state()}>"
@@ -213,6 +210,7 @@ class Handle(ReadOnlySettings):
         then is to be open during the call."""
         denoiser, old = self.denoiser, self._times
         scheduler = (self._caller or self.pipe).scheduler
+        step = denoiser.step
         if old is None or not denoiser.active or old.source is not check_scheduler(scheduler):
             check_forward(self._module)
             if self._caller is not None:
@@ -222,54 +220,46 @@ class Handle(ReadOnlySettings):
             steps = getattr(self._caller, "num_timesteps", None)
             self._short = 0
             return self._begin(TimestepTracker(scheduler, time, steps, old), time)
-        if denoiser.step == old.telling:
-            corrected = old.corrected(denoiser.step, time)
+        if step == old.telling:
+            corrected = old.corrected(step, time)
             if corrected is not None:
                 log.info("timesteps turned out to be %s: the rest begins", corrected.reading.way)
                 return self._begin(corrected, time)
-        if not denoiser.fits(call, options=self._watching):
-            # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
-            # generation of its own, if this is the step that was due.
-            step = denoiser.step
-            old.check(step, time)
-            old.finish()
-            self._short = self._short + 1 if step == 1 else 0
-            if self._short == _SHORT:
-                raise InputError(
-                    "the denoiser's inputs (shapes, dtypes, constants) or options change in every "
-                    "step, and each time it has to be prepared anew: keep them for more steps, or "
-                    "pass as a tensor what changes"
-                )
-            log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
-            return self._begin(old.after(step), time)
-        return None
+        if denoiser.fits(call, options=self._watching):
+            return None
+        # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
+        # generation of its own, if this is the step that was due.
+        old.check(step, time)
+        old.finish()
+        self._short = self._short + 1 if step == 1 else 0
+        if self._short == _SHORT:
+            raise InputError(
+                "the denoiser's inputs (shapes, dtypes, constants) or options change in every "
+                "step, and each time it has to be prepared anew: keep them for more steps, or "
+                "pass as a tensor what changes"
+            )
+        log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
+        return self._begin(old.after(step), time)
 
     def _begin(
         self, times: TimestepTracker, time: torch.Tensor
     ) -> contextlib.AbstractContextManager[Any]:
         """Begin a generation of these steps. What is returned is to be open in its first call."""
         self._times = times
-        self._check_mixed(time)
-        scheduler = (self._caller or self.pipe).scheduler
-        spec = self.config.spec(times.values, shorten=True)
-        self.denoiser.start(spec, self._clean(scheduler))
-        return preparing(self.shown)
-
-    def _check_mixed(self, time: torch.Tensor) -> None:
-        ahead = self.config.stride > 1 or self.config.time_shift
-        if (ahead or self.config.schedule == "wavefront") and is_mixed(time):
+        config, clean = self.config, None
+        waves = config.schedule == "wavefront"
+        if (config.stride > 1 or config.time_shift or waves) and is_mixed(time):
             raise SchedulerError(
                 "the denoiser was called with several timesteps at once, for the parts of its "
                 "input (image to video, for example), of which other steps' cannot be told "
                 "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
             )
-
-    def _clean(self, scheduler: Any) -> CleanImage | None:
-        if self.config.schedule != "wavefront":
-            return None
-        assert self._times is not None
-        whole = clean_image(scheduler, backwards=self._times.reading.backwards)
-        return whole.of_steps(self._times.start, self._times.values.shape[0])
+        if waves:
+            scheduler = (self._caller or self.pipe).scheduler
+            whole = clean_image(scheduler, backwards=times.reading.backwards)
+            clean = whole.of_steps(times.start, len(times.values))
+        self.denoiser.start(config.spec(times.values, shorten=True), clean)
+        return preparing(self.shown)
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self.denoiser.lock:

@@ -27,19 +27,16 @@ def as_generation(pipe: Any, call: Call) -> dict[str, Any]:
     latents. Raises InputError where the generation begins in the middle of a schedule, or its
     denoiser takes no timestep.
     """
-    scheduler, arguments = pipe.scheduler, call.kwargs()
-    names = [x.name for x in call.signature.inputs if x.role is not Role.CONDITIONING]
-    if len(names) != 2:
+    scheduler = pipe.scheduler
+    latents, time = (call.indices(role) for role in (Role.LATENTS, Role.TIMESTEP))
+    names = [call.signature.inputs[i].name for i in (*latents, *time)]
+    if len(latents) != 1 or len(time) != 1:
         raise InputError(
             f"{', '.join(names)} change from step to step, where latents and a timestep were "
             "expected: calibrate with AsyncDenoiser.calibrate()"
         )
-    by_name = {x.name: t for x, t in zip(call.signature.inputs, call.tensors, strict=True)}
-    (z,), (time,) = (
-        [by_name[x.name] for x in call.signature.inputs if x.role is role]
-        for role in (Role.LATENTS, Role.TIMESTEP)
-    )
-    times = TimestepTracker(scheduler, time)
+    z, t = call.tensors[latents[0]], call.tensors[time[0]]
+    times = TimestepTracker(scheduler, t)
     if times.start:
         raise InputError(
             f"the pipeline begins at step {times.start} of its schedule: calibrate on whole "
@@ -50,13 +47,13 @@ def as_generation(pipe: Any, call: Call) -> dict[str, Any]:
     guided = scale > 1 and len(z) % 2 == 0 and torch.equal(z[:half], z[half:])
     first = float(linearize(scheduler).scales[0])
 
-    def argument(t: torch.Tensor) -> torch.Tensor:
-        index = int((times.source == t).nonzero()[0])
-        return times.values[index].expand(time.shape)
+    def argument(timestep: torch.Tensor) -> torch.Tensor:
+        index = int((times.source == timestep).nonzero()[0])
+        return times.values[index].expand(t.shape)
 
     return {
         "latents": (z[:half] if guided else z).float() / first,
-        "conditioning": {k: v for k, v in arguments.items() if k not in names},
+        "conditioning": {k: v for k, v in call.kwargs().items() if k not in names},
         "scheduler": scheduler,
         "guidance_scale": scale if guided else 1.0,
         "guidance_rescale": float(getattr(pipe, "guidance_rescale", 0.0) or 0.0),

@@ -3,8 +3,9 @@ was made of, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class Reading:
         """Whether the denoiser counts time from the other end than the scheduler."""
         return self.mapping in _BACKWARDS
 
+    def after(self, step: int) -> Reading:
+        """The same, where the ``step``-th call comes first."""
+        return replace(self, start=self.start + step)
+
     @property
     def way(self) -> tuple[str, int]:
         """How arguments are made of timesteps."""
@@ -71,13 +76,19 @@ def readings(
     """
     value = float(moving(first.detach().double()))
     rounding = 1e-5 + 2 * torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
-    every = [
-        (error, reading)
-        for error, reading in _candidates(scheduler, source, value, first.dtype)
-        if error <= rounding
-    ]
+    train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
+    found: list[tuple[float, Reading]] = []
+    for (name, mapping), (order, make) in itertools.product(_MAPPINGS, enumerate(_ORDERS)):
+        # Where and as the pipeline computes them, so that they have the same bits.
+        values = make(mapping, source.detach(), train, first.dtype)
+        exact = values.double().cpu()
+        distance = (exact - value).abs()
+        error = float(distance.min()) / (float(exact.abs().max()) or 1.0)
+        if error <= rounding:
+            nearest = (distance == distance.min()).nonzero().reshape(-1).tolist()
+            found += [(error, Reading(name, order, index, values, exact)) for index in nearest]
     last = len(source) - (steps or 0)
-    found = [f for f in every if f[1].start <= last] or every
+    found = [f for f in found if f[1].start <= last] or found
     if not found:
         raise SchedulerError(
             f"the denoiser was called with timestep {value:g}, which is not made from the "
@@ -96,19 +107,3 @@ def moving(timestep: torch.Tensor) -> torch.Tensor:
     flat = timestep.reshape(-1)
     others = flat[flat != 0]
     return others[0] if len(others) else flat[0]
-
-
-def _candidates(
-    scheduler: Any, source: torch.Tensor, value: float, dtype: torch.dtype
-) -> Iterator[tuple[float, Reading]]:
-    """For each way the timesteps that are nearest, and by how much of the largest they are off."""
-    train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
-    for name, mapping in _MAPPINGS:
-        for order, make in enumerate(_ORDERS):
-            # Where and as the pipeline computes them, so that they have the same bits.
-            values = make(mapping, source.detach(), train, dtype)
-            exact = values.double().cpu()
-            distance = (exact - value).abs()
-            error = float(distance.min()) / (float(exact.abs().max()) or 1.0)
-            for index in (distance == distance.min()).nonzero().reshape(-1).tolist():
-                yield error, Reading(name, order, index, values, exact)

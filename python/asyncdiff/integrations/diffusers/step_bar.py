@@ -18,12 +18,9 @@ def preparing(shown: Any) -> Iterator[None]:
     if shown is None or getattr(shown, "disable", True):
         yield
         return
-    described: str = getattr(shown, "desc", "") or ""
-    told = False
+    described = shown.desc
 
     def tell(what: str, done: int, total: int) -> None:
-        nonlocal told
-        told = True
         if done < total:
             shown.set_description_str(f"{what} {done}/{total}" if total > 1 else what)
             return
@@ -33,5 +30,5 @@ def preparing(shown: Any) -> Iterator[None]:
 
     with progress.within(tell):
         yield
-    if told:
+    if shown.desc != described:  # what was under way has failed
         shown.set_description_str(described)

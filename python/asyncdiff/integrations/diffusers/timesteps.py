@@ -48,22 +48,24 @@ class TimestepTracker:
             way = None if like is None else like.reading.way
             self._readings = readings(scheduler, self.source, first, steps, way)
         self._limited = bool(steps)
-        self._follow(0, steps, first)
+        self._follow(steps, first)
 
-    def _follow(self, step: int, steps: int | None, now: torch.Tensor) -> None:
-        """Take the likeliest reading, for so many steps from the ``step``-th on, whose timestep
-        argument is ``now``."""
-        #: how the first call is read
-        self.reading = reading = self._readings[0]
+    @property
+    def reading(self) -> Reading:
+        """How the first call is read."""
+        return self._readings[0]
+
+    def _follow(self, steps: int | None, now: torch.Tensor) -> None:
+        """Take the likeliest reading, for so many steps, the first of which has ``now``."""
         #: where in the schedule these timesteps begin
-        self.start = reading.start + step
-        mine = slice(self.start, None if not steps else self.start + steps)
-        self.values = reading.values[mine].to(now.device)
+        self.start = self.reading.start
+        mine = slice(self.start, self.start + steps if steps else None)
+        self.values = self.reading.values[mine].to(now.device)
         own = self.source[mine]
-        if reading.mapping == "t" and (own.device, own.dtype) == (now.device, now.dtype):
+        if self.reading.mapping == "t" and (own.device, own.dtype) == (now.device, now.dtype):
             # Calls with views of the scheduler's own timesteps are then known to have these.
             self.values = own
-        self._exact = reading.exact[mine]
+        self._exact = self.reading.exact[mine]
         #: whether all calls so far had the very bits of ``values``
         self._same = bool((now == self.values[0]).all())
         self._tell(0)
@@ -75,19 +77,15 @@ class TimestepTracker:
             (
                 k
                 for k in range(step + 1, len(self._exact))
-                if any(
-                    self._at(r, k) not in (self._at(self.reading, k), None) for r in self._readings
-                )
+                if {r.at(k) for r in self._readings} - {self.reading.at(k), None}
             ),
             None,
         )
 
-    def _at(self, reading: Reading, step: int) -> float | None:
-        return reading.at(step + self.start - self.reading.start)
-
     def after(self, step: int) -> TimestepTracker:
         """Those from the ``step``-th call on. Call :meth:`finish` first."""
         rest = copy.copy(self)
+        rest._readings = [reading.after(step) for reading in self._readings]
         rest.start += step
         rest.values, rest._exact = self.values[step:], self._exact[step:]
         rest._tell(-1)
@@ -100,26 +98,19 @@ class TimestepTracker:
 
         On a GPU the host waits for the call's timestep.
         """
-        seen = float(moving(value.detach().double()))
-        known = [
-            (abs(at - seen), r) for r in self._readings if (at := self._at(r, step)) is not None
-        ]
-        least = min(error for error, _ in known)
-        self._same = self._same and least == 0
-        self._readings = [r for error, r in known if error == least]
-        if self.reading in self._readings:
-            self._tell(step)
-            return None
-        right = self._readings[0]
-        if (right.mapping, right.start) == (self.reading.mapping, self.reading.start):
-            # An ulp: of no weight but for the next generation.
-            self.reading, self._same = right, False
+        seen, before = float(moving(value.detach().double())), self.reading
+        errors = [(abs(at - seen), r) for r in self._readings if (at := r.at(step)) is not None]
+        least = min(error for error, _ in errors)
+        nearest = [r for error, r in errors if error == least]
+        self._readings = sorted(nearest, key=lambda r: r is not before)
+        # Another rounding is an ulp, of no weight but for the next generation.
+        self._same = self._same and least == 0 and self.reading is before
+        if (self.reading.mapping, self.reading.start) == (before.mapping, before.start):
             self._tell(step)
             return None
         self.finish()
-        rest = copy.copy(self)
-        left = len(self.values) - step if self._limited else None
-        rest._follow(step + self.start - self.reading.start, left, value)
+        rest = self.after(step)
+        rest._follow(len(self.values) - step if self._limited else None, value)
         return rest
 
     def _index(self, value: torch.Tensor) -> int | None:
