@@ -24,6 +24,7 @@ from .signature import Call, Role, Signature
 
 log = logging.getLogger("asyncdiff")
 
+_Operation = torch._ops.OpOverload
 #: Nodes without effect on the result, which would pin the device of the export.
 _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
@@ -31,6 +32,8 @@ _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 _OF_VALUES = ("data-dependent", "data dependent", "unbacked")
 #: What can always be done.
 _WITHOUT = "run the denoiser without asyncdiff (restore())"
+_VALUES = f"Its forward must not branch on values of tensors; else {_WITHOUT}"
+_VERSION = f"Try another version of torch or of the denoiser's package; else {_WITHOUT}"
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
 
@@ -83,25 +86,22 @@ class Captured:
 
     def module_path(self, node: fx.Node) -> str:
         """Dotted path of the innermost module whose forward made this node ('' at the top)."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = ""
-        for entry in stack.values():
-            path = entry[0]
+        stack = node.meta.get("nn_module_stack") or {"": ("",)}
         # A module called twice appears as "path@1"; older exporters keep the name of the root.
-        path = path.split("@")[0]
+        path: str = list(stack.values())[-1][0].split("@")[0]
         return path.removeprefix("L['self']").removeprefix(".")
 
     def unflatten(self, leaves: list[Any]) -> Any:
         """The denoiser's result from its leaves."""
         return pytree.tree_unflatten(leaves, self.out_spec)
 
-    def _descendants(self, *roles: Role) -> set[fx.Node]:
+    def _descendants(self, role: Role) -> set[fx.Node]:
         inputs = self.signature.inputs
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 index = self.inputs.get(node.name)
-                if index is not None and inputs[index].role in roles:
+                if index is not None and inputs[index].role is role:
                     found.add(node)
             elif any(source in found for source in node.all_input_nodes):
                 found.add(node)
@@ -122,7 +122,8 @@ def capture(module: nn.Module, call: Call) -> Captured:
         progress = stage("exporting the denoiser")
         with _exporting, torch.no_grad(), _unlogged(), progress, refused(module):
             program = torch.export.export(module, (), kwargs, strict=False)
-            if any(_mutates(n) for n in program.graph.nodes):
+            targets = {n.target for n in program.graph.nodes}
+            if any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets):
                 # In-place operations have no place in a graph that is cut into pieces.
                 program = program.run_decompositions({})
     except CaptureError:
@@ -131,7 +132,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
         _check_inputs(module, kwargs, call)
         raise CaptureError(
             f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
-            + _what_to_do(str(e))
+            + (_VALUES if any(words in str(e) for words in _OF_VALUES) else _VERSION)
         ) from e
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -147,7 +148,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
         signature=call.signature,
         weights=weights,
         inputs=inputs,
-        outputs=_outputs(graph),
+        outputs=list(graph.find_nodes(op="output")[0].args[0]),
         out_spec=program.call_spec.out_spec,
         seconds=time.perf_counter() - started,
     )
@@ -186,12 +187,6 @@ def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> N
         return
 
 
-def _what_to_do(reason: str) -> str:
-    if any(word in reason for word in _OF_VALUES):
-        return f"Its forward must not branch on values of tensors; else {_WITHOUT}"
-    return f"Try another version of torch or of the denoiser's package; else {_WITHOUT}"
-
-
 def _check_sizes(name: str, captured: Captured) -> None:
     """Raise CaptureError where a size is known only from values, which fixed memory cannot hold."""
     for node in captured.nodes:
@@ -219,11 +214,6 @@ def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], di
     return weights, {name: index for index, name in enumerate(tensors)}
 
 
-def _outputs(graph: fx.Graph) -> list[Any]:
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    return list(output.args[0])
-
-
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     """The example tensors that a node produces: metadata only."""
     value = node.meta.get("val")
@@ -236,16 +226,12 @@ def nbytes_of(node: fx.Node) -> int:
     return sum(t.numel() * t.element_size() for t in tensors_of(node))
 
 
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _is_view(node: fx.Node) -> bool:
     """Whether the node's result shares memory with one of its inputs."""
     theirs = {
         StorageWeakRef(t.untyped_storage()) for a in node.all_input_nodes for t in tensors_of(a)
     }
-    if not isinstance(node.target, torch._ops.OpOverload):  # getitem: a part of its input
+    if not isinstance(node.target, _Operation):  # getitem: a part of its input
         return bool(node.all_input_nodes) and _is_view(node.all_input_nodes[0])
     mine = {StorageWeakRef(t.untyped_storage()) for t in tensors_of(node)}
     return bool(mine & theirs)

@@ -12,8 +12,9 @@ in the batch. Otherwise the denoiser is refused: nothing that was not found to b
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,14 @@ def batched_inputs(
     conditions, or the denoiser does not keep the parts apart.
     """
     if purpose is GUIDANCE:
-        _check_known(module)
+        processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
+        # They take conditions apart themselves, which may look like what is done to each of them.
+        mixing = sorted(name for name in processors if "PAG" in name)
+        if mixing:
+            raise InputError(
+                f"{mixing[0]} mixes the parts of the batch, which {purpose.gives}: "
+                f"{purpose.instead}"
+            )
     batched = _by_shape(call, split)
     effects = SideEffects(module)
     try:
@@ -73,17 +81,6 @@ def batched_inputs(
     finally:
         effects.undo()
     return batched
-
-
-def _check_known(module: nn.Module) -> None:
-    """Raise InputError for what takes conditions apart itself, in a way that one may also take by
-    mistake for what it does to each of them."""
-    processors = {type(getattr(m, "processor", None)).__name__ for m in module.modules()}
-    mixing = sorted(name for name in processors if "PAG" in name)
-    if mixing:
-        raise InputError(
-            f"{mixing[0]} mixes the parts of the batch, which {GUIDANCE.gives}: {GUIDANCE.instead}"
-        )
 
 
 def _by_shape(call: Call, split: BatchSplit) -> list[bool]:
@@ -115,7 +112,6 @@ class _Trial:
         apart = any(w.device.type != self._device.type for w in weights)
         self._together = _Together(self._device) if apart else contextlib.nullcontext()
         self._whole = self._run(call.tensors)
-        self._noise: list[torch.Tensor] | None = None
         rows = split.conditions * split.count
         if any(not x.dim() or x.shape[0] % rows for x in self._whole):
             raise InputError(
@@ -137,8 +133,12 @@ class _Trial:
                     f"{self._purpose.gives}: {self._purpose.instead}"
                 )
         part, instead = self._purpose.part, self._purpose.instead
+        pieces = [
+            self._split.parts(t) if i in chosen else [t] * self._split.count
+            for i, t in enumerate(self._call.tensors)
+        ]
         try:
-            alone = [self._run(self._part(g, chosen)) for g in range(self._split.count)]
+            alone = [self._run(values) for values in zip(*pieces, strict=True)]
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
@@ -154,48 +154,34 @@ class _Trial:
                 )
 
     def _apart(self, chosen: Collection[int]) -> bool:
-        """Whether no part of the result depends on the other parts of the chosen inputs."""
+        """Whether no part of the result depends on the other parts of the chosen inputs, but for
+        what two runs on the same inputs differ by."""
         for g in range(self._split.count):
             tensors = [
                 self._changed(t, g) if i in chosen else t for i, t in enumerate(self._call.tensors)
             ]
-            results = self._run(tensors)
-            mine = [
-                (self._split.part(r, g), self._split.part(w, g))
-                for r, w in zip(results, self._whole, strict=True)
-            ]
-            if not all(_same_bits(a, b) for a, b in mine) and not self._as_noisy(mine, g):
-                return False
+            for i, pair in enumerate(zip(self._run(tensors), self._whole, strict=True)):
+                a, b = (self._split.part(x, g) for x in pair)
+                if not _same_bits(a, b) and not _distance(a, b) <= 2 * self._noise[i]:
+                    return False
         return True
 
-    def _as_noisy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], part: int) -> bool:
-        """Whether results differ no more than those of two runs on the same inputs do."""
-        if self._noise is None:
-            again = self._run(self._call.tensors)
-            self._noise = [_distance(a, b) for a, b in zip(again, self._whole, strict=True)]
-        return all(
-            bool(_distance(a, b) <= 2 * noise)
-            for (a, b), noise in zip(pairs, self._noise, strict=True)
-        )
+    @functools.cached_property
+    def _noise(self) -> list[torch.Tensor]:
+        again = self._run(self._call.tensors)
+        return [_distance(a, b) for a, b in zip(again, self._whole, strict=True)]
 
     def _changed(self, tensor: torch.Tensor, part: int) -> torch.Tensor:
         """``tensor`` with other values in all parts but one."""
-        pieces = self._split.parts(tensor)
-        changed = [x if g == part else _others(x) for g, x in enumerate(pieces)]
-        return self._split.join(changed)
-
-    def _part(self, part: int, chosen: Collection[int]) -> list[torch.Tensor]:
-        return [
-            self._split.part(t, part) if i in chosen else t
-            for i, t in enumerate(self._call.tensors)
-        ]
+        pieces = enumerate(self._split.parts(tensor))
+        return self._split.join([x if g == part else _others(x) for g, x in pieces])
 
     def _alike(self, leaves: list[torch.Tensor], whole: torch.Tensor) -> bool:
         """Whether the parts' results are those in the batch, but for rounding."""
         joined = self._split.join(leaves)
         if joined.shape != whole.shape:
             return False
-        dtypes = {whole.dtype, *(t.dtype for t in (self._call.tensors[i] for i in self._latents))}
+        dtypes = {whole.dtype, *(self._call.tensors[i].dtype for i in self._latents)}
         steps = [torch.finfo(d).eps for d in dtypes if d.is_floating_point]
         if not steps:
             return torch.equal(joined, whole)
@@ -222,22 +208,17 @@ class _Together(TorchDispatchMode):
         super().__init__()
         self._device = device
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _ACROSS:
             given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             if {x.device.type for x in given if x.dim()} == {"cpu", self._device.type}:
-                args, kwargs = pytree.tree_map_only(torch.Tensor, self._here, (args, kwargs))
+                args, kwargs = pytree.tree_map_only(
+                    torch.Tensor,
+                    lambda x: x.to(self._device) if x.device.type == "cpu" else x,
+                    (args, kwargs),
+                )
         return func(*args, **kwargs)
-
-    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device) if tensor.device.type == "cpu" else tensor
 
 
 #: Operations that are between devices.

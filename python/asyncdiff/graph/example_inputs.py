@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,24 +12,30 @@ from torch import nn
 from ..errors import InputError
 
 
+@dataclass(frozen=True)
 class _Maker:
-    """Makes tensors like the denoiser's weights: on their device, in their dtype."""
+    """Makes tensors like the denoiser's weights: on their device, in their dtype. ``h`` and ``w``
+    are the size of its latents."""
 
-    def __init__(self, module: nn.Module) -> None:
-        weight = next(module.parameters())
-        self.options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    like: torch.Tensor
+    config: Any
+    batch: int
+    frames: int | None
+    h: int
+    w: int
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        if self.options["device"].type == "meta":
-            return torch.empty(shape, **self.options)
-        generator = torch.Generator(self.options["device"]).manual_seed(0)
-        return torch.randn(shape, generator=generator, **self.options)
+        made = self.like.new_empty(shape)
+        if made.is_meta:
+            return made
+        return made.normal_(generator=torch.Generator(made.device).manual_seed(0))
 
-    def label(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=self.options["device"], dtype=torch.int64)
+    def whole(self, value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.full(shape, value, device=self.like.device, dtype=dtype)
 
-    def time(self, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.full(shape, 500, device=self.options["device"], dtype=dtype)
+    def text(self, samples: int, tokens: int) -> torch.Tensor:
+        width = self.config.cross_attention_dim
+        return self(samples, tokens, width[0] if isinstance(width, (list, tuple)) else width)
 
 
 def example_inputs(
@@ -59,86 +66,77 @@ def example_inputs(
     default = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     h = height // scale if height else default[0]
     w = width // scale if width else default[1]
-    return make(_Maker(module), config, batch, frames, h, w)
+    weight = next(module.parameters()).detach()
+    return make(_Maker(weight, config, batch, frames, h, w)) | {"return_dict": False}
 
 
-def _unet(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+def _unet(make: _Maker) -> dict[str, Any]:
+    config = make.config
     kwargs: dict[str, Any] = {
-        "sample": make(batch, config.in_channels, h, w),
-        "timestep": make.time(),
-        "encoder_hidden_states": make(batch, 77, _first(config.cross_attention_dim)),
-        "return_dict": False,
+        "sample": make(make.batch, config.in_channels, make.h, make.w),
+        "timestep": make.whole(500),
+        "encoder_hidden_states": make.text(make.batch, 77),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         kwargs["added_cond_kwargs"] = {
-            "text_embeds": make(batch, pooled),
-            "time_ids": make(batch, 6),
+            "text_embeds": make(make.batch, pooled),
+            "time_ids": make(make.batch, 6),
         }
     return kwargs
 
 
-def _video_unet(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+def _video_unet(make: _Maker) -> dict[str, Any]:
+    frames = make.frames or make.config.num_frames
     return {
-        "sample": make(batch, frames or config.num_frames, config.in_channels, h, w),
-        "timestep": make.time(dtype=torch.float32),
-        "encoder_hidden_states": make(batch, 1, _first(config.cross_attention_dim)),
-        "added_time_ids": make(batch, 3),
-        "return_dict": False,
+        "sample": make(make.batch, frames, make.config.in_channels, make.h, make.w),
+        "timestep": make.whole(500, dtype=torch.float32),
+        "encoder_hidden_states": make.text(make.batch, 1),
+        "added_time_ids": make(make.batch, 3),
     }
 
 
-def _motion_unet(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
-    count = frames or 16
+def _motion_unet(make: _Maker) -> dict[str, Any]:
+    frames = make.frames or 16
     return {
-        "sample": make(batch, config.in_channels, count, h, w),
-        "timestep": make.time(),
-        "encoder_hidden_states": make(batch * count, 77, _first(config.cross_attention_dim)),
-        "return_dict": False,
+        "sample": make(make.batch, make.config.in_channels, frames, make.h, make.w),
+        "timestep": make.whole(500),
+        "encoder_hidden_states": make.text(make.batch * frames, 77),
     }
 
 
-def _sd3(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+def _sd3(make: _Maker) -> dict[str, Any]:
     return {
-        "hidden_states": make(batch, config.in_channels, h, w),
-        "timestep": make.time(batch, dtype=torch.float32),
-        "encoder_hidden_states": make(batch, 77 + 256, config.joint_attention_dim),
-        "pooled_projections": make(batch, config.pooled_projection_dim),
-        "return_dict": False,
+        "hidden_states": make(make.batch, make.config.in_channels, make.h, make.w),
+        "timestep": make.whole(500, make.batch, dtype=torch.float32),
+        "encoder_hidden_states": make(make.batch, 77 + 256, make.config.joint_attention_dim),
+        "pooled_projections": make(make.batch, make.config.pooled_projection_dim),
     }
 
 
-def _dit(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+def _dit(make: _Maker) -> dict[str, Any]:
     return {
-        "hidden_states": make(batch, config.in_channels, h, w),
-        "timestep": make.time(batch),
-        "class_labels": make.label(batch),
-        "return_dict": False,
+        "hidden_states": make(make.batch, make.config.in_channels, make.h, make.w),
+        "timestep": make.whole(500, make.batch),
+        "class_labels": make.whole(0, make.batch),
     }
 
 
-def _flux(make: _Maker, config: Any, batch: int, frames: int | None, h: int, w: int) -> Any:
+def _flux(make: _Maker) -> dict[str, Any]:
     # FLUX packs 2×2 latents into a token; its guidance is an input, so that there is no batch.
-    tokens, text = (h // 2) * (w // 2), 512
-    kwargs: dict[str, Any] = {
-        "hidden_states": make(1, tokens, config.in_channels),
+    tokens, text = (make.h // 2) * (make.w // 2), 512
+    kwargs = {
+        "hidden_states": make(1, tokens, make.config.in_channels),
         "timestep": make(1),
-        "encoder_hidden_states": make(1, text, config.joint_attention_dim),
-        "pooled_projections": make(1, config.pooled_projection_dim),
+        "encoder_hidden_states": make(1, text, make.config.joint_attention_dim),
+        "pooled_projections": make(1, make.config.pooled_projection_dim),
         "img_ids": make(tokens, 3),
         "txt_ids": make(text, 3),
-        "return_dict": False,
     }
-    if config.guidance_embeds:
-        kwargs["guidance"] = make(1).float()
-    return kwargs
+    return kwargs | ({"guidance": make(1).float()} if make.config.guidance_embeds else {})
 
 
-def _first(value: Any) -> int:
-    return value[0] if isinstance(value, (list, tuple)) else value
-
-
-_BY_CLASS: dict[str, Callable[..., dict[str, Any]]] = {
+_BY_CLASS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "UNetSpatioTemporalConditionModel": _video_unet,
     "UNetMotionModel": _motion_unet,

@@ -42,9 +42,11 @@ def hoist(program: fx.GraphModule, row_bytes: int = ROW_BYTES) -> Hoisted:
     values stay in what runs every time, which then finds the timestep itself in the row.
     """
     position = {node: i for i, node in enumerate(program.graph.nodes)}
+    emits = program.graph.find_nodes(op="call_module", target="emit")
+    ends = [*program.graph.find_nodes(op="output"), *emits]
     refused: set[fx.Node] = set()
     while True:
-        every_time, needed = _walk(_results(program), {ONCE, TIMED}, refused)
+        every_time, needed = _walk(ends, {ONCE, TIMED}, refused)
         row = sorted((n for n in needed if n.meta[KEEP] == TIMED), key=position.__getitem__)
         computed = [n for n in row if n.op != "placeholder"]
         if not computed or sum(padded(n.meta[NBYTES]) for n in row) <= row_bytes:
@@ -77,12 +79,6 @@ def store(values: list[torch.Tensor], into: list[torch.Tensor]) -> list[torch.Te
     for old, new in zip(into, values, strict=True):
         old.copy_(new)
     return into
-
-
-def _results(program: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that a program is run for: its output, and what is pushed."""
-    (output,) = program.graph.find_nodes(op="output")
-    return [output, *program.graph.find_nodes(op="call_module", target="emit")]
 
 
 def _walk(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +65,9 @@ def rehome(aggregate: Any, device: torch.device) -> Any:
     return map_aggregate(aggregate, lambda a: device if isinstance(a, torch.device) else a)
 
 
-@contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Make ``device`` the current CUDA device; nothing for other kinds."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` the current CUDA device meanwhile; nothing for other kinds."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def build(
@@ -104,8 +99,7 @@ def build(
         for source in node.all_input_nodes:
             if source not in env:
                 env[source] = _attribute(captured, source, root, graph, device, weight)
-        args = map_arg(rehome(node.args, device), env.__getitem__)
-        kwargs = map_arg(rehome(node.kwargs, device), env.__getitem__)
+        args, kwargs = resolve(node, env.__getitem__, device)
         env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         _mark(captured, node, env[node])
         for target, index in sends.get(node, ()):
@@ -121,15 +115,10 @@ def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
     if node in captured.views or not isinstance(node.meta.get("val"), torch.Tensor):
         return
     index = captured.inputs.get(node.name)
-    if index is not None and captured.signature.inputs[index].role is Role.TIMESTEP:
-        keep = TIMED  # so that a program which reads it directly needs nothing but its row
-    elif node in captured.timed:
-        keep = TIMED
-    elif node in captured.once:
-        keep = ONCE
-    else:
-        return
-    made.meta |= {KEEP: keep, NBYTES: nbytes_of(node)}
+    # The timestep itself too, so that a program which reads it directly needs only its row.
+    time = index is not None and captured.signature.inputs[index].role is Role.TIMESTEP
+    if time or node in captured.timed or node in captured.once:
+        made.meta |= {KEEP: ONCE if node in captured.once else TIMED, NBYTES: nbytes_of(node)}
 
 
 def _attribute(
