@@ -256,8 +256,8 @@ class Handle(ReadOnlySettings):
             )
         if waves:
             scheduler = (self._caller or self.pipe).scheduler
-            whole = clean_image(scheduler, backwards=times.reading.backwards)
-            clean = whole.of_steps(times.start, len(times.values))
+            every = clean_image(scheduler, backwards=times.reading.backwards)
+            clean = every.of_steps(times.start, len(times.values))
         self.denoiser.start(config.spec(times.values, shorten=True), clean)
         return preparing(self.shown)
 
