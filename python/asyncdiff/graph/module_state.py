@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-#: States that are known again. What they consist of is kept as long.
+#: So many states are known again.
 _KNOWN = 8
 
 
@@ -25,7 +25,8 @@ class ModuleState:
         self._layers: list[nn.Module] = []
         self._classes: list[tuple[type, Any]] = []
         self._copies: list[tuple[Any, Any]] = []
-        self._known: dict[Any, int] = {}
+        #: their numbers, and what they consist of, so that its addresses are nobody else's
+        self._known: dict[Any, tuple[int, Any]] = {}
         self._unused = itertools.count(1)
         self._number = 0
 
@@ -37,10 +38,10 @@ class ModuleState:
             self._copies = [(x, x.copy()) for child in self._layers for x in _containers(child)]
             state = (*self._classes, *(_frozen(x) for x, _ in self._copies))
             if state not in self._known:
-                self._known[state] = next(self._unused)
+                self._known[state] = next(self._unused), self._copies
                 if len(self._known) > _KNOWN:
                     del self._known[next(iter(self._known))]
-            self._number = self._known[state]
+            self._number, _ = self._known[state]
         return self._number
 
     def _unchanged(self) -> bool:
@@ -74,19 +75,6 @@ def _containers(layer: nn.Module) -> Iterator[Any]:
             yield value
 
 
-class _Object:
-    """An object as itself, kept so that its address is nobody else's."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and self._value is other._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-
 def _frozen(value: Any) -> Any:
     """What a state takes of a value: plain ones as they are, containers entry by entry, processors
     by type and attributes, of all else which object it is. Private attributes count where they are
@@ -96,7 +84,7 @@ def _frozen(value: Any) -> Any:
     if _is_plain(value):
         return value
     if not isinstance(value, dict):
-        return _Object(value)
+        return object, id(value)
     return tuple(
         # A processor may be a new one in each call.
         (n, type(x), _frozen(getattr(x, "__dict__", {})))

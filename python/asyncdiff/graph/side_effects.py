@@ -115,12 +115,10 @@ class SideEffects:
                 container.cell_contents = then[0]
                 continue
             container.clear()
-            if isinstance(container, dict):
-                container.update(then)
+            if isinstance(container, (dict, set)):
+                container.update(then if isinstance(container, dict) else then.values())
             else:
-                (container.update if isinstance(container, set) else container.extend)(
-                    then.values()
-                )
+                container.extend(then.values())
 
     def _visit(self, where: str, value: Any, outside: bool) -> Iterator[tuple[str, Any, bool]]:
         """Remember ``value`` if it can be written to; what is within reach of it."""

@@ -84,7 +84,7 @@ class Writes:
 
     def unchanged(self, tensor: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether a tensor still has this value, by its bits; on a GPU True until :meth:`check`."""
-        equal = _bits(tensor) == _bits(value)
+        equal = bits(tensor) == bits(value)
         if not _waits(tensor.device):
             return bool(equal.all())
         differs = ~equal.all()
@@ -108,6 +108,11 @@ class Writes:
         self._differs.clear()
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, among which those of a NaN are equal to themselves."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
 def _version(tensor: torch.Tensor) -> int | None:
     """How often torch saw the tensor written to; None where it does not count."""
     return None if tensor.is_inference() else tensor._version
@@ -125,8 +130,3 @@ def _sample(weight: torch.Tensor) -> torch.Tensor:
 def _waits(device: torch.device) -> bool:
     """Whether the host would have to wait for a value that lies there."""
     return device.type != "cpu"
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, among which those of a NaN are equal to themselves."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
