@@ -134,38 +134,28 @@ def partition(
         owners = by_cuts(captured, cuts)
     else:
         owners = by_modules(captured, [list(s) for s in split])
-    return _assemble(captured, owners, components, cuts, costs)
-
-
-def _assemble(
-    captured: Captured,
-    owners: Owners,
-    count: int,
-    cuts: tuple[str, ...] | None,
-    costs: Costs | None,
-) -> Partition:
     outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
-    local, crossing = _close(outputs, owners, count)
+    local, crossing = _close(outputs, owners, components)
     position = {n: i for i, n in enumerate(captured.graph.nodes)}
-    components = []
-    for j in range(count):
+    parts = []
+    for j in range(components):
         nodes = sorted(local[j], key=position.__getitem__)
         used = {s for n in nodes for s in n.all_input_nodes}
-        used |= outputs if j == count - 1 else set()
+        used |= outputs if j == components - 1 else set()
         inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
         weights = sorted(n.name for n in used if n.name in captured.weights)
         owned = [n for n in nodes if owners.get(n) == j]
         if not owned:
             raise PartitionError(f"component {j} computes nothing that the result needs")
-        components.append(Component(j, nodes, owned, inputs, weights))
+        parts.append(Component(j, nodes, owned, inputs, weights))
     boundaries = {}
     for i, j in sorted(crossing):
         values = sorted(crossing[i, j], key=position.__getitem__)
         boundaries[i, j] = boundary = Boundary(i, j, values)
-        components[i].sends.append(boundary)
-        components[j].reads.append(boundary)
-    order = _exact_order(components, outputs)
-    return Partition(captured, components, boundaries, order, cuts, costs)
+        parts[i].sends.append(boundary)
+        parts[j].reads.append(boundary)
+    order = _exact_order(parts, outputs)
+    return Partition(captured, parts, boundaries, order, cuts, costs)
 
 
 def _close(

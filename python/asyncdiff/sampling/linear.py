@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,8 @@ def linearize(
         )
     before, given = weights[:-1], inputs.flatten(1)
     scales = (given * before).sum(1) / before.square().sum(1).clamp_min(1e-300)
-    error = _check(scheduler, times, scales, weights, known)
-    return LinearSampler(times, scales, weights, error)
+    sampler = LinearSampler(times, scales, weights, 0.0)
+    return replace(sampler, error=_check(scheduler, sampler, known))
 
 
 class _InDouble(TorchFunctionMode):
@@ -131,15 +131,9 @@ def _own_loop(
     return torch.stack(path), torch.stack(inputs)
 
 
-def _check(
-    scheduler: Any,
-    times: torch.Tensor,
-    scales: torch.Tensor,
-    weights: torch.Tensor,
-    options: Mapping[str, Any],
-) -> float:
+def _check(scheduler: Any, sampler: LinearSampler, options: Mapping[str, Any]) -> float:
     """The largest relative error on random inputs; raises SchedulerError above the tolerance."""
-    name = type(scheduler).__name__
+    name, times = type(scheduler).__name__, sampler.timesteps
     worst = 0.0
     for size in (1.0, 10.0):  # the second finds clipping at larger values
         g = torch.Generator().manual_seed(len(times))
@@ -150,8 +144,8 @@ def _check(
                 f"{name} is stochastic: it draws noise in its steps, so its own step() has to be "
                 "called"
             )
-        path = torch.tensordot(weights, draw, 1)
-        scaled = scales.view(-1, 1, 1, 1, 1) * path[:-1]
+        path = torch.tensordot(sampler.weights, draw, 1)
+        scaled = sampler.scales.view(-1, 1, 1, 1, 1) * path[:-1]
         for got, want in ((path, own), (scaled, inputs)):
             error = float((got - want).abs().max() / want.abs().max())
             worst = max(worst, error if error == error else float("inf"))

@@ -7,6 +7,7 @@ between 0 and 1.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ Picture = Any  # PIL image or array; the libraries are optional
 
 def _pillow() -> Any:
     try:
-        from PIL import Image, ImageDraw, ImageFont
+        import PIL.ImageDraw
+        import PIL.ImageFont
+        import PIL.ImageOps
     except ImportError as error:
         raise AsyncDiffError("pictures need pillow: pip install 'asyncdiff[demo]'") from error
-    return Image, ImageDraw, ImageFont
+    return PIL
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -79,13 +82,13 @@ def ssim(a: Picture, b: Picture) -> float:
 
 def image(picture: Picture) -> Image:
     """The picture as an RGB PIL image."""
-    Image, _, _ = _pillow()
-    if isinstance(picture, Image.Image):
+    pillow = _pillow()
+    if isinstance(picture, pillow.Image.Image):
         return picture.convert("RGB")
     import numpy as np
 
     array = (pixels(picture).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(array.repeat(3, axis=-1) if array.shape[-1] == 1 else array)
+    return pillow.Image.fromarray(array.repeat(3, axis=-1) if array.shape[-1] == 1 else array)
 
 
 def sheet(
@@ -103,30 +106,37 @@ def sheet(
     ones are enlarged by whole factors, so that no pixel is invented). Saved to ``path`` if given,
     in the format that its name says. Raises InputError where rows and columns do not fit together.
     """
-    Image, ImageDraw, ImageFont = _pillow()
+    pillow = _pillow()
     table = {name: [image(p) for p in row] for name, row in rows.items()}
     if not table or not columns or any(len(row) != len(columns) for row in table.values()):
         raise InputError("a sheet needs as many pictures in every row as it has columns")
     notes = notes or {}
     side = cell or max(128, *(max(p.size) for row in table.values() for p in row))
     gap = max(4, side // 24)
-    font = ImageFont.load_default(size=max(11, side // 10))
-    small = ImageFont.load_default(size=max(11, side // 11))
-    heads = [_fit(label, font, side) for label in columns]
-    top = int(1.6 * font.size) * max(h.count("\n") + 1 for h in heads)
+    font, small = (pillow.ImageFont.load_default(size=max(11, side // n)) for n in (10, 11))
+    letters = max(1, int(side / font.getlength("0")))  # that go into a line, about
+    heads = [textwrap.wrap(c, letters, max_lines=3, placeholder="…") for c in columns]
+    top = int(1.6 * font.size) * max(1, *map(len, heads))
     left = 8 + max(int(font.getlength(line)) for name in table for line in name.split("\n"))
     under = {name: int(1.5 * small.size) if name in notes else 0 for name in table}
     height = top + gap + sum(side + gap + extra for extra in under.values())
-    out = Image.new("RGB", (left + len(columns) * (side + gap) + gap, height), "white")
-    pen = ImageDraw.Draw(out)
+    out = pillow.Image.new("RGB", (left + len(columns) * (side + gap) + gap, height), "white")
+    pen = pillow.ImageDraw.Draw(out)
     at = [left + gap + c * (side + gap) for c in range(len(columns))]
     for x, head in zip(at, heads, strict=True):
-        pen.multiline_text((x, gap), head, fill="black", font=font)
+        pen.multiline_text((x, gap), "\n".join(head), fill="black", font=font)
     y = top + gap
     for name, row in table.items():
         pen.multiline_text((4, y + side // 2), name, fill="black", font=font, anchor="lm")
         for c, (x, picture) in enumerate(zip(at, row, strict=True)):
-            shown = _scaled(Image, picture, side)
+            if max(picture.size) > side:
+                shown = pillow.ImageOps.contain(
+                    picture, (side, side), pillow.Image.Resampling.LANCZOS
+                )
+            else:
+                shown = pillow.ImageOps.scale(
+                    picture, side // max(picture.size), pillow.Image.Resampling.NEAREST
+                )
             out.paste(shown, (x + (side - shown.width) // 2, y + (side - shown.height) // 2))
             if name in notes:
                 below = (x + side // 2, y + side)
@@ -149,31 +159,3 @@ def side_by_side(
 ) -> Image:
     """Pictures in one row under their labels. Saved to ``path`` if given."""
     return sheet({"": images}, labels, path)
-
-
-def _scaled(Image: Any, picture: Image, side: int) -> Image:
-    if max(picture.size) > side:
-        picture = picture.copy()
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return picture
-    factor = side // max(picture.size)
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST)
-
-
-def _fit(label: str, font: Any, width: int) -> str:
-    """Break a label into at most three lines of ``width`` pixels, with an ellipsis if it is cut."""
-    lines = [""]
-    for word in label.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    for i, text in enumerate(lines):
-        while len(text) > 1 and font.getlength(text) > width:
-            text = text[:-2] + "…"
-        lines[i] = text
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2][: max(1, len(lines[2]) - 1)] + "…"]
-    return "\n".join(lines)

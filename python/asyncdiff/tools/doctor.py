@@ -248,10 +248,8 @@ def judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
         remarks.append(f"links between GPUs could not be tried: {found['links_error']}")
     for link in found.get("links", []):
         if link["kind"] != "peer":
-            remarks.append(
-                f"cuda:{link['from']} to cuda:{link['to']} goes through {link['kind']} memory: "
-                f"{link['reason'] or 'no reason given'}"
-            )
+            way = f"cuda:{link['from']} to cuda:{link['to']} goes through {link['kind']} memory"
+            remarks.append(f"{way}: {link['reason'] or 'no reason given'}")
     for name in ("diffusers", "transformers"):
         if found["versions"].get(name) is None:
             remarks.append(f"{name} is not installed: pip install 'asyncdiff[diffusers]'")
