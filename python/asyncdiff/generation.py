@@ -149,7 +149,7 @@ class Generation:
             for engine in self._engines:
                 engine.finish()
             self._writes.check()
-            self._end()
+            self._total_ms = (time.perf_counter() - self._started) * 1e3
         return self.engine.partition.captured.unflatten(leaves)
 
     def _settle(self, step: int, drift: Drift) -> None:
@@ -196,10 +196,6 @@ class Generation:
         newest = self._held[-1]
         prediction = predictor.predict(step, moving[latents], newest[0].dtype)
         return [prediction, *newest[1:]]
-
-    def _end(self) -> None:
-        """Every step was served and the engine has finished."""
-        self._total_ms = (time.perf_counter() - self._started) * 1e3
 
     def abandon(self) -> None:
         """Give up what is left."""
@@ -306,8 +302,8 @@ def _sent(phase: Phase) -> list[int]:
 def _difference(old: Signature, new: Signature) -> str:
     before = {x.name: (x.shape, x.dtype) for x in old.inputs}
     for x in new.inputs:
-        if before.get(x.name) != (x.shape, x.dtype):
-            was = before.get(x.name)
+        was = before.get(x.name)
+        if was != (x.shape, x.dtype):
             then = f"{was[0]} {was[1]}" if was else "not a tensor"
             return f"{x.name} was {then}, is {x.shape} {x.dtype}"
     options = dict(old.constants)

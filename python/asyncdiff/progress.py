@@ -50,36 +50,30 @@ def bar(progress: Progress | None) -> Iterator[Progress]:
     """Let ``progress`` listen meanwhile; where nobody does, a bar on stderr, if that is a terminal,
     which vanishes at the end. What it yields tells them."""
     with contextlib.ExitStack() as stack:
+        if progress is None and not _listening.get():
+            progress = _terminal(stack)
         if progress is not None:
             stack.enter_context(within(progress))
-        elif not _listening.get():
-            stack.enter_context(within(stack.enter_context(_terminal())))
         yield tell
 
 
-@contextlib.contextmanager
-def _terminal() -> Iterator[Progress]:
+def _terminal(stack: contextlib.ExitStack) -> Progress | None:
+    """A bar on stderr until ``stack`` ends; None where that is no terminal, or the program draws a
+    bar of its own already."""
     if not sys.stderr.isatty():
-        yield _nobody
-        return
+        return None
     from rich.console import Console
     from rich.errors import LiveError
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    with contextlib.ExitStack() as stack:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        shown = Bar(*columns, console=Console(stderr=True), transient=True)
-        try:
-            stack.enter_context(shown)
-        except LiveError:  # the program draws a bar of its own already
-            yield _nobody
-            return
-        yield Tasks(shown)
-
-
-def _nobody(what: str, done: int, total: int) -> None:
-    pass
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    shown = Bar(*columns, console=Console(stderr=True), transient=True)
+    try:
+        stack.enter_context(shown)
+    except LiveError:
+        return None
+    return Tasks(shown)
 
 
 class Tasks:

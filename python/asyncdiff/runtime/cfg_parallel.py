@@ -34,7 +34,7 @@ class Groups:
         self.engines = list(engines)
         self._split = split
         self.signature: Signature = call.signature
-        self._batched = list(batched)
+        self.batched = list(batched)
         self._moving = call.indices(Role.LATENTS)
         self._time = next(iter(call.indices(Role.TIMESTEP)), 0)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
@@ -140,24 +140,22 @@ class Groups:
 
     def _times_of(self, group: int, times: Mapping[int, Time]) -> Mapping[int, Time]:
         """A group's part of timesteps, where each sample has its own."""
-        if not self._batched[self._time]:
-            return times
-        return {
-            k: self._split.part(t, group) if isinstance(t, torch.Tensor) else t
-            for k, t in times.items()
-        }
+        return {k: self._part(group, self._time, t) for k, t in times.items()}
 
     def _part_of(
         self, group: int, earlier: Mapping[int, Sequence[torch.Tensor]]
     ) -> Mapping[int, Sequence[torch.Tensor]]:
         """A group's part of the inputs of earlier steps."""
         return {
-            step: [
-                self._split.part(t, group) if self._batched[i] else t
-                for i, t in zip(self._moving, values, strict=True)
-            ]
+            step: [self._part(group, i, t) for i, t in zip(self._moving, values, strict=True)]
             for step, values in earlier.items()
         }
+
+    def _part(self, group: int, index: int, value: Any) -> Any:
+        """A group's part of an input, which may be a number."""
+        if self.batched[index] and isinstance(value, torch.Tensor):
+            return self._split.part(value, group)
+        return value
 
     def _join(self, leaves: Sequence[Any]) -> Any:
         if isinstance(leaves[0], torch.Tensor):
@@ -165,7 +163,7 @@ class Groups:
         return leaves[0]
 
     def _parts_of(self, index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
-        if not self._batched[index]:
+        if not self.batched[index]:
             return [tensor] * len(self.engines)
         kept = self._parts.get(index)
         if kept is None or kept[0] is not tensor:

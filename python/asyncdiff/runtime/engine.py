@@ -30,7 +30,6 @@ from .input_cache import InputCache
 from .step import Caller, Inputs, Time
 from .worker import Worker
 
-
 #: Nothing of earlier steps: all runs are of the step at hand.
 NO_EARLIER: Mapping[int, Sequence[torch.Tensor]] = {}
 
@@ -103,8 +102,7 @@ class Engine:
         boundaries = self.partition.boundaries
         bundles: dict[tuple[int, int], list[torch.Tensor]] = {}
         count = len(self.partition.components)
-        copies = range(count, len(self.workers))
-        for rank in [*self.partition.exact_order, *copies]:
+        for rank in [*self.partition.exact_order, *range(count, len(self.workers))]:
             worker = self.workers[rank]
             reads = {}
             for boundary in self.partition.components[worker.index].reads:
@@ -147,10 +145,13 @@ class Engine:
         started = time.perf_counter()
         for worker in self.workers:
             what = f"compiling rank {worker.rank}"
-            sources = [b.source for b in self.partition.components[worker.index].reads]
-            reads = {s: worker.mailbox[s, 0] for s in sources}
-            worker.compile(reads, functools.partial(progress, what))
+            worker.compile(self._received(worker), functools.partial(progress, what))
         self.compile_s = time.perf_counter() - started
+
+    def _received(self, worker: Worker) -> dict[int, list[torch.Tensor]]:
+        """What lies in a rank's mailboxes, by sending component."""
+        reads = self.partition.components[worker.index].reads
+        return {b.source: worker.mailbox[b.source, 0] for b in reads}
 
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay. Raises what went wrong, a lack of
@@ -167,8 +168,7 @@ class Engine:
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
-        reads = self.partition.components[worker.index].reads
-        return worker.graph_alone({b.source: worker.mailbox[b.source, 0] for b in reads})
+        return worker.graph_alone(self._received(worker))
 
     # ---- a generation ------------------------------------------------------------------------
 
@@ -207,14 +207,26 @@ class Engine:
         """
         try:
             self.check()
-            inputs = self._inputs(tensors, times, earlier, caller)
+            fresh = self.conditioning.changed(tensors)
+            if self.cuda:
+                caller = caller or Caller(tensors[self._latents[0]].device)
+            else:
+                # The ranks' threads may still read these after the caller went on to change them.
+                moving = {*self._latents, *fresh}
+                tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
+                times = {
+                    k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()
+                }
+            self._ticks += 1
+            version = self.conditioning.version
+            inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             delivered = {}
             for segment in tick.segments:
                 issue = self.workers[segment.rank].issue
                 submitted = self._queue.submit(segment.rank, issue, segment, inputs)
                 if segment.step is not None:
                     delivered[segment.step] = submitted
-            if inputs.fresh:  # ranks that did not run in this tick need the new conditioning too
+            if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
                         self._queue.submit(worker.rank, worker.feed, inputs)
@@ -225,45 +237,10 @@ class Engine:
             self.abandon()
             raise
 
-    def _inputs(
-        self,
-        tensors: Sequence[torch.Tensor],
-        times: Mapping[int, Time],
-        earlier: Mapping[int, Sequence[torch.Tensor]],
-        caller: Caller | None,
-    ) -> Inputs:
-        fresh = self.conditioning.changed(tensors)
-        if self.cuda:
-            caller = caller or Caller(tensors[self._latents[0]].device)
-        else:
-            # The ranks' threads may still read these after the caller went on to change them.
-            moving = {*self._latents, *fresh}
-            tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
-            times = {k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()}
-        self._ticks += 1
-        version = self.conditioning.version
-        return Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
-
     def check(self) -> None:
-        """Raise RankError for what is known to have gone wrong, without waiting."""
+        """Raise RankError for what is known to have gone wrong, without waiting; on CUDA that is
+        what went wrong on the channels, behind the host's back."""
         self._queue.check()
-        self._check_exchange()
-
-    def finish(self) -> None:
-        """Wait for the generation's last work and raise what went wrong: RankError, or InputError
-        where conditioning was written to in a way that nothing shows."""
-        try:
-            self._queue.check(wait=True)
-            self.synchronize()
-            self._check_exchange()
-            self.conditioning.check()
-        except BaseException:
-            self.abandon()
-            raise
-        self._clean = True
-
-    def _check_exchange(self) -> None:
-        """Raise RankError for what went wrong on the channels, on CUDA behind the host's back."""
         try:
             self.fabric.check()
         except core.CoreError as e:
@@ -271,6 +248,19 @@ class Engine:
             raise RankError(
                 rank, f"{e}. The generation was stopped; the next one starts afresh"
             ) from e
+
+    def finish(self) -> None:
+        """Wait for the generation's last work and raise what went wrong: RankError, or InputError
+        where conditioning was written to in a way that nothing shows."""
+        try:
+            self._queue.check(wait=True)
+            self.synchronize()
+            self.check()
+            self.conditioning.check()
+        except BaseException:
+            self.abandon()
+            raise
+        self._clean = True
 
     def abandon(self) -> None:
         """Stop a generation in the middle: wait until all ranks are idle, empty the channels."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,20 @@ _Kind = tuple[Signature, int, BatchSplit | None]
 _T = TypeVar("_T")
 
 
+@dataclass
+class _Prepared:
+    """What is kept for calls of one kind: the engine of the components, what tells of writes to its
+    weights, and maybe the engine of two devices that have the whole denoiser."""
+
+    engine: Engine | Groups
+    watch: WeightWatch
+    whole: Engine | Groups | None = None
+
+    @property
+    def engines(self) -> list[Engine | Groups]:
+        return [self.engine] if self.whole is None else [self.engine, self.whole]
+
+
 class EngineCache:
     """The engines of one denoiser, by kind of the call."""
 
@@ -62,12 +77,9 @@ class EngineCache:
         self._weights = weights
         self._devices = list(devices)
         self._config = config
-        self._kept: OrderedDict[_Kind, list[Engine | Groups]] = OrderedDict()
-        self._watches: dict[_Kind, WeightWatch] = {}
-        self._whole: dict[_Kind, Engine | Groups] = {}
+        #: those that were asked for last are at the end
+        self._kept: OrderedDict[_Kind, _Prepared] = OrderedDict()
         self._bytes_per_ms: float | None = None
-        #: of calls of this kind, which inputs hold both conditions
-        self._batched: tuple[_Kind, list[bool]] | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -77,7 +89,7 @@ class EngineCache:
         last."""
         if self._state.number() != self._number:
             return True
-        return self._watches[next(reversed(self._kept))].changed()
+        return self._kept[next(reversed(self._kept))].watch.changed()
 
     def get(self, call: Call) -> Engine | Groups:
         """The engine of the components, for calls like this one. Raises InputError for a denoiser
@@ -94,26 +106,26 @@ class EngineCache:
                 )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
-            self._kept[kind] = [made]
-            self._watches[kind] = WeightWatch(made.partition.captured.weights.values())
+            watch = WeightWatch(made.partition.captured.weights.values())
+            self._kept[kind] = _Prepared(made, watch)
         self._kept.move_to_end(kind)
         self._number = kind[1]
-        return self._kept[kind][0]
+        return self._kept[kind].engine
 
     def _renew(self, kind: _Kind) -> None:
         """Give the engines of a kind what its weights are now, if they were written to; drop the
         engines where they have to be made anew for that."""
-        watch = self._watches.get(kind)
-        if watch is None or not watch.changed():
+        kept = self._kept.get(kind)
+        if kept is None or not kept.watch.changed():
             return
-        captured = [engine.partition.captured for engine in self._kept[kind]]
+        captured = [engine.partition.captured for engine in kept.engines]
         if not all(self._weights.renew(c) for c in captured):
             self._drop([kind])
             return
         log.info("weights were written to: ranks have their new values")
-        for engine in self._kept[kind]:
+        for engine in kept.engines:
             engine.forget()
-        self._watches[kind] = WeightWatch(captured[0].weights.values())
+        kept.watch = WeightWatch(captured[0].weights.values())
 
     def _kind(self, call: Call) -> _Kind:
         return call.signature, self._state.number(), self._split(call)
@@ -129,15 +141,15 @@ class EngineCache:
         """The engine of two devices that have the whole denoiser, a condition each. Only after
         :meth:`get` for the same call."""
         kind = next(reversed(self._kept))
-        made = self._whole.get(kind)
-        if made is None:
+        kept = self._kept[kind]
+        if kept.whole is None:
             first = self._devices[0]
-            others = [d for d in self._devices if d != first] or [first]
-            devices = [first, others[0]]
-            made = self._with_room(lambda: self._team(call, 1, devices, _CONDITIONS), kind)
-            self._whole[kind] = made
-            self._kept[kind].append(made)
-        return made
+            devices = [first, next((d for d in self._devices if d != first), first)]
+            known = kept.engine.batched if isinstance(kept.engine, Groups) else None
+            kept.whole = self._with_room(
+                lambda: self._team(call, 1, devices, _CONDITIONS, known), kind
+            )
+        return kept.whole
 
     def prepare(self, engine: Engine | Groups, plan: Plan) -> None:
         """Make an engine of the calls that were asked for last ready for ``plan``."""
@@ -149,9 +161,7 @@ class EngineCache:
 
     def _drop(self, kinds: Sequence[_Kind]) -> None:
         for kind in kinds:
-            self._whole.pop(kind, None)
-            del self._watches[kind]
-            for engine in self._kept.pop(kind):
+            for engine in self._kept.pop(kind).engines:
                 engine.close()
         if kinds and self._devices[0].type == "cuda":
             collect()
@@ -181,39 +191,33 @@ class EngineCache:
         components: int,
         devices: Sequence[torch.device],
         split: BatchSplit | None,
+        batched: Sequence[bool] | None = None,
     ) -> Engine | Groups:
         """Ranks on ``devices`` that run ``components`` of the denoiser; with ``split`` an engine
         for each part of the batch: of conditions on devices of their own, of pictures in turn on
-        all of them."""
+        all of them. ``batched``: which inputs hold all parts of it, if that is known."""
         if split is None:
             return self._even(call, components, devices)
         in_turn = self._config.schedule == "pipeline"
         ranks = len(devices) if in_turn else len(devices) // split.count
-        batched = self._batched_inputs(call, split)
+        if batched is None:
+            purpose = PICTURES if in_turn else GUIDANCE
+            batched = batched_inputs(self._module, call, split, purpose)
         names = self._config.names
         mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
         engines: list[Engine] = []
         with contextlib.ExitStack() as undo:  # should there be no memory for all of them
             for g in range(split.count):
                 of_group = devices if in_turn else devices[g * ranks : (g + 1) * ranks]
-                if g == 0:
-                    engines.append(self._even(mine[0], components, of_group))
+                if not engines:
+                    made = first = self._even(mine[0], components, of_group)
                 else:
-                    first = engines[0]
                     beside = first if in_turn else None
-                    engines.append(self._engine(mine[g], first.partition, of_group, beside))
-                undo.callback(engines[-1].close)
+                    made = self._engine(mine[g], first.partition, of_group, beside)
+                engines.append(made)
+                undo.callback(made.close)
             undo.pop_all()
         return (Pipelined if in_turn else Groups)(engines, call, batched, split)
-
-    def _batched_inputs(self, call: Call, split: BatchSplit) -> list[bool]:
-        """Which inputs hold all parts of a batch; looked at once for each kind of calls."""
-        kind = self._kind(call)
-        if self._batched is None or self._batched[0] != kind:
-            purpose = PICTURES if self._config.schedule == "pipeline" else GUIDANCE
-            found = batched_inputs(self._module, call, split, purpose)
-            self._batched = self._kind(call), found  # running it may keep something
-        return self._batched[1]
 
     def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
         """An engine; where its components turn out too unequal, one that is cut again."""
@@ -234,23 +238,18 @@ class EngineCache:
             if better is None:
                 break
             engine.close()
+            made = None
             del engine  # what it has is needed now
-            engine = self._instead(call, better, timed[-1][0], devices)
+            collect()
+            try:
+                made = self._engine(call, better, devices)
+            except Exception as e:
+                log.warning("the denoiser stays cut as it was before: %s", str(e))
+            if made is None:  # only now: the exception held what was made of the engine
+                collect()
+                made = self._engine(call, timed[-1][0], devices)
+            engine = made
         return engine
-
-    def _instead(
-        self, call: Call, parts: Partition, otherwise: Partition, devices: Sequence[torch.device]
-    ) -> Engine:
-        """An engine of ``parts``, in place of one of ``otherwise``, that was closed; should there
-        be no memory for it, one of ``otherwise`` again."""
-        collect()
-        try:
-            return self._engine(call, parts, devices)
-        except Exception as e:
-            log.warning("the denoiser stays cut as it was before: %s", str(e))
-        # Only now: the exception, which a log would keep, holds what was made of the engine.
-        collect()
-        return self._engine(call, otherwise, devices)
 
     def _engine(
         self,
@@ -259,7 +258,7 @@ class EngineCache:
         devices: Sequence[torch.device],
         beside: Engine | None = None,
     ) -> Engine:
-        config = self._config
+        config, count = self._config, len(parts.components)
         with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
             return Engine(
                 parts,
@@ -267,11 +266,7 @@ class EngineCache:
                 self._weights,
                 call.tensors,
                 slots=ring(
-                    parts.exchanges,
-                    len(parts.components),
-                    config.schedule,
-                    config.extrapolate,
-                    config.delay,
+                    parts.exchanges, count, config.schedule, config.extrapolate, config.delay
                 ),
                 extrapolate=config.extrapolate,
                 deadline=config.deadline,
@@ -290,11 +285,7 @@ class EngineCache:
             costs = measure(captured, call.tensors, self._devices[0])
             if config.compile:
                 costs = fused(captured, costs)
+        speed = self._bytes_per_ms
         return partition(
-            captured,
-            components,
-            split,
-            costs=costs,
-            bytes_per_ms=self._bytes_per_ms,
-            copies=copies,
+            captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
         )

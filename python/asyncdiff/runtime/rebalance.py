@@ -162,13 +162,10 @@ def recut(
         for node in component.owned:
             ms[node] = parts.costs.ms[node] * factor
     costs = replace(parts.costs, ms=ms, source=f"{parts.costs.source}, corrected by components")
+    count = len(parts.components)
     try:
         new = partition(
-            parts.captured,
-            len(parts.components),
-            costs=costs,
-            bytes_per_ms=bytes_per_ms,
-            copies=copies,
+            parts.captured, count, costs=costs, bytes_per_ms=bytes_per_ms, copies=copies
         )
     except PartitionError:  # the split that there is works
         return None

@@ -328,9 +328,8 @@ class Worker:
 
     def _deliver(self, outputs: list[Any], caller: Caller | None) -> list[Any]:
         """The outputs as new tensors on the caller's device, ready in order of its stream."""
-        if (
-            self.stream is None or caller is None
-        ):  # these may lie in a mailbox, or in what the next run writes to
+        if self.stream is None or caller is None:
+            # These may lie in a mailbox, or in what the next run writes to.
             return [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
         main = caller.stream
         with torch.cuda.stream(main):  # whose memory they are
