@@ -63,7 +63,7 @@ class Estimate:
 
 
 class Rule(Hashable, Protocol):
-    """How x0 is estimated where it is not known yet. Linear, so that ranks can do it."""
+    """How x0 is estimated where it is not known yet."""
 
     @property
     def depth(self) -> int:
@@ -83,8 +83,9 @@ class Line:
     0 holds the newest."""
 
     order: float
-    depth: int = 2
-    noise: bool = False
+
+    depth = 2
+    noise = False
 
     def estimate(self, known: Sequence[int], step: int) -> Estimate:
         """See :class:`Rule`."""

@@ -135,12 +135,8 @@ def check_schedule(
 
 def _check_pipeline(stride: int, time_shift: bool, extrapolate: float, exact_tail: int) -> None:
     several = isinstance(stride, int) and stride > 1
-    for name, given in (
-        ("stride", several),
-        ("time_shift", time_shift),
-        ("extrapolate", extrapolate),
-        ("exact_tail", exact_tail),
-    ):
+    options = {"time_shift": time_shift, "extrapolate": extrapolate, "exact_tail": exact_tail}
+    for name, given in {"stride": several, **options}.items():
         if given:
             raise PlanError(
                 f"{name} does not go with schedule='pipeline', in which every step is exact: leave "
