@@ -33,24 +33,6 @@ ENDS = ((1, 0), (1, 1), (1, 2), (3, 2), (5, 4), (9, 4), (13, 6), (17, 8), (25, 8
 
 
 @dataclass(frozen=True)
-class Family:
-    """Settings that differ in their exact steps only."""
-
-    components: int
-    stride: int
-    schedule: str
-
-    @property
-    def ranks(self) -> int:
-        """Ranks that it takes."""
-        return rank_count(self.components, self.stride, self.schedule)
-
-    def arguments(self, end: tuple[int, int]) -> dict[str, Any]:
-        """Of :func:`asyncdiff.parallelize`, with so many exact steps at both ends."""
-        return {**vars(self), "warmup": end[0], "exact_tail": end[1]}
-
-
-@dataclass(frozen=True)
 class Trial:
     """One setting that was tried: arguments of ``parallelize``, and what they gave.
 
@@ -150,14 +132,15 @@ def tune(
             images: torch.Tensor = pipe(**arguments(prompts, seed), **watched).images
         return images.float().cpu()
 
-    def attempt(family: Family, end: tuple[int, int], speedup: float) -> Trial:
-        settings = family.arguments(end)
-        devices = [where[r % len(where)] for r in range(family.ranks)]
-        name = f"{family.schedule} N={family.components} S={family.stride} w={end[0]} tail={end[1]}"
+    def attempt(settings: dict[str, Any], speedup: float) -> Trial:
+        devices = [where[r % len(where)] for r in range(_ranks(settings))]
+        name = "{schedule} N={components} S={stride} w={warmup} tail={exact_tail}".format(
+            **settings
+        )
         # The split is that which the user will get: it decides what is stale.
         with parallelize(pipe, devices, compile=False, **settings) as handle:
             calibration = None
-            if calibrate_on is not None and family.schedule == "wavefront":
+            if calibrate_on is not None and settings["schedule"] == "wavefront":
                 calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
             close = fidelity(draw(f"trying {name}"), reference, prompts, learned)
         return Trial(settings, speedup, close, calibration)
@@ -166,17 +149,17 @@ def tune(
     best: Trial | None = None
     with within(progress or (lambda what, done, total: None)):
         reference = draw("drawing with the plain pipeline")
-        families = _speedups(pipe, where, ranks, steps, call or {})
-        for number, (family, speedups) in enumerate(families):
+        families = _families(pipe, where, ranks, steps, call or {})
+        for number, family in enumerate(families):
             tell("families of settings", number, len(families))
-            low, high = 0, len(speedups)
+            low, high = 0, len(family)
             while low < high:
                 middle = (low + high) // 2
-                end, speedup = speedups[middle]
+                settings, speedup = family[middle]
                 if best is not None and speedup <= best.speedup:
                     high = middle  # too slow to be of use, and with more exact steps slower still
                     continue
-                tried.append(attempt(family, end, speedup))
+                tried.append(attempt(settings, speedup))
                 if good(tried[-1].fidelity):
                     best, high = tried[-1], middle
                 else:
@@ -236,15 +219,16 @@ def _target(
     return lambda f: f.learned["lpips"] <= max_lpips, {"lpips": lpips()}
 
 
-#: A setting of its family by its exact steps at both ends, with its predicted speed-up.
-Speedups = list[tuple[tuple[int, int], float]]
+#: Settings that differ in their exact steps only, fewest first: arguments of ``parallelize``, and
+#: the speed-up that is predicted.
+Family = list[tuple[dict[str, Any], float]]
 
 
-def _speedups(
+def _families(
     pipe: Any, where: Sequence[torch.device], ranks: int, steps: int, call: Mapping[str, Any]
-) -> list[tuple[Family, Speedups]]:
-    """All settings that ``ranks`` devices allow by family, the fastest family first. The denoiser
-    is exported and timed once, on the first device."""
+) -> list[Family]:
+    """All settings that ``ranks`` devices allow, the fastest family first. The denoiser is exported
+    and timed once, on the first device."""
     module = find_denoiser(pipe)
     scale = getattr(pipe, "vae_scale_factor", 1)
     size: dict[str, Any] = {"height": call.get("height"), "width": call.get("width")}
@@ -252,22 +236,31 @@ def _speedups(
     captured = capture(module, parsed)
     costs = measure(captured, parsed.tensors, where[0])
     links = {"link_gb_per_s": link_speed(where) / 1e6, "link_latency_us": LATENCY_US}
-    families = [Family(n, s, k) for k in ASYNCHRONOUS for n in range(2, ranks + 1) for s in (1, 2)]
-    families = [f for f in families if f.ranks <= ranks]
-    ends = [(w, tail) for w, tail in ENDS if w + tail < steps]
+    shapes: list[dict[str, Any]] = [
+        {"components": n, "stride": s, "schedule": schedule}
+        for schedule in ASYNCHRONOUS
+        for n in range(2, ranks + 1)
+        for s in (1, 2)
+        if rank_count(n, s, schedule) <= ranks
+    ]
     found = []
-    for number, family in enumerate(families):
-        tell("predicting speeds", number, len(families))
-        copies = family.ranks - family.components + 1
-        parts = partition(captured, family.components, "auto", costs=costs, copies=copies)
+    for number, shape in enumerate(shapes):
+        tell("predicting speeds", number, len(shapes))
+        copies = _ranks(shape) - shape["components"] + 1
+        parts = partition(captured, shape["components"], "auto", costs=costs, copies=copies)
         timing = Timing.from_report(parts.report().to_dict(), **links)
-        speedups = []
-        for end in ends:
-            plan = build(steps=steps, exchanges=parts.exchanges, **family.arguments(end))
-            speedups.append((end, predict(plan, timing).speedup))
-        found.append((family, speedups))
-    tell("predicting speeds", len(families), len(families))
-    return sorted(found, key=lambda each: -max((s for _, s in each[1]), default=0.0))
+        family = []
+        for warmup, tail in ((w, tail) for w, tail in ENDS if w + tail < steps):
+            settings = {**shape, "warmup": warmup, "exact_tail": tail}
+            plan = build(steps=steps, exchanges=parts.exchanges, **settings)
+            family.append((settings, predict(plan, timing).speedup))
+        found.append(family)
+    tell("predicting speeds", len(shapes), len(shapes))
+    return sorted(found, key=lambda family: -max((s for _, s in family), default=0.0))
+
+
+def _ranks(settings: Mapping[str, Any]) -> int:
+    return rank_count(settings["components"], settings["stride"], settings["schedule"])
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from asyncdiff import InputError, MetricError, TuneError
 from asyncdiff.demo import model as demo_model
 from asyncdiff.partition.cost import measure
 from asyncdiff.partition.partition import partition
-from asyncdiff.schedule.plan import build
+from asyncdiff.schedule.plan import build, rank_count
 from asyncdiff.schedule.simulate import Timing, predict
 from asyncdiff.tools import fidelity as measures
 from asyncdiff.tools import tune as tuning
@@ -188,20 +188,20 @@ def test_one_timing_of_the_denoiser_predicts_every_family(
 
     monkeypatch.setattr(tuning, "measure", measured)
     monkeypatch.setattr(tuning, "link_speed", lambda devices: 5e6)
-    found = tuning._speedups(pipe, [torch.device("cpu")], 3, 10, {})
+    found = tuning._families(pipe, [torch.device("cpu")], 3, 10, {})
     ((captured, costs),) = timed
-    assert [f.ranks <= 3 for f, _ in found] == [True] * 7
-    for family, speedups in found:
-        copies = family.ranks - family.components + 1
-        parts = partition(captured, family.components, "auto", costs=costs, copies=copies)
+    assert len(found) == 7
+    for family in found:
+        (settings, speedup) = next(x for x in family if x[0]["exact_tail"] == 2)
+        ranks = rank_count(*(settings[k] for k in ("components", "stride", "schedule")))
+        assert ranks <= 3 and settings["warmup"] == 1
+        copies = ranks - settings["components"] + 1
+        parts = partition(captured, settings["components"], "auto", costs=costs, copies=copies)
         timing = Timing.from_report(
             parts.report().to_dict(), link_gb_per_s=5, link_latency_us=LATENCY_US
         )
-        plan = build(
-            family.components, family.stride, 1, 10, schedule=family.schedule, exact_tail=2,
-            exchanges=parts.exchanges,
-        )  # fmt: skip
-        assert dict(speedups)[1, 2] == predict(plan, timing).speedup
+        plan = build(steps=10, exchanges=parts.exchanges, **settings)
+        assert speedup == predict(plan, timing).speedup
 
 
 def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
