@@ -16,7 +16,7 @@ from .graph.signature import RESIDUALS, Call, Role, Signature
 from .graph.writes import Seen, Writes
 from .phases import Phase, plan_of
 from .runtime.cfg_parallel import Groups
-from .runtime.engine import NO_EARLIER, Engine
+from .runtime.engine import Engine
 from .runtime.step import Time
 from .sampling.auto_warmup import Drift
 from .sampling.calibration import Calibration, Shape
@@ -169,9 +169,7 @@ class Generation:
         first = phase.first
         for tick in ticks:
             times = {index: self._time(index + first, call) for index in tick.times}
-            earlier = NO_EARLIER
-            if self._inputs:
-                earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
+            earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
             results = phase.engine.tick(tick, call.tensors, times, earlier)
         return {k + first: leaves for k, leaves in results.items()} if first else results
 

@@ -17,8 +17,8 @@ from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
-from .engine import NO_EARLIER, Engine
-from .step import Caller, Time
+from .engine import Engine
+from .step import Caller, Earlier, Times
 
 
 class Groups:
@@ -79,11 +79,7 @@ class Groups:
             engine.begin(steps, [p[g] for p in parts])
 
     def tick(
-        self,
-        tick: Tick,
-        tensors: Sequence[torch.Tensor],
-        times: Mapping[int, Time],
-        earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
+        self, tick: Tick, tensors: Sequence[torch.Tensor], times: Times, earlier: Earlier
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]
@@ -138,13 +134,11 @@ class Groups:
         for engine in self.engines:
             engine.close()
 
-    def _times_of(self, group: int, times: Mapping[int, Time]) -> Mapping[int, Time]:
+    def _times_of(self, group: int, times: Times) -> Times:
         """A group's part of timesteps, where each sample has its own."""
         return {k: self._part(group, self._time, t) for k, t in times.items()}
 
-    def _part_of(
-        self, group: int, earlier: Mapping[int, Sequence[torch.Tensor]]
-    ) -> Mapping[int, Sequence[torch.Tensor]]:
+    def _part_of(self, group: int, earlier: Earlier) -> Earlier:
         """A group's part of the inputs of earlier steps."""
         return {
             step: [self._part(group, i, t) for i, t in zip(self._moving, values, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,8 @@ from .buffers import layout_of, memory_of, tensors_in
 from .devices import fabric
 from .executor import RankQueue
 from .input_cache import InputCache
-from .step import Caller, Inputs, Time
+from .step import Caller, Earlier, Inputs, Times
 from .worker import Worker
-
-#: Nothing of earlier steps: all runs are of the step at hand.
-NO_EARLIER: Mapping[int, Sequence[torch.Tensor]] = {}
 
 
 class Engine:
@@ -62,8 +59,7 @@ class Engine:
         self.devices = list(devices)
         self.slots = slots
         self.cuda = self.devices[0].type == "cuda"
-        inputs = partition.captured.signature.inputs
-        self._latents = [i for i, x in enumerate(inputs) if x.role is Role.LATENTS]
+        self._latents = self.signature.places[Role.LATENTS]
         count = len(partition.components)
 
         def weight(name: str, device: torch.device) -> torch.Tensor:
@@ -79,7 +75,7 @@ class Engine:
                 Worker(partition, rank, index, device, program, tensors, extrapolate, stream)
             )
         self.conditioning = InputCache(
-            [i for i, x in enumerate(inputs) if x.role is Role.CONDITIONING],
+            self.signature.places[Role.CONDITIONING],
             set[int]().union(*(w.row_conditioning for w in self.workers)),
         )
         self.fabric = fabric(self.devices, deadline)
@@ -182,7 +178,7 @@ class Engine:
         if not self._clean:
             self.abandon()
         for worker in self.workers:
-            worker.begin(steps)
+            worker.rows.begin(steps)
         self.conditioning.begin(tensors)
         self.fabric.reset()
         self._clean = False
@@ -191,8 +187,8 @@ class Engine:
         self,
         tick: Tick,
         tensors: Sequence[torch.Tensor],
-        times: Mapping[int, Time],
-        earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
+        times: Times,
+        earlier: Earlier,
         caller: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.

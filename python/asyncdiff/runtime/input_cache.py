@@ -23,11 +23,12 @@ class InputCache:
         self._of_rows = of_rows
         #: counts changes of the conditioning that rows were computed with
         self.version = 0
-        #: what that was, and the caller's tensors that are known to be the same
+        #: what that was
         self._held: dict[int, torch.Tensor] = {}
-        self._met: dict[int, Seen] = {}
-        #: the caller's tensors that the ranks have a copy of
+        #: the caller's tensors, as they were when they were looked at last
         self._seen: dict[int, Seen] = {}
+        #: whether the ranks hold nothing of this generation yet
+        self._first = True
         self._writes = Writes()
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -36,22 +37,21 @@ class InputCache:
         Values that rows depend on are compared with those of the generation before. On CUDA the
         host waits for that, here and not later.
         """
-        self._met.clear()
         self._seen.clear()
+        self._first = True
         self._writes.clear()
-        self._renew(dict(enumerate(tensors)), compare=True)
+        self._renew({i: tensors[i] for i in self._of_rows}, compare=True)
 
-    def changed(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+    def changed(self, tensors: Sequence[torch.Tensor]) -> Sequence[int]:
         """Places of what is not what the ranks hold: they have to be given it now. A tensor is
         known by itself and by whether it was written to: see :mod:`~asyncdiff.graph.writes`."""
-        changed = []
-        first = not self._seen
+        new = {}
         for i in self._indices:
             if not self._writes.same(tensors[i], self._seen.get(i)):
-                changed.append(i)
-                self._seen[i] = Seen(tensors[i])
-        self._renew({i: tensors[i] for i in changed}, compare=first)
-        return changed
+                new[i] = tensors[i]
+        first, self._first = self._first, False
+        self._renew(new, compare=first)
+        return self._indices if first else list(new)
 
     def check(self) -> None:
         """Raise InputError if a tensor that was taken for what the ranks hold was not. Call it when
@@ -63,16 +63,15 @@ class InputCache:
         self.version += 1
         self._held.clear()
 
-    def _renew(self, changed: Mapping[int, torch.Tensor], compare: bool) -> None:
-        """Begin a new version if rows of the ranks' tables depend on tensors that have changed;
-        without ``compare`` all of them have, unless they are known."""
-        mine = {i: t for i, t in changed.items() if i in self._of_rows}
-        mine = {i: t for i, t in mine.items() if not self._writes.same(t, self._met.get(i))}
-        self._met |= {i: Seen(t) for i, t in mine.items()}
-        if not mine or (compare and all(_same(t, self._held.get(i)) for i, t in mine.items())):
+    def _renew(self, new: Mapping[int, torch.Tensor], compare: bool) -> None:
+        """Look at tensors, and begin a new version if rows of the ranks' tables depend on them;
+        with ``compare`` only if their values are others."""
+        self._seen |= {i: Seen(t) for i, t in new.items()}
+        rows = {i: t for i, t in new.items() if i in self._of_rows}
+        if not rows or (compare and all(_same(t, self._held.get(i)) for i, t in rows.items())):
             return
         self.version += 1
-        self._held |= {i: t.clone() for i, t in mine.items()}
+        self._held |= {i: t.clone() for i, t in rows.items()}
 
 
 def _same(new: torch.Tensor, old: torch.Tensor | None) -> bool:

@@ -10,7 +10,7 @@ waits for what he does not need.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from ..graph.writes import Seen, Writes
 from ..microbatches import Layout, MicroBatched, on_stream
 from ..schedule.actions import Tick
 from .cfg_parallel import Groups
-from .engine import NO_EARLIER, Engine
-from .step import Time
+from .engine import Engine
+from .step import Earlier, Times
 
 log = logging.getLogger("asyncdiff")
 
@@ -77,11 +77,7 @@ class Pipelined(Groups):
         super().begin(steps, tensors)
 
     def tick(
-        self,
-        tick: Tick,
-        tensors: Sequence[torch.Tensor],
-        times: Mapping[int, Time],
-        earlier: Mapping[int, Sequence[torch.Tensor]] = NO_EARLIER,
+        self, tick: Tick, tensors: Sequence[torch.Tensor], times: Times, earlier: Earlier
     ) -> dict[int, list[Any]]:
         """Issue one tick, of one micro-batch; nothing, or with the last one the noise predictions
         of the whole batch, by step. Its parts are ready in order of the micro-batches' streams."""

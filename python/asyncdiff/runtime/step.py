@@ -10,6 +10,11 @@ import torch
 #: A timestep: a number where the host knows it and all elements of the argument are alike, else
 #: the argument; None for a denoiser that takes none.
 Time = float | torch.Tensor | None
+#: The timestep arguments that a tick needs, by index in the generation.
+Times = Mapping[int, Time]
+#: Of earlier steps the latents, and whatever else changes from step to step, in the order of the
+#: signature, for runs that are behind.
+Earlier = Mapping[int, Sequence[torch.Tensor]]
 
 
 class Caller:
@@ -29,18 +34,16 @@ class Caller:
 class Inputs:
     """The inputs of a tick, the same for all ranks.
 
-    ``tensors`` are the denoiser's arguments in the order of the signature; ``times`` the timestep
-    arguments by index in the generation; ``earlier`` the latents, and whatever else changes from
-    step to step, of earlier steps, in the order of the signature, for runs that are behind.
-    ``number`` tells ticks apart. ``fresh`` are the places of conditioning that the ranks do not
-    hold yet; ``version`` says which rows of timesteps fit it. ``caller`` tells when the tensors are
-    ready, and where results belong (None: they are ready, and all on the CPU).
+    ``tensors`` are the denoiser's arguments in the order of the signature. ``number`` tells ticks
+    apart. ``fresh`` are the places of conditioning that the ranks do not hold yet; ``version`` says
+    which rows of timesteps fit it. ``caller`` tells when the tensors are ready, and where results
+    belong (None: they are ready, and all on the CPU).
     """
 
     number: int
     tensors: Sequence[torch.Tensor]
-    times: Mapping[int, Time]
-    earlier: Mapping[int, Sequence[torch.Tensor]]
+    times: Times
+    earlier: Earlier
     fresh: Sequence[int]
     version: int
     caller: Caller | None

@@ -58,19 +58,15 @@ class Worker:
         self.stream = stream or (torch.cuda.Stream(device) if cuda else None)
         self.comm = torch.cuda.Stream(device) if cuda else None
         self._extrapolate = extrapolate
-        roles = [x.role for x in captured.signature.inputs]
+        places = captured.signature.places
         self.inputs = [captured.inputs[n.name] for n in partition.components[index].inputs]
         with on_device(device):
             self.static = {i: torch.empty_like(tensors[i], device=device) for i in self.inputs}
             for i in self.inputs:
                 self.static[i].copy_(tensors[i])
-        self._moving = [
-            (place, i)
-            for place, i in enumerate(i for i, r in enumerate(roles) if r is Role.LATENTS)
-            if i in self.static
-        ]
-        self._times = [i for i, r in enumerate(roles) if r is Role.TIMESTEP]
-        self._conditioning = {i for i in self.inputs if roles[i] is Role.CONDITIONING}
+        self._moving = [(p, i) for p, i in enumerate(places[Role.LATENTS]) if i in self.static]
+        self._times = places[Role.TIMESTEP]
+        self._conditioning = self.static.keys() & places[Role.CONDITIONING]
         parts = hoist(program)
         self.program = parts.main
         #: computes ``kept`` from the conditioning, when it has changed
@@ -159,11 +155,6 @@ class Worker:
         return graph
 
     # ---- a generation ------------------------------------------------------------------------
-
-    def begin(self, steps: int) -> None:
-        """A generation of so many steps begins. Call when idle."""
-        self.rows.begin(steps)
-        self._fed = -1
 
     def issue(self, segment: Segment, inputs: Inputs) -> list[Any] | None:
         """Issue a segment: the outputs of its run on the caller's device, if they are used."""
