@@ -37,30 +37,23 @@ class Denoiser(Protocol):
     module: nn.Module
 
     @property
-    def config(self) -> ParallelConfig:
-        """The settings."""
+    def config(self) -> ParallelConfig: ...
 
     def generation(
         self, timesteps: torch.Tensor, scheduler: Any
-    ) -> AbstractContextManager[Generation]:
-        """A generation with these timesteps."""
+    ) -> AbstractContextManager[Generation]: ...
 
     def start(
         self, spec: GenerationSpec, *, predict: Callable[[Plan], LatePredictor]
-    ) -> Generation:
-        """Begin a generation."""
+    ) -> Generation: ...
 
-    def stop(self) -> None:
-        """Give up the current one."""
+    def stop(self) -> None: ...
 
-    def plan(self, steps: int) -> Plan:
-        """The plan of a generation."""
+    def plan(self, steps: int) -> Plan: ...
 
-    def prepare(self, **kwargs: Any) -> None:
-        """Prepare for a call."""
+    def prepare(self, **kwargs: Any) -> None: ...
 
-    def __call__(self, **kwargs: Any) -> Any:
-        """One step of the current generation."""
+    def __call__(self, **kwargs: Any) -> Any: ...
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .config import GenerationSpec
-from .errors import InputError, SchedulerError
+from .errors import InputError
 from .graph.signature import RESIDUALS, Call, Role, Signature
 from .graph.writes import Seen, Writes
 from .phases import Phase, plan_of
@@ -209,8 +209,6 @@ class Generation:
         if not where:
             return None
         now = call.tensors[where[0]]
-        if index >= len(self.timesteps):
-            raise SchedulerError(f"time {index} lies past the last of {self.steps} timesteps")
         if index == self.next_step and not self._announced(now, index):
             return _number(now)
         time = _number(self._known[index].to(now.dtype))

@@ -60,14 +60,10 @@ class Engine:
         self.slots = slots
         self.cuda = self.devices[0].type == "cuda"
         self._latents = self.signature.places[Role.LATENTS]
-        count = len(partition.components)
-
-        def weight(name: str, device: torch.device) -> torch.Tensor:
-            return weights.get(partition.captured, name, device)
-
+        weight = functools.partial(weights.get, partition.captured)
         self.workers: list[Worker] = []
         for rank, device in enumerate(self.devices):
-            index = min(rank, count - 1)
+            index = min(rank, len(partition.components) - 1)
             # A program holds where its values go, so every rank has its own; weights are shared.
             program = partition.program(index, device, weight)
             stream = None if beside is None else beside.workers[rank].stream
