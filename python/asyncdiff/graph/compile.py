@@ -79,29 +79,24 @@ def compile_program(
     submodule. Raises what inductor raises.
     """
     numbers = _number(program.graph)
-    emits = {numbers[n] for n in program.graph.nodes if n.op == "call_module"}
     cut = split_module(program, program, numbers.__getitem__, keep_original_order=True)
     emit = program.get_submodule("emit")
     cut.add_module("emit", emit)
-    segments = [
-        name
-        for name, module in cut.named_children()
-        if name.startswith("submod_") and int(name.removeprefix("submod_")) not in emits
-    ]
+    names = [f"submod_{n}" for n in sorted(set(numbers.values())) if n % 2 == 0]
+    segments = [name for name in names if hasattr(cut, name)]
     _Compiler(cut, segments, progress).run(*arguments)
     return cut
 
 
 def _number(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The segment of every node; pushes lie between segments of computation."""
+    """The segment of every node: even numbers are stretches of computation, odd ones the pushes
+    between them."""
     numbers: dict[fx.Node, int] = {}
     number = 0
-    pushing = False
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if (node.op == "call_module") != pushing and node.op != "get_attr":
+        if (node.op == "call_module") != bool(number % 2) and node.op != "get_attr":
             number += 1
-            pushing = not pushing
         numbers[node] = number
     return numbers

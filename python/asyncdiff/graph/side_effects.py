@@ -62,7 +62,7 @@ def refused(module: nn.Module) -> Iterator[None]:
                         del vars(child)[name]
             where = next((x for x in assigned if _keeps(module, x)), None) or effects.found()
             effects.undo()
-            if where:
+            if where and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 raise CaptureError(
                     f"{type(module).__name__} keeps something in each call ({where}), as attention "
                     "processors do that record or count: captured, it would do so once, without "

@@ -196,6 +196,23 @@ def test_layers_that_keep_tensors_are_refused(before: bool) -> None:
     denoiser.close()
 
 
+def test_ctrl_c_in_the_middle_of_an_export_stays_that() -> None:
+    """Also where a layer keeps something, which is put back."""
+    module = toy()
+    kept: list[Any] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        raise KeyboardInterrupt
+
+    module.mix.forward = forward
+    denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split="estimate")
+    with pytest.raises(KeyboardInterrupt):
+        denoiser.prepare(**toy_call())
+    assert not kept
+    denoiser.close()
+
+
 def test_layers_that_torch_compiles_are_refused() -> None:
     plain, _ = tiny_sd()
     plain.unet.mid_block.compile(backend="eager")

@@ -29,10 +29,9 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class _Site:
-    """A call of the denoiser in a pipeline's code: its lines, and the innermost loop around it."""
+    """A call of the denoiser in a pipeline's code, and the innermost loop around it."""
 
-    first: int
-    last: int
+    lines: range
     loop: ast.AST | None
     conditions: _Conditions
 
@@ -49,8 +48,8 @@ def check_calls(pipe: Any, name: str) -> None:
         return
     sites = _sites(function, name)
     line = frame.f_lineno - frame.f_code.co_firstlineno + 1
-    loops = [s.loop for s in sites if s.first <= line <= s.last]
-    others = [s for s in sites if not s.first <= line <= s.last and s.loop in loops[:1]]
+    loops = [s.loop for s in sites if line in s.lines]
+    others = [s for s in sites if line not in s.lines and s.loop in loops[:1]]
     more = [s for s in others if _hold(s.conditions, frame)]
     if more:
         why = " and ".join(ast.unparse(test) for test, _ in more[0].conditions) or "always"
@@ -80,7 +79,8 @@ def _within(
 ) -> Iterator[_Site]:
     """The calls in a piece of code."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) in called:
-        yield _Site(node.lineno, node.end_lineno or node.lineno, loop, conditions)
+        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        yield _Site(lines, loop, conditions)
     if isinstance(node, (ast.For, ast.While)):
         loop = node
     for field, value in ast.iter_fields(node):
