@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import errors
 from .errors import (
     AsyncDiffError,
+    BatchError,
     CaptureError,
     DeviceError,
     InputError,
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncDenoiser",
     "AsyncDiffError",
     "AutoWarmup",
+    "BatchError",
     "Calibration",
     "CaptureError",
     "DeviceError",

@@ -33,8 +33,8 @@ class ParallelConfig:
 
     Attributes:
         devices: one entry a rank (N + S − 1; waves and pipelines: N; twice that with
-            guidance="split"), which
-            may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None for all GPUs, else the CPU.
+            guidance="split"), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None
+            for all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = all steps gives the sequential result.
@@ -161,6 +161,13 @@ class ParallelConfig:
             )
         return self.of(self, changes)
 
+    def like(self, other: ParallelConfig, devices: Sequence[torch.device]) -> bool:
+        """Whether ranks of these settings, made ready, serve ``other`` on these devices, too."""
+        fixed = {f.name for f in dataclasses.fields(self)} - {*CHANGEABLE, "devices", "compile"}
+        compile = other.compile is None or other.compile == self.compile
+        same = all(getattr(self, name) == getattr(other, name) for name in fixed)
+        return same and compile and tuple(devices) == self.devices
+
     @property
     def ranks(self) -> int:
         """Ranks of one group: N + S − 1; N for waves and pipelines."""
@@ -266,9 +273,16 @@ class GenerationSpec:
         return self.config.auto_warmup if self.warmup < self.steps else None
 
     @property
+    def all_exact(self) -> bool:
+        """Whether every step is exact."""
+        return self.warmup + self.exact_tail == self.steps
+
+    @property
     def split_steps(self) -> tuple[int, int]:
         """Exact steps at both ends that run split over two devices. The last one of the warm-up
-        fills the mailboxes: it runs as a chain."""
+        fills the mailboxes: it runs as a chain, unless nothing follows it."""
         if self.config.warmup_mode == "chain":
             return 0, 0
+        if self.all_exact:
+            return self.steps, 0
         return self.warmup - 1, self.exact_tail

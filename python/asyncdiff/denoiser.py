@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import GenerationSpec, ParallelConfig, ReadOnlySettings
+from .config import CHANGEABLE, GenerationSpec, ParallelConfig, ReadOnlySettings
 from .errors import InputError, SchedulerError
+from .forking import Locked
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, predictor_of
 from .graph.compile import pays
@@ -36,7 +35,7 @@ from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
 
 
-class AsyncDenoiser(ReadOnlySettings):
+class AsyncDenoiser(ReadOnlySettings, Locked):
     """``module`` split into components that run on several devices at once.
 
     Args:
@@ -73,30 +72,33 @@ class AsyncDenoiser(ReadOnlySettings):
         config = ParallelConfig.of(config, settings)
         check_split_argument(module, config.split, config.components)
         self.module = module
-        self._devices = devices = devices_of(config)
-        compile = pays(module, devices) if config.compile is None else config.compile
-        self._config = replace(config, devices=tuple(devices), compile=compile)
         #: takes a call's positional and keyword arguments apart; InputError where they do not fit
         self.parse = Parser(module, config.latents, config.timestep)
-        #: held by whoever runs a generation
-        self._lock, self._process = threading.RLock(), os.getpid()
+        super().__init__()  # the lock, held by whoever runs a generation
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         self._engine: Engine | Groups | None = None  # that of the inputs seen last
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
             self._weights = Weights(module)
             undo.callback(self._weights.restore)
-            self._engines = EngineCache(module, self._weights, devices, self._config)
+            self._take(config, devices_of(config))
             undo.callback(self._engines.close)
-            if compile and devices[0].type == "cuda":
-                self._weights.channels_last()
-            if any(d != self._weights.home for d in devices):
-                self._weights.offload()
             if example_args or example_kwargs:
                 # What was half made would fill the device that the weights have to go back to.
                 undo.push(lambda _, error, frames: traceback.clear_frames(frames))
                 self.prepare(*example_args, **dict(example_kwargs or {}))
             undo.pop_all()
+
+    def _take(self, config: ParallelConfig, devices: list[torch.device]) -> None:
+        """Become a denoiser of these settings, without any engine yet."""
+        compile = pays(self.module, devices) if config.compile is None else config.compile
+        self._devices = devices
+        self._config = replace(config, devices=tuple(devices), compile=compile)
+        self._engines = EngineCache(self.module, self._weights, devices, self._config)
+        if compile and devices[0].type == "cuda":
+            self._weights.channels_last()
+        if any(d != self._weights.home for d in devices):
+            self._weights.offload()
 
     # ---- settings ----------------------------------------------------------------------------
 
@@ -114,21 +116,19 @@ class AsyncDenoiser(ReadOnlySettings):
         with self.lock:
             self._config = self._config.between_generations(changes)
 
-    @property
-    def forked(self) -> bool:
-        """Whether this is a copy in a process made by ``fork()``, which leaves threads behind."""
-        return os.getpid() != self._process
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Held by whoever runs a generation. Raises InputError in a process made by ``fork()``."""
-        if self.forked:
-            raise InputError(
-                "this denoiser was spread over ranks before the process was made by fork(), which "
-                "leaves their threads behind: call restore() and parallelise again here, or make "
-                "processes by 'spawn' (multiprocessing.set_start_method)"
-            )
-        return self._lock
+    def adopt(self, config: ParallelConfig) -> None:
+        """Take other settings; where they cannot change between generations, ranks are prepared
+        anew at the next call. Raises what the constructor does; nothing is changed then."""
+        with self.lock:
+            devices = devices_of(config)
+            if self._config.like(config, devices):
+                self._config = replace(self._config, **{n: getattr(config, n) for n in CHANGEABLE})
+                return
+            check_split_argument(self.module, config.split, config.components)
+            self.stop()
+            self._engines.close()
+            self._engine = None
+            self._take(config, devices)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -228,7 +228,7 @@ class AsyncDenoiser(ReadOnlySettings):
         """
         with self.lock:
             self.stop()
-            if predict is None and spec.config.schedule == "wavefront":
+            if predict is None and spec.config.schedule == "wavefront" and not spec.all_exact:
                 assert clean is not None
                 predict = functools.partial(predictor_of, spec, clean)
             self._generation = Generation(spec, predict)

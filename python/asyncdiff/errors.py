@@ -33,6 +33,10 @@ class InputError(AsyncDiffError, ValueError):
     """A denoiser was called with inputs that it was not prepared for."""
 
 
+class BatchError(InputError):
+    """The parts of a batch cannot be computed by themselves, as the settings ask for."""
+
+
 class SchedulerError(AsyncDiffError, ValueError):
     """The sampler calls the denoiser in a way that asynchronous denoising cannot serve."""
 

@@ -240,8 +240,8 @@ class Generation:
         steady = [b for tick, b in zip(ticks, sent, strict=True) if not tick.exact]
         exposed = engine.exposed_ms()
         return GenerationReport(
-            components=plan.components,
-            stride=plan.stride,
+            components=self.spec.config.components,
+            stride=self.spec.config.stride,
             warmup=self._main.first + plan.warmup,
             devices=[str(d) for d in engine.devices],
             steps=self.steps,

@@ -42,6 +42,8 @@ def plan_of(
     (None: not known yet)."""
     config = spec.config
     before, after = spec.split_steps
+    if before == spec.steps:
+        return _exact(before)
     return _build(
         config.components,
         config.stride,
@@ -64,6 +66,10 @@ def phases_of(
     """The phases of a generation of calls like this one, which ``engine`` was got for, with every
     CUDA graph recorded."""
     before, after = spec.split_steps
+    if before == spec.steps:
+        phases = [Phase(engines.whole(call), plan_of(spec, None))]
+        engines.prepare(phases[0].engine, phases[0].plan)
+        return phases
     count = engine.microbatches if isinstance(engine, Pipelined) else None
     phases = [Phase(engine, plan_of(spec, engine.partition, microbatches=count), before)]
     if before:

@@ -19,10 +19,10 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher"),
+    ("progress", "deadline", "launcher", "forking"),
     ("graph", "schedule"),
     ("partition", "sampling", "microbatches"),
-    ("config",),
+    ("config", "quality"),
     ("runtime",),
     ("phases",),
     ("generation",),

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import InputError
+from ..errors import BatchError
 from .batch import BatchSplit
 from .side_effects import SideEffects
 from .signature import Call, Role
@@ -63,7 +63,7 @@ def batched_inputs(
     """Which tensors of a call hold all parts of ``split`` along their first dimension.
 
     Runs the denoiser five times or more, where the call's latents are; weights that lie elsewhere
-    are brought there one by one. Raises InputError where the batch does not hold so many
+    are brought there one by one. Raises BatchError where the batch does not hold so many
     conditions, or the denoiser does not keep the parts apart.
     """
     if purpose is GUIDANCE:
@@ -71,7 +71,7 @@ def batched_inputs(
         # They take conditions apart themselves, which may look like what is done to each of them.
         mixing = sorted(name for name in processors if "PAG" in name)
         if mixing:
-            raise InputError(
+            raise BatchError(
                 f"{mixing[0]} mixes the parts of the batch, which {purpose.gives}: "
                 f"{purpose.instead}"
             )
@@ -91,7 +91,7 @@ def _by_shape(call: Call, split: BatchSplit) -> list[bool]:
     batch = shape[0] if shape else 0
     parts = split.conditions * split.count
     if batch < parts or batch % parts:
-        raise InputError(
+        raise BatchError(
             "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
             f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
             f"(where it guides by a batch of two conditions), or {GUIDANCE.instead}"
@@ -115,13 +115,13 @@ class _Trial:
         self._whole = self._run(call.tensors)
         rows = split.conditions * split.count
         if any(not x.dim() or x.shape[0] % rows for x in self._whole):
-            raise InputError(
+            raise BatchError(
                 "the denoiser returns something that is not there for each sample of the batch, "
                 f"so that {purpose.parts} cannot be given to ranks of their own: {purpose.instead}"
             )
 
     def refine(self, batched: list[bool]) -> None:
-        """Take out of ``batched`` what is not; raises InputError where the rest is not apart."""
+        """Take out of ``batched`` what is not; raises BatchError where the rest is not apart."""
         chosen = [i for i, yes in enumerate(batched) if yes]
         if not self._apart(chosen):
             shared = [i for i in chosen if not self._apart([i])]
@@ -129,7 +129,7 @@ class _Trial:
                 batched[i] = False
             chosen = [i for i in chosen if i not in shared]
             if not set(self._latents) & set(chosen) or not self._apart(chosen):
-                raise InputError(
+                raise BatchError(
                     f"the denoiser mixes the {self._purpose.parts} of the batch, which "
                     f"{self._purpose.gives}: {self._purpose.instead}"
                 )
@@ -143,13 +143,13 @@ class _Trial:
         except torch.OutOfMemoryError:
             raise
         except Exception as e:
-            raise InputError(
+            raise BatchError(
                 f"the denoiser cannot be run on one {part} of the batch alone, which "
                 f"{self._purpose.gives} ({type(e).__name__}: {e}): {instead}"
             ) from e
         for leaves, whole in zip(zip(*alone, strict=True), self._whole, strict=True):
             if not self._alike(list(leaves), whole):
-                raise InputError(
+                raise BatchError(
                     f"the denoiser gives other results for one {part} of the batch alone, which "
                     f"{self._purpose.gives}: {instead}"
                 )

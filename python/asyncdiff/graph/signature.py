@@ -190,10 +190,19 @@ def check_devices(call: Call, cuda: bool) -> None:
             )
 
 
+def _latents_names(call: Call) -> list[str]:
+    names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
+    return [name for name in names if name.split(".")[0] not in RESIDUALS]
+
+
+def has_several_latents(call: Call) -> bool:
+    """Whether latents come in a list."""
+    return len(_latents_names(call)) > 1
+
+
 def check_one_latents(call: Call) -> None:
     """Raise InputError for latents in a list, for what serves one tensor of them only."""
-    names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
-    several = [name for name in names if name.split(".")[0] not in RESIDUALS]
+    several = _latents_names(call)
     if len(several) > 1:
         raise InputError(
             f"this denoiser takes its latents as a list ({', '.join(several)}), which waves, "

@@ -51,6 +51,17 @@ def resolve(
     return out
 
 
+def every_device(devices: Devices) -> list[torch.device]:
+    """The devices that may be used, as they are given; None: all visible GPUs, else the CPU.
+    Raises DeviceError as :func:`resolve` does."""
+    if devices is None:
+        count = torch.cuda.device_count() if core.cuda_built() else 0
+        return resolve(None, max(1, count))
+    if isinstance(devices, (str, int, torch.device)):
+        return resolve(devices, 1)
+    return resolve(devices, len(devices))
+
+
 def fabric(devices: Sequence[torch.device], deadline: float | None) -> core.Fabric:
     """What ranks on these devices exchange through.
 

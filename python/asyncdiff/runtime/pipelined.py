@@ -26,6 +26,9 @@ from .step import Earlier, Times
 
 log = logging.getLogger("asyncdiff")
 
+#: Values of each sample that tell whether its noise is that of another one.
+_COMPARED = 64
+
 
 class Pipelined(Groups):
     """Engines that take a micro-batch each, in turn, on the same devices; used as one engine is."""
@@ -150,10 +153,17 @@ def split_of(call: Call, latents: int, components: int) -> BatchSplit:
     """
     whole = call.tensors[latents]
     batch = whole.shape[0]
-    conditions = next((n for n in (2, 3) if batch % n == 0 and _repeats(whole, n)), 1)
+    conditions = conditions_of(whole)
     pictures = batch // conditions
     count = next((m for m in range(components, pictures) if pictures % m == 0), pictures)
     return BatchSplit(conditions, count)
+
+
+def conditions_of(latents: torch.Tensor) -> int:
+    """How many conditions of guidance a batch begins with: each has the same latents. What lies
+    beside these (the channels of an image) may differ: only the first values are compared."""
+    rows = latents.flatten(1)[:, :_COMPARED]
+    return next((n for n in (2, 3) if len(rows) % n == 0 and _repeats(rows, n)), 1)
 
 
 def _repeats(whole: torch.Tensor, count: int) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
-from ...errors import InputError, SchedulerError
+from ...errors import BatchError, InputError, SchedulerError
 from ...generation import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
@@ -23,6 +23,7 @@ from ...sampling.calibration import Calibration
 from ...sampling.clean_image import clean_image
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
+from .auto import AutoSettings
 from .call_sites import check_calls
 from .probe import FirstCall, as_generation
 from .step_bar import preparing
@@ -47,9 +48,16 @@ class Handle(ReadOnlySettings):
     Also a context, at whose end the pipeline is what it was: ``with asyncdiff.parallelize(pipe):``.
     """
 
-    def __init__(self, pipe: Any, module: nn.Module, denoiser: AsyncDenoiser) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        module: nn.Module,
+        denoiser: AsyncDenoiser,
+        auto: AutoSettings | None = None,
+    ) -> None:
         self.pipe = pipe
         self.denoiser = denoiser
+        self._auto = auto
         self._module = module
         self._times: TimestepTracker | None = None
         #: rests of a generation that followed each other after one step
@@ -78,9 +86,19 @@ class Handle(ReadOnlySettings):
         """The settings; :meth:`configure` changes some of them."""
         return self.denoiser.config
 
+    @property
+    def settings(self) -> str:
+        """The settings that were picked for the last generation, and why; those given by hand."""
+        if self._auto is None:
+            return "given by hand"
+        return str(self._auto.picked or f"quality={self._auto.quality!r} picks at the first call")
+
     def configure(self, **changes: Any) -> None:
-        """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`."""
+        """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. They
+        are not picked any more, where a quality was asked for."""
         self.denoiser.configure(**changes)
+        if self._auto is not None:
+            self._auto.given(changes)
 
     @property
     def partition(self) -> Partition:
@@ -190,20 +208,32 @@ class Handle(ReadOnlySettings):
                 raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
             time = call.tensors[where[0]]
             try:
-                with self._due(call, time) or _NOTHING:
-                    assert self._times is not None
-                    step = self.denoiser.step
-                    self._times.check(step, time)
-                    known = self._times.known(step, time)
-                    if known is not time:
-                        call = call.replacing(where[0], known)
-                    result = self.denoiser.call(call)
-                if not self.denoiser.active:
-                    self._times.finish()
-            except BaseException:
+                return self._step(call, time)
+            except BatchError:
+                # Before anything was computed: the settings were picked for parts of the batch.
                 self.denoiser.stop()
-                raise
-            return result
+                if self._auto is None or not self._auto.keep_together():
+                    raise
+            return self._step(call, time)
+
+    def _step(self, call: Call, time: torch.Tensor) -> Any:
+        """The denoiser's result for a call with this timestep."""
+        where = call.indices(Role.TIMESTEP)
+        try:
+            with self._due(call, time) or _NOTHING:
+                assert self._times is not None
+                step = self.denoiser.step
+                self._times.check(step, time)
+                known = self._times.known(step, time)
+                if known is not time:
+                    call = call.replacing(where[0], known)
+                result = self.denoiser.call(call)
+            if not self.denoiser.active:
+                self._times.finish()
+        except BaseException:
+            self.denoiser.stop()
+            raise
+        return result
 
     def _due(self, call: Call, time: torch.Tensor) -> contextlib.AbstractContextManager[Any] | None:
         """Begin a generation where this call does not belong to the one under way; what is returned
@@ -219,12 +249,12 @@ class Handle(ReadOnlySettings):
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self._caller, "num_timesteps", None)
             self._short = 0
-            return self._begin(TimestepTracker(scheduler, time, steps, old), time)
+            return self._begin(TimestepTracker(scheduler, time, steps, old), time, call)
         if step == old.telling:
             corrected = old.corrected(step, time)
             if corrected is not None:
                 log.info("timesteps turned out to be %s: the rest begins", corrected.reading.way)
-                return self._begin(corrected, time)
+                return self._begin(corrected, time, call)
         if denoiser.fits(call, options=self._watching):
             return None
         # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
@@ -239,13 +269,16 @@ class Handle(ReadOnlySettings):
                 "pass as a tensor what changes"
             )
         log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
-        return self._begin(old.after(step), time)
+        return self._begin(old.after(step), time, call)
 
     def _begin(
-        self, times: TimestepTracker, time: torch.Tensor
+        self, times: TimestepTracker, time: torch.Tensor, call: Call
     ) -> contextlib.AbstractContextManager[Any]:
         """Begin a generation of these steps. What is returned is to be open in its first call."""
         self._times = times
+        scheduler = (self._caller or self.pipe).scheduler
+        if self._auto is not None:
+            self._auto.settle(self.denoiser, call, len(times.values), scheduler)
         config, clean = self.config, None
         waves = config.schedule == "wavefront"
         if (config.stride > 1 or config.time_shift or waves) and is_mixed(time):
@@ -255,7 +288,6 @@ class Handle(ReadOnlySettings):
                 "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
             )
         if waves:
-            scheduler = (self._caller or self.pipe).scheduler
             every = clean_image(scheduler, backwards=times.reading.backwards)
             clean = every.of_steps(times.start, len(times.values))
         self.denoiser.start(config.spec(times.values, shorten=True), clean)

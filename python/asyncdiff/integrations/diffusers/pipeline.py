@@ -6,6 +6,7 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
+from ...quality import check_quality
+from ...runtime.devices import every_device
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import check_numbers
+from .auto import AutoSettings
 from .handle import Handle
 from .subclass import HANDLE, twin
 
@@ -32,6 +36,7 @@ def parallelize(
     pipe: Any,
     devices: Devices = None,
     *,
+    quality: str | None = None,
     config: ParallelConfig | None = None,
     **settings: Any,
 ) -> Handle:
@@ -41,9 +46,16 @@ def parallelize(
     measuring, CUDA graphs) happens at the first call with inputs of a new shape. A pipeline that is
     parallelised already is restored first, and gets the new settings.
 
+    How a generation is spread is given by hand, or with ``quality`` chosen when it begins, for the
+    devices, the number of steps, the sampler, guidance or none, pictures and memory.
+
     Args:
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
-        devices: one entry a rank; see :class:`asyncdiff.ParallelConfig`.
+        devices: those that may be used, once each (None: all GPUs, else the CPU); by hand, one
+            entry a rank.
+        quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
+            ``handle.settings`` says what was chosen, and why. None: settings given by hand, the
+            others at their defaults.
         config, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists (``components``,
             ``stride``, ``warmup``, ``schedule``, …); ``config``: all of them at once, from which
             ``settings`` differ. Where there are no more steps than exact ones, all are exact.
@@ -58,8 +70,11 @@ def parallelize(
             f"{type(pipe).__name__} has two denoisers, for the first and for the last steps, of "
             "which asyncdiff would see one: use asyncdiff.AsyncDenoiser on each"
         )
+    auto = _quality(quality, config, settings)
     if devices is not None or config is None:
         settings["devices"] = devices
+    if auto is not None:
+        settings |= {"devices": (every := every_device(devices))[:1], "components": 1}
     config = ParallelConfig.of(config, settings)
     check_forward(module)
     check_split_argument(module, config.split, config.components)
@@ -77,10 +92,36 @@ def parallelize(
         check_scheduler(scheduler)
     denoiser = AsyncDenoiser(twin(module), config=config)
     try:
-        return Handle(pipe, module, denoiser)
+        chosen = None if auto is None else AutoSettings(auto, every, config)
+        return Handle(pipe, module, denoiser, chosen)
     except BaseException:
         denoiser.close()
         raise
+
+
+#: Settings that a quality chooses.
+_CHOSEN = {
+    "components", "stride", "warmup", "time_shift", "schedule", "delay", "order", "exact_tail",
+    "extrapolate", "guidance", "warmup_mode",
+}  # fmt: skip
+
+
+def _quality(
+    quality: str | None, config: ParallelConfig | None, settings: Mapping[str, Any]
+) -> str | None:
+    """The quality that chooses the settings; None where they are given by hand."""
+    if quality is None:
+        return None
+    check_quality(quality)
+    by_hand = sorted(_CHOSEN & set(settings)) if config is None else ["config"]
+    if not isinstance(settings.get("split", ""), str):
+        by_hand.append("split")
+    if by_hand:
+        raise InputError(
+            f"quality={quality!r} chooses what {', '.join(by_hand)} would say: leave that out, or "
+            "leave quality out"
+        )
+    return quality
 
 
 def restore(pipe: Any) -> None:

@@ -1,0 +1,101 @@
+"""Settings chosen for each generation of a pipeline, by what the pipeline is asked for."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from ...config import ParallelConfig
+from ...denoiser import AsyncDenoiser
+from ...errors import SchedulerError
+from ...graph.signature import Call, Role, has_several_latents
+from ...quality import Picked, Task, pick
+from ...runtime.pipelined import conditions_of
+from ...sampling.clean_image import clean_image
+from .timesteps import is_mixed
+
+log = logging.getLogger("asyncdiff")
+
+#: The share of a device's memory that weights may take where a device has all of them.
+_ROOM = 0.6
+
+
+class AutoSettings:
+    """Picks a denoiser's settings when a generation begins. What the ranks hold is made anew only
+    where it has to be."""
+
+    def __init__(self, quality: str, devices: list[torch.device], base: ParallelConfig) -> None:
+        self.quality = quality
+        self._devices = devices
+        self._base = base
+        #: what was picked last
+        self.picked: Picked | None = None
+        #: settings that were given by hand since
+        self._by_hand: dict[str, Any] = {}
+        #: whether the parts of the denoiser's batch can be taken apart, as far as is known
+        self._apart = True
+
+    def given(self, changes: Mapping[str, Any]) -> None:
+        """These are not picked any more."""
+        self._by_hand |= changes
+
+    def keep_together(self) -> bool:
+        """The parts of the batch cannot be taken apart; whether that is new."""
+        known, self._apart = not self._apart, False
+        return not known
+
+    def settle(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> None:
+        """Have ``denoiser`` take the settings for a generation that begins with this call."""
+        task = self._task(denoiser, call, steps, scheduler)
+        prepared = None if self.picked is None else self.picked.settings
+        picked = pick(self.quality, task, prepared)
+        config = replace(
+            self._base,
+            devices=tuple(self._devices[: picked.devices]),
+            **picked.settings | self._by_hand,
+        )
+        if picked != self.picked:
+            log.info("quality=%r picks %s", self.quality, picked)
+            self.picked = picked
+        denoiser.adopt(config)
+
+    def _task(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> Task:
+        latents = call.tensors[call.indices(Role.LATENTS)[0]]
+        conditions = conditions_of(latents)
+        several = has_several_latents(call)
+        apart = self._apart and not several
+        mixed = is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]])
+        return Task(
+            devices=len(self._devices),
+            steps=steps,
+            step=None if several or mixed else _length(scheduler, steps),
+            guided=apart and conditions == 2,
+            pictures=latents.shape[0] // conditions if apart else 1,
+            whole=_has_room(denoiser, self._devices),
+        )
+
+
+def _length(scheduler: Any, steps: int) -> float | None:
+    """The median length of the last ``steps`` steps of a scheduler in log-SNR, where waves can
+    know it."""
+    try:
+        whole = clean_image(scheduler)
+    except SchedulerError:
+        return None
+    every = whole.of_steps(len(whole.of_input) - steps, steps).log_snr
+    gaps = [abs(b - a) for a, b in itertools.pairwise(every)]
+    return median(gaps) if gaps else None
+
+
+def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device]) -> bool:
+    """Whether each device may hold the whole denoiser."""
+    weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
+    size = sum(w.nbytes for w in weights)
+    room = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
+    return all(size < _ROOM * r for r in room)

@@ -1,0 +1,120 @@
+"""Nobody has to choose: ``parallelize(pipe, quality=…)`` picks settings for each generation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import diffusers
+import pytest
+import reference
+import torch
+from tiny_pipelines import draw, tiny_sd
+
+import asyncdiff
+from asyncdiff import InputError
+
+
+def sd(pictures: int = 1) -> Any:
+    pipe, call = tiny_sd()
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    call = {
+        k: torch.cat([v] * pictures) if isinstance(v, torch.Tensor) else v for k, v in call.items()
+    }
+    return pipe, call
+
+
+def test_it_picks_for_each_generation_and_says_what(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, call = sd()
+    plain = sd()[0]
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    assert handle.settings == "quality='balanced' picks at the first call"
+    with caplog.at_level(logging.INFO, "asyncdiff"):
+        draw(pipe, call, num_inference_steps=20)
+        draw(pipe, call, num_inference_steps=20)
+    said = [r.message for r in caplog.records if "picks" in r.message]
+    assert len(said) == 1
+    assert said[0].endswith(handle.settings)
+    config = handle.config
+    assert (config.components, config.schedule, config.warmup_mode) == (2, "wavefront", "split")
+    engines = handle.denoiser._engines
+
+    # A few steps: all exact, on the same ranks.
+    got = draw(pipe, call, num_inference_steps=4)
+    assert handle.denoiser._engines is engines
+    assert handle.config.warmup == 4
+    assert reference.distance(got, draw(plain, call, num_inference_steps=4)) < 1e-5
+
+    # Without guidance there are no conditions to share exact steps.
+    draw(pipe, call, num_inference_steps=20, guidance_scale=1.0)
+    assert handle.config.warmup_mode == "chain"
+    assert handle.denoiser._engines is engines
+
+    # Two pictures are drawn in turn.
+    two = sd(2)[1]
+    got = draw(pipe, two, num_inference_steps=6)
+    assert handle.config.schedule == "pipeline"
+    assert reference.distance(got, draw(plain, two, num_inference_steps=6)) < 1e-5
+    handle.restore()
+    assert reference.distance(draw(pipe, call), draw(plain, call)) == 0
+
+
+def test_exact_is_exact() -> None:
+    pipe, call = sd()
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="exact", split="estimate")
+    plain = sd()[0]
+    for options in ({"num_inference_steps": 12}, {"num_inference_steps": 12, "guidance_scale": 1}):
+        got = draw(pipe, call, **options)
+        assert reference.distance(got, draw(plain, call, **options)) < 1e-5
+    handle.restore()
+
+
+def test_samplers_without_noise_levels_are_exact() -> None:
+    pipe, call = sd()
+    plain = sd()[0]
+    for p in (pipe, plain):
+        p.scheduler = diffusers.IPNDMScheduler()
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    got = draw(pipe, call, num_inference_steps=12)
+    assert reference.distance(got, draw(plain, call, num_inference_steps=12)) < 1e-5
+    handle.restore()
+
+
+class Mixing(torch.nn.Module):
+    """A processor of attention by which conditions know of each other."""
+
+    def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states + hidden_states.mean(0, keepdim=True)
+
+
+def test_a_denoiser_whose_conditions_know_of_each_other_is_kept_whole() -> None:
+    results = []
+    for parallel in (False, True):
+        pipe, call = sd()
+        for module in pipe.unet.modules():
+            if hasattr(module, "processor"):
+                module.processor = Mixing()
+        if parallel:
+            handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="exact", split="estimate")
+        results.append(draw(pipe, call, num_inference_steps=4))
+    assert reference.distance(results[1], results[0]) < 1e-5
+    assert handle.config.guidance == "batched"
+    handle.restore()
+
+
+def test_settings_given_by_hand_are_kept() -> None:
+    pipe, call = sd()
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    draw(pipe, call, num_inference_steps=12)
+    handle.configure(warmup=5)
+    draw(pipe, call, num_inference_steps=12)
+    assert handle.config.warmup == 5
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, split="estimate")
+    assert handle.settings == "given by hand"
+    draw(pipe, call)
+    assert (handle.config.schedule, handle.config.warmup) == ("asyncdiff", 1)
+    handle.restore()
+    with pytest.raises(InputError, match="quality='high' chooses what components, warmup would"):
+        asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="high", components=2, warmup=3)
+    with pytest.raises(InputError, match="quality='best': write one of"):
+        asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="best")

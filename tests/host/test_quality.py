@@ -1,0 +1,106 @@
+"""What a quality means: which settings are picked for which task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from asyncdiff.config import ParallelConfig
+from asyncdiff.errors import InputError
+from asyncdiff.quality import FEW, QUALITIES, Task, check_quality, exact_steps, pick
+from asyncdiff.sampling.predictor import LARGE_STEP, SMALL_STEP
+
+#: Stable Diffusion with 50 steps of DDIM on two devices.
+USUAL = Task(devices=2, steps=50, step=0.1, guided=True, pictures=1, whole=True)
+
+
+def picked(quality: str = "balanced", **changes: Any) -> dict[str, Any]:
+    choice = pick(quality, replace(USUAL, **changes))
+    used = choice.settings
+    config = ParallelConfig(**used, devices=["cpu"] * choice.devices)  # which is checked
+    groups = 2 if config.guidance == "split" else 1
+    assert choice.devices == groups * config.ranks
+    assert choice.devices <= changes.get("devices", 2)
+    return used
+
+
+def test_two_devices_with_guidance() -> None:
+    for quality in ("high", "balanced", "fast"):
+        used = picked(quality)
+        assert (used["components"], used["schedule"]) == (2, "wavefront")
+        assert used["warmup_mode"] == "split"
+    assert picked("exact") == {"components": 1, "guidance": "split"}
+
+
+def test_better_is_never_less_exact() -> None:
+    for components in (2, 3, 4):
+        for step in (0.05, 0.15, 0.4):
+            for steps in (10, 25, 28, 50, 100):
+                exact = [
+                    exact_steps(quality, steps, step, components)
+                    for quality in ("fast", "balanced", "high")
+                ]
+                assert exact == sorted(exact)
+                assert exact[0] >= 1
+                assert exact[-1] <= steps
+
+
+def test_large_steps_and_many_components_take_more_exact_ones() -> None:
+    for quality in ("fast", "balanced", "high"):
+        small, large = (exact_steps(quality, 50, s, 2) for s in (SMALL_STEP, LARGE_STEP))
+        assert small < large
+        assert exact_steps(quality, 50, SMALL_STEP, 4) > small
+
+
+def test_four_devices() -> None:
+    used = picked(devices=4)
+    assert (used["components"], used["guidance"], used["warmup_mode"]) == (2, "split", "chain")
+    used = picked(devices=4, guided=False)
+    assert (used["components"], used["guidance"]) == (4, "batched")
+    assert picked(devices=5)["components"] == 2  # one is left over
+    assert picked(devices=3)["components"] == 3
+
+
+def test_few_steps_are_exact() -> None:
+    for steps in range(1, FEW):
+        assert picked(steps=steps) == {"components": 1, "guidance": "split"}
+        assert picked(steps=steps, guided=False) == {"components": 1}
+    waves = pick("balanced", USUAL)
+    for guided in (True, False):
+        task = replace(USUAL, steps=4, guided=guided)
+        kept = pick("balanced", task, waves.settings).settings
+        assert kept["components"] == 2  # what there is is not made anew
+        assert kept["warmup"] == 4
+        assert kept["warmup_mode"] == ("split" if guided else "chain")
+
+
+def test_several_pictures_are_drawn_in_turn() -> None:
+    for quality in QUALITIES:
+        assert picked(quality, pictures=2) == {"components": 2, "schedule": "pipeline"}
+        assert picked(quality, pictures=3, devices=4).get("schedule") != "pipeline"
+
+
+def test_samplers_that_waves_do_not_know_are_exact() -> None:
+    assert picked(step=None) == {"components": 1, "guidance": "split"}
+    assert picked(step=None, guided=False) == {"components": 1}
+
+
+def test_a_denoiser_that_no_device_has_room_for() -> None:
+    assert picked("exact", whole=False, devices=3) == {"components": 3, "warmup": 50}
+    assert picked(whole=False)["warmup_mode"] == "chain"
+
+
+def test_one_device_is_the_plain_pipeline() -> None:
+    assert picked(devices=1) == {"components": 1}
+
+
+def test_what_was_picked_is_said() -> None:
+    said = str(pick("balanced", USUAL))
+    assert "components=2, schedule='wavefront', warmup=" in said
+    assert "a condition on each of two devices" in said
+    for task in (replace(USUAL, steps=4), replace(USUAL, step=None), replace(USUAL, pictures=4)):
+        assert "exact" in pick("balanced", task).why
+    with pytest.raises(InputError, match=r"quality='best': write one of exact, high, balanced"):
+        check_quality("best")
