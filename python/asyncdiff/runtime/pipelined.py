@@ -87,16 +87,18 @@ class Pipelined(Groups):
         mine = tick.microbatch
         if mine == 0:
             self._leaves.clear()
-        stream, plain = self._layout.streams[mine], []
+        # What the caller's own stream makes, and its memory, have to wait for the micro-batch's.
+        others = [t for t in times.values() if isinstance(t, torch.Tensor)]
         parts = []
         for index, tensor in enumerate(tensors):
             ready = self._ready(tensor)
             if ready is None:
                 tensor = tensor.joined() if isinstance(tensor, MicroBatched) else tensor
-                plain.append(tensor)
-            parts.append(self._parts_of(index, tensor)[mine] if ready is None else ready[mine])
+                ready = self._parts_of(index, tensor)
+                others.append(ready[mine])
+            parts.append(ready[mine])
         try:
-            with on_stream(stream, plain):
+            with on_stream(self._layout.streams[mine], others):
                 results = self.engines[mine].tick(tick, parts, self._times_of(mine, times), earlier)
         except BaseException:
             self.abandon()
