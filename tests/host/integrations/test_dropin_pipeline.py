@@ -15,14 +15,14 @@ from asyncdiff.microbatches import MicroBatched
 
 
 def sd(pictures: int) -> Any:
-    """A pipeline, and a call for pictures with prompts and noise of their own."""
+    """A pipeline in float64, in which guidance does not enlarge rounding, and a call for pictures
+    with prompts and noise of their own."""
     pipe, call = tiny_sd()
+    pipe.unet.double()
     random = torch.Generator().manual_seed(7)
-    call |= {
-        f"{n}prompt_embeds": torch.randn(pictures, 8, 32, generator=random)
-        for n in ("", "negative_")
-    }
-    call["latents"] = torch.randn(pictures, 4, 8, 8, generator=random)
+    double = {"generator": random, "dtype": torch.float64}
+    call |= {f"{n}prompt_embeds": torch.randn(pictures, 8, 32, **double) for n in ("", "negative_")}
+    call["latents"] = torch.randn(pictures, 4, 8, 8, **double)
     return pipe, call
 
 
