@@ -27,11 +27,12 @@ _CLIP = "openai/clip-vit-base-patch16"
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of a batch: PSNR in dB (mean over pictures, median, lowest), mean SSIM, relative L2 distance
-    of the whole batch, and learned metrics by name."""
+    """Of a batch: PSNR in dB (mean over pictures, median, 10th percentile, lowest), mean SSIM,
+    relative L2 distance of the whole batch, and learned metrics by name."""
 
     psnr_db: float
     psnr_db_median: float
+    psnr_db_p10: float
     psnr_db_min: float
     ssim: float
     relative_l2: float
@@ -62,6 +63,7 @@ def fidelity(
     return Fidelity(
         psnr_db=fmean(decibels),
         psnr_db_median=median(decibels),
+        psnr_db_p10=sorted(decibels)[len(decibels) // 10],
         psnr_db_min=min(decibels),
         ssim=fmean(ssim(x, y) for x, y in pairs),
         relative_l2=float((a - b).norm() / b.norm()),

@@ -50,6 +50,7 @@ def test_measures_of_known_pictures() -> None:
     got = fidelity(a, b)
     assert got.psnr_db == pytest.approx((20 + 40 + 60) / 3, abs=1e-3)
     assert got.psnr_db_median == pytest.approx(40, abs=1e-3)
+    assert got.psnr_db_p10 == pytest.approx(20, abs=1e-3)
     assert got.psnr_db_min == pytest.approx(20, abs=1e-3)
     want = float((a - b).norm() / b.norm())
     assert got.relative_l2 == pytest.approx(want, rel=1e-5)
