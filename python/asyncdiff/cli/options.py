@@ -52,7 +52,9 @@ class Waves:
 
         warmup = read_warmup(self.warmup)
         schedule, order, time_shift = self.how()
-        check_schedule(schedule, time_shift=time_shift, exact_tail=self.exact_tail)
+        check_schedule(
+            schedule, stride=self.stride, time_shift=time_shift, exact_tail=self.exact_tail
+        )
         check_numbers(
             self.components,
             self.stride,

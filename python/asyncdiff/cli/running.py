@@ -43,7 +43,8 @@ def pick(text: str | None, setting: Waves, groups: int = 1) -> list[str]:
     from ..runtime.devices import resolve
 
     ranks = groups * setting.ranks
-    why = "--components" if setting.how()[0] == "wavefront" else "--components + --stride - 1"
+    published = setting.how()[0] == "asyncdiff"
+    why = "--components + --stride - 1" if published else "--components"
     if groups > 1:
         why = f"{groups} x ({why}), with --split-guidance,"
     devices = [str(d) for d in resolve(read_devices(text, ranks), ranks, why)]
