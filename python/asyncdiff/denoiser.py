@@ -21,6 +21,7 @@ from .generation import Generation, GenerationReport, predictor_of
 from .graph.compile import pays
 from .graph.signature import Call, Parser, check_devices, check_one_latents
 from .graph.weights import Weights
+from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
 from .phases import phases_of, plan_of
@@ -288,7 +289,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 raise
             if generation.done:
                 self._report = generation.report()
-            return result
+        return in_this_mode(result)
 
     def generate(
         self,

@@ -173,9 +173,11 @@ class _Trial:
         return [_distance(a, b) for a, b in zip(again, self._whole, strict=True)]
 
     def _changed(self, tensor: torch.Tensor, part: int) -> torch.Tensor:
-        """``tensor`` with other values in all parts but one."""
+        """``tensor`` with other values in all parts but one. It lies in memory as the tensor does:
+        kernels for another layout round otherwise."""
         pieces = enumerate(self._split.parts(tensor))
-        return self._split.join([x if g == part else _others(x) for g, x in pieces])
+        changed = self._split.join([x if g == part else _others(x) for g, x in pieces])
+        return torch.empty_like(tensor).copy_(changed)
 
     def _alike(self, leaves: list[torch.Tensor], whole: torch.Tensor) -> bool:
         """Whether the parts' results are those in the batch, but for rounding."""

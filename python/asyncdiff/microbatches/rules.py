@@ -69,6 +69,8 @@ def _pointwise(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     out = _by_parts(layout, parts_of, func, plain)
     if writes:
         return writes[0]
+    if isinstance(out[0], (bool, int, float)):  # a comparison of whole tensors, for one
+        return NotImplemented
     return _collected(layout, out, Views())
 
 
@@ -130,6 +132,8 @@ def _to(x: MicroBatched, *_: Any, device: Any = None, **__: Any) -> int | None:
 
 def _shaped(x: MicroBatched, shape: Sequence[int], *_: Any, **__: Any) -> int | None:
     """A view with the rows where they were."""
+    if isinstance(shape, torch.dtype):
+        return None
     keeps = len(shape) > 0 and shape[0] == x.shape[0] and x.dim() > 0
     return x.cut.conditions if keeps else None
 

@@ -108,14 +108,26 @@ class MicroBatched(torch.Tensor):
 
 def whole(output: Any) -> Any:
     """What a pipeline returned, a tuple or a dict of its own kind, with what is in parts joined."""
+    return _mapped(output, MicroBatched.joined)
+
+
+def in_this_mode(output: Any) -> Any:
+    """What a denoiser returned, as tensors of the caller's inference mode, in which there cannot be
+    views of others."""
+    if not torch.is_inference_mode_enabled():
+        return output
+    return _mapped(output, lambda x: x if x.parts is None else MicroBatched.of(x.cut, x.parts))
+
+
+def _mapped(output: Any, change: Callable[[MicroBatched], torch.Tensor]) -> Any:
     if isinstance(output, MicroBatched):
-        return output.joined()
+        return change(output)
     if isinstance(output, tuple) and any(isinstance(x, MicroBatched) for x in output):
-        return tuple(whole(x) for x in output)
+        return tuple(_mapped(x, change) for x in output)
     if isinstance(output, dict):
         for name, value in output.items():
             if isinstance(value, MicroBatched):
-                output[name] = value.joined()
+                output[name] = change(value)
     return output
 
 
@@ -123,9 +135,9 @@ def made(layout: Layout, parts: list[torch.Tensor], views: Views) -> MicroBatche
     """A batch of these parts, one of ``views``."""
     first = parts[0]
     shape = (first.shape[0] * layout.count, *first.shape[1:])
-    whole = torch.empty(shape, device="meta")  # for its strides
+    # The parts' strides tell which views of it there are.
     out: MicroBatched = torch.Tensor._make_wrapper_subclass(
-        MicroBatched, shape, strides=whole.stride(), dtype=first.dtype, device=first.device
+        MicroBatched, shape, strides=first.stride(), dtype=first.dtype, device=first.device
     )
     out._layout, out._parts, out._whole, out._views = layout, parts, None, views
     views.add(out)

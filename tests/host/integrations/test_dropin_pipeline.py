@@ -128,3 +128,16 @@ def test_transformers(make: Any) -> None:
             asyncdiff.parallelize(pipe, devices=["cpu"] * 2, schedule="pipeline", split="estimate")
         results.append(draw(pipe, call))
     assert reference.distance(results[1], results[0]) < 1e-5
+
+
+def test_inference_mode_and_latents_with_channels_last(spread: Any) -> None:
+    pipe, _, call = spread
+    plain = sd(2)[0]
+    for p in (pipe, plain):
+        p.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    want = draw(plain, call)
+    with torch.inference_mode():
+        assert reference.distance(draw(pipe, call), want) < 1e-6
+    asyncdiff.parallelize(pipe, ["cpu"] * 2, schedule="pipeline", split="estimate")
+    other = call | {"latents": call["latents"].to(memory_format=torch.channels_last)}
+    assert reference.distance(draw(pipe, other), want) < 1e-6

@@ -279,6 +279,18 @@ def test_anything_else_joins_them() -> None:
     assert x.parts is not None  # which nothing had to look at
 
 
+def test_it_has_the_layout_of_its_parts() -> None:
+    whole = torch.randn(8, 4, 6, 6)
+    x = in_parts(whole, 2, 2)
+    got = x.reshape(8, 2, 2, 6, 6).permute(0, 2, 1, 3, 4)
+    assert not got.is_contiguous()
+    want = whole.reshape(8, 2, 2, 6, 6).permute(0, 2, 1, 3, 4)
+    assert torch.equal(got.reshape(8, 4, 36).clone(), want.reshape(8, 4, 36))
+    assert torch.equal(x[:, :3].flatten(1).clone(), whole[:, :3].flatten(1))
+    assert torch.equal(x, x)
+    assert torch.equal(in_parts(whole).view(torch.int32), whole.view(torch.int32))
+
+
 def test_writes_are_seen() -> None:
     whole = torch.randn(6, 4, 2, 2)
     x = in_parts(whole)

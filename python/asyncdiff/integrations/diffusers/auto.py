@@ -14,7 +14,7 @@ import torch
 from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
 from ...errors import SchedulerError
-from ...graph.signature import Call, Role, has_several_latents
+from ...graph.signature import Call, Role, Signature, has_several_latents
 from ...quality import Picked, Task, pick
 from ...runtime.pipelined import conditions_of
 from ...sampling.clean_image import clean_image
@@ -38,16 +38,17 @@ class AutoSettings:
         self.picked: Picked | None = None
         #: settings that were given by hand since
         self._by_hand: dict[str, Any] = {}
-        #: whether the parts of the denoiser's batch can be taken apart, as far as is known
-        self._apart = True
+        #: calls whose batch cannot be taken apart
+        self._together: set[Signature] = set()
 
     def given(self, changes: Mapping[str, Any]) -> None:
         """These are not picked any more."""
         self._by_hand |= changes
 
-    def keep_together(self) -> bool:
-        """The parts of the batch cannot be taken apart; whether that is new."""
-        known, self._apart = not self._apart, False
+    def keep_together(self, call: Call) -> bool:
+        """The parts of the batch of calls like this cannot be taken apart; whether that is new."""
+        known = call.signature in self._together
+        self._together.add(call.signature)
         return not known
 
     def settle(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> None:
@@ -69,7 +70,7 @@ class AutoSettings:
         latents = call.tensors[call.indices(Role.LATENTS)[0]]
         conditions = conditions_of(latents)
         several = has_several_latents(call)
-        apart = self._apart and not several
+        apart = call.signature not in self._together and not several
         mixed = is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]])
         return Task(
             devices=len(self._devices),

@@ -209,11 +209,12 @@ class Handle(ReadOnlySettings):
             time = call.tensors[where[0]]
             try:
                 return self._step(call, time)
-            except BatchError:
+            except BatchError as e:
                 # Before anything was computed: the settings were picked for parts of the batch.
                 self.denoiser.stop()
-                if self._auto is None or not self._auto.keep_together():
+                if self._auto is None or not self._auto.keep_together(call):
                     raise
+                log.warning("settings are picked once more: %s", e)
             return self._step(call, time)
 
     def _step(self, call: Call, time: torch.Tensor) -> Any:
