@@ -129,12 +129,11 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
 def _exact(task: Task, few: bool, quality: str) -> Picked:
     """All that changes nothing."""
     n, steps = task.devices, task.steps
-    because = {
-        True: f"{steps} steps are so few that each decides: all are exact",
-        False: "the sampler's noise levels are not known, which waves need: every step is exact",
-    }[few]
+    because = "waves do not know this sampler's noise levels: every step is exact"
     if quality == "exact":
         because = "every step is exact"
+    elif few:
+        because = f"{steps} steps are so few that each decides: all are exact"
     if task.guided and task.whole:
         why = f"{because}, a condition of the guidance on each of two devices"
         return Picked({"components": 1, "guidance": "split"}, 2, why)

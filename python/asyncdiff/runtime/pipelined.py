@@ -107,7 +107,7 @@ class Pipelined(Groups):
         self._leaves.append(leaves)
         if mine < self.microbatches - 1:
             return {}
-        whole = [self._whole(leaves) for leaves in zip(*self._leaves, strict=True)]
+        whole = [self._join(leaves) for leaves in zip(*self._leaves, strict=True)]
         self._leaves.clear()
         return {step: whole}
 
@@ -130,7 +130,7 @@ class Pipelined(Groups):
             self._parts.pop(index, None)
         return super()._parts_of(index, tensor)
 
-    def _whole(self, leaves: Sequence[Any]) -> Any:
+    def _join(self, leaves: Sequence[Any]) -> Any:
         if isinstance(leaves[0], torch.Tensor):
             return MicroBatched.of(self._layout, leaves)
         return leaves[0]
