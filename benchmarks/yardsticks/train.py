@@ -6,7 +6,9 @@
 
 Training stops by the clock: ``--minutes`` are those of all runs together, compiling included, of
 one data-centre GPU; ``--now`` ends this run earlier, and a run with the same ``--out`` goes on
-where it ended. ``--out`` receives ``state.pt`` (to go on), ``model.safetensors`` (averaged
+where it ended. Where the machine is another one by then, ``--start`` takes the folder with what
+came back from it (``model.safetensors`` and ``training.json``): the averaged weights go on, with an
+optimiser that begins anew. ``--out`` receives ``state.pt`` (to go on), ``model.safetensors`` (averaged
 weights, see weights.py), ``training.json`` and ``sheet.png``.
 """
 
@@ -38,8 +40,8 @@ DROPPED = 0.1
 
 
 def rate_at(share: float, step: int) -> float:
-    """Learning rate as a share of its peak: a rise of 1,000 steps, flat, from 50 % of the time on
-    a cosine to 1 %."""
+    """Learning rate as a share of its peak: a rise of 1,000 steps of the optimiser, flat, from 50 %
+    of the time on a cosine to 1 %."""
     fall = max(0.0, min(1.0, (share - 0.5) / 0.5))
     return min(1.0, (step + 1) / 1000) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fall)))
 
@@ -87,21 +89,36 @@ class Training:
             fused=device.type == "cuda",
         )
         self.step = 0
+        self.fresh = 0  # the step at which the optimiser began
         self.seconds = 0.0  # of runs before this one
         self.log: list[dict[str, float]] = []
         self.begun = time.monotonic()
         state = args.out / "state.pt"
         if state.exists():
             self._go_on(torch.load(state, map_location=device, weights_only=True))
+        elif args.start is not None:
+            self._start_from(args.start)
 
     def _go_on(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, w in state["average"].items():
             self.average[name].copy_(w)
-        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
-        torch.manual_seed(self.args.seed + self.step)
-        print(f"goes on at step {self.step}, after {self.seconds:.0f} s", flush=True)
+        self.fresh = state["fresh"]
+        self._count_from(state["step"], state["seconds"], state["log"])
+
+    def _start_from(self, folder: Path) -> None:
+        self.model.load_state_dict(weights.load(folder / "model.safetensors"))
+        for name, w in self.model.state_dict().items():
+            self.average[name].copy_(w)
+        before = json.loads((folder / "training.json").read_text())
+        self.fresh = before["steps"]
+        self._count_from(before["steps"], before["seconds"], before["log"])
+
+    def _count_from(self, step: int, seconds: float, log: list[dict[str, float]]) -> None:
+        self.step, self.seconds, self.log = step, seconds, log
+        torch.manual_seed(self.args.seed + step)
+        print(f"goes on at step {step}, after {seconds:.0f} s", flush=True)
 
     @property
     def spent(self) -> float:
@@ -114,6 +131,7 @@ class Training:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "fresh": self.fresh,
             "seconds": self.spent,
             "log": self.log,
         }
@@ -159,7 +177,7 @@ def train(t: Training) -> None:
         if args.now is not None and time.monotonic() - t.begun > args.now * 60:
             break
         share = t.spent / (args.minutes * 60)
-        t.optimizer.param_groups[0]["lr"] = args.lr * rate_at(share, t.step)
+        t.optimizer.param_groups[0]["lr"] = args.lr * rate_at(share, t.step - t.fresh)
         chosen = torch.randint(len(data.labels), (args.batch,), device=device)
         clean = data.pixels[chosen].float() / 127.5 - 1
         mirrored = torch.rand(args.batch, 1, 1, 1, device=device) < 0.5
@@ -197,6 +215,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10's pictures")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="folder of an earlier machine's results")
     parser.add_argument("--minutes", type=float, default=24.0, help="of all runs together")
     parser.add_argument("--now", type=float, help="minutes of this run")
     parser.add_argument("--steps", type=int, help="end after so many steps in all")

@@ -35,7 +35,7 @@ def inputs(pictures: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def generation(denoise: Any, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     before = torch.zeros_like(latents)
-    for t in TIMES:
+    for t in TIMES.to(latents.device):
         noise = denoise(torch.cat([latents, latents]), t, encoder_hidden_states=text)[0]
         without, given = noise.chunk(2)
         noise = without + 3.0 * (given - without)
