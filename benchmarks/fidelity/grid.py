@@ -6,6 +6,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from asyncdiff.quality import QUALITIES
+from fidelity.chosen import Chosen
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.method import Method
@@ -30,14 +32,19 @@ OURS = (
 #: Of these, what further rows are run with; calibrated waves are fitted for each.
 FURTHER_ENDS = ((1, 0), (5, 0), (1, 1), (1, 4))
 #: Shares of the steps that are left where fewer are taken.
-SHARES = (0.34, 0.5, 0.66, 0.8, 0.9)
+SHARES = (0.26, 0.3, 0.34, 0.4, 0.46, 0.5, 0.54, 0.58, 0.62, 0.66, 0.8, 0.9)
+#: On how many devices settings are picked.
+DEVICES = (2, 3, 4)
 
 
 def methods(
-    device: str, pipe: Any, steps: int, others: Sequence[str], quick: bool
+    device: str, pipe: Any, steps: int, others: Sequence[str], guided: bool, quick: bool
 ) -> Iterator[Method]:
     """Every row for this pipeline; ``quick``: one of each kind. ``others``: prompts that are not
-    drawn, to calibrate on."""
+    drawn, to calibrate on. ``guided``: whether each picture has two conditions."""
+    for devices in DEVICES[:1] if quick else DEVICES:
+        for quality in QUALITIES[2:3] if quick else QUALITIES:
+            yield Chosen(quality, devices, device, guided)
     # Shapes outside: what is prepared for one serves all kinds of the same schedule.
     for n, s in SHAPES[:1] if quick else SHAPES:
         for kind, schedule in OURS:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 #: Names of our own rows begin so; all others are what they are compared with.
-OURS = ("asyncdiff", "wavefront")
+OURS = ("asyncdiff", "wavefront", "quality")
 
 Row = Mapping[str, Any]
 

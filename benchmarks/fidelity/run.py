@@ -72,7 +72,7 @@ def run_sampler(
     plain = plain_work(pipe, steps)
     shown = {"plain": reference}
     here = {r["method"]: r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)}
-    for method in methods(args.device, pipe, steps, others, args.quick):
+    for method in methods(args.device, pipe, steps, others, guidance > 1, args.quick):
         if args.only and not any(re.search(pattern, method.name) for pattern in args.only):
             continue
         known, settings = here.get(method.name), method.settings(pipe, steps)

@@ -7,9 +7,9 @@
 Training stops by the clock: ``--minutes`` are those of all runs together, compiling included, of
 one data-centre GPU; ``--now`` ends this run earlier, and a run with the same ``--out`` goes on
 where it ended. Where the machine is another one by then, ``--start`` takes the folder with what
-came back from it (``model.safetensors`` and ``training.json``): the averaged weights go on, with an
-optimiser that begins anew. ``--out`` receives ``state.pt`` (to go on), ``model.safetensors`` (averaged
-weights, see weights.py), ``training.json`` and ``sheet.png``.
+came back from it (``model.safetensors`` and ``training.json``): the averaged weights go on, with
+an optimiser that begins anew. ``--out`` receives ``state.pt`` (to go on), ``model.safetensors``
+(averaged weights, see weights.py), ``training.json`` and ``sheet.png``.
 """
 
 from __future__ import annotations

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asyncdiff.demo import model as demo_model
 from asyncdiff_bench.errors import BenchError
+from fidelity.chosen import Chosen
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
 from fidelity.grid import methods
 from fidelity.macs import total, within
+from fidelity.measured import speedup
 from fidelity.method import Method
 from fidelity.simple import FewerSteps, GuidanceSplit
 
@@ -53,6 +55,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     [
         FewerSteps(STEPS),
         GuidanceSplit(),
+        Chosen("balanced", 2, "cpu", guided=True),  # few steps are exact
         FasterDiffusion("all keys", 2, range),
         DistriFusion(2, STEPS),
         DistriFusion(4, STEPS),
@@ -255,7 +258,7 @@ def test_what_cannot_be_is_said(pipe: Any) -> None:
 
 def test_work_adds_up(pipe: Any) -> None:
     all_of_it = float(total(pipe)) * 50
-    for method in methods("cpu", "ddim", 50, ["a", "b"], False):
+    for method in methods("cpu", "ddim", 50, ["a", "b"], True, False):
         work = method.work(pipe, {}, 50)
         assert 0 < work.per_device <= work.critical * (1 + 1e-9) <= all_of_it * 1.01
         assert work.critical * method.devices > 0.2 * all_of_it
@@ -270,7 +273,7 @@ def test_work_adds_up(pipe: Any) -> None:
     encoder += within(pipe, ["mid_block"])
     two = FasterDiffusion("x", 2, lambda n: (0, 4)).work(pipe, {}, 6)
     assert two.critical == pytest.approx(2 * encoder + 3 * (total(pipe) - encoder))
-    names = [m.name for m in methods("cpu", "ddim", 50, ["a", "b"], False)]
+    names = [m.name for m in methods("cpu", "ddim", 50, ["a", "b"], True, False)]
     assert len(names) == len(set(names))
 
 
@@ -291,3 +294,27 @@ def test_macs_are_what_torch_counts(pipe: Any) -> None:
         v for k, v in flops.items() if "mid_block" in k and k.endswith(ahead)
     )
     assert within(pipe, ["mid_block"]) == mid // 2
+
+
+def test_a_quality_is_what_it_picks(pipe: Any, plain: torch.Tensor) -> None:
+    four = Chosen("fast", 4, "cpu", guided=True)
+    settings = four.settings(pipe, 12)
+    assert (settings["components"], settings["guidance"]) == (2, "split")
+    exact = Chosen("exact", 4, "cpu", guided=True).work(pipe, {}, 12).critical
+    assert four.work(pipe, {}, 12).critical < exact == pytest.approx(float(total(pipe)) * 6)
+    longer, two = draw(pipe, steps=12), Chosen("fast", 2, "cpu", guided=True)
+    assert 0 < distance(draw(pipe, two, 12), longer) < 0.2
+    # Exact steps that are split cost less than those that are run one component after another.
+    chain = two._method(two._picked(pipe, 12))
+    assert chain is not None
+    assert two.work(pipe, {}, 12).critical < chain.work(pipe, {}, 12).critical
+
+
+def test_measured_speedups_are_between_those_that_were_measured() -> None:
+    split = {"components": 1, "guidance": "split"}
+    waves = {"components": 2, "guidance": "batched", "warmup": 1, "warmup_mode": "split"}
+    guided, fastest = speedup(split, 50)["sdxl"], speedup(waves, 50)["sdxl"]
+    between = speedup({**waves, "warmup": 20}, 50)["sdxl"]
+    assert 1.6 < guided < between < fastest < 2
+    assert speedup({**waves, "warmup": 20, "warmup_mode": "chain"}, 50)["sdxl"] < between
+    assert "flux" not in speedup(split, 50)  # it has one condition only
