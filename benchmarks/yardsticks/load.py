@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import nn
 
-from yardsticks import weights as eight_bit
+from asyncdiff.demo import weights as eight_bit
 from yardsticks.models import SCHEDULE, make
 from yardsticks.pipeline import TransformerPipeline, UNetPipeline
 

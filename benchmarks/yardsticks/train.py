@@ -9,7 +9,7 @@ one data-centre GPU; ``--now`` ends this run earlier, and a run with the same ``
 where it ended. Where the machine is another one by then, ``--start`` takes the folder with what
 came back from it (``model.safetensors`` and ``training.json``): the averaged weights go on, with
 an optimiser that begins anew. ``--out`` receives ``state.pt`` (to go on), ``model.safetensors``
-(averaged weights, see weights.py), ``training.json`` and ``sheet.png``.
+(averaged weights, in eight bits), ``training.json`` and ``sheet.png``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn.functional import mse_loss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from yardsticks import weights
+from asyncdiff.demo import weights
 from yardsticks.load import pipeline, scheduler
 from yardsticks.models import KINDS, NOTHING, make
 from yardsticks.pictures import CLASSES, read

@@ -5,8 +5,8 @@
     python examples/emoji/train.py --steps 3 --batch 4 --out out/emoji/t  # does it run? (CPU)
 
 Training stops by the clock, so that it fits short GPU runs. The folder ``--out`` receives
-``model.safetensors`` (averaged weights, float16), ``config.json`` and ``training.json``, every two
-minutes and at the end, and then ``sheet.png``.
+``model.safetensors`` (averaged weights, in eight bits), ``config.json`` and ``training.json``,
+every two minutes and at the end, and then ``sheet.png``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pixel_unshuffle
 
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
 
 from diffusers import UNet2DConditionModel
 
+from asyncdiff.demo import weights as eight_bit
 from asyncdiff.demo.pipeline import EmojiPipeline, make_scheduler
 from asyncdiff.demo.words import Vocabulary, WordEncoder
 
@@ -82,8 +82,7 @@ def rate_at(share: float, step: int, warmup: int) -> float:
 
 
 def save_model(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    half = {name: w.detach().to("cpu", torch.float16).contiguous() for name, w in weights.items()}
-    save_file(half, folder / "model.safetensors.part")
+    eight_bit.save(weights, folder / "model.safetensors.part")
     (folder / "model.safetensors.part").rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 

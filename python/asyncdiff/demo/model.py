@@ -75,8 +75,8 @@ def load(
     """
     module = _pipeline_module()
     from diffusers import UNet2DConditionModel
-    from safetensors.torch import load_file
 
+    from asyncdiff.demo import weights as eight_bit
     from asyncdiff.demo.words import WordEncoder
 
     config = _config()
@@ -87,7 +87,7 @@ def load(
         config["words"], shape["length"], shape["width"], depth=shape["layers"]
     )
     with resources.as_file(resources.files("asyncdiff.demo") / "model.safetensors") as path:
-        weights = load_file(path)
+        weights = eight_bit.load(path)
     for name, part in (("unet.", unet), ("word_encoder.", word_encoder)):
         part.load_state_dict(
             {key[len(name) :]: w for key, w in weights.items() if key.startswith(name)}

@@ -14,6 +14,7 @@ import torch
 
 from asyncdiff import demo
 from asyncdiff.demo import model as demo_model
+from asyncdiff.demo import weights as eight_bit
 from asyncdiff.demo.words import Vocabulary
 from asyncdiff.errors import InputError
 
@@ -40,7 +41,32 @@ def test_shipped_files_are_small_and_readable() -> None:
     with resources.as_file(resources.files("asyncdiff.demo")) as folder:
         files = [f for f in Path(folder).rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     assert {"model.safetensors", "config.json"} <= {f.name for f in files}
-    assert sum(f.stat().st_size for f in files) <= 16 * 2**20
+    assert sum(f.stat().st_size for f in files) <= 8 * 2**20
+
+
+def test_weights_of_the_repository_are_few() -> None:
+    root = Path(__file__).parents[3]
+    kept = [f for d in ("python", "benchmarks", "tests") for f in (root / d).rglob("*.safetensors")]
+    assert kept
+    assert sum(f.stat().st_size for f in kept) <= 32 * 2**20
+
+
+def test_weights_in_eight_bits(tmp_path: Path) -> None:
+    given = {
+        "matrix": torch.randn(6, 5) * torch.logspace(-3, 1, 6)[:, None],
+        "convolution": torch.randn(4, 3, 2, 2).to(torch.bfloat16),
+        "vector": torch.randn(7),
+        "nothing": torch.zeros(2, 3),
+    }
+    eight_bit.save(given, tmp_path / "w.safetensors")
+    kept = eight_bit.load(tmp_path / "w.safetensors")
+    assert kept.keys() == given.keys()
+    for name, w in given.items():
+        assert kept[name].dtype == torch.float32 and kept[name].shape == w.shape
+        off = (kept[name] - w.float()).flatten(1 if w.dim() > 1 else 0).abs()
+        largest = w.float().flatten(1 if w.dim() > 1 else 0).abs().amax(-1, keepdim=True)
+        # Half a step of 127, and float16's rounding of the scale.
+        assert (off <= largest * (0.5 / 127 + 2**-10)).all(), name
 
 
 def test_known_prompts_are_in_the_vocabulary(pipe: Any) -> None:

@@ -1,7 +1,8 @@
-"""Weights in eight bits: what the repository keeps of a yardstick model.
+"""Weights in eight bits, as the repository keeps them: of the shipped model, and of the yardsticks.
 
 A matrix or a convolution is int8 with one float16 scale for each output channel (the largest
-magnitude is 127); vectors are float16. The model that is judged is the one that these give.
+magnitude is 127); vectors are float16. The model that is shown and judged is the one that these
+give.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _SCALE = ".scale"
 
 
 def save(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights, by name, in eight bits: a safetensors file."""
     kept: dict[str, Tensor] = {}
     for name, w in weights.items():
         w = w.detach().float().cpu().contiguous()
@@ -31,7 +33,7 @@ def save(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """The weights in float32, by name."""
+    """The weights that :func:`save` wrote, in float32, by name."""
     kept = load_file(path)
     out: dict[str, Tensor] = {}
     for name, w in kept.items():
