@@ -33,30 +33,32 @@ CUcontext primary_context(int device, bool anew) {
   return context;
 }
 
+// First asked for when a guard is made, whose end must not fail.
+auto set_current() {
+  static const auto set = driver_function<decltype(&cuCtxSetCurrent)>("cuCtxSetCurrent");
+  return set;
+}
+
 }  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
   check_cuda(cudaGetDevice(&current), "reading the current device");
   if (current == device) return;
-  static const auto push = driver_function<decltype(&cuCtxPushCurrent)>("cuCtxPushCurrent");
+  static const auto get = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+  const auto set = set_current();
+  CUcontext before = nullptr;
+  check_driver(get(&before), "reading the current context");
   // A second time where somebody has reset the device since.
-  if (push(primary_context(device, false)) != CUDA_SUCCESS)
-    check_driver(push(primary_context(device, true)), "choosing a device");
-  pushed_ = true;
+  if (set(primary_context(device, false)) != CUDA_SUCCESS)
+    check_driver(set(primary_context(device, true)), "choosing a device");
+  before_ = before;
+  chosen_ = true;
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (!pushed_) return;
-  static const auto pop = [] {
-    try {
-      return driver_function<decltype(&cuCtxPopCurrent)>("cuCtxPopCurrent");
-    } catch (...) {
-      return decltype(&cuCtxPopCurrent)(nullptr);
-    }
-  }();
-  CUcontext left = nullptr;
-  if (pop != nullptr) pop(&left);
+  // What the runtime has made current meanwhile goes, too. None is current again where none was.
+  if (chosen_) set_current()(static_cast<CUcontext>(before_));
 }
 
 }  // namespace asyncdiff

@@ -1,8 +1,8 @@
 // Work on a device that need not be the current one.
 //
 // From CUDA 12 on, making a device current makes a context there, of half a gigabyte; going back
-// to a device that had none would make one. So a guard pushes the context that the runtime uses on
-// its device, and pops it: the thread has afterwards what it had before, be it none.
+// to a device that had none would make one. So a guard makes the context current that the runtime
+// uses on its device, and afterwards the one that was current before, be it none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,7 +21,8 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  bool pushed_ = false;
+  void* before_ = nullptr;  // a CUcontext
+  bool chosen_ = false;
 };
 
 // For destructors, where errors are of no use, least of all when the process ends: they neither

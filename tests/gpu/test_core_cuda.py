@@ -51,6 +51,7 @@ def test_replayed_graphs_and_eager_calls_count_alike(
     sender, receiver = world.streams
     wrong = torch.zeros((), dtype=torch.int64, device=f"cuda:{world.devices[1]}")
     count = torch.zeros_like(wrong)
+    torch.cuda.synchronize(world.devices[1])  # made in another stream than it is counted in
 
     def send(slot: int) -> None:
         with torch.cuda.device(world.devices[0]), torch.cuda.stream(sender):
