@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from asyncdiff.quality import QUALITIES
+from asyncdiff.sampling.fit import LEAST
 from fidelity.chosen import Chosen
 from fidelity.distrifusion import DistriFusion
 from fidelity.faster_diffusion import FasterDiffusion, paper_keys
@@ -62,7 +63,7 @@ def methods(
                     options |= {"schedule": "wavefront", "tail": tail}
                     yield Asynchronous(kind, device, n, s, w, **options)
         for w, tail in FURTHER_ENDS[:1] if quick else FURTHER_ENDS:
-            if w + tail < steps and len(others) > 1:
+            if w + tail < steps and len(others) >= LEAST:
                 yield Calibrated(
                     "wavefront, calibrated",
                     device,

@@ -85,7 +85,8 @@ class Asynchronous(Method):
 
 
 class Calibrated(Asynchronous):
-    """Waves whose predictor is fitted on other prompts, ``texts``, than those that are drawn."""
+    """Waves whose predictor is fitted on other prompts, ``texts``, than those that are drawn; half
+    of them judge whether it is used."""
 
     def __init__(self, *args: Any, texts: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,9 +101,9 @@ class Calibrated(Asynchronous):
         return super().run(pipe, call, steps)
 
     def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
-        """Their delay, and on how many prompts they are fitted."""
+        """Their delay, on how many prompts they are calibrated, and how many of these judge."""
         delay = self.plan(balanced(pipe, self.components), steps).delay
-        return {"delay": delay, "calibrated_on": len(self.texts)}
+        return {"delay": delay, "calibrated_on": len(self.texts), "judges": len(self.texts) // 2}
 
 
 _current: list[Any] = []  # the pipeline that is spread, how, and its handle: one at a time

@@ -41,8 +41,8 @@ from fidelity.rivals import beaten
 from fidelity.subjects import MODELS, Subject, subject
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
-#: On how many other prompts waves are calibrated.
-CALIBRATION, QUICK_CALIBRATION = 16, 4
+#: On how many other prompts waves are calibrated, half of them to judge by.
+CALIBRATION, QUICK_CALIBRATION = 16, 8
 
 
 def run_sampler(

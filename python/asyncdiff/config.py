@@ -222,7 +222,7 @@ class ParallelConfig:
         if isinstance(self.warmup, AutoWarmup):
             values["warmup"] = dataclasses.asdict(self.warmup)
         if isinstance(self.order, Calibration):
-            values["order"] = "calibrated"
+            values["order"] = "calibrated" if self.order.taken else None
         if not isinstance(self.split, str):
             values["split"] = [s if isinstance(s, str) else list(s) for s in self.split]
         return values

@@ -355,16 +355,16 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         step_options: Mapping[str, Any] | None = None,
     ) -> Calibration:
         """Fit how waves predict clean images to this model, sampler, N, S, w and exact end, and use
-        it from now on (``order``).
+        it from now on (``order``), or the default where it does not win.
 
-        Arguments as of :meth:`generate`; ``latents`` are those of a few pictures of the kind that
-        will be drawn, eight or more, two at least. Takes five generations of them, one after
-        another, the first with every step exact. It gains most where steps are large
-        (docs/guide/waves.md), and is not worse than the default on the pictures that it was judged
-        by.
+        Arguments as of :meth:`generate`; ``latents`` are those of pictures of the kind that will be
+        drawn, eight at least, sixteen or more better. Half of them are fitted; on the other half it
+        has to win, by a margin, and else is left out (``Calibration.taken``, and a warning). Takes
+        three generations, one after another, the first with every step exact
+        (docs/guide/waves.md).
 
         Raises PlanError unless the schedule is "wavefront" and warmup a number, SchedulerError for
-        a scheduler that is not linear, InputError for a single picture.
+        a scheduler that is not linear, InputError for fewer pictures.
         """
         request = Request(
             latents,
@@ -380,7 +380,7 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         with self.lock, self.own_modes():
             self.stop()
             found = calibrate(self, request)
-            self.configure(order=found)
+            self.configure(order=found if found.taken else None)
             return found
 
     def report(self) -> GenerationReport:

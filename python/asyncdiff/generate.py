@@ -20,10 +20,10 @@ from .generation import Generation
 from .graph.signature import RESIDUALS, argument_names
 from .progress import bar
 from .sampling.calibration import Calibration, Shape
-from .sampling.clean_image import clean_image
-from .sampling.fit import check_pictures, fit
+from .sampling.clean_image import CleanImage, clean_image
+from .sampling.fit import Mode, check_pictures, fit
 from .sampling.linear import linearize
-from .sampling.predictor import LatePredictor, default_order
+from .sampling.predictor import LatePredictor
 from .sampling.scheduler import check_scheduler
 from .schedule.plan import Plan
 
@@ -44,7 +44,10 @@ class Denoiser(Protocol):
     ) -> AbstractContextManager[Generation]: ...
 
     def start(
-        self, spec: GenerationSpec, *, predict: Callable[[Plan], LatePredictor]
+        self,
+        spec: GenerationSpec,
+        clean: CleanImage | None = None,
+        predict: Callable[[Plan], LatePredictor] | None = None,
     ) -> Generation: ...
 
     def stop(self) -> None: ...
@@ -182,23 +185,24 @@ def generate(denoiser: Denoiser, request: Request) -> torch.Tensor:
 class _Run:
     """A generation whose steps somebody else takes; see :class:`asyncdiff.sampling.fit.Run`.
 
-    It stands in place of a predictor (:class:`asyncdiff.sampling.predictor.LatePredictor`), and
-    keeps what arrives. What a step is given meanwhile is not used.
+    A late one stands in place of a predictor (:class:`asyncdiff.sampling.predictor.LatePredictor`),
+    and keeps what arrives. What a step is given meanwhile is not used.
     """
 
-    def __init__(self, denoiser: Denoiser, loop: _Loop, exact: bool) -> None:
-        self._loop = loop
+    def __init__(self, denoiser: Denoiser, loop: _Loop, clean: CleanImage, mode: Mode) -> None:
+        self._loop, self._late = loop, mode == "late"
         self._predictions: dict[int, torch.Tensor] = {}
-        spec = denoiser.config.spec(loop.announced)
-        if exact:
+        spec = replace(denoiser.config, order=None).spec(loop.announced)
+        if mode == "exact":
             spec = replace(spec, warmup=spec.steps, exact_tail=0)
-        denoiser.start(spec, predict=lambda plan: self)
+        denoiser.start(spec, clean, (lambda plan: self) if self._late else None)
 
     def step(self, k: int, z: torch.Tensor) -> Mapping[int, torch.Tensor]:
         """See :class:`asyncdiff.sampling.fit.Run`."""
         self._predictions = {}
-        self._loop.predicted(k, self._loop.batch(z))
-        return {j: self._loop.guided(p.float()) for j, p in self._predictions.items()}
+        given = self._loop.predicted(k, self._loop.batch(z))
+        found = self._predictions if self._late else {k: given}
+        return {j: self._loop.guided(p.float()) for j, p in found.items()}
 
     def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
         """See :class:`asyncdiff.sampling.predictor.LatePredictor`."""
@@ -231,12 +235,11 @@ def calibrate(denoiser: Denoiser, request: Request) -> Calibration:
         delay = denoiser.plan(steps).delay
         try:
             return fit(
-                functools.partial(_Run, denoiser, loop),
+                functools.partial(_Run, denoiser, loop, clean),
                 request.latents,
                 sampler,
                 clean,
                 Shape(config.components, config.stride, delay, warmup, config.exact_tail),
-                default_order(clean, delay, config.stride),
                 lambda done, total: progress("calibrating", done, total),
             )
         finally:

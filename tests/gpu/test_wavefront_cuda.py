@@ -36,10 +36,10 @@ def denoiser(devices: list[str], components: int, **options: Any) -> AsyncDenois
 
 
 def generate(model: AsyncDenoiser, home: str, **options: Any) -> torch.Tensor:
-    call = toy_call(batch=4)
+    call = toy_call(batch=16)
     scheduler = diffusers.DPMSolverMultistepScheduler()
     return model.generate(
-        call["sample"][:2].to(home, torch.float32),
+        call["sample"][:8].to(home, torch.float32),
         {"encoder_hidden_states": call["encoder_hidden_states"].to(home, torch.float32)},
         scheduler,
         num_inference_steps=STEPS,
@@ -76,15 +76,15 @@ def test_calibrated_waves_equal_the_cpu(place: str, stride: int) -> None:
     options = {"stride": stride, "warmup": 2, "schedule": "wavefront"}
     names = [f"cuda:{d}" for d in devices_for(place, 3)]
     gpu = denoiser(names, 3, **options)
-    call = toy_call(batch=4)
+    call = toy_call(batch=16)
     calibration = gpu.calibrate(
-        call["sample"][:2].to(names[0], torch.float32),
+        call["sample"][:8].to(names[0], torch.float32),
         {"encoder_hidden_states": call["encoder_hidden_states"].to(names[0], torch.float32)},
         diffusers.DPMSolverMultistepScheduler(),
         num_inference_steps=STEPS,
         guidance_scale=3.0,
     )
-    assert any(map(any, calibration.coefficients))
+    assert calibration.taken
     cpu = denoiser(["cpu"] * 3, 3, order=calibration, **options)
     want = generate(cpu, "cpu")
     assert reference.distance(generate(gpu, names[0]), want) < 1e-4

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from .predictor import Estimate
 
 #: Terms of a step, in the order of its coefficients.
 TERMS = ("slope", "curve", "noise", "noise_slope")
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Calibration:
 
     ``alpha`` and ``sigma`` are those of the steps that it was fitted for. ``newest[k]`` is the
     newest step known in step k, and ``coefficients[k]`` are the weights of :data:`TERMS`; where
-    another step is the newest, or there are no coefficients, it is held. ``tried`` has the relative
-    L2 distance to the sequential latents, by the way of predicting, of the pictures kept for that.
+    another step is the newest, or they are all zero, it is held. ``gains`` says by how many dB each
+    of the pictures that it was not fitted on came closer to the sequential latents than by the
+    default. Where that was not enough there are no coefficients, and it stands for the default.
     ``sampler`` is the scheduler that took the steps: its class, and how it is configured.
     """
 
@@ -56,11 +58,24 @@ class Calibration:
     sigma: tuple[float, ...]
     newest: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...]
-    tried: Mapping[str, float] = field(default_factory=dict, hash=False)
+    gains: tuple[float, ...] = ()
     sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     depth = 3
     noise = True
+
+    @property
+    def taken(self) -> bool:
+        """Whether it won on the pictures that it was not fitted on, so that it is used."""
+        return bool(self.coefficients)
+
+    def __str__(self) -> str:
+        mean = statistics.fmean(self.gains) if self.gains else math.nan
+        least = min(self.gains, default=math.nan)
+        return (
+            f"{'taken' if self.taken else 'left out'}: {mean:+.1f} dB over the default, at worst "
+            f"{least:+.1f}, on {len(self.gains)} pictures that it was not fitted on"
+        )
 
     def estimate(self, known: Sequence[int], step: int) -> Estimate:
         """See :class:`asyncdiff.sampling.predictor.Rule`."""
@@ -117,7 +132,7 @@ class Calibration:
             if data.pop("version") != _VERSION or tuple(data.pop("terms")) != TERMS:
                 raise ValueError("it is of another version")
             data["shape"] = Shape(**data["shape"])
-            for name in ("alpha", "sigma", "newest"):
+            for name in ("alpha", "sigma", "newest", "gains"):
                 data[name] = tuple(data[name])
             data["coefficients"] = tuple(tuple(row) for row in data["coefficients"])
             return cls(**data)

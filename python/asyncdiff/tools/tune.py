@@ -108,8 +108,9 @@ def tune(
             but at least two.
         num_inference_steps, seed: of the generations.
         call: further arguments of the pipeline's call.
-        calibrate_on: other prompts than ``prompts``, eight or more: waves are calibrated on them
-            (``Handle.calibrate``), each setting for itself, which takes five generations of these.
+        calibrate_on: other prompts than ``prompts``, eight at least, sixteen better: waves are
+            calibrated on them (``Handle.calibrate``), each setting for itself, which takes three
+            generations of these; where a calibration does not win there, the default is taken.
         progress: called with (what, done, of how many).
 
     Raises TuneError, which names the best setting tried, where none is good enough; InputError for
@@ -141,7 +142,8 @@ def tune(
         with parallelize(pipe, devices, compile=False, **settings) as handle:
             calibration = None
             if calibrate_on is not None and settings["schedule"] == "wavefront":
-                calibration = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
+                found = handle.calibrate(**arguments(calibrate_on, seed + len(prompts)))
+                calibration = found if found.taken else None
             close = fidelity(draw(f"trying {name}"), reference, prompts, learned)
         return Trial(settings, speedup, close, calibration)
 

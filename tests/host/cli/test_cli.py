@@ -88,7 +88,7 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["generate", "model", "-p", "x", "--load", "fp16"], "write NAME=VALUE"),
         (["tune", "--demo", "--psnr", "30", "--ranks", "1"], "--ranks 1: asynchronous"),
         (["tune", "--demo", "--psnr", "-1"], "--psnr -1.0: a PSNR in dB"),
-        (["calibrate", "--demo", "-p", "house"], "at least two prompts"),
+        (["calibrate", "--demo", "-p", "house"], "at least 8 pictures"),
         (["calibrate", "--demo", "-w", "auto"], "set --warmup to it"),
         (["generate", "model"], "--prompt"),
         (["generate", "model", "-p", "x", "--dtype", "int8"], "--dtype"),
@@ -204,8 +204,7 @@ def fake(monkeypatch):
 
             seen["calibrated"] = call
             shape = Shape(options["components"], options["stride"], 1, options["warmup"], 0)
-            tried = {"line of order 0": 0.5, "sequential clean image": 0.25}
-            return Calibration(shape, (0.5,), (0.5,), (0,), ((0.0,) * 4,), tried)
+            return Calibration(shape, (0.5,), (0.5,), (0,), ((0.0,) * 4,), (2.0, 3.0))
 
         return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
 
@@ -268,19 +267,18 @@ def test_demo_with_wrong_devices(run, fake, tmp_path):
 def test_calibrate_and_use_it(run, fake, tmp_path):
     path = tmp_path / "a" / "c.json"
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\n\ntwo\n")
+    prompts.write_text("one\n\ntwo\n" + "more\n" * 5)
     numbers = ("-N", 3, "-w", 2, "--delay", 2, "--steps", 6)
     code, out, err = run(
         "calibrate", "model", *numbers, "--prompts-file", prompts, "-p", "zero", "--guidance", 4,
         "-o", path,
     )  # fmt: skip
     assert code == 0, err
-    assert fake["calibrated"]["prompt"] == ["zero", "one", "two"]
+    assert fake["calibrated"]["prompt"] == ["zero", "one", "two", *["more"] * 5]
     assert fake["calibrated"]["guidance_scale"] == 4
     assert fake["schedule"] == "wavefront" and fake["restored"] == 1 and fake["delay"] == 2
-    assert (
-        "taken  sequential clean image: 0.2500" in out and "tried  line" in out and str(path) in out
-    )
+    assert "taken: +2.5 dB over the default, at worst +2.0, on 2 pictures" in out
+    assert str(path) in out
     from asyncdiff import Calibration
 
     more = ("--schedule", "wavefront", "--order", path, "-o", tmp_path / "g.png")
@@ -292,7 +290,7 @@ def test_calibrate_and_use_it(run, fake, tmp_path):
     assert run("generate", "model", "-p", "x", *more)[0] == 0
     assert fake["order"] == 0.5 and fake["warmup"] == "auto"
     code, out, _ = run("calibrate", "--demo", "--steps", 6, "--json", "-o", path)
-    assert code == 0 and json.loads(out)["tried"]["sequential clean image"] == 0.25
+    assert code == 0 and json.loads(out)["gains_db"] == [2.0, 3.0]
     assert len(fake["calibrated"]["prompt"]) == 16 and fake["loaded"][-1][2] == "ddim"
 
 

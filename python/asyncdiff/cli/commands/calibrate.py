@@ -37,14 +37,12 @@ def calibrate(
     if setting.warmup == "auto":
         raise PlanError("a calibration is for a fixed number of exact steps: set --warmup to it")
     texts = read_prompts(prompt, prompts_file, subject.demo, DEMO_PROMPTS)
-    if len(texts) < 2:
-        raise typer.BadParameter(
-            "a calibration needs at least two prompts, half of them to judge by: eight or more are "
-            "better"
-        )
+    from ... import parallelize
+    from ...sampling.fit import check_pictures
+
+    check_pictures(texts)
     files.check_writable(out)
     subject.announce()
-    from ... import parallelize
 
     ranks = pick(devices, setting)
     pipe = subject.pipeline(ranks[0], drawn.sampler or ("ddim" if subject.demo else None))
@@ -65,13 +63,10 @@ def calibrate(
         handle.restore()
     found.save(out)
     if as_json:
-        tried = {"tried": dict(found.tried), "prompts": texts}
-        console.emit_json(told | tried | {"calibration": str(out.resolve())})
+        judged = {"taken": found.taken, "gains_db": list(found.gains), "prompts": texts}
+        console.emit_json(told | judged | {"calibration": str(out.resolve())})
         return
     stdout = console.stdout()
-    best = min(found.tried, key=lambda k: found.tried[k])
-    for name, distance in found.tried.items():
-        mark = "taken" if name == best else "tried"
-        stdout.print(f"{mark}  {name}: {distance:.4f} from the sequential latents", markup=False)
+    stdout.print(str(found), markup=False)
     console.print_ran(told)
     stdout.print(f"calibration: {out.resolve()}", markup=False)

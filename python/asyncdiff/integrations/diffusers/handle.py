@@ -114,13 +114,14 @@ class Handle(ReadOnlySettings):
         return self.denoiser.report()
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
-        """Fit how waves predict clean images to this pipeline, and use it from now on.
+        """Fit how waves predict clean images to this pipeline, and use it from now on, or the
+        default where it does not win.
 
-        Call it as the pipeline, with a few prompts of the kind that will be drawn, eight or more
-        (two at least), and the number of steps and the guidance that will be used. The pipeline
-        itself runs to its first step only; from its latents and conditioning, five generations
-        follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors raised;
-        InputError for pipelines that begin in the middle of a schedule.
+        Call it as the pipeline, with prompts of the kind that will be drawn, eight at least and
+        sixteen or more better, and the number of steps and the guidance that will be used. The
+        pipeline itself runs to its first step only; from its latents and conditioning, three
+        generations follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors
+        raised; InputError for pipelines that begin in the middle of a schedule.
         """
         with self.denoiser.lock:
             self._interrupting = True
