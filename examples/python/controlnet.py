@@ -27,14 +27,15 @@ def draw(strength: float) -> torch.Tensor:
         **text(),
         image=edges,
         controlnet_conditioning_scale=strength,
-        num_inference_steps=8,
+        num_inference_steps=12,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
 
 
-handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=2)
+handle = asyncdiff.parallelize(pipe, ["cpu"] * 2)
 steered, free = draw(1.0), draw(0.0)
+print(handle.settings)
 print(handle.report())
 print(f"the ControlNet changes the latents by {(steered - free).norm() / free.norm():.0%}")
 handle.restore()

@@ -14,10 +14,11 @@ pipe = demo.load()  # the shipped model of emoji; any diffusers pipeline is used
 noise = torch.Generator().manual_seed(0)
 plain = pipe("red apple", num_inference_steps=30, generator=noise).images[0]
 
-handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=1, schedule="wavefront")
+handle = asyncdiff.parallelize(pipe, ["cpu"] * 2)  # quality="balanced"; None: all GPUs
 noise = torch.Generator().manual_seed(0)
 parallel = pipe("red apple", num_inference_steps=30, generator=noise).images[0]
 
+print(handle.settings)  # what was chosen for two devices and these 30 steps, and why
 print(handle.partition.report())  # which part of the denoiser went where, and what crosses
 print(handle.report())  # steps, ticks, milliseconds, bytes
 handle.restore()  # the pipeline as it was

@@ -15,7 +15,7 @@ pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts(), **unchecked())
 start = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 # A context: at its end the pipeline is what it was.
-with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=2) as handle:
+with asyncdiff.parallelize(pipe, ["cpu"] * 2) as handle:
     picture = pipe(
         **text(),
         image=start,
@@ -25,5 +25,6 @@ with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=2) as handle:
         output_type="np",
     ).images[0]
 
+    print(handle.settings)
 print(handle.report())
 print(f"a picture of {picture.shape[1]} x {picture.shape[0]} pixels")

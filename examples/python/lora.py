@@ -17,14 +17,14 @@ pipe = diffusers.StableDiffusionPipeline(**parts(), **unchecked())
 layers = ["to_q", "to_v"]
 pipe.unet.add_adapter(LoraConfig(r=4, target_modules=layers, init_lora_weights=False), "style")
 
-handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2)
+handle = asyncdiff.parallelize(pipe, ["cpu"] * 2)
 
 
 def draw(strength: float) -> torch.Tensor:
     """The latents of one picture, from the same noise."""
     pipe.unet.set_adapters(["style"], [strength])  # of a loaded one: pipe.set_adapters
     noise = torch.Generator().manual_seed(0)
-    call = {**text(), "height": 16, "width": 16, "num_inference_steps": 8}
+    call = {**text(), "height": 16, "width": 16, "num_inference_steps": 12}
     return pipe(**call, generator=noise, output_type="latent").images
 
 

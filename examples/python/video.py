@@ -22,18 +22,19 @@ adapter = diffusers.MotionAdapter(
     use_motion_mid_block=False,
 )
 pipe = diffusers.AnimateDiffPipeline(**parts(), motion_adapter=adapter)
-handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=1, exact_tail=1)
+handle = asyncdiff.parallelize(pipe, ["cpu"] * 2)
 
 frames = pipe(
     **text(),
     num_frames=FRAMES,
     height=16,
     width=16,
-    num_inference_steps=8,
+    num_inference_steps=12,
     generator=torch.Generator().manual_seed(0),
     output_type="np",
 ).frames[0]
 
+print(handle.settings)
 print(handle.report())
 print(f"{len(frames)} frames of {frames.shape[2]} x {frames.shape[1]} pixels")
 handle.restore()

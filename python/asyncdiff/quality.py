@@ -17,6 +17,9 @@ from .errors import InputError
 from .sampling.predictor import LARGE_STEP, SMALL_STEP
 
 QUALITIES = ("exact", "high", "balanced", "fast")
+DEFAULT = "balanced"
+#: The default, unless settings are given by hand.
+AUTO = "auto"
 #: Fewer steps than this are all decisive: each is exact.
 FEW = 10
 #: By quality, the share of steps that are exact at the beginning, where steps are small and where

@@ -146,7 +146,9 @@ def test_flux_finds_its_rows_again(
         generator = torch.Generator().manual_seed(2)
         return pipe(**call, num_inference_steps=9, generator=generator, output_type="latent").images
 
-    handle = asyncdiff.parallelize(pipe, devices=devices_for(place, 2), split="estimate")
+    handle = asyncdiff.parallelize(
+        pipe, devices=devices_for(place, 2), components=2, split="estimate"
+    )
     want = run()
     assert handle.report().cuda_graphs and want.isfinite().all()
     computed.clear()

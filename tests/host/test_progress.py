@@ -81,7 +81,7 @@ def test_the_pipelines_own_bar_tells_of_preparing_and_does_not_count_it(
 
     monkeypatch.setattr(kind, "progress_bar", watched)
     monkeypatch.setattr(capture.torch.export, "export", slow)
-    with asyncdiff.parallelize(pipe, ["cpu"] * 2):
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2):
         pipe("red heart", num_inference_steps=3)
         pipe("red heart", num_inference_steps=3)
     first, second = bars

@@ -70,6 +70,8 @@ def print_ran(told: Mapping[str, Any]) -> None:
             f"predicted for {len(told['devices'])} devices like this one: the denoiser at "
             f"{told['predicted_speedup']:.2f} times the speed"
         )
+    if told.get("quality"):
+        out.print(f"quality {told['quality']} picked {told['settings']}", markup=False)
     size = f", {told['width']} x {told['height']}" if "width" in told else ""
     out.print(
         f"{told['model']}: {told['pipeline']}, {told['sampler']}, {told['steps']} steps, guidance "

@@ -29,6 +29,7 @@ _SPECIAL = {
 #: Arguments that options of single commands stand for.
 _OTHERS = {
     "devices": "--devices",
+    "quality": "--quality",
     "num_inference_steps": "--steps",
     "guidance_scale": "--guidance",
     "sampler": "--sampler",

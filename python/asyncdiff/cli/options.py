@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..errors import DeviceError, PlanError
+from ..errors import DeviceError, InputError, PlanError
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,19 @@ Devices = Annotated[
     str | None,
     typer.Option(
         "--devices",
-        help="One device a rank (components + stride - 1; wavefront and pipeline: components), "
-        "separated by "
-        "commas, for example cuda:0,cuda:1; may repeat; one alone stands for all. Left out: "
-        "all visible GPUs, else the CPU.",
+        help="Devices, separated by commas, as cuda:0,cuda:1: those that may be used; by hand, one "
+        "a rank (components + stride - 1; wavefront and pipeline: components). May repeat; one "
+        "alone stands for all ranks (for two, where a quality chooses). Left out: all visible "
+        "GPUs, else the CPU.",
+    ),
+]
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        help="How close to the plain picture: exact, high, balanced or fast. Settings are chosen "
+        "for the devices, steps, sampler and guidance. Left out: balanced, unless options that say "
+        "how are given (--components, --warmup, --schedule, ...).",
     ),
 ]
 Compile = Annotated[
@@ -164,15 +173,44 @@ Out = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Given:
+    """Which parameters of a command were given on the command line: what a command gets for a
+    parameter of this type."""
+
+    names: frozenset[str] = frozenset()
+
+    def quality(self, asked: str | None) -> str | None:
+        """The quality that chooses settings: ``asked``, else the default; None where options that
+        say how were given. Raises InputError for one that there is not, or for both."""
+        from ..quality import DEFAULT, check_quality
+
+        how = {f.name for f in fields(Setting)} | {"split_guidance", "split_warmup"}
+        by_hand = sorted(self.names & how - {"steps"})
+        if asked is None:
+            return None if by_hand else DEFAULT
+        check_quality(asked)
+        if by_hand:
+            written = ", ".join("--" + name.replace("_", "-") for name in by_hand)
+            raise InputError(
+                f"--quality {asked} chooses what {written} would say: leave that out, or leave "
+                "--quality out"
+            )
+        return asked
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """A command as typer sees it: each parameter that is a group of options (a dataclass) replaced
     by the options of the group, which the command then gets as one object."""
     hints = get_type_hints(command, include_extras=True)
+    wanting = [name for name, kind in hints.items() if kind is Given]
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if is_dataclass(kind):
+        if kind is Given:
+            parameters.append(_parameter(_CONTEXT, typer.Context, inspect.Parameter.empty))
+        elif is_dataclass(kind):
             groups[parameter.name] = kind
             own = get_type_hints(kind, include_extras=True)
             parameters += [_parameter(f.name, own[f.name], f.default) for f in fields(kind)]
@@ -181,6 +219,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        context = values.pop(_CONTEXT, None)
+        for name in wanting:
+            values[name] = Given(frozenset(p for p in values if _is_given(context, p)))
         for name, kind in groups.items():
             values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
         command(**values)
@@ -188,6 +229,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+#: The parameter by which typer hands over what it has read.
+_CONTEXT = "context"
+
+
+def _is_given(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:

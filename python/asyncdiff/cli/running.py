@@ -6,6 +6,7 @@ import inspect
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import Progress, TaskID
@@ -15,7 +16,7 @@ from ..progress import Tasks
 from .console import remark
 from .failures import asked_of
 from .flags import as_flags, as_python, flags
-from .options import Waves, read_devices
+from .options import Setting, Waves, read_devices
 from .subject import Model, Picture
 
 
@@ -34,6 +35,47 @@ class Preparing:
             self._told(what, done, total)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a command spreads a generation: its devices, arguments of ``parallelize`` as they are
+    told, and as they are passed."""
+
+    devices: list[str]
+    told: dict[str, Any]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        devices: str | None,
+        quality: str | None,
+        setting: Setting,
+        modes: Mapping[str, Any] | None = None,
+    ) -> Spread:
+        """By quality; by hand where that is None. ``modes``: further arguments."""
+        modes = dict(modes or {})
+        if quality is None:
+            ranks = pick(devices, setting, 2 if modes.get("guidance") == "split" else 1)
+            return cls(ranks, setting.told() | modes, setting.arguments() | modes)
+        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k == "compile"}}
+        return cls(usable(devices), chosen, chosen)
+
+
+def usable(text: str | None) -> list[str]:
+    """Devices that a quality may use, from ``--devices`` or by default (all GPUs, else the CPU);
+    two ranks share a device that is the only one, to show what two would draw.
+
+    Raises DeviceError for devices that this machine does not have.
+    """
+    from ..runtime.devices import every_device, resolve
+
+    asked = read_devices(text, 2)
+    count = len(asked) if asked else max(2, len(every_device(None)))
+    devices = [str(d) for d in resolve(asked, count)]
+    _say_what_is_shared(devices)
+    return devices
+
+
 def pick(text: str | None, setting: Waves, groups: int = 1) -> list[str]:
     """One device a rank, from ``--devices`` or by default (all GPUs in turn, else the CPU).
 
@@ -48,13 +90,18 @@ def pick(text: str | None, setting: Waves, groups: int = 1) -> list[str]:
     if groups > 1:
         why = f"{groups} x ({why}), with --split-guidance,"
     devices = [str(d) for d in resolve(read_devices(text, ranks), ranks, why)]
+    _say_what_is_shared(devices)
+    return devices
+
+
+def _say_what_is_shared(devices: list[str]) -> None:
     if shared(devices):
         where = "the CPU" if set(devices) == {"cpu"} else ", ".join(sorted(set(devices)))
+        ranks = len(devices)
         remark(
             f"{ranks} ranks share {where}: the pictures are those of {ranks} devices, "
             "the times are not"
         )
-    return devices
 
 
 def shared(devices: list[str]) -> bool:

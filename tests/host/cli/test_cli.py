@@ -82,6 +82,9 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["plan", "--png", "x.png"], "needs times"),
         (["plan", "model", "--demo"], "one of them"),
         (["plan", "-w", "auto"], "plan needs a number"),
+        (["demo", "--quality", "best"], "--quality best: write one of exact"),
+        (["demo", "--quality", "high", "-N", "2"], "leave that out, or leave --quality out"),
+        (["generate", "m", "-p", "x", "--quality", "fast", "--split-warmup"], "--split-warmup"),
         (["demo", "--sampler", "best"], "do: ddim, dpm, euler, unipc"),
         (["generate", "--demo", "-p", "x", "--exact-tail", "60"], "take --exact-tail 49 or less"),
         (["generate", "--demo", "-p", "x", "--load", "variant=fp16"], "not for --demo"),
@@ -206,7 +209,10 @@ def fake(monkeypatch):
             shape = Shape(options["components"], options["stride"], 1, options["warmup"], 0)
             return Calibration(shape, (0.5,), (0.5,), (0,), ((0.0,) * 4,), (2.0, 3.0))
 
-        return types.SimpleNamespace(restore=restore, report=Report, calibrate=calibrate)
+        said = "components=2: because" if options.get("quality") else "given by hand"
+        return types.SimpleNamespace(
+            restore=restore, report=Report, calibrate=calibrate, settings=said
+        )
 
     def pipeline(self, device, sampler=None):
         seen["loaded"].append((self.model, device, sampler))
@@ -225,7 +231,7 @@ def test_demo(run, fake, tmp_path):
     code, out, err = run("demo", "--steps", 4, "-S", 2, "-o", out_path)
     assert code == 0 and out_path.exists() and str(out_path) in out
     assert "mean" in out and "3 ranks share the CPU" in err
-    assert fake["restored"] == 2 and fake["schedule"] == "wavefront"  # both schedules
+    assert fake["restored"] == 1 and fake["schedule"] == "asyncdiff" and fake["stride"] == 2
     # No speed of a CPU that stands for three devices, but what the plan says of three.
     assert "predicted for 3 devices" in out and "1.75 times the speed" in out and "ms" not in out
     assert run("demo", "--list")[1].count("\n") > 40
@@ -236,7 +242,7 @@ def test_demo_json(run, fake, tmp_path):
     path = tmp_path / "d.png"
     options = ("--schedule", "asyncdiff", "--steps", 3)
     code, out, _ = run("demo", *options, *prompts, "--json", "-o", path)
-    (data,) = json.loads(out)["runs"]
+    data = json.loads(out)
     assert code == 0 and [r["prompt"] for r in data["results"]] == ["a heart", "a house"]
     assert all(20 < r["psnr_db"] < 40 and 0 < r["ssim"] < 1 for r in data["results"])
     assert data["report"] == {"ticks": 3, "exposed_ms": None}
@@ -250,13 +256,13 @@ def test_demo_json(run, fake, tmp_path):
     assert len(fake["pipe"].calls) == 6
     from PIL import Image
 
-    (kept,) = json.loads(Image.open(path).text["asyncdiff"])["runs"]
+    kept = json.loads(Image.open(path).text["asyncdiff"])
     assert kept["flags"] == data["flags"] and kept["results"] == data["results"]
 
 
 def test_demo_with_wrong_devices(run, fake, tmp_path):
     out = tmp_path / "d.png"
-    code, text, err = run("demo", "--devices", "cpu,cpu,cpu", "-o", out)
+    code, text, err = run("demo", "-N", 2, "--devices", "cpu,cpu,cpu", "-o", out)
     assert (code, text) == (2, "") and "3 devices for 2 ranks: --components" in err
     assert run("demo", "--devices", "cpu,,cpu")[0] == 2
     options = ("--demo", "-p", "x", "--split-guidance", "--devices", "cpu,cpu", "-o", out)
@@ -303,7 +309,7 @@ def test_generate_and_compare(run, fake, tmp_path):
     assert fake["pipe"].calls[-1] == call
     assert fake["loaded"] == [("some/model", "cpu", "euler")]
     assert "some/model: FakePipe" in out and "guidance 5.0" in out
-    assert "some/model --devices cpu,cpu --components 2" in out
+    assert "some/model --devices cpu,cpu --quality balanced" in out
     again = "--steps 3 --sampler euler --guidance 5.0 --height 16 --negative dogs --seed 0"
     assert again.split() == out[out.index("--steps 3") :].splitlines()[0].split()
     code, out, _ = run(*argv, "--compare", "--json")
@@ -314,6 +320,33 @@ def test_generate_and_compare(run, fake, tmp_path):
     assert code == 2 and "'tpu' is not a device" in err
     code, _, err = run(*argv[:-2], "--width", 16)
     assert code == 2 and "FakePipe takes no --width" in err
+
+
+def test_a_quality_chooses_unless_the_command_line_does(run, fake, tmp_path):
+    path = ("--steps", 3, "-o", tmp_path / "x.png")
+    for command in (["demo"], ["generate", "m", "-p", "x"]):
+        fake.pop("schedule", None)
+        for asked, quality in (((), "balanced"), (("--quality", "high"), "high")):
+            code, out, err = run(*command, *asked, *path)
+            assert code == 0, err
+            assert fake["quality"] == quality and "schedule" not in fake
+            # What one device cannot show, two ranks that share it do.
+            assert fake["devices"] == ["cpu", "cpu"] and "2 ranks share the CPU" in err
+            assert f"quality {quality} picked components=2: because" in out
+            assert f"--quality {quality}" in out and f"quality={quality!r}" in out
+        # A default that is written down is given, too.
+        for by_hand in (("-N", 2), ("--warmup", 1), ("--schedule", "asyncdiff")):
+            fake.pop("quality", None)
+            code, out, err = run(*command, *by_hand, *path)
+            assert code == 0, err
+            assert "quality" not in fake and fake["schedule"] == "asyncdiff"
+            assert "picked" not in out and "--components 2" in out
+        assert run(*command, "--devices", "cpu", *path)[0] == 0
+        assert fake["devices"] == ["cpu", "cpu"]
+        assert run(*command, "--devices", "cpu,cpu,cpu", *path)[0] == 0
+        assert fake["devices"] == ["cpu"] * 3
+    data = json.loads(run("generate", "m", "-p", "x", "--json", *path)[1])
+    assert (data["quality"], data["settings"]) == ("balanced", "components=2: because")
 
 
 def test_the_time_of_a_picture_is_without_preparation(run, fake, monkeypatch, tmp_path):

@@ -142,7 +142,7 @@ def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
 def test_the_same_pipeline_is_prepared_once(make: Any) -> None:
     pipe, call = make()
     pipe.set_progress_bar_config(disable=True)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate")
     for _ in range(3):
         pipe(**call, num_inference_steps=3, output_type="latent")
         assert len(handle.denoiser._engines) == 1

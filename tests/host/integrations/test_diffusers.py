@@ -124,7 +124,7 @@ def test_without_guidance_and_with_other_sizes() -> None:
 
 def test_a_callback_that_raises_and_one_that_interrupts() -> None:
     pipe = pipeline()
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate")
     want = draw(pipe, CALL)
 
     def fail(pipe: Any, step: int, t: Any, kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ def test_a_callback_that_raises_and_one_that_interrupts() -> None:
 
 def test_concurrent_callers_take_turns() -> None:
     pipe = pipeline()
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate")
     want = draw(pipe, CALL)
     got: list[Any] = [None] * 3
 

@@ -31,7 +31,7 @@ def pipeline() -> Any:
 
 
 def spread(pipe: Any, **settings: Any) -> asyncdiff.Handle:
-    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate"}
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate", "quality": None}
     return asyncdiff.parallelize(pipe, **options | settings)
 
 
@@ -187,7 +187,7 @@ def test_hooks_of_diffusers_are_refused() -> None:
     pipe, call = tiny_flux()
     pipe.set_progress_bar_config(disable=True)
     config = diffusers.FirstBlockCacheConfig(threshold=0.1)
-    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate"}
+    options: dict[str, Any] = {"devices": ["cpu"] * 2, "split": "estimate", "components": 2}
 
     def draw() -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)

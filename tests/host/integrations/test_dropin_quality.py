@@ -114,7 +114,51 @@ def test_settings_given_by_hand_are_kept() -> None:
     draw(pipe, call)
     assert (handle.config.schedule, handle.config.warmup) == ("asyncdiff", 1)
     handle.restore()
+    with pytest.raises(asyncdiff.PlanError, match="chooses settings for each generation"):
+        asyncdiff.parallelize(pipe, ["cpu"] * 2).calibrate(**call)
+    asyncdiff.restore(pipe)
     with pytest.raises(InputError, match="quality='high' chooses what components, warmup would"):
         asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="high", components=2, warmup=3)
     with pytest.raises(InputError, match="quality='best': write one of"):
         asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="best")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quality": None},
+        {"components": 2},
+        {"warmup": 1},
+        {"schedule": "asyncdiff"},
+        {"guidance": "batched"},
+        {"config": asyncdiff.ParallelConfig(devices=["cpu"] * 2)},
+        {"split": [["conv_in", "down_blocks", "mid_block"], ["up_blocks", "conv_out"]]},
+    ],
+)
+def test_what_is_given_by_hand_means_what_it_says(given: dict[str, Any]) -> None:
+    """No quality chooses the rest of it: that is at its defaults, as it always was."""
+    devices = None if "config" in given else ["cpu"] * 2
+    handle = asyncdiff.parallelize(sd()[0], devices, **given)
+    assert handle.settings == "given by hand"
+    assert (handle.config.components, handle.config.schedule) == (2, "asyncdiff")
+    handle.restore()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"split": "estimate"}, {"compile": False, "deadline": 20.0}, {"quality": "auto"}]
+)
+def test_balanced_is_the_default(given: dict[str, Any]) -> None:
+    pipe, call = sd()
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, **given)
+    assert handle.settings == "quality='balanced' picks at the first call"
+    draw(pipe, call, num_inference_steps=12)
+    assert handle.config.schedule == "wavefront"
+    assert "schedule='wavefront', warmup=" in handle.settings
+    handle.restore()
+    # Where nobody says which devices: all GPUs, else the CPU, which is the plain pipeline.
+    if not torch.cuda.is_available():
+        handle = asyncdiff.parallelize(pipe, **given)
+        got = draw(pipe, call, num_inference_steps=12)
+        assert handle.settings == "components=1: one device"
+        assert reference.distance(got, draw(sd()[0], call, num_inference_steps=12)) < 1e-5
+        handle.restore()

@@ -36,7 +36,7 @@ def test_a_steady_step_makes_few_calls() -> None:
     threading.setprofile(profile)  # before ranks have their threads
     sys.setprofile(profile)
     try:
-        handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
+        handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate")
         reference.run(pipe, SPEC, num_inference_steps=STEPS)
         forward, step = handle._forward, [0]
 

@@ -211,7 +211,7 @@ def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
         timeline = predicted(handle, 20)
         assert timeline is not None and 1 < timeline.speedup < 2
         assert timeline.plan == handle.plan(20)
-    with asyncdiff.parallelize(pipe, ["cpu"] * 2, split="estimate") as handle:
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, split="estimate") as handle:
         pipe("house", num_inference_steps=2)
         assert predicted(handle, 20) is None
     with asyncdiff.parallelize(pipe, ["cpu"] * 4, guidance="split") as handle:

@@ -9,18 +9,20 @@ import typer
 
 from .. import console, files
 from .. import options as opt
-from ..running import Preparing, check_call, noise, pick, picture, shared, what_ran
+from ..running import Preparing, Spread, check_call, noise, picture, shared, what_ran
 from ..subject import Model, Picture
 from .demo import ENLARGED
 
 
 def generate(
+    given: opt.Given,
     subject: Model,
     setting: opt.Setting,
     drawn: Picture,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
     negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
     seed: opt.Seed = 0,
+    quality: opt.Quality = None,
     devices: opt.Devices = None,
     compile: opt.Compile = None,
     split_guidance: opt.SplitGuidance = False,
@@ -40,7 +42,13 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted
 
-    ranks = pick(devices, setting, 2 if split_guidance else 1)
+    modes: dict[str, Any] = {
+        "guidance": "split" if split_guidance else "batched",
+        "warmup_mode": "split" if split_warmup else "chain",
+        "compile": compile,
+    }
+    spread = Spread.of(devices, given.quality(quality), setting, modes)
+    ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)
     call: dict[str, Any] = {"prompt": prompt, "num_inference_steps": setting.steps, **drawn.call()}
     if negative is not None:
@@ -54,17 +62,12 @@ def generate(
             task = bar.add_task(name, total=setting.steps)
             return picture(pipe, bar, task, generator=noise(seed), **call)
 
-    modes: dict[str, Any] = {
-        "guidance": "split" if split_guidance else "batched",
-        "warmup_mode": "split" if split_warmup else "chain",
-        "compile": compile,
-    }
-    told = what_ran(subject, drawn, pipe, setting, setting.told() | modes, ranks, call, seed)
+    told = what_ran(subject, drawn, pipe, setting, spread.told, ranks, call, seed)
     plain = None
     if with_compare:
         draw("preparing one device")  # the first generation on a device also prepares it
         plain, sequential_ms = draw("one device")
-    handle = parallelize(pipe, devices=ranks, progress=preparing, **setting.arguments(), **modes)
+    handle = parallelize(pipe, devices=ranks, progress=preparing, **spread.arguments)
     try:
         fast, ms = draw("preparing all ranks" if with_compare else "asynchronous")
         prepare_s = handle.report().prepare_s
@@ -72,6 +75,7 @@ def generate(
         if with_compare:
             fast, ms = draw("asynchronous")
         report = handle.report()
+        told["settings"] = handle.settings
         timeline = predicted(handle, setting.steps) if shared(ranks) else None
     finally:
         handle.restore()

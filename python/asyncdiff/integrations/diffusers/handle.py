@@ -13,7 +13,7 @@ from torch import nn
 
 from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
-from ...errors import BatchError, InputError, SchedulerError
+from ...errors import BatchError, InputError, PlanError, SchedulerError
 from ...generation import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
@@ -121,8 +121,15 @@ class Handle(ReadOnlySettings):
         sixteen or more better, and the number of steps and the guidance that will be used. The
         pipeline itself runs to its first step only; from its latents and conditioning, three
         generations follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors
-        raised; InputError for pipelines that begin in the middle of a schedule.
+        raised; InputError for pipelines that begin in the middle of a schedule, PlanError where a
+        quality chooses the settings.
         """
+        if self._auto is not None:
+            raise PlanError(
+                f"quality={self._auto.quality!r} chooses settings for each generation, and a "
+                "calibration is for fixed ones: parallelise with schedule='wavefront' and the "
+                "number of exact steps that you want, then calibrate"
+            )
         with self.denoiser.lock:
             self._interrupting = True
             try:

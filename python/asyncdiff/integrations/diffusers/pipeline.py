@@ -23,7 +23,7 @@ from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
-from ...quality import check_quality
+from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import check_numbers
@@ -36,7 +36,7 @@ def parallelize(
     pipe: Any,
     devices: Devices = None,
     *,
-    quality: str | None = None,
+    quality: str | None = AUTO,
     config: ParallelConfig | None = None,
     **settings: Any,
 ) -> Handle:
@@ -46,19 +46,23 @@ def parallelize(
     measuring, CUDA graphs) happens at the first call with inputs of a new shape. A pipeline that is
     parallelised already is restored first, and gets the new settings.
 
-    How a generation is spread is given by hand, or with ``quality`` chosen when it begins, for the
-    devices, the number of steps, the sampler, guidance or none, pictures and memory.
+    How a generation is spread is chosen when it begins, for the devices, the number of steps, the
+    sampler, guidance or none, pictures and memory: ``quality`` says how close to the plain
+    pipeline's its pictures have to be. Or it is given by hand.
 
     Args:
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
         devices: those that may be used, once each (None: all GPUs, else the CPU); by hand, one
             entry a rank.
         quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
-            ``handle.settings`` says what was chosen, and why. None: settings given by hand, the
-            others at their defaults.
-        config, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists (``components``,
-            ``stride``, ``warmup``, ``schedule``, …); ``config``: all of them at once, from which
-            ``settings`` differ. Where there are no more steps than exact ones, all are exact.
+            ``handle.settings`` says what was chosen, and why. "auto": "balanced", unless ``config``
+            or a setting that a quality would choose is given (``components``, ``stride``,
+            ``warmup``, ``time_shift``, ``schedule``, ``delay``, ``order``, ``exact_tail``,
+            ``extrapolate``, ``guidance``, ``warmup_mode``, or ``split`` as lists): then what is
+            given holds, and the others are at their defaults. None: the same with nothing given.
+        config, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists; ``config``: all
+            of them at once, from which ``settings`` differ. Where there are no more steps than
+            exact ones, all are exact.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
     pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
@@ -109,13 +113,16 @@ _CHOSEN = {
 def _quality(
     quality: str | None, config: ParallelConfig | None, settings: Mapping[str, Any]
 ) -> str | None:
-    """The quality that chooses the settings; None where they are given by hand."""
+    """The quality that chooses the settings; None where they are given by hand. Raises InputError
+    for one that there is not, or beside settings that it would choose."""
     if quality is None:
         return None
-    check_quality(quality)
     by_hand = sorted(_CHOSEN & set(settings)) if config is None else ["config"]
     if not isinstance(settings.get("split", ""), str):
         by_hand.append("split")
+    if quality == AUTO:
+        return None if by_hand else DEFAULT
+    check_quality(quality)
     if by_hand:
         raise InputError(
             f"quality={quality!r} chooses what {', '.join(by_hand)} would say: leave that out, or "
