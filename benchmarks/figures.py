@@ -7,19 +7,33 @@ python benchmarks/figures.py --check    # exit code 1 if the figure is not of th
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
-IMAGES = ROOT / "docs" / "images"
+import results_file
+from fidelity.rows import TITLES, Run, by_run, documents
+
+RESULTS = results_file.ROOT / "benchmarks" / "results"
+IMAGES = results_file.ROOT / "docs" / "images"
 FIGURE = IMAGES / "speed_and_quality.png"
 PICTURE = IMAGES / "plain_and_parallel.png"
 
+#: What of each model is drawn: sampler and steps, with guidance.
+RUNS = {"unet": ("ddim", 50), "transformer": ("flow", 28), "emoji": ("ddim", 50)}
+#: Pictures that are closer than this, in dB, are drawn here: they look equal.
+TOP = 70.0
 #: Curves: label, colour, marker, and which rows of the results they join.
 CURVES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    *(
+        (
+            f'quality="{quality}": 2, 3, 4 GPUs',
+            color,
+            "s",
+            tuple(f"quality {quality}, {n} devices" for n in (2, 3, 4)),
+        )
+        for quality, color in (("high", "C2"), ("balanced", "C0"), ("fast", "C4"))
+    ),
     (
         "as published: 2, 3, 4 GPUs",
         "C3",
@@ -27,29 +41,12 @@ CURVES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         tuple(f"asyncdiff N={n} S=1 w=1" for n in (2, 3, 4)),
     ),
     (
-        "waves: 2, 3, 4 GPUs",
-        "C0",
-        "s",
+        "waves, one exact step: 2, 3, 4 GPUs",
+        "C5",
+        "^",
         tuple(f"wavefront N={n} S=1 w=1" for n in (2, 3, 4)),
     ),
-    (
-        "waves, last step exact: 2, 3, 4 GPUs",
-        "C2",
-        "^",
-        tuple(f"wavefront N={n} S=1 w=1 tail=1" for n in (2, 3, 4)),
-    ),
-    (
-        "waves, last four steps exact: 2, 3, 4 GPUs",
-        "C4",
-        "D",
-        tuple(f"wavefront N={n} S=1 w=1 tail=4" for n in (2, 3, 4)),
-    ),
-    (
-        "one GPU, fewer steps: 40, 33, 25, 17",
-        "0.4",
-        "x",
-        tuple(f"fewer steps, {n}" for n in (40, 33, 25, 17)),
-    ),
+    ("one GPU, fewer steps", "0.4", "x", ("fewer steps",)),
     (
         "DistriFusion (our emulation): 2, 4 GPUs",
         "C1",
@@ -59,11 +56,26 @@ CURVES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 )
 
 
-def curves() -> list[list[tuple[float, float]]]:
-    """Speed-up and PSNR in dB of each curve's points: DDIM in 50 steps."""
-    rows = json.loads(RESULTS.read_text())["figures"]["rows"]
-    found = {r["method"]: (r["speedup"], r["psnr_db"]) for r in rows if r["sampler"] == "ddim"}
-    return [[found[method] for method in methods] for *_, methods in CURVES]
+def curves() -> dict[str, tuple[Run, list[list[tuple[float, float]]]]]:
+    """Speed-up and PSNR in dB of each curve's points, by model, of those that there are."""
+    found = {}
+    for model, _, document in documents(RESULTS):
+        for run, rows in by_run(document["figures"]["rows"]).items():
+            if (run.sampler, run.steps) == RUNS[model] and run.guidance > 1:
+                points = [
+                    sorted(
+                        (r["speedup"], min(r["psnr_db"], TOP))
+                        for r in rows
+                        if _kind(r["method"]) in methods
+                    )
+                    for *_, methods in CURVES
+                ]
+                found.setdefault(model, (run, points))
+    return found
+
+
+def _kind(method: str) -> str:
+    return "fewer steps" if method.startswith("fewer steps,") else method
 
 
 def digest() -> str:
@@ -72,32 +84,33 @@ def digest() -> str:
 
 
 def speed_and_quality(path: Path) -> None:
-    """Speed-up against PSNR, from the results of the fidelity benchmark."""
+    """Speed-up against PSNR, from the results of the fidelity benchmark: a panel for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for (label, color, marker, _), points in zip(CURVES, curves(), strict=True):
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
-    axes.set(
-        xlabel="times one GPU's speed, counted in multiply-accumulates of the slowest GPU",
-        ylabel="likeness to the plain picture, PSNR in dB",
-        xlim=(1, 4.2),
-        ylim=(25, 75),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right")
+    models = curves()
+    figure = Figure(figsize=(1.6 + 5.6 * len(models), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, (model, (run, lines)) in zip(panels, models.items(), strict=True):
+        for (label, color, marker, _), points in zip(CURVES, lines, strict=True):
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
+        axes.set_title(f"{TITLES[model]}: {run}", fontsize=9)
+        axes.set(xlim=(1, 4.2), ylim=(15, TOP + 2))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="upper right")
+    figure.supxlabel("times one GPU's speed, counted in multiply-accumulates", fontsize=10)
+    figure.supylabel("likeness to the plain picture, PSNR in dB", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Description": digest()})
 
 
 def plain_and_parallel(path: Path) -> None:
     """The shipped model on one device and on two, from the same noise, on the CPU."""
-    import torch
     from PIL import Image
 
     import asyncdiff
     from asyncdiff import demo
     from asyncdiff.cli.commands.demo import PICTURES
+    from asyncdiff.cli.running import noise
     from asyncdiff.cli.subject import chosen
     from asyncdiff.tools import compare
 
@@ -106,18 +119,18 @@ def plain_and_parallel(path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> list[Any]:
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        return list(pipe(prompts, num_inference_steps=50, generator=generators).images)
+        # One by one: several at once would be drawn exactly.
+        drawn = (pipe(text, generator=noise(i)).images for i, text in enumerate(prompts))
+        return [images[0] for images in drawn]
 
     rows, notes = {"one device": draw()}, {}
     options: dict[str, dict[str, Any]] = {
-        "two, waves,\nlast step exact": {"schedule": "wavefront", "exact_tail": 1},
-        "two, as\npublished": {},
+        "two": {},
+        "two, as\npublished": {"quality": None},
     }
     for name, settings in options.items():
-        handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, warmup=1, **settings)
-        rows[name] = draw()
-        handle.restore()
+        with asyncdiff.parallelize(pipe, ["cpu"] * 2, **settings):
+            rows[name] = draw()
         pairs = zip(rows["one device"], rows[name], strict=True)
         notes[name] = [f"{compare.psnr(a, b):.1f} dB" for a, b in pairs]
     # 256 colours, none of them mixed from dots, which would look like grain of the model.

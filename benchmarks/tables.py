@@ -1,6 +1,6 @@
-"""Write the tables of the README and of docs/results.md from the committed results.
+"""Write the tables of the README and of pages in docs from the committed results.
 
-python benchmarks/tables.py            # rewrites both between their markers
+python benchmarks/tables.py            # rewrites them between their markers
 python benchmarks/tables.py --check    # exit code 1 if that would change anything
 """
 
@@ -23,6 +23,7 @@ ROOT = results_file.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
+QUALITY = ROOT / "docs" / "guide" / "quality.md"
 
 #: The README's table: title, key of a model and mode of all runs in a row.
 _GLANCE = {
@@ -39,7 +40,8 @@ _GLANCE = {
 
 def main() -> None:
     stale = []
-    for path, tables in ((README, {"glance": glance}), (PAGE, TABLES)):
+    pages = ((README, {"glance": glance}), (PAGE, TABLES), (QUALITY, {"qualities": qualities}))
+    for path, tables in pages:
         text = old = path.read_text()
         for name, table in tables.items():
             pattern = rf"<!-- results:{name} -->\n.*?<!-- /results -->"
@@ -166,22 +168,22 @@ def _rate(figure: Figure, case: str) -> str | None:
 
 def fidelity() -> str:
     """What the pictures keep, each way."""
-    return fidelity_table.kept(RESULTS / "fidelity.json")
+    return fidelity_table.kept(RESULTS)
+
+
+def qualities() -> str:
+    """What each quality picks and keeps. Its page lies a folder deeper than the others."""
+    return fidelity_table.qualities(RESULTS).replace("](../", "](../../")
 
 
 def few_steps() -> str:
-    """The same with less than two dozen steps."""
-    return fidelity_table.few_steps(RESULTS / "fidelity_few_steps.json")
+    """The same with a dozen steps or fewer."""
+    return fidelity_table.few_steps(RESULTS)
 
 
 def delays() -> str:
     """What the delay of waves does."""
-    return fidelity_table.delays(RESULTS / "fidelity.json")
-
-
-def orders() -> str:
-    """What the order of waves does."""
-    return fidelity_table.orders(RESULTS / "fidelity.json", RESULTS / "fidelity_orders.json")
+    return fidelity_table.delays(RESULTS)
 
 
 TABLES = {
@@ -192,7 +194,6 @@ TABLES = {
     "fidelity": fidelity,
     "few-steps": few_steps,
     "delays": delays,
-    "orders": orders,
 }
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def scatter(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set(
         xlabel="speed-up of the critical path (MACs)",
         ylabel="PSNR to the plain pictures, dB (exact ones at 80)",
-        title=f"{rows[0]['sampler']}, {rows[0]['steps']} steps",
+        title=f"{rows[0]['sampler']}, {rows[0]['steps']} steps, guidance {rows[0]['guidance']:g}",
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)

@@ -3,7 +3,7 @@
     python benchmarks/fidelity/run.py --model unet --device cuda:0   # the whole grid
     python benchmarks/fidelity/run.py --quick                        # a few rows, on the CPU
     python benchmarks/fidelity/run.py --only "N=4 .*w=1$"            # rows whose names match
-    python benchmarks/fidelity/run.py --model unet --samplers euler --steps 4 8 12
+    python benchmarks/fidelity/run.py --model unet --samplers euler --steps 4 8 12 --guidance 1 2
     python benchmarks/fidelity/run.py --pipeline FOLDER --prompts-file FILE --device cuda:0
 
 Every row is one batch of pictures beside those of the plain pipeline from the same noise: PSNR,
@@ -12,14 +12,14 @@ are on the disk. Its speed-up is that of its critical path in MACs (benchmarks/f
 what its devices allow, links and launches aside; benchmarks/denoise measures times of real
 denoisers.
 
-Writes fidelity_MODEL.json, beside it _SAMPLER.png (speed-up against PSNR) and _SAMPLER_sheet.png.
+Writes fidelity_MODEL.json, beside it _SAMPLER_STEPS_GUIDANCE.png (speed-up against PSNR) and the
+same with _sheet.png.
 Rows that the JSON has already, from the same settings, are kept: a run can be continued.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -38,6 +38,7 @@ from fidelity.grid import methods
 from fidelity.ours import plain_work
 from fidelity.plots import scatter, sheet
 from fidelity.rivals import beaten
+from fidelity.rows import Run, read, run_of
 from fidelity.subjects import MODELS, Subject, subject
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
@@ -45,19 +46,18 @@ OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 CALIBRATION, QUICK_CALIBRATION = 16, 8
 
 
-def run_sampler(
+def run_rows(
     args: argparse.Namespace,
     model: Subject,
-    sampler: str,
-    steps: int,
+    run: Run,
     rows: list[dict[str, Any]],
     save: Callable,
 ) -> None:
-    """All rows of one sampler; ``save`` is called after each."""
+    """All rows of one run; ``save`` is called after each."""
+    sampler, steps, guidance = run
     pipe = model.load(args.device, sampler)
     texts = model.prompts(args.prompts)
     others = model.other_prompts(QUICK_CALIBRATION if args.quick else CALIBRATION, texts)
-    guidance = model.guidance if args.guidance is None else args.guidance
     learned, missing = learned_metrics()
     for why in missing.values():
         print(f"left out: {why}", flush=True)
@@ -71,7 +71,7 @@ def run_sampler(
     reference = out.images.float().cpu()
     plain = plain_work(pipe, steps)
     shown = {"plain": reference}
-    here = {r["method"]: r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)}
+    here = {r["method"]: r for r in rows if run_of(r) == run}
     for method in methods(args.device, pipe, steps, others, guidance > 1, args.quick):
         if args.only and not any(re.search(pattern, method.name) for pattern in args.only):
             continue
@@ -88,6 +88,7 @@ def run_sampler(
         row = {
             "sampler": sampler,
             "steps": steps,
+            "guidance": guidance,
             "method": method.name,
             "devices": method.devices,
             "settings": settings,
@@ -101,17 +102,18 @@ def run_sampler(
         shown[method.name] = images
         save()
         print(
-            f"{sampler} {steps}  {method.name:<44} {method.devices} devices  "
+            f"{run}  {method.name:<44} {method.devices} devices  "
             f"{row['speedup']:5.2f}x  {row['psnr_db']:6.2f} dB  SSIM {row['ssim']:.4f}  "
             f"({seconds:.1f} s)",
             flush=True,
         )
-    mine = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
+    mine = [r for r in rows if run_of(r) == run]
     for line in beaten(mine):
         print(line)
     at = args.out.with_suffix("")
-    scatter(mine, at.with_name(f"{at.name}_{sampler}.png"))
-    sheet(shown, texts, at.with_name(f"{at.name}_{sampler}_sheet.png"))
+    name = f"{at.name}_{sampler}_{steps}_{guidance:g}"
+    scatter(mine, at.with_name(f"{name}.png"))
+    sheet(shown, texts, at.with_name(f"{name}_sheet.png"))
 
 
 def main() -> None:
@@ -127,7 +129,9 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", help="ddim, dpm, euler or flow; default: all")
     parser.add_argument("--steps", type=int, nargs="+", help="default: what a sampler usually has")
     parser.add_argument("--prompts", type=int, default=60, metavar="COUNT")
-    parser.add_argument("--guidance", type=float, help="default: the model's usual one")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", help="default: the model's usual one; 1 is none"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="REGEX", help="rows whose names match")
     parser.add_argument("--quick", action="store_true", help="a few rows, eight prompts")
@@ -143,13 +147,12 @@ def main() -> None:
     settings = {
         "model": model.name,
         "prompts": model.prompts(args.prompts),
-        "guidance": model.guidance if args.guidance is None else args.guidance,
         "seed": args.seed,
         "device": args.device,
     }
     rows: list[dict[str, Any]] = []
     if args.out.exists():
-        old = json.loads(args.out.read_text())["figures"]
+        old = read(args.out)["figures"]
         if old["settings"] == settings:
             rows = old["rows"]
 
@@ -158,7 +161,8 @@ def main() -> None:
 
     for sampler in args.samplers or model.steps:
         for steps in args.steps or [model.steps[sampler]]:
-            run_sampler(args, model, sampler, steps, rows, save)
+            for guidance in args.guidance or [model.guidance]:
+                run_rows(args, model, Run(sampler, steps, guidance), rows, save)
     print(f"written to {args.out}")
 
 

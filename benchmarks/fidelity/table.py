@@ -1,23 +1,22 @@
-"""Tables of what pictures keep, from the results of ``run.py``."""
+"""Tables of what pictures keep, from the results of ``run.py`` on every model that has some."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fidelity.rivals import rival
+from fidelity.rows import TITLES, Row, Run, by_run, documents
 from markdown_table import markdown
 
-Row = dict[str, Any]
-
-#: Rows of the fidelity benchmark that are shown: those that begin so, in this order.
+#: Rows that are shown: those that begin so, in this order.
 _SHOWN = (
+    "quality ",
     "asyncdiff N=",
     "wavefront N=",
     "wavefront, calibrated N=",
     "wavefront, guidance split N=",
-    "wavefront, whole N=",
     "fewer",
     "guidance",
     "Faster Diffusion, 4 devices, the paper's keys",
@@ -27,121 +26,154 @@ _SHOWN = (
     "DistriFusion, 4 patches, 1 ",
     "DistriFusion, 4 patches, 9 ",
 )
-
-#: N and S of the smaller tables.
-_SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
-_SAMPLERS = {"ddim": "DDIM", "dpm": "DPM-Solver++", "euler": "Euler"}
-
-
-def kept(path: Path) -> str:
-    """PSNR and speed-up, a table for each sampler, of exact ends where a row has some."""
-    document = _read(path)
-    rows = document["figures"]["rows"]
-    parts = [
-        _caption(path, document)
-        + " †: a compared method on no more devices is at least as fast and closer.\n"
-    ]
-    for sampler, steps in _runs(rows):
-        mine = [r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)]
-        parts.append(f"{_SAMPLERS[sampler]}, {steps} steps:\n\n" + _by_end(mine))
-    return "\n".join(parts)
+#: Exact steps of the rows that are shown, where they have some.
+_ENDS = ("w=1", "w=5", "w=9", "w=1 tail=4")
+#: As many steps or fewer are a table of their own.
+_FEW = 12
+#: Pictures that are closer than this, in dB, differ by rounding.
+_EXACT = 90.0
+#: N and S of the table of delays.
+_SHAPES = ((3, 1), (4, 1), (3, 2))
+_NOTHING = "Not measured yet.\n"
 
 
-def few_steps(path: Path) -> str:
-    """Published schedule and waves, PSNR in dB, by number of steps."""
-    document = _read(path)
-    rows = document["figures"]["rows"]
-    shapes = ((2, 1), (4, 1), (2, 2))
-    heads = [f"N={n} S={s}: published, waves" for n, s in shapes]
-    table = [["", *heads]]
-    for sampler, steps in sorted(_runs(rows), key=lambda run: -run[1]):
-        mine = _psnr(rows, sampler, steps)
-        cells = [
-            ", ".join(mine[f"{kind} N={n} S={s} w=1"] for kind in ("asyncdiff", "wavefront"))
-            for n, s in shapes
+def kept(folder: Path) -> str:
+    """What each way keeps: a table for each model, sampler and guidance."""
+
+    def of_run(run: Run, rows: list[Row]) -> str:
+        table = [["", "devices", "speed-up", "PSNR, dB", "10th percentile", "SSIM"]]
+        table += [[r["method"], str(r["devices"]), *_cells(r, rows)] for r in _in_order(rows)]
+        return f"{run}:\n\n{markdown(table)}"
+
+    def of_model(rows: list[Row]) -> str:
+        runs = by_run(rows).items()
+        return "\n".join(of_run(run, mine) for run, mine in runs if run.steps > _FEW)
+
+    return _all(folder, of_model)
+
+
+def qualities(folder: Path) -> str:
+    """What each quality picks and keeps."""
+
+    def of_model(rows: list[Row]) -> str:
+        table = [
+            [
+                *("sampler", "quality", "devices", "picked", "speed-up in MACs"),
+                *("measured on SDXL, SD3, FLUX", "PSNR, dB", "10th percentile", "SSIM"),
+            ]
         ]
-        table.append([f"{_SAMPLERS[sampler]}, {steps} steps", *cells])
-    return _caption(path, document) + "\n\n" + markdown(table)
+        for run, mine in by_run(rows).items():
+            for row in (r for r in mine if r["method"].startswith("quality ")):
+                quality = row["method"].removeprefix("quality ").partition(",")[0]
+                speedup, *cells = _cells(row, mine)
+                settings = row["settings"]
+                head = [str(run), quality, str(row["devices"]), _picked(settings, run.steps)]
+                table.append([*head, speedup, _measured(settings), *cells])
+        return markdown(table) if len(table) > 1 else ""
+
+    return _all(folder, of_model)
 
 
-def delays(path: Path) -> str:
-    """Waves by their delay, and calibrated, PSNR in dB, without and with an exact last step."""
-    document = _read(path)
-    rows = document["figures"]["rows"]
-    titles = ["published", "delay 1", "delay N − 1", "calibrated"]
-    tails = [f"one exact step at the end: {titles[0]}", *titles[1:]]
-    table = [["", "N", "S", *titles, *tails]]
-    for sampler, steps in _runs(rows):
-        mine = _psnr(rows, sampler, steps)
-        for n, s in _SHAPES:
-            cells = []
-            for end in (" w=1", " w=1 tail=1"):
-                at = f"N={n} S={s}{end}"
-                whole = "the same" if n == 2 else mine[f"wavefront, whole {at}"]
-                learnt = mine[f"wavefront, calibrated {at}"]
-                cells += [mine[f"asyncdiff {at}"], mine[f"wavefront {at}"], whole, learnt]
-            table.append([f"{_SAMPLERS[sampler]}, {steps} steps", str(n), str(s), *cells])
-    return _caption(path, document) + "\n\n" + markdown(table)
+def few_steps(folder: Path) -> str:
+    """The same of a dozen steps or fewer, PSNR in dB."""
+    columns = {
+        f"N={n}: {title}": f"{kind} N={n} S=1 w=1"
+        for n in (2, 4)
+        for title, kind in (("published", "asyncdiff"), ("waves", "wavefront"))
+    } | {
+        "N=2: waves, w=5": "wavefront N=2 S=1 w=5",
+        "quality balanced, 2 devices": "quality balanced, 2 devices",
+        "DistriFusion, 2 patches": "DistriFusion, 2 patches, 1 synchronous",
+    }
+
+    def of_model(rows: list[Row]) -> str:
+        table = [["PSNR (10th percentile), dB", *columns]]
+        runs = [(run, mine) for run, mine in by_run(rows).items() if run.steps <= _FEW]
+        for run, mine in sorted(runs, key=lambda r: (r[0].sampler, -r[0].guidance, -r[0].steps)):
+            table.append([str(run), *(_short(mine, method) for method in columns.values())])
+        return markdown(table) if len(table) > 1 else ""
+
+    return _all(folder, of_model)
 
 
-def orders(path: Path, tried: Path) -> str:
-    """Waves of the longest delay by their order, PSNR in dB."""
-    documents = [_read(path), _read(tried)]
-    rows = [row for document in documents for row in document["figures"]["rows"]]
-    table = [["", "N", "S", "published", "order 0", "0.5", "1", "default"]]
-    for sampler, steps in _runs(rows):
-        mine = _psnr(rows, sampler, steps)
-        for n, s in _SHAPES:
-            at, whole = f"N={n} S={s} w=1", "wavefront" if n == 2 else "wavefront, whole"
-            cells = [mine[f"{whole}, order {order} {at}"] for order in ("0", "0.5", "1")]
-            cells = [mine[f"asyncdiff {at}"], *cells, mine[f"{whole} {at}"]]
-            table.append([f"{_SAMPLERS[sampler]}, {steps} steps", str(n), str(s), *cells])
-    return _caption(tried, documents[1]) + "\n\n" + markdown(table)
+def delays(folder: Path) -> str:
+    """Waves by their delay, PSNR in dB."""
+
+    def of_model(rows: list[Row]) -> str:
+        table = [["PSNR (10th percentile), dB", "N", "S", "published", "waves", "delay N − 1"]]
+        for run, mine in by_run(rows).items():
+            for n, s in _SHAPES:
+                names = ("asyncdiff", "wavefront", "wavefront, whole")
+                cells = [_short(mine, f"{name} N={n} S={s} w=1") for name in names]
+                if cells[-1]:
+                    table.append([str(run), str(n), str(s), *cells])
+        return markdown(table) if len(table) > 1 else ""
+
+    return _all(folder, of_model)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
+def _all(folder: Path, tables: Callable[[list[Row]], str]) -> str:
+    """A part for each model of which there is something to show."""
+    parts = []
+    for model, path, document in documents(folder):
+        text = tables(document["figures"]["rows"])
+        if text:
+            parts.append(f"**{TITLES[model]}.** {_caption(path, document)}\n\n{text}")
+    return "\n".join(parts) or _NOTHING
 
 
 def _caption(path: Path, document: dict[str, Any]) -> str:
     e, settings = document["environment"], document["figures"]["settings"]
     on = e["gpus"][0] if e["gpus"] else "a CPU"
     return (
-        f"{len(settings['prompts'])} prompts, guidance {settings['guidance']:g}, drawn on {on}, "
-        f"torch {e['torch']}, commit {e['commit']}. `benchmarks/fidelity/{e['command']}`, "
+        f"{len(settings['prompts'])} pictures, drawn on {on}, torch {e['torch']}, commit "
+        f"{e['commit']}. `benchmarks/fidelity/{e['command']}`, "
         f"[{path.name}](../benchmarks/results/{path.name})."
     )
 
 
-def _runs(rows: list[Row]) -> list[tuple[str, int]]:
-    return list(dict.fromkeys((r["sampler"], r["steps"]) for r in rows))
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    shown = []
+    for start in _SHOWN:
+        for row in (r for r in rows if r["method"].startswith(start)):
+            _, with_end, end = row["method"].partition(" w=")
+            if not with_end or f"w={end}" in _ENDS:
+                shown.append(row)
+    return shown
 
 
-def _psnr(rows: list[Row], sampler: str, steps: int) -> dict[str, str]:
-    """PSNR by method."""
-    mine = (r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps))
-    return {r["method"]: f"{r['psnr_db']:.1f}" for r in mine}
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Speed-up, PSNR, its 10th percentile and SSIM."""
+    speedup = f"{row['speedup']:.2f}"
+    if row["psnr_db"] > _EXACT:
+        return [speedup, "exact", "", ""]
+    mark = "" if rival(row, rows) is None else " †"
+    p10 = row.get("psnr_db_p10")  # of earlier results it is not known
+    tenth = "" if p10 is None else f"{p10:.1f}"
+    return [speedup, f"{row['psnr_db']:.1f}{mark}", tenth, f"{row['ssim']:.4f}"]
 
 
-def _by_end(rows: list[dict[str, Any]]) -> str:
-    ends = ("w=1", "w=5", "w=1 tail=1", "w=1 tail=4")
-    table = [["", "devices", *(f"{end}: speed-up, PSNR dB" for end in ends)]]
-    curves: dict[str, dict[str, dict[str, Any]]] = {}
-    place = {r["method"]: [r["method"].startswith(s) for s in _SHOWN] for r in rows}
-    for row in sorted(rows, key=lambda r: place[r["method"]], reverse=True):
-        name, _, end = row["method"].partition(" w=")
-        curves.setdefault(name, {})[f"w={end}" if end else ends[0]] = row
+def _short(rows: Sequence[Row], method: str) -> str:
+    for row in rows:
+        if row["method"] == method:
+            _, psnr, tenth, _ = _cells(row, rows)
+            return f"{psnr} ({tenth})" if tenth else psnr
+    return ""
 
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        psnr = row["psnr_db"]
-        mark = "" if rival(row, rows) is None else " †"
-        return f"{row['speedup']:.2f}, " + ("exact" if psnr > 90 else f"{psnr:.1f}{mark}")
 
-    for name, by_end in curves.items():
-        if name.startswith(_SHOWN):
-            devices = str(next(iter(by_end.values()))["devices"])
-            table.append([name, devices, *(cell(by_end.get(end)) for end in ends)])
-    return markdown(table)
+def _picked(settings: Row, steps: int) -> str:
+    """What a quality picked, in a few words."""
+    n = settings["components"]
+    if settings.get("schedule") != "wavefront":
+        split = settings.get("guidance") == "split"
+        return "every step exact, guidance split" if split else "one device"
+    split = settings["guidance"] == "split"
+    words = f"waves N={n}, {settings['warmup']} of {steps} steps exact"
+    if split or settings["warmup_mode"] == "split":
+        words += ", guidance split" if split else ", those split"
+    return words
+
+
+def _measured(settings: Row) -> str:
+    found = settings["measured_speedup"]
+    return ", ".join(f"{found[m]:.2f}" if m in found else "–" for m in ("sdxl", "sd3", "flux"))

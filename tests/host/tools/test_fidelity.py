@@ -136,7 +136,7 @@ def test_the_benchmark_writes_and_continues(tmp_path: Path) -> None:
     document = json.loads(out.read_text())
     rows = document["figures"]["rows"]
     assert rows and all(r["psnr_db"] and r["speedup"] > 0 for r in rows)
-    assert (tmp_path / "fidelity_ddim.png").exists()
+    assert (tmp_path / "fidelity_ddim_2_5.png").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
     assert json.loads(out.read_text())["figures"]["rows"] == rows  # kept, not drawn again
