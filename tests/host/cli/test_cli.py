@@ -220,8 +220,7 @@ def fake(monkeypatch):
 
     monkeypatch.setattr(asyncdiff, "parallelize", parallelize, raising=False)
     monkeypatch.setattr(Model, "pipeline", pipeline)
-    timeline = types.SimpleNamespace(speedup=1.75)
-    monkeypatch.setattr(prediction, "predicted", lambda handle, steps: timeline)
+    monkeypatch.setattr(prediction, "predicted_speedup", lambda handle, steps: 1.75)
     seen["pipe"] = pipe
     return seen
 

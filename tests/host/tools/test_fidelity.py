@@ -22,7 +22,7 @@ from asyncdiff.schedule.simulate import Timing, predict
 from asyncdiff.tools import fidelity as measures
 from asyncdiff.tools import tune as tuning
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
-from asyncdiff.tools.prediction import LATENCY_US, predicted
+from asyncdiff.tools.prediction import LATENCY_US, predicted_speedup
 from asyncdiff.tools.tune import tune
 from asyncdiff.tools.tune_plot import draw
 from fidelity import plots, rivals
@@ -208,15 +208,20 @@ def test_one_timing_of_the_denoiser_predicts_every_family(
 def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
     with asyncdiff.parallelize(pipe, ["cpu"] * 2, warmup=2) as handle:
         pipe("house", num_inference_steps=4)
-        timeline = predicted(handle, 20)
-        assert timeline is not None and 1 < timeline.speedup < 2
-        assert timeline.plan == handle.plan(20)
+        chain = predicted_speedup(handle, 20)
+        assert chain is not None and 1 < chain < 2
+        # Exact steps that are split take half as long, all but the last.
+        handle.configure(warmup=8)
+        slow = predicted_speedup(handle, 20)
+        handle.configure(warmup_mode="split")
+        split = predicted_speedup(handle, 20)
+        assert slow is not None and split is not None and 1 < slow < split < 2
     with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, split="estimate") as handle:
         pipe("house", num_inference_steps=2)
-        assert predicted(handle, 20) is None
+        assert predicted_speedup(handle, 20) is None
     with asyncdiff.parallelize(pipe, ["cpu"] * 4, guidance="split") as handle:
         pipe("house", num_inference_steps=2)
-        assert predicted(handle, 20) is None
+        assert predicted_speedup(handle, 20) is None
 
 
 def test_tune_calibrates_waves_on_other_prompts(pipe: Any) -> None:

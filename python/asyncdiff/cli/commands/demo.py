@@ -68,7 +68,7 @@ def _run(
     from ... import parallelize
     from ...demo import model as demo_model
     from ...tools import compare
-    from ...tools.prediction import predicted
+    from ...tools.prediction import predicted_speedup
 
     prompts = prompts or chosen(list(demo_model.known_prompts()), PICTURES)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler or "ddim")
@@ -96,11 +96,11 @@ def _run(
     handle = parallelize(pipe, devices=spread.devices, progress=preparing, **spread.arguments)
     try:
         images, ms = draw("asynchronous")
-        timeline = predicted(handle, setting.steps) if shared(spread.devices) else None
+        speedup = predicted_speedup(handle, setting.steps) if shared(spread.devices) else None
         told |= {
             "settings": handle.settings,
             "ranks_share_a_device": shared(spread.devices),
-            "predicted_speedup": None if timeline is None else timeline.speedup,
+            "predicted_speedup": speedup,
             "report": handle.report().to_dict(),
         }
     finally:

@@ -40,7 +40,7 @@ def generate(
     subject.announce()
     from ... import parallelize
     from ...tools import compare
-    from ...tools.prediction import predicted
+    from ...tools.prediction import predicted_speedup
 
     modes: dict[str, Any] = {
         "guidance": "split" if split_guidance else "batched",
@@ -76,14 +76,14 @@ def generate(
             fast, ms = draw("asynchronous")
         report = handle.report()
         told["settings"] = handle.settings
-        timeline = predicted(handle, setting.steps) if shared(ranks) else None
+        speedup = predicted_speedup(handle, setting.steps) if shared(ranks) else None
     finally:
         handle.restore()
     image = compare.image(fast)
     result: dict[str, Any] = told | {
         "prompt": prompt, "negative_prompt": negative, "width": image.width, "height": image.height,
         "prepare_s": prepare_s, "asynchronous_ms": ms, "ranks_share_a_device": shared(ranks),
-        "predicted_speedup": None if timeline is None else timeline.speedup,
+        "predicted_speedup": speedup,
         "report": report.to_dict(),
     }  # fmt: skip
     if plain is not None:
