@@ -50,10 +50,13 @@ def generate(
     wave: Denoise | None = None,
 ) -> torch.Tensor:
     """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
-    for noise predictions. ``predict`` instead of a line; ``wave`` evaluates asynchronous steps, one
-    after another, where that is not what an exact one does."""
+    for noise predictions. ``predict`` instead of a line that pays back what the sampler is owed;
+    ``wave`` evaluates asynchronous steps, one after another, where that is not what an exact one
+    does."""
     steps = len(alphas)
     end = steps - exact_tail
+    ratios = [a / s for a, s in zip(alphas, sigmas, strict=True)]
+    given: dict[int, torch.Tensor] = {}  # x0 of asynchronous steps
     known: dict[int, torch.Tensor] = {}
     noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
@@ -64,9 +67,25 @@ def generate(
         known[k] = (path[k] - sigmas[k] * noise) / alphas[k]
         path.append(step(path[k], noise, k))
 
+    def owed() -> torch.Tensor:
+        """What all steps that are known by now, or lie between known ones, were given too little:
+        each weighed by how much α/σ grew in it."""
+        total = torch.zeros_like(x)
+        for j, x0 in given.items():
+            if j <= max(known) and j + 1 < steps:
+                a = max(k for k in known if k <= j)
+                b = min(k for k in known if k >= j)
+                best = known[a] + (known[b] - known[a]) * ((j - a) / (b - a) if b > a else 0)
+                total = total + (ratios[j + 1] - ratios[j]) * (best - x0)
+        return total
+
     def walk(first: int, last: int) -> None:
         for j in range(first, last):
             x0 = predict(known, noises, j, path[j]) if predict else line(known, j, order, reach)
+            if not predict and j + stride < steps:
+                share = 1 / (delay + 1)
+                x0 = x0 + share * owed() / (ratios[j + stride] - ratios[j])
+            given[j] = x0
             path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
 
     for k in range(warmup):

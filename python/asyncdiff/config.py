@@ -52,9 +52,8 @@ class ParallelConfig:
             sequential result, at the same speed; or ``"pipeline"``, for batches of at least N
             pictures: components work on different pictures in turn, and every step is exact
             (docs/guide/pipeline.md).
-        delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1
-            nothing inside a wave is stale. None for what measured best: 1 where the first component
-            sends to the last one, as in UNets, N − 1 in a chain of components.
+        delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1,
+            which None means, nothing inside a wave is stale.
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
             straight line); None for what measured best for N and S; or what ``calibrate()`` or
             ``Calibration.load`` returned.

@@ -273,9 +273,9 @@ def predictor_of(spec: GenerationSpec, clean: CleanImage, plan: Plan) -> Predict
     if isinstance(rule, Calibration):
         shape = Shape(config.components, config.stride, plan.delay, spec.warmup, spec.exact_tail)
         rule.check(shape, clean)
-        return Predictor(clean, rule)
+        return Predictor(clean, rule, plan.delay, config.stride)
     order = default_order(clean, plan.delay, config.stride) if rule is None else rule
-    return Predictor(clean, Line(order))
+    return Predictor(clean, Line(order), plan.delay, config.stride)
 
 
 def _number(time: torch.Tensor) -> Time:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError
-from .sampling.predictor import LARGE_STEP, SMALL_STEP
 
 QUALITIES = ("exact", "high", "balanced", "fast")
 DEFAULT = "balanced"
@@ -22,6 +21,9 @@ DEFAULT = "balanced"
 AUTO = "auto"
 #: Fewer steps than this are all decisive: each is exact.
 FEW = 10
+#: Steps in log-SNR, ln(α/σ), by their median: up to the first they are small, from the second on
+#: large.
+SMALL_STEP, LARGE_STEP = 0.12, 0.23
 #: By quality, the share of steps that are exact at the beginning, where steps are small and where
 #: they are large, of two components; each further one adds a share of the first of them.
 _SHARES = {"high": (0.18, 0.36), "balanced": (0.12, 0.32), "fast": (0.04, 0.12)}

@@ -9,8 +9,16 @@ import pytest
 
 from asyncdiff.config import ParallelConfig
 from asyncdiff.errors import InputError
-from asyncdiff.quality import FEW, QUALITIES, Task, check_quality, exact_steps, pick
-from asyncdiff.sampling.predictor import LARGE_STEP, SMALL_STEP
+from asyncdiff.quality import (
+    FEW,
+    LARGE_STEP,
+    QUALITIES,
+    SMALL_STEP,
+    Task,
+    check_quality,
+    exact_steps,
+    pick,
+)
 
 #: Stable Diffusion with 50 steps of DDIM on two devices.
 USUAL = Task(devices=2, steps=50, step=0.1, guided=True, pictures=1, whole=True)

@@ -45,6 +45,13 @@ class CleanImage:
             math.log(a / s) if a and s else (math.inf if a else -math.inf) for a, s in pairs
         )
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether the scheduler draws noise in its steps, as far as its name and configuration say
+        (not what is passed to a step: ``eta``)."""
+        kind = f"{self.sampler.get('class', '')} {self.sampler.get('algorithm_type', '')}".lower()
+        return "ancestral" in kind or "sde" in kind
+
     def of_steps(self, start: int, steps: int) -> CleanImage:
         """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
         schedule, and one pipeline may leave the end to another."""

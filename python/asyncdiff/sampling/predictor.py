@@ -4,11 +4,20 @@ A wave's noise prediction arrives some steps late (:mod:`asyncdiff.schedule.wave
 image x0 that it means changes slowly from step to step, much more slowly than the noise prediction,
 so the x0 of a step is extrapolated from those of earlier steps, and turned back into a prediction
 at the step's own latents.
+
+When the exact x0 of a step has arrived, it is known by how much the sampler was misled there. With
+y = z/σ and r = α/σ, what DDIM and Euler compute is y' = y + (r' − r) · x0 (the probability flow in
+these coordinates: Lu et al. 2022, arXiv 2206.00927), so a step that was given x0 + e has moved y by
+(r' − r) · e too far. The sum of these errors is what the sampler is *owed*; a later step pays it
+back, so that errors do not pile up. It is the corrector of a predictor-corrector method for
+differential equations, in its mode without a second evaluation (PEC); UniPC (Zhao et al. 2023,
+arXiv 2302.04867) corrects samplers themselves that way.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,8 +29,9 @@ from .clean_image import CleanImage
 
 #: The most that is extrapolated: so many times the distance of the two known steps.
 REACH = 4.0
-#: Steps in log-SNR, ln(α/σ): up to the first they are small, from the second on large.
-SMALL_STEP, LARGE_STEP = 0.12, 0.23
+#: Steps in log-SNR, ln(α/σ), by their median: up to the first a line is worth its order, from the
+#: second on nothing.
+SMALL_STEP, LARGE_STEP = 0.2, 0.45
 
 
 def check_order(order: float | Rule | None, schedule: str) -> None:
@@ -38,18 +48,30 @@ def check_order(order: float | Rule | None, schedule: str) -> None:
 
 
 def default_order(clean: CleanImage, delay: int, stride: int) -> float:
-    """The order that measured best for such steps (docs/results.md has the figures), when
-    predictions arrive ``delay`` ticks late.
+    """The order that measured best for such steps, when predictions arrive ``delay`` ticks late.
 
     The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
-    it amplifies what it is fed back. With a stride it never paid.
+    it amplifies what comes back to it. With a stride, steps are large, and x0 is held; so it is
+    where a scheduler's noise moves x0 in every step.
     """
-    if stride > 1 or delay == 0:
+    if stride > 1 or delay == 0 or clean.stochastic:
         return 0.0
     gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
     middle = gaps[len(gaps) // 2] if gaps else 0.0
     fine = min(1.0, max(0.0, (LARGE_STEP - middle) / (LARGE_STEP - SMALL_STEP)))
-    return 0.75 / delay**1.2 * fine
+    return 0.75 / math.sqrt(delay) * fine
+
+
+def feedback(delay: int) -> float:
+    """The share of what the sampler is owed that a tick pays back, when predictions arrive
+    ``delay`` ticks late.
+
+    Ticks under way do not know of each other, so the same error is paid back in several of them.
+    Where a step moves y as far as in a sampler of first order, errors die away with any share below
+    2 sin(π / (4 · delay − 2)). Samplers of higher order move it further (DPM-Solver++ of order 2
+    half as far again, UniPC more): this stays stable with them, too.
+    """
+    return 1 / (delay + 1)
 
 
 @dataclass(frozen=True)
@@ -108,13 +130,25 @@ class LatePredictor(Protocol):
 
 
 class Predictor:
-    """Predictions for the sampler's steps of one generation, from exact ones of earlier steps."""
+    """Predictions for the sampler's steps of one generation, from exact ones of earlier steps.
 
-    def __init__(self, clean: CleanImage, rule: Rule) -> None:
+    What the sampler is owed is paid back in the ``stride`` steps of a tick (:func:`feedback`, by
+    ``delay``). A rule that looks at the step's input sees there itself what errors have done: then
+    nothing is added.
+    """
+
+    def __init__(self, clean: CleanImage, rule: Rule, delay: int, stride: int = 1) -> None:
         self._clean = clean
         self._rule = rule
+        self._stride = stride
+        self._share = feedback(delay)
+        self._ratio = [
+            a / s if s else math.inf for a, s in zip(clean.alpha, clean.sigma, strict=True)
+        ]
         self._known: dict[int, torch.Tensor] = {}
         self._noise: dict[int, torch.Tensor] = {}
+        self._given: dict[int, torch.Tensor] = {}  # x0 of steps that are not known yet
+        self._owed: torch.Tensor | None = None
 
     def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
         """The exact prediction of a step, and the denoiser's input that it belongs to.
@@ -123,9 +157,11 @@ class Predictor:
         latents are its first ones. Steps arrive in ascending order.
         """
         z = latents_in(z, prediction.shape)
-        self._known[step] = self._clean.x0(step, z, prediction)
+        x0 = self._clean.x0(step, z, prediction)
+        self._known[step] = x0
         if self._rule.noise:
-            self._noise[step] = self._clean.noise(step, z, self._known[step])
+            self._noise[step] = self._clean.noise(step, z, x0)
+        self._settle()
         while len(self._known) > self._rule.depth:
             oldest = min(self._known)
             del self._known[oldest]
@@ -133,10 +169,37 @@ class Predictor:
 
     def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The prediction for ``step``, whose denoiser input is ``z``."""
+        self._settle()
         estimate = self._rule.estimate(sorted(self._known), step)
         z = latents_in(z, next(iter(self._known.values())).shape)
         x0 = evaluate(estimate, self._known, self._noise, z)
+        if not self._rule.noise:
+            if self._owed is not None and (span := self._span(step, self._stride)):
+                x0 = x0 + self._owed * (self._share / span)
+            self._given[step] = x0
         return self._clean.prediction(step, z, x0).to(dtype)
+
+    def _settle(self) -> None:
+        """Note what the steps up to the newest known one were given too little. Steps that have no
+        wave of their own (a stride) lie between the two that have."""
+        newest = max(self._known)
+        for k in [k for k in self._given if k <= newest]:
+            before = max(j for j in self._known if j <= k)
+            x0 = self._known[before]
+            if before < k:
+                after = min(j for j in self._known if j > k)
+                x0 = torch.lerp(x0, self._known[after], (k - before) / (after - before))
+            error = x0 - self._given.pop(k)
+            if span := self._span(k, 1):
+                self._owed = error * span if self._owed is None else self._owed + error * span
+
+    def _span(self, step: int, steps: int) -> float:
+        """By how much α/σ grows from a step over so many; 0 where that is not known, or infinite:
+        there a sampler forgets what came before."""
+        if step + steps >= len(self._ratio):
+            return 0.0
+        span = self._ratio[step + steps] - self._ratio[step]
+        return span if math.isfinite(span) else 0.0
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from .actions import Action, Exchange, Kind, Tick
 from .builder import Builder
 from .pipeline import in_turn
 from .published import Published
-from .wavefront import Waves, lagged, shortest_delay
+from .wavefront import Waves, lagged
 
 __all__ = [
     "ASYNCHRONOUS", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain",
@@ -77,14 +77,12 @@ def rank_count(components: int, stride: int, schedule: str) -> int:
     return components + stride - 1 if schedule == "asyncdiff" else components
 
 
-def wave_delay(
-    components: int, exchanges: Sequence[Exchange], schedule: str, delay: int | None = None
-) -> int:
-    """The delay of plans of this schedule: ``delay``, or where that is None the one that measured
-    best for these exchanges. 0 for other schedules, and where one component does it all."""
+def wave_delay(components: int, schedule: str, delay: int | None = None) -> int:
+    """The delay of plans of this schedule: ``delay``, or where that is None N − 1. 0 for other
+    schedules, and where one component does it all."""
     if schedule != "wavefront" or components == 1:
         return 0
-    return shortest_delay(components, exchanges) if delay is None else delay
+    return components - 1 if delay is None else delay
 
 
 def ring(
@@ -100,7 +98,7 @@ def ring(
     CUDA graph is recorded for each of them, not for every combination of several depths.
     """
     if schedule == "wavefront":
-        late = wave_delay(components, exchanges, schedule, delay)
+        late = wave_delay(components, schedule, delay)
         return max([2, *(e.lag + 1 for e in lagged(exchanges, components, late))])
     return 3 if extrapolate else 2
 
@@ -215,7 +213,7 @@ def build(
     Of schedule "asyncdiff" only: ``time_shift``; ``extrapolate``, by how much of the last change
     the values of other components are moved on before they are used (0: they are used as they
     came). Of "wavefront" only: ``delay``, ticks from a wave's start to its prediction, from 1
-    to N − 1 (None: the fewest exchanges from the first component to the last). Of "pipeline" only:
+    to N − 1 (None: N − 1). Of "pipeline" only:
     ``microbatches`` (None: as many as components); every step is exact, whatever ``warmup`` is.
 
     Raises PlanError for numbers and options that no plan has.
@@ -240,7 +238,7 @@ def build(
             "circle. Split by cuts (split='auto' or 'estimate'), or leave extrapolate at 0"
         )
     slots = ring(edges, components, schedule, extrapolate, delay)
-    late = wave_delay(components, edges, schedule, delay)
+    late = wave_delay(components, schedule, delay)
     builder: Builder
     if schedule == "wavefront":
         edges = lagged(edges, components, late)

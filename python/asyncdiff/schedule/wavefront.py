@@ -8,9 +8,9 @@ the sampler has taken steps on predictions: :mod:`asyncdiff.sampling.predictor`.
 With the longest delay, N − 1, component i runs i ticks after the wave started, and finds every
 value of its wave: the prediction is exact, and arrives N − 1 ticks late. With a shorter one no
 offset exceeds the delay. Components with the same offset run at once, so that what one needs of
-another is that of the wave before; what component 0 sends them is still the wave's own. In a UNet
-the skip connections of full resolution, which make up most of a prediction, go from the first
-component to the last: then a prediction one tick late is worth more than an exact one N − 1 late.
+another is that of the wave before; what component 0 sends them is still the wave's own. What
+arrives then is no exact prediction, so the sampler's errors are not known from it: the longest
+delay is the default.
 
 A value from component i reaches component j with a lag of o_j − o_i ticks, but at least one.
 With a stride S a wave starts every S steps.
@@ -24,20 +24,6 @@ from dataclasses import replace
 from ..errors import PlanError
 from .actions import Exchange
 from .builder import Builder
-
-
-def shortest_delay(components: int, exchanges: Sequence[Exchange]) -> int:
-    """Ticks from the first component to the last along the fewest exchanges.
-
-    It is what measured best: the prediction is as late as the newest of what it is made from. 1
-    where the first component sends to the last one, N − 1 in a chain. Exchanges go forwards.
-    """
-    hops = {0: 0}
-    for j in range(1, components):
-        before = [hops[e.source] for e in exchanges if e.target == j and e.source in hops]
-        if before:
-            hops[j] = min(before) + 1
-    return hops.get(components - 1, components - 1)
 
 
 def offsets(components: int, delay: int) -> tuple[int, ...]:

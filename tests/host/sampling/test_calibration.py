@@ -53,7 +53,7 @@ def waves(module: Toy, components: int, stride: int, **options: Any) -> AsyncDen
 def random_calibration(components: int, stride: int, warmup: int) -> Calibration:
     """Any coefficients: what is tested is that they are used as they should be."""
     clean = clean_image(sampler_of("DDIMScheduler", STEPS))
-    delay = 1  # the default of Toys, whose first component sends to the last one
+    delay = 1
     late = delay * stride
     newest = []
     for k in range(STEPS):
@@ -108,7 +108,7 @@ def test_the_engine_predicts_as_a_plain_simulation(
             wave=lambda x, k: evaluations.wave(x, scheduler.timesteps[k]),
         )  # fmt: skip
 
-    denoiser = waves(module, components, stride, warmup=warmup, order=calibration)
+    denoiser = waves(module, components, stride, warmup=warmup, order=calibration, delay=1)
     x = call["sample"]
     with denoiser.generation(scheduler.timesteps, scheduler):
         for t in scheduler.timesteps:
@@ -148,7 +148,9 @@ class LateRun:
         self.exact = range(steps) if mode == "exact" else range(shape.warmup)
         self.end = steps - shape.exact_tail
         self.under_way: dict[int, dict[int, torch.Tensor]] = {}
-        self.predictor = Predictor(clean, rule) if mode == "default" else None
+        self.predictor = (
+            Predictor(clean, rule, shape.delay, shape.stride) if mode == "default" else None
+        )
         self.inputs: dict[int, torch.Tensor] = {}
 
     def step(self, k: int, z: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -1,0 +1,98 @@
+"""What the sampler is given while predictions are on their way; that its errors are paid back."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+from asyncdiff.sampling.clean_image import CleanImage, clean_image
+from asyncdiff.sampling.predictor import Line, Predictor, default_order, feedback
+
+STEPS = 40
+
+
+def levels(name: str = "DDIMScheduler", steps: int = STEPS, **options: object) -> CleanImage:
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(steps)
+    return clean_image(scheduler)
+
+
+def walk(truth: torch.Tensor, order: float, delay: int, warmup: int = 2) -> torch.Tensor:
+    """By step, how far the latents are from where they should be, over σ; of a DDIM sampler whose
+    step k ought to be given the clean image ``truth[k]``, whatever its latents are."""
+    clean = levels()
+    ratios = [a / s for a, s in zip(clean.alpha, clean.sigma, strict=True)]
+    predictor = Predictor(clean, Line(order), delay)
+    y = right = torch.zeros(1, dtype=torch.float64)  # latents over σ
+    off, inputs, exact = [], {}, {}
+    for k in range(STEPS - 1):
+        z = inputs[k] = y * clean.sigma[k]
+        exact[k] = clean.prediction(k, z, truth[k])
+        late = k - delay
+        if k < warmup:
+            given = exact[k]
+            predictor.arrived(k, z, given)
+        else:
+            if late >= warmup:
+                predictor.arrived(late, inputs[late], exact[late])
+            given = predictor.predict(k, z, torch.float64)
+        growth = ratios[k + 1] - ratios[k]
+        y = y + growth * clean.x0(k, z, given)
+        right = right + growth * truth[k]
+        off.append((y - right).abs())
+    return torch.stack(off)
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_an_error_is_paid_back(delay: int) -> None:
+    """A clean image that jumps once misleads the sampler until that is known, and not for good."""
+    truth = torch.where(torch.arange(STEPS) < 8, 0.0, 1.0).double()[:, None]
+    for order in (0.0, 0.5):
+        off = walk(truth, order, delay)
+        assert off[:8].max() == 0
+        assert off.max() > 0.01
+        assert off[-1] < 0.02 * off.max()
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_what_needs_no_correction_gets_none(delay: int) -> None:
+    constant = torch.ones(STEPS, 1, dtype=torch.float64)
+    line = torch.arange(STEPS).double()[:, None]
+    assert walk(constant, 0.5, delay).max() < 1e-12
+    # A line, where a whole slope follows it: from two known steps on.
+    assert walk(line, 1.0, delay).max() < 1e-9
+
+
+@pytest.mark.parametrize("delay", range(1, 12))
+def test_errors_die_away_by_themselves(delay: int) -> None:
+    """Owed n ticks on is owed before, less what the tick ``delay`` ago has paid back."""
+    owed = [1.0] * (delay + 1)
+    for _ in range(60 * delay):
+        owed.append(owed[-1] - feedback(delay) * owed[-delay])
+    assert max(map(abs, owed[-delay:])) < 1e-3
+
+
+def test_order_falls_with_delay_and_step_size() -> None:
+    by_delay = [default_order(levels(steps=100), delay, 1) for delay in (1, 2, 3)]
+    assert by_delay[0] == 0.75 and sorted(by_delay, reverse=True) == by_delay
+    by_steps = [default_order(levels(steps=n), 1, 1) for n in (100, 12, 4)]
+    assert sorted(by_steps, reverse=True) == by_steps and by_steps[-1] == 0
+    assert default_order(levels(steps=100), 1, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "draws"),
+    [
+        ("EulerDiscreteScheduler", {}, False),
+        ("EulerAncestralDiscreteScheduler", {}, True),
+        ("DPMSolverMultistepScheduler", {}, False),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
+    ],
+)
+def test_where_noise_is_drawn_the_clean_image_is_held(
+    name: str, options: dict[str, str], draws: bool
+) -> None:
+    clean = levels(name, 50, **options)
+    assert clean.stochastic == draws
+    assert (default_order(clean, 1, 1) == 0) == draws
