@@ -98,6 +98,12 @@ def generate(
             arrived, x0 = waves.pop(tick)
             known[arrived] = x0
         walk(k, min(k + stride, end))
+    # What is under way arrives with the first exact step, which pays all that is owed by then.
+    known |= dict(waves.values())
     for k in range(end, steps):
-        exact(k)
+        noises[k] = denoise(path[k], k)
+        known[k] = x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
+        if not predict and k + 1 < steps:
+            x0 = given[k] = x0 + owed() / (ratios[k + 1] - ratios[k])
+        path.append(step(path[k], (path[k] - alphas[k] * x0) / sigmas[k], k))
     return path[-1]

@@ -57,7 +57,8 @@ class ParallelConfig:
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
             straight line); None for what measured best for N and S; or what ``calibrate()`` or
             ``Calibration.load`` returned.
-        exact_tail: the last so many steps are run exactly, like the first w.
+        exact_tail: the last so many steps are run exactly, like the first w. Of waves, the first of
+            two or more also pays back all that late predictions have misled the sampler by.
         extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
             of other components are moved on before they are used.
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
@@ -279,9 +280,11 @@ class GenerationSpec:
     @property
     def split_steps(self) -> tuple[int, int]:
         """Exact steps at both ends that run split over two devices. The last one of the warm-up
-        fills the mailboxes: it runs as a chain, unless nothing follows it."""
+        fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first of
+        several at the end of waves, with which the waves under way arrive."""
         if self.config.warmup_mode == "chain":
             return 0, 0
         if self.all_exact:
             return self.steps, 0
-        return self.warmup - 1, self.exact_tail
+        waits = self.config.schedule == "wavefront" and self.exact_tail > 1
+        return self.warmup - 1, self.exact_tail - waits

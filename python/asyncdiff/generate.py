@@ -213,6 +213,10 @@ class _Run:
         """See :class:`asyncdiff.sampling.predictor.LatePredictor`."""
         return torch.zeros_like(self._like, dtype=dtype)
 
+    def exact(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """See :class:`asyncdiff.sampling.predictor.LatePredictor`."""
+        return prediction
+
 
 def calibrate(denoiser: Denoiser, request: Request) -> Calibration:
     """What waves of this denoiser predict best with; see :meth:`AsyncDenoiser.calibrate`. The

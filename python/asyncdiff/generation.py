@@ -189,7 +189,8 @@ class Generation:
             oldest = step - self._main.plan.delay * self._main.plan.stride
             self._inputs = {k: v for k, v in self._inputs.items() if k > oldest}
             if tick.exact:
-                return results[step]
+                exact, *further = results[step]
+                return [predictor.exact(step, moving[latents], exact), *further]
         # Further outputs, where a denoiser has any, are those of the newest wave.
         newest = self._held[-1]
         prediction = predictor.predict(step, moving[latents], newest[0].dtype)

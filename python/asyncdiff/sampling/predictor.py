@@ -128,13 +128,16 @@ class LatePredictor(Protocol):
     def predict(self, step: int, z: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The prediction for ``step``, whose denoiser input is ``z``."""
 
+    def exact(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """What the sampler is given in a step whose own prediction has arrived."""
+
 
 class Predictor:
     """Predictions for the sampler's steps of one generation, from exact ones of earlier steps.
 
     What the sampler is owed is paid back in the ``stride`` steps of a tick (:func:`feedback`, by
-    ``delay``). A rule that looks at the step's input sees there itself what errors have done: then
-    nothing is added.
+    ``delay``), and all of it in the first exact step at the end. A rule that looks at the step's
+    input sees there itself what errors have done: then nothing is added.
     """
 
     def __init__(self, clean: CleanImage, rule: Rule, delay: int, stride: int = 1) -> None:
@@ -178,6 +181,16 @@ class Predictor:
                 x0 = x0 + self._owed * (self._share / span)
             self._given[step] = x0
         return self._clean.prediction(step, z, x0).to(dtype)
+
+    def exact(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """What the sampler is given in a step whose own prediction has arrived: that, and all that
+        it is owed."""
+        span = self._span(step, 1)
+        if self._owed is None or not span:
+            return prediction
+        x0 = self._given[step] = self._known[step] + self._owed / span
+        z = latents_in(z, prediction.shape)
+        return self._clean.prediction(step, z, x0).to(prediction.dtype)
 
     def _settle(self) -> None:
         """Note what the steps up to the newest known one were given too little. Steps that have no

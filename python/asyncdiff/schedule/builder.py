@@ -39,14 +39,14 @@ class Builder(ABC):
         """Write the tick of an exact step."""
 
     @abstractmethod
-    def asynchronous(self, steps: range) -> None:
-        """Write the ticks of these steps."""
+    def asynchronous(self, steps: range, more: bool) -> None:
+        """Write the ticks of these steps. ``more``: whether exact ones follow."""
 
     def ticks(self, warmup: int, steps: int, exact_tail: int) -> tuple[Tick, ...]:
         """All ticks of a generation."""
         for k in range(warmup):
             self.exact(k)
-        self.asynchronous(range(warmup, steps - exact_tail))
+        self.asynchronous(range(warmup, steps - exact_tail), more=exact_tail > 0)
         for k in range(steps - exact_tail, steps):
             self.exact(k)
         # What nobody will read is taken and given back, so that the channels end empty.

@@ -43,7 +43,7 @@ class Published(Builder):
             self._catch_up(rank)
         self.tick(True, (k,))
 
-    def asynchronous(self, steps: range) -> None:
+    def asynchronous(self, steps: range, more: bool) -> None:
         """Write a tick for every S steps."""
         for k in steps[:: self.stride]:
             serves = range(k, min(k + self.stride, steps.stop))

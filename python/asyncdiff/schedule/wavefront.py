@@ -65,14 +65,17 @@ class Waves(Builder):
         self.waves += 1
         self.tick(True, (k,))
 
-    def asynchronous(self, steps: range) -> None:
+    def asynchronous(self, steps: range, more: bool) -> None:
         """Write a tick for every S steps.
 
-        A wave that would not be finished is not started: nobody would use it.
+        A wave that would not be finished is not started: nobody would use it. Where exact
+        steps follow, all waves are finished, since the first of these can pay back what the sampler
+        is owed (:mod:`asyncdiff.sampling.predictor`). It has to pass through all components anyway:
+        the waves that are still under way go before it, in the same tick, and cost no time.
         """
         starts = steps[:: self.stride]
-        waves = range(len(starts) - self.delay)
-        for tick in range(len(starts)):
+        waves = range(len(starts) if more else len(starts) - self.delay)
+        for tick in range(len(starts) + self.delay):
             started = [(c, tick - after) for c, after in enumerate(self.offsets)]
             active = {c: self.waves + wave for c, wave in started if wave in waves}
             for c, wave in active.items():
@@ -81,7 +84,8 @@ class Waves(Builder):
                 self._run(c, starts[wave - self.waves], wave)
             for c, wave in active.items():
                 self._give_back(c, wave)
-            self.tick(False, steps[tick * self.stride : (tick + 1) * self.stride])
+            if tick < len(starts):
+                self.tick(False, steps[tick * self.stride : (tick + 1) * self.stride])
         self.waves += len(waves)
 
     def _read(self, component: int, source: int, wave: int, own: bool = False) -> int:

@@ -56,7 +56,7 @@ def run(denoiser: AsyncDenoiser, batch: int = 2) -> torch.Tensor:
     ids=["guidance", "warmup", "both"],
 )
 @pytest.mark.parametrize(
-    ("schedule", "tail"), [("asyncdiff", 0), ("asyncdiff", 2), ("wavefront", 1)]
+    ("schedule", "tail"), [("asyncdiff", 0), ("asyncdiff", 2), ("wavefront", 2)]
 )
 def test_equals_one_group(
     components: int, stride: int, warmup: int, modes: dict[str, str], schedule: str, tail: int

@@ -18,9 +18,12 @@ def levels(name: str = "DDIMScheduler", steps: int = STEPS, **options: object) -
     return clean_image(scheduler)
 
 
-def walk(truth: torch.Tensor, order: float, delay: int, warmup: int = 2) -> torch.Tensor:
+def walk(
+    truth: torch.Tensor, order: float, delay: int, warmup: int = 2, end: int = STEPS
+) -> torch.Tensor:
     """By step, how far the latents are from where they should be, over σ; of a DDIM sampler whose
-    step k ought to be given the clean image ``truth[k]``, whatever its latents are."""
+    step k ought to be given the clean image ``truth[k]``, whatever its latents are. From ``end`` on
+    steps are exact."""
     clean = levels()
     ratios = [a / s for a, s in zip(clean.alpha, clean.sigma, strict=True)]
     predictor = Predictor(clean, Line(order), delay)
@@ -30,9 +33,11 @@ def walk(truth: torch.Tensor, order: float, delay: int, warmup: int = 2) -> torc
         z = inputs[k] = y * clean.sigma[k]
         exact[k] = clean.prediction(k, z, truth[k])
         late = k - delay
-        if k < warmup:
-            given = exact[k]
-            predictor.arrived(k, z, given)
+        if k < warmup or k >= end:
+            for j in range(max(warmup, late), k) if k == end else ():
+                predictor.arrived(j, inputs[j], exact[j])
+            predictor.arrived(k, z, exact[k])
+            given = predictor.exact(k, z, exact[k])
         else:
             if late >= warmup:
                 predictor.arrived(late, inputs[late], exact[late])
@@ -53,6 +58,15 @@ def test_an_error_is_paid_back(delay: int) -> None:
         assert off[:8].max() == 0
         assert off.max() > 0.01
         assert off[-1] < 0.02 * off.max()
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_exact_steps_at_the_end_pay_all_that_is_owed(delay: int) -> None:
+    truth = torch.arange(STEPS).double()[:, None].sin()
+    off = walk(truth, 0.5, delay, end=STEPS - 3)
+    assert off[:2].max() == 0  # warm-up
+    assert off[STEPS - 4] > 0.01
+    assert off[STEPS - 3 :].max() < 1e-12
 
 
 @pytest.mark.parametrize("delay", [1, 2, 3])

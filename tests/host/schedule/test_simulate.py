@@ -267,6 +267,15 @@ def test_golden_waves(n, s, delay):
     check_golden(plan, f"waves_N{n}_S{s}_delay{delay}.txt")
 
 
+def test_waves_under_way_arrive_with_the_exact_step_that_follows_them():
+    """At no cost: that step has to pass through all components anyway."""
+    for n in (2, 3, 4):
+        for tail in (0, 1, 2):
+            plan = P.build(n, 1, 3, 20, schedule="wavefront", exact_tail=tail)
+            ticks = n * (3 + tail) + 17 - tail
+            assert predict(plan, Timing((10.0,) * n)).total_ms == pytest.approx(10.0 * ticks)
+
+
 def check_golden(plan, name):
     path = GOLDEN / name
     text = plan_text.grid(plan) + "\n\n" + plan_text.to_text(plan)
