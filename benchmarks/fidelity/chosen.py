@@ -12,7 +12,7 @@ import torch
 from asyncdiff.quality import Picked, Task, pick
 from asyncdiff.sampling.clean_image import clean_image
 from fidelity.macs import balanced
-from fidelity.measured import speedup
+from fidelity.measured import speedup, split_steps
 from fidelity.method import Method, Work
 from fidelity.ours import Asynchronous, plain_work
 
@@ -35,7 +35,7 @@ class Chosen(Method):
         return super().run(pipe, call, steps) if method is None else method.run(pipe, call, steps)
 
     def work(self, pipe: Any, call: Mapping[str, Any], steps: int) -> Work:
-        """Where exact steps are split, all but the last of them take half as long."""
+        """Exact steps that are split, a condition on each of two devices, take half as long."""
         picked, plain = self._picked(pipe, steps), plain_work(pipe, steps)
         method = self._method(picked)
         if method is None:
@@ -48,7 +48,7 @@ class Chosen(Method):
         whole = plain.critical / steps
         largest = max(c.macs for c in balanced(pipe, method.components).report().components)
         more, less = whole / 2 - largest, whole / 2
-        split = method.warmup - 1
+        split = split_steps(picked.settings)
         return Work(work.per_device + split * more, work.critical - split * less)
 
     def settings(self, pipe: Any, steps: int) -> dict[str, Any]:
@@ -77,5 +77,6 @@ class Chosen(Method):
             1,
             settings["warmup"],
             schedule="wavefront",
+            tail=settings["exact_tail"],
             split=settings["guidance"] == "split",
         )

@@ -12,7 +12,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 import results_file
+from asyncdiff.config import ParallelConfig
 
 RESULTS = results_file.ROOT / "benchmarks" / "results" / "denoise_4gpu.json"
 #: The models whose loops are used, each in one CUDA graph a rank.
@@ -42,11 +45,18 @@ def _loop(model: str, settings: Mapping[str, Any], steps: int) -> float:
     one, nine = (length * _ms(model, name.format(w)) for w in (1, 9))
     exact = (nine - one) / 8 + (one - (nine - one) / 8) / length
     steady = (one - exact) / (length - 1)
-    warmup = settings["warmup"]
-    total = warmup * exact + (steps - warmup) * steady
+    exactly = settings["warmup"] + settings["exact_tail"]
+    total = exactly * exact + (steps - exactly) * steady
     if settings["warmup_mode"] == "split" and not split:
-        total += (warmup - 1) * (_ms(model, "N=1 S=1 w=1 split") - exact)
+        total += split_steps(settings) * (_ms(model, "N=1 S=1 w=1 split") - exact)
     return total
+
+
+def split_steps(settings: Mapping[str, Any]) -> int:
+    """How many steps of waves run split, a condition on each of two devices, with
+    ``warmup_mode="split"``."""
+    config = ParallelConfig(**settings, devices=["cpu"] * settings["components"])
+    return sum(config.spec(torch.zeros(1000)).split_steps)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Settings chosen for the user: what a quality means on these devices, for this generation.
 
-What decides is how many of the first steps are exact: there the picture is made, and what is lost
-there is not won back later. How many it takes depends on how late predictions arrive and on how
-large the sampler's steps are. The shares below are a first choice: what they keep on models whose
-pictures have variety (benchmarks/yardsticks) is not measured yet.
+The first steps decide what is in a picture, so they are exact: more of them where steps are large
+or predictions late, and where guidance lets two devices share an exact step, so that it costs
+little. The last ones are exact because what late predictions have misled the sampler by is paid
+back there (:mod:`asyncdiff.sampling.predictor`). What is kept so of models whose pictures have
+variety (benchmarks/yardsticks) is in docs/guide/quality.md.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ FEW = 10
 #: Steps in log-SNR, ln(α/σ), by their median: up to the first they are small, from the second on
 #: large.
 SMALL_STEP, LARGE_STEP = 0.12, 0.23
-#: By quality, the share of steps that are exact at the beginning, where steps are small and where
-#: they are large, of two components; each further one adds a share of the first of them.
-_SHARES = {"high": (0.18, 0.36), "balanced": (0.12, 0.32), "fast": (0.04, 0.12)}
+#: By quality, exact steps of two components: the share of the first ones where a device runs each
+#: condition, for small and for large steps; the same where they are run one component after
+#: another; and how many of the last ones. The speeds that they leave: at least 1.8 times one
+#: device's for "balanced" and 1.7 for "high" on two devices with guidance, 3.4 for "balanced" on
+#: four.
+_EXACT = {
+    "high": ((0.25, 0.40), (0.16, 0.20), 2),
+    "balanced": ((0.12, 0.28), (0.08, 0.10), 1),
+    "fast": ((0.04, 0.08), (0.04, 0.06), 1),
+}
+#: Each further component adds this share of what small steps need.
 _FURTHER = 0.5
 
 
@@ -88,15 +97,20 @@ def pick(quality: str, task: Task, prepared: Mapping[str, Any] | None = None) ->
         return kept or _exact(task, few, quality)
     groups = 2 if task.guided and n >= 4 else 1
     components = n // groups
-    warmup = exact_steps(quality, task.steps, task.step, components)
+    shared = task.guided and groups == 1 and task.whole
+    warmup, tail = exact_steps(quality, task.steps, task.step, components, shared)
     settings: dict[str, Any] = {
         "components": components,
         "schedule": "wavefront",
         "warmup": warmup,
+        "exact_tail": tail,
         "guidance": "split" if groups == 2 else "batched",
-        "warmup_mode": "split" if task.guided and groups == 1 and task.whole else "chain",
+        "warmup_mode": "split" if shared else "chain",
     }
-    why = f"{components} components work at once, the first {warmup} of {task.steps} steps exact"
+    why = (
+        f"{components} components work at once, the first {warmup} and the last {tail} of "
+        f"{task.steps} steps exact"
+    )
     if groups == 2:
         why += "; each condition of the guidance has devices of its own"
     elif settings["warmup_mode"] == "split":
@@ -104,14 +118,17 @@ def pick(quality: str, task: Task, prepared: Mapping[str, Any] | None = None) ->
     return Picked(settings, groups * components, why)
 
 
-def exact_steps(quality: str, steps: int, step: float, components: int) -> int:
-    """How many of the first steps are exact. ``step``: the median length of the sampler's steps in
-    log-SNR."""
-    small, large = _SHARES[quality]
+def exact_steps(
+    quality: str, steps: int, step: float, components: int, shared: bool
+) -> tuple[int, int]:
+    """How many of the first and of the last steps are exact. ``step``: the median length of the
+    sampler's steps in log-SNR; ``shared``: two devices share an exact step, a condition each."""
+    by_condition, by_component, tail = _EXACT[quality]
+    small, large = by_condition if shared else by_component
     share = min(1.0, max(0.0, (step - SMALL_STEP) / (LARGE_STEP - SMALL_STEP)))
     of_two = small + (large - small) * share
     wanted = of_two + _FURTHER * small * (components - 2)
-    return max(1, min(steps, math.ceil(wanted * steps - 1e-9)))
+    return max(1, min(steps - tail, math.ceil(wanted * steps - 1e-9))), tail
 
 
 def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | None:
@@ -125,7 +142,7 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
     if groups == 2 and not task.guided:
         return None
     why = f"each of these {task.steps} steps is exact, on the ranks that there are"
-    settings = {**prepared, "warmup": task.steps}
+    settings = {**prepared, "warmup": task.steps, "exact_tail": 0}
     if not task.guided:
         settings["warmup_mode"] = "chain"
     return Picked(settings, groups * prepared["components"], why)

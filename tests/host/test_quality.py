@@ -46,20 +46,26 @@ def test_better_is_never_less_exact() -> None:
     for components in (2, 3, 4):
         for step in (0.05, 0.15, 0.4):
             for steps in (10, 25, 28, 50, 100):
-                exact = [
-                    exact_steps(quality, steps, step, components)
-                    for quality in ("fast", "balanced", "high")
-                ]
-                assert exact == sorted(exact)
-                assert exact[0] >= 1
-                assert exact[-1] <= steps
+                for shared in (True, False):
+                    exact = [
+                        exact_steps(quality, steps, step, components, shared)
+                        for quality in ("fast", "balanced", "high")
+                    ]
+                    assert exact == sorted(exact)
+                    assert exact[0][0] >= 1
+                    assert sum(exact[-1]) <= steps
 
 
 def test_large_steps_and_many_components_take_more_exact_ones() -> None:
     for quality in ("fast", "balanced", "high"):
-        small, large = (exact_steps(quality, 50, s, 2) for s in (SMALL_STEP, LARGE_STEP))
-        assert small < large
-        assert exact_steps(quality, 50, SMALL_STEP, 4) > small
+        for shared in (True, False):
+            small, large = (
+                exact_steps(quality, 100, s, 2, shared)[0] for s in (SMALL_STEP, LARGE_STEP)
+            )
+            assert small < large
+            assert exact_steps(quality, 100, SMALL_STEP, 4, shared)[0] > small
+        apart, one_by_one = (exact_steps(quality, 100, LARGE_STEP, 2, s)[0] for s in (True, False))
+        assert apart > one_by_one  # where they cost less
 
 
 def test_four_devices() -> None:
