@@ -107,6 +107,7 @@ def test_who_is_better_than_us_is_said(tmp_path: Path) -> None:
         return {
             "sampler": "ddim",
             "steps": 50,
+            "guidance": 2.0,
             "method": method,
             "devices": devices,
             "speedup": speedup,
