@@ -133,7 +133,7 @@ def exact_steps(
 
 def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | None:
     """Every step exact with waves that are there, where that takes no longer than other ways."""
-    if not prepared or prepared.get("schedule") != "wavefront":
+    if task.step is None or not prepared or prepared.get("schedule") != "wavefront":
         return None
     split = "split" in (prepared["guidance"], prepared["warmup_mode"])
     if task.guided and task.whole and not split:

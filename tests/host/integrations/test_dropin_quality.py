@@ -162,3 +162,39 @@ def test_balanced_is_the_default(given: dict[str, Any]) -> None:
         assert handle.settings == "components=1: one device"
         assert reference.distance(got, draw(sd()[0], call, num_inference_steps=12)) < 1e-5
         handle.restore()
+
+
+def test_samplers_without_noise_levels_are_exact_after_waves() -> None:
+    """The ranks of waves are no way to draw what waves cannot."""
+    pipe, call = sd()
+    plain = sd()[0]
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    draw(pipe, call, num_inference_steps=12)
+    assert handle.config.schedule == "wavefront"
+    for p in (pipe, plain):
+        p.scheduler = diffusers.IPNDMScheduler()
+    for steps in (12, 4):
+        got = draw(pipe, call, num_inference_steps=steps)
+        assert reference.distance(got, draw(plain, call, num_inference_steps=steps)) < 1e-5
+    handle.restore()
+
+
+def test_what_is_given_by_hand_for_waves_holds_for_these_only() -> None:
+    pipe, call = sd()
+    plain = sd()[0]
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    handle.configure(exact_tail=3, warmup=2, order=0.5, warmup_mode="split")  # no waves yet
+    with pytest.raises(asyncdiff.PlanError, match="order=7"):
+        handle.configure(order=7)
+    with pytest.raises(InputError, match="cannot change"):
+        handle.configure(stride=2)
+    draw(pipe, call, num_inference_steps=12)
+    assert (handle.config.exact_tail, handle.config.warmup, handle.config.order) == (3, 2, 0.5)
+    two = sd(2)[1]
+    got = draw(pipe, two, num_inference_steps=6)
+    assert handle.config.schedule == "pipeline"
+    assert reference.distance(got, draw(plain, two, num_inference_steps=6)) < 1e-5
+    for options in ({"num_inference_steps": 12}, {"num_inference_steps": 8}):
+        got = draw(pipe, call, **options)
+    assert reference.distance(got, draw(plain, call, **options)) < 1e-5
+    handle.restore()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -41,9 +40,13 @@ class AutoSettings:
         #: calls whose batch cannot be taken apart
         self._together: set[Signature] = set()
 
-    def given(self, changes: Mapping[str, Any]) -> None:
-        """These are not picked any more."""
+    def given(self, config: ParallelConfig, changes: dict[str, Any]) -> dict[str, Any]:
+        """These are not picked any more; those of them that ``config`` takes at once. Raises what
+        :meth:`asyncdiff.ParallelConfig.between_generations` does, of waves."""
+        waves = replace(self._base, components=2, schedule="wavefront")
+        waves.between_generations(self._by_hand | changes)
         self._by_hand |= changes
+        return changes if config.schedule == "wavefront" else {}
 
     def keep_together(self, call: Call) -> bool:
         """The parts of the batch of calls like this cannot be taken apart; whether that is new."""
@@ -56,10 +59,12 @@ class AutoSettings:
         task = self._task(denoiser, call, steps, scheduler)
         prepared = None if self.picked is None else self.picked.settings
         picked = pick(self.quality, task, prepared)
+        # Else every step is exact: there is nothing that these could say.
+        by_hand = self._by_hand if picked.settings.get("warmup", steps) < steps else {}
         config = replace(
             self._base,
             devices=tuple(self._devices[: picked.devices]),
-            **picked.settings | self._by_hand,
+            **picked.settings | by_hand,
         )
         if picked != self.picked:
             log.info("quality=%r picks %s", self.quality, picked)
@@ -91,7 +96,7 @@ def _length(scheduler: Any, steps: int) -> float | None:
         return None
     every = whole.of_steps(len(whole.of_input) - steps, steps).log_snr
     gaps = [abs(b - a) for a, b in itertools.pairwise(every)]
-    return median(gaps) if gaps else None
+    return median(gaps) if gaps else 0.0
 
 
 def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device]) -> bool:

@@ -94,11 +94,12 @@ class Handle(ReadOnlySettings):
         return str(self._auto.picked or f"quality={self._auto.quality!r} picks at the first call")
 
     def configure(self, **changes: Any) -> None:
-        """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. They
-        are not picked any more, where a quality was asked for."""
-        self.denoiser.configure(**changes)
+        """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. Where
+        a quality was asked for, they are not picked any more for generations with asynchronous
+        steps."""
         if self._auto is not None:
-            self._auto.given(changes)
+            changes = self._auto.given(self.config, changes)
+        self.denoiser.configure(**changes)
 
     @property
     def partition(self) -> Partition:
