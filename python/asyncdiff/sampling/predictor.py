@@ -145,6 +145,7 @@ class Predictor:
         self._rule = rule
         self._stride = stride
         self._share = feedback(delay)
+        self._late = delay * stride
         self._ratio = [
             a / s if s else math.inf for a, s in zip(clean.alpha, clean.sigma, strict=True)
         ]
@@ -177,7 +178,7 @@ class Predictor:
         z = latents_in(z, next(iter(self._known.values())).shape)
         x0 = evaluate(estimate, self._known, self._noise, z)
         if not self._rule.noise:
-            if self._owed is not None and (span := self._span(step, self._stride)):
+            if self._owed is not None and (span := self._payable(step, self._stride)):
                 x0 = x0 + self._owed * (self._share / span)
             self._given[step] = x0
         return self._clean.prediction(step, z, x0).to(dtype)
@@ -185,7 +186,7 @@ class Predictor:
     def exact(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """What the sampler is given in a step whose own prediction has arrived: that, and all that
         it is owed."""
-        span = self._span(step, 1)
+        span = self._payable(step, 1)
         if self._owed is None or not span:
             return prediction
         x0 = self._given[step] = self._known[step] + self._owed / span
@@ -205,6 +206,14 @@ class Predictor:
             error = x0 - self._given.pop(k)
             if span := self._span(k, 1):
                 self._owed = error * span if self._owed is None else self._owed + error * span
+
+    def _payable(self, step: int, steps: int) -> float:
+        """The span to pay back in: this one, or a longer one of the steps whose errors have just
+        become known. A step much shorter than these would be given an x0 far from any image."""
+        if not self._span(step, steps):
+            return 0.0
+        first = max(0, step - self._late)
+        return max((self._span(k, steps) for k in range(first, step + 1)), key=abs)
 
     def _span(self, step: int, steps: int) -> float:
         """By how much α/σ grows from a step over so many; 0 where that is not known, or infinite:

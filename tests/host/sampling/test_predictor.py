@@ -110,3 +110,26 @@ def test_where_noise_is_drawn_the_clean_image_is_held(
     clean = levels(name, 50, **options)
     assert clean.stochastic == draws
     assert (default_order(clean, 1, 1) == 0) == draws
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_short_step_is_not_given_all_that_long_ones_owe(exact: bool) -> None:
+    """Steps given by hand may be of any length: what is added to x0 stays of the errors' size."""
+    scheduler = diffusers.DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[900, 700, 500, 499, 300, 200])
+    clean = clean_image(scheduler)
+    predictor = Predictor(clean, Line(0), 1)
+    z = torch.zeros(1, dtype=torch.float64)
+
+    def of(step: int, x0: float) -> torch.Tensor:
+        return clean.prediction(step, z, z + x0)
+
+    predictor.arrived(0, z, of(0, 0.0))
+    predictor.predict(1, z, z.dtype)
+    predictor.arrived(1, z, of(1, 1.0))  # it was given 0
+    if exact:
+        predictor.arrived(2, z, of(2, 1.0))
+        given = predictor.exact(2, z, of(2, 1.0))
+    else:
+        given = predictor.predict(2, z, z.dtype)
+    assert 1 < clean.x0(2, z, given).item() <= 2
