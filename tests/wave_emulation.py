@@ -8,6 +8,7 @@ wave before: :class:`emulation.Waves`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -48,11 +49,12 @@ def generate(
     exact_tail: int = 0,
     predict: Predict | None = None,
     wave: Denoise | None = None,
+    watch: bool = True,
 ) -> torch.Tensor:
     """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
     for noise predictions. ``predict`` instead of a line that pays back what the sampler is owed;
     ``wave`` evaluates asynchronous steps, one after another, where that is not what an exact one
-    does."""
+    does. ``watch``: whether x0 is only trusted to go on as far as it did."""
     steps = len(alphas)
     end = steps - exact_tail
     ratios = [a / s for a, s in zip(alphas, sigmas, strict=True)]
@@ -79,12 +81,28 @@ def generate(
                 total = total + (ratios[j + 1] - ratios[j]) * (best - x0)
         return total
 
+    def trust() -> torch.Tensor:
+        """How far x0 goes on as it went, by sample: see asyncdiff.sampling.predictor."""
+        steps = sorted(known)
+        moves = [known[b] - known[a] for a, b in itertools.pairwise(steps)]
+        if len(moves) < 2 or not watch:
+            return torch.ones((), dtype=x.dtype)
+        again = power = torch.zeros((), dtype=x.dtype)
+        for one, next_one in itertools.pairwise(moves):
+            rest = tuple(range(1, x.dim()))
+            again = 0.5 * again + (one * next_one).sum(rest, keepdim=True)
+            power = 0.5 * power + (one * one).sum(rest, keepdim=True)
+        return ((again / power.clamp(min=1e-300) - 0.1) / 0.3).clamp(0, 1)
+
     def walk(first: int, last: int) -> None:
         for j in range(first, last):
-            x0 = predict(known, noises, j, path[j]) if predict else line(known, j, order, reach)
+            x0 = predict(known, noises, j, path[j]) if predict else None
+            x0 = line(known, j, float(0), reach) if x0 is None else x0
+            if not predict:
+                x0 = x0 + trust() * (line(known, j, order, reach) - x0)
             if not predict and j + stride < steps:
                 share = 1 / (delay + 1)
-                x0 = x0 + share * owed() / (ratios[j + stride] - ratios[j])
+                x0 = x0 + trust() * share * owed() / (ratios[j + stride] - ratios[j])
             given[j] = x0
             path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
 

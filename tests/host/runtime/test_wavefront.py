@@ -169,8 +169,10 @@ def test_any_scheduler(shared: Any, name: str, guidance: float) -> None:
     assert reference.distance(results[1], results[0]) < bound
 
 
-def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
+def test_v_prediction_and_image_to_image_times(shared: Any, monkeypatch: Any) -> None:
     """Times that begin in the middle of the schedule, as image-to-image pipelines have them."""
+    # The engine watches each condition by itself, which the guided x0 here does not show.
+    monkeypatch.setattr("asyncdiff.sampling.predictor.SWINGS", -1e9)
     unet = tiny_unet()
     call = CALL
     text = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])
@@ -204,7 +206,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any) -> None:
 
     want = generate(
         noise, step, call["latents"].double(), alphas, sigmas, delay=1, stride=1, warmup=4,
-        order=0.75, reach=REACH,
+        order=0.75, reach=REACH, watch=False,
     )  # fmt: skip
     assert reference.distance(got, want) < 1e-4
 
