@@ -39,8 +39,8 @@ REACH = 4.0
 SMALL_STEP, LARGE_STEP = 0.2, 0.45
 
 #: Of a change of x0, what is found again in the next one: up to the first it is not trusted to go
-#: on, from the second on it is. On the yardsticks it is above 0.3 but for the first steps; where x0
-#: swings it falls to zero and below.
+#: on, from the second on it is. A first choice, from trials with a few pictures: on the yardsticks
+#: it was above 0.3 but for the first steps; where x0 swung it fell to zero and below.
 SWINGS, GOES_ON = 0.1, 0.4
 _FADE = 0.5
 
