@@ -12,6 +12,7 @@ Reported: medians, with the smallest and the largest.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
@@ -38,8 +39,9 @@ class Pipeline:
     """All devices, in turn."""
 
     def __init__(self, module: Any, inputs: dict[str, Any], devices: list[str], compile: bool):
+        # A copy: its weights leave the GPU, and the other way's graph reads them there.
         self.denoiser = asyncdiff.AsyncDenoiser(
-            module,
+            copy.deepcopy(module).to("cpu") if devices[0] != "cpu" else module,
             devices=devices,
             components=len(devices),
             schedule="pipeline",

@@ -98,20 +98,28 @@ def test_pipelines_equal_the_plain_ones(place: str, make: Any) -> None:
     assert reference.distance(results[1], results[0]) < 1e-4
 
 
-class Slow(torch.nn.Module):
-    """Two halves, each busy for some milliseconds whatever its batch is."""
+class Half(torch.nn.Module):
+    """Busy for some milliseconds, whatever its batch is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = (torch.nn.Linear(4, 4) for _ in range(2))
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, sample: Any) -> torch.Tensor:
+        # It depends on the sample, so that it is this half's, and no step finds it computed.
+        busy = sample[0, 0, 0, :1].expand(3072, 3072).clone()
+        for _ in range(16):
+            busy = busy @ busy * 1e-4
+        return self.layer(sample) + busy[0, :4] * 0
+
+
+class Slow(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Half(), Half()
 
     def forward(self, sample: Any, timestep: Any) -> tuple[torch.Tensor]:
-        for layer in (self.first, self.second):
-            busy = layer.weight.new_ones(3072, 3072)
-            for _ in range(16):
-                busy = busy @ busy * 1e-4
-            sample = layer(sample) + busy[0, :4] * 0
-        return (sample,)
+        return (self.second(self.first(sample)),)
 
 
 def test_two_gpus_work_on_two_pictures_at_once() -> None:
