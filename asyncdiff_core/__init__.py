@@ -25,11 +25,13 @@ from .channel import Channel
 from .cuda_graph import replace_memsets
 from .errors import (
     Aborted,
+    CollectiveTimeout,
     CoreError,
     CudaError,
     DeviceError,
     ExchangeTimeout,
     InvalidArgument,
+    ProcessLost,
     SlotOrderError,
 )
 from .fabric import CudaFabric, Fabric, HostFabric
@@ -50,6 +52,7 @@ __all__ = [
     "Buffer",
     "CallbackRendezvous",
     "Channel",
+    "CollectiveTimeout",
     "CoreError",
     "CudaError",
     "CudaFabric",
@@ -59,6 +62,7 @@ __all__ = [
     "HostFabric",
     "InvalidArgument",
     "Layout",
+    "ProcessLost",
     "PutCosts",
     "Rendezvous",
     "SlotOrderError",

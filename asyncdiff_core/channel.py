@@ -134,6 +134,16 @@ class Channel:
         """Give the slot back: it may be overwritten from now on."""
         self._native.release(receiver, slot, pointer_of(stream))
 
+    def close(self) -> None:
+        """Give back what the channel has; it cannot be used any more, nor can its slots on a GPU.
+
+        Nothing may be in flight: on CUDA, waits for the devices. Collective among the processes
+        that run its ends, as making it was; nothing in others. A channel that is only dropped gives
+        its memory back, too, on the host and between GPUs of one process, but not between GPUs of
+        several. A second call does nothing. Raises as :meth:`Fabric.channel` does.
+        """
+        self._native.close()
+
     def _pointers(self, tensors: Sequence[Any]) -> tuple[list[int], Any]:
         """Addresses, and what to hold while they are used: the caller's sequence may change."""
         held = tuple(tensors)

@@ -30,6 +30,30 @@ class Aborted(CoreError, RuntimeError):
         self.rank = rank
 
 
+class ProcessError(CoreError, RuntimeError):
+    """What processes have to do together did not come about because of one of them.
+
+    ``process`` says which (-1: unknown), ``ranks`` what it runs. The fabric is over in all
+    processes: close it; those that are left may make a new one.
+    """
+
+    def __init__(self, message: str, process: int = -1, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.process = process
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.process, self.ranks)
+
+
+class ProcessLost(ProcessError):
+    """A process was killed, has crashed, or has closed the fabric while others still need it."""
+
+
+class CollectiveTimeout(ProcessError, TimeoutError):
+    """A process that lives did not make, in time, a call that it has to make with others."""
+
+
 class IncidentError(CoreError, RuntimeError):
     """An operation of a rank on a channel went wrong.
 
@@ -64,13 +88,15 @@ class IncidentError(CoreError, RuntimeError):
 class ExchangeTimeout(IncidentError):
     """A wait passed its deadline.
 
-    ``peer`` is the rank that was waited for; ``expected`` and ``seen`` are epochs: the n-th bundle
-    of a channel, from one, has epoch n.
+    ``peer`` is the rank that was waited for, ``straggler`` the one that it waited for in turn, and
+    so on (the peer, where that waited for nobody; -1: unknown). ``expected`` and ``seen`` are
+    epochs: the n-th bundle of a channel, from one, has epoch n.
     """
 
-    def __init__(self, message: str, *, peer: int, **incident: object) -> None:
+    def __init__(self, message: str, *, peer: int, straggler: int = -1, **incident: object) -> None:
         super().__init__(message, **incident)  # type: ignore[arg-type]
         self.peer = peer
+        self.straggler = straggler
 
 
 class SlotOrderError(IncidentError):

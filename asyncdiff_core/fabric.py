@@ -64,10 +64,14 @@ class Fabric:
         for small bundles; takes twice the mailbox memory), or "auto" (the fastest by what puts cost
         on this machine, measured once: :func:`put_costs`). On the host all are the same.
 
-        With several processes it is collective. Raises InvalidArgument for ranks or modes that do
-        not exist, on CUDA for more than 16 receivers, and where processes ask for different
-        channels; CudaError if memory is short; CoreError if the fabric is closed or has no room for
-        more channels.
+        With several processes it is collective among those that run its ends: they make it with the
+        same arguments, and any two processes make the calls that they share in the same order. In
+        others it returns at once: a channel that they can look at, but not use.
+
+        Raises InvalidArgument for ranks or modes that do not exist, on CUDA for more than 16
+        receivers, and where processes ask for different channels; CudaError if memory is short;
+        CoreError if the fabric is closed or has no room for more channels; ProcessLost and
+        CollectiveTimeout where another process is gone or does not come.
         """
         native = self._native.channel(sender, list(receivers), layout, slots, name, mode)
         return Channel(native, self._devices)
@@ -101,8 +105,8 @@ class Fabric:
     def check(self) -> None:
         """Raise the first failure since the last reset, if there was one.
 
-        ExchangeTimeout, SlotOrderError or Aborted; CoreError once the fabric is closed. Does not
-        synchronize: what streams have still to do may still fail.
+        ExchangeTimeout, SlotOrderError, Aborted, ProcessLost or CollectiveTimeout; CoreError once
+        the fabric is closed. Does not synchronize: what streams have still to do may still fail.
         """
         self._native.check()
 
@@ -114,6 +118,16 @@ class Fabric:
         collective, and raises InvalidArgument where they name different numbers.
         """
         self._native.reset(first_bundle)
+
+    def all_gather(self, mine: bytes, *, timeout: float | None = None) -> list[bytes]:
+        """Everybody's bytes, by process, in some 10 microseconds; collective among all processes.
+
+        For what they have to agree on, and to wait for each other: a process that ends is noticed
+        at once, one that lives is waited for for ``timeout`` seconds (None: the deadline). Raises
+        ProcessLost and CollectiveTimeout (the fabric is over then, in all processes), and
+        InvalidArgument where a process makes another call.
+        """
+        return self._native.all_gather(mine, timeout)
 
     def close(self) -> None:
         """End the fabric: nothing can be exchanged any more.
@@ -128,13 +142,15 @@ class HostFabric(Fabric):
     """Threads of one process, or processes of one machine that share memory.
 
     ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10). With a ``rendezvous``,
-    ``owners[r]`` is the process that runs rank r (None: rank r is process r); making the fabric,
-    ``channel`` and ``reset`` are then collective: every process calls them, in the same order and
-    with the same arguments, and none goes on if it fails in one. A process uses the ends of its own
-    ranks only (InvalidArgument).
+    ``owners[r]`` is the process that runs rank r (None: rank r is process r). Making the fabric,
+    ``reset`` and ``all_gather`` are then collective among all processes, ``channel`` and
+    ``Channel.close`` among those that run the channel's ends: with the same arguments, in an order
+    that any two processes share, and none goes on if it fails in one. A process uses the ends of
+    its own ranks only (InvalidArgument), and none of its parent's (CoreError).
 
     Raises InvalidArgument for no ranks, a deadline that is not positive or longer than a day,
-    owners that do not exist, and where processes differ.
+    owners that do not exist, processes of several machines, and where processes differ; ProcessLost
+    and CollectiveTimeout as :meth:`all_gather` does.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -51,8 +52,8 @@ def exchange(process: int, processes: int, folder: Path) -> Any:
 
 
 def killed(process: int, processes: int, folder: Path) -> Any:
-    """Process 1 is killed in the middle; the others learn it within the deadline."""
-    fabric = core.HostFabric(processes, deadline=1.0, rendezvous=meet(folder, process, processes))
+    """Process 1 is killed in the middle; the others learn it at once."""
+    fabric = core.HostFabric(processes, deadline=20.0, rendezvous=meet(folder, process, processes))
     channel = fabric.channel(1, [r for r in range(processes) if r != 1], LAYOUT)
     if process == 1:
         channel.put([np.zeros(257, np.float32), np.zeros(3, np.int64)], 0)
@@ -62,13 +63,13 @@ def killed(process: int, processes: int, folder: Path) -> Any:
     begun = time.monotonic()
     try:
         channel.get(process, 1)
-    except core.ExchangeTimeout as e:
+    except core.ProcessLost as e:
         waited = time.monotonic() - begun
         # What was there can be taken down, and a new fabric made without it.
         fabric.close()
         again = core.HostFabric(1)
         again.check()
-        return {"peer": e.peer, "rank": e.rank, "seconds": waited}
+        return {"process": e.process, "ranks": e.ranks, "seconds": waited}
     return "no error"
 
 
@@ -98,13 +99,14 @@ def mismatch(process: int, processes: int, folder: Path, gpus: int = 0) -> Any:
         fabric = core.HostFabric(processes, rendezvous=meeting)
     one = process == 1
     half = core.Layout([core.TensorSpec("bfloat16" if one else "float16", (8,))])
+    others = list(range(1, processes))
     calls: dict[str, Callable[[], Any]] = {
-        "slots": lambda: fabric.channel(0, [1], LAYOUT, slots=2 + 100 * process),
-        "dtype": lambda: fabric.channel(0, [1], half),
-        "order": lambda: fabric.channel(0, [1], half, name="last" if one else "first"),
+        "slots": lambda: fabric.channel(0, others, LAYOUT, slots=2 + 100 * process),
+        "dtype": lambda: fabric.channel(0, others, half),
+        "order": lambda: fabric.channel(0, others, half, name="last" if one else "first"),
         "reset": lambda: fabric.reset(7 if one else 6),
-        "call": lambda: fabric.reset() if one else fabric.channel(0, [1], LAYOUT),
-        "rank": lambda: fabric.channel(0, [99 if one else 1], LAYOUT),
+        "call": lambda: fabric.reset() if one else fabric.channel(0, others, LAYOUT),
+        "rank": lambda: fabric.channel(0, [99], LAYOUT),
     }
     texts = {}
     for name, call in calls.items():
@@ -126,6 +128,152 @@ def mismatch(process: int, processes: int, folder: Path, gpus: int = 0) -> Any:
         torch.cuda.synchronize(process % gpus)
     fabric.check()
     fabric.close()
+    return texts
+
+
+def ends(process: int, processes: int, folder: Path) -> Any:
+    """Channels between two of three processes, which the third knows nothing of."""
+    fabric = core.HostFabric(processes, rendezvous=meet(folder, process, processes))
+    data: list[Any] = [np.full(257, process, np.float32), np.arange(3)]
+    received = []
+    if process < 2:
+        for slots in range(1, 30):
+            channel = fabric.channel(0, [1], LAYOUT, slots=slots)
+            if process == 0:
+                channel.put(data, 0)
+            else:
+                channel.get(1, 0)
+                received.append(float(read(channel, 1, 0)[0].sum()))
+            channel.close()
+    else:
+        channel = fabric.channel(0, [1], LAYOUT)  # returns at once: an end that is not here
+        try:
+            channel.slot(1, 0)
+        except core.InvalidArgument as e:
+            received.append(str(e))
+    everybody = fabric.all_gather(bytes([process]) * 5000)
+    return {"received": received, "all": [part[0] for part in everybody]}
+
+
+def churn(process: int, processes: int, folder: Path, changes: int) -> Any:
+    """Many changes of shape: what a process holds afterwards, and what it held early on."""
+
+    def held() -> list[int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        maps = len(Path("/proc/self/maps").read_text().splitlines())
+        return [pages * 4096, maps, len(os.listdir("/proc/self/fd"))]
+
+    fabric = core.HostFabric(processes, rendezvous=meet(folder, process, processes))
+    early: list[int] = []
+    for n in range(changes):
+        layout = core.Layout([core.TensorSpec("float32", (1 + n % 500,))])
+        channel = fabric.channel(0, list(range(1, processes)), layout, slots=1 + n % 3)
+        payload = np.full(1 + n % 500, n, np.float32)
+        if process == 0:
+            channel.put([payload], 0)
+        else:
+            channel.get(process, 0)
+            assert read(channel, process, 0)[0][0] == n
+        if n % 2 == 0:
+            channel.close()
+        del channel
+        if n == changes // 10:
+            gc.collect()
+            early = held()
+    gc.collect()
+    fabric.all_gather(b"")
+    return early, held()
+
+
+def chain(process: int, processes: int, folder: Path, how: str) -> Any:
+    """0 sends to 1, 1 to 2, 2 to 3; process 0 is not there any more."""
+    fabric = core.HostFabric(processes, deadline=3.0, rendezvous=meet(folder, process, processes))
+    channels = [fabric.channel(p, [p + 1], LAYOUT) for p in range(processes - 1)]
+    fabric.all_gather(b"")
+    if process == 0:
+        time.sleep(0.5)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "closed":
+            fabric.close()
+            time.sleep(2)
+        if how == "slow":
+            time.sleep(5)
+        return "gone"
+    begun = time.monotonic()
+    try:
+        channels[process - 1].get(process, 0)
+    except core.ProcessLost as e:
+        return {"process": e.process, "ranks": e.ranks, "s": time.monotonic() - begun, "e": str(e)}
+    except core.ExchangeTimeout as e:
+        return {"peer": e.peer, "straggler": e.straggler, "e": str(e)}
+    return "no error"
+
+
+def collective(process: int, processes: int, folder: Path, how: str) -> Any:
+    """Process 1 is not there when the others make a channel; they go on without it."""
+    fabric = core.HostFabric(processes, deadline=2.0, rendezvous=meet(folder, process, processes))
+    if process == 1:
+        time.sleep(0.3)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exits":
+            return "exited"
+        time.sleep(4)
+    begun = time.monotonic()
+    out: dict[str, Any] = {}
+    try:
+        fabric.channel(0, list(range(1, processes)), LAYOUT)
+    except (core.ProcessLost, core.CollectiveTimeout) as e:
+        out = {"error": type(e).__name__, "process": e.process, "ranks": e.ranks, "e": str(e)}
+    out["seconds"] = time.monotonic() - begun
+    fabric.close()
+    if process != 1:
+        left = [p for p in range(processes) if p != 1]
+        (folder / "again").mkdir(exist_ok=True)
+        again = core.HostFabric(
+            len(left), rendezvous=meet(folder / "again", left.index(process), len(left))
+        )
+        out["again"] = len(again.all_gather(b""))
+        again.close()
+    return out
+
+
+def forked(process: int, processes: int, folder: Path) -> Any:
+    """A child that was forked does nothing in its parent's name."""
+    fabric = core.HostFabric(processes, deadline=5.0, rendezvous=meet(folder, process, processes))
+    channel = fabric.channel(0, [1], LAYOUT)
+    data: list[Any] = [np.full(257, 7, np.float32), np.arange(3)]
+    texts = []
+    if process == 0:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            said = []
+            calls = (
+                lambda: channel.put([np.zeros(257, np.float32), np.arange(3)], 0),
+                lambda: fabric.abort(0, "not me"),
+                fabric.reset,
+                lambda: fabric.channel(0, [1], LAYOUT),
+            )
+            for call in calls:
+                try:
+                    call()
+                except core.CoreError as e:
+                    said.append(str(e))
+            fabric.close()
+            del channel, fabric, calls, call
+            gc.collect()
+            os.write(writing, "|".join(said).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        texts = os.read(reading, 10000).decode().split("|")
+        channel.put(data, 0)
+    else:
+        channel.get(1, 0)
+        assert read(channel, 1, 0)[0][0] == 7
+    fabric.all_gather(b"")
+    fabric.check()
     return texts
 
 

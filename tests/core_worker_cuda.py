@@ -132,7 +132,7 @@ def cuda_exchange(
 def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     import torch
 
-    rank = OnGpu(process, processes, folder, gpus, "auto", 1.0)
+    rank = OnGpu(process, processes, folder, gpus, "auto", 20.0)
     rank.send(0)
     rank.receive(0)
     torch.cuda.synchronize()
@@ -147,13 +147,58 @@ def cuda_killed(process: int, processes: int, folder: Path, gpus: int) -> Any:
     waited = time.monotonic() - begun
     try:
         rank.fabric.check()
-    except core.ExchangeTimeout as e:
+    except core.ProcessLost as e:
         rank.fabric.close()
         again = core.CudaFabric([rank.device.index] * 2)
         again.check()
         again.close()
-        return {"peer": e.peer, "seconds": waited}
+        return {"process": e.process, "ranks": e.ranks, "seconds": waited}
     return "no error"
+
+
+def cuda_churn(process: int, processes: int, folder: Path, gpus: int, changes: int) -> Any:
+    """Many changes of shape: the memory of this GPU that is taken afterwards, and was early on.
+    Channels of processes 0 and 1, which the others do not make, and of all."""
+    import torch
+
+    devices = [p % gpus for p in range(processes)]
+    device = torch.device("cuda", devices[process])
+    torch.cuda.set_device(device)
+    fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=meet(folder, process, processes))
+    modes = ("copy", "kernel", "inline")
+
+    def taken() -> int:
+        # All processes are at the same point: nobody allocates or frees meanwhile.
+        fabric.all_gather(b"")
+        free, total = torch.cuda.mem_get_info(device)
+        fabric.all_gather(b"")
+        return total - free
+
+    early = 0
+    source = torch.arange(1 << 20, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    for n in range(changes):
+        receivers = [1] if n % 2 == 0 else list(range(1, processes))
+        if process != 0 and process not in receivers:
+            continue
+        count = 1 + n * 4999 % (1 << 20)
+        layout = core.Layout([core.TensorSpec("int32", (count,))])
+        channel = fabric.channel(0, receivers, layout, slots=1, mode=modes[n % 3])
+        if process == 0:
+            channel.put([source[:count]], 0)
+        else:
+            channel.get(process, 0)
+            got = torch.as_tensor(channel.slot(process, 0), device=device).view(torch.int32)
+            assert torch.equal(got[:count], source[:count]), n
+        torch.cuda.synchronize(device)
+        fabric.check()
+        channel.close()
+        del channel
+        if n == changes // 2 - 1:
+            early = taken()
+    late = taken()
+    fabric.close()
+    return early, late
 
 
 def cuda_contexts(process: int, processes: int, folder: Path, transport: str) -> Any:

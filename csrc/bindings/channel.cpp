@@ -77,7 +77,8 @@ void register_channel(py::module_& m) {
       .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
-           Unlocked());
+           Unlocked())
+      .def("close", &Channel::close, Unlocked());
 }
 
 }  // namespace asyncdiff::bindings

@@ -1,7 +1,10 @@
 // C++ errors become the Python classes of asyncdiff_core.errors, attributes included.
 #include "asyncdiff/errors.hpp"
 
+#include <pybind11/stl.h>
+
 #include <exception>
+#include <vector>
 
 #include "bindings.hpp"
 #include "text.hpp"
@@ -17,6 +20,8 @@ namespace {
 struct Classes {
   explicit Classes(const py::module_& errors)
       : timeout(errors.attr("ExchangeTimeout")),
+        lost(errors.attr("ProcessLost")),
+        late(errors.attr("CollectiveTimeout")),
         slot_order(errors.attr("SlotOrderError")),
         aborted(errors.attr("Aborted")),
         argument(errors.attr("InvalidArgument")),
@@ -24,7 +29,7 @@ struct Classes {
         cuda(errors.attr("CudaError")),
         core(errors.attr("CoreError")) {}
 
-  py::object timeout, slot_order, aborted, argument, device, cuda, core;
+  py::object timeout, lost, late, slot_order, aborted, argument, device, cuda, core;
 };
 
 const Classes* classes = nullptr;
@@ -33,6 +38,8 @@ void raise(const py::object& type, const std::exception& error, const py::dict& 
   const py::object value = type(text_of(error.what()), **attributes);
   PyErr_SetObject(type.ptr(), value.ptr());
 }
+
+py::tuple tuple_of(const std::vector<int>& ranks) { return py::tuple(py::cast(ranks)); }
 
 py::dict attributes_of(const Incident& i) {
   using namespace pybind11::literals;
@@ -48,9 +55,14 @@ void raise_like(const std::exception_ptr& pointer) {
   } catch (const ExchangeTimeout& e) {
     py::dict attributes = attributes_of(e.incident);
     attributes["peer"] = e.incident.peer;
+    attributes["straggler"] = e.incident.straggler;
     raise(classes->timeout, e, attributes);
   } catch (const SlotOrderError& e) {
     raise(classes->slot_order, e, attributes_of(e.incident));
+  } catch (const ProcessLost& e) {
+    raise(classes->lost, e, py::dict("process"_a = e.process, "ranks"_a = tuple_of(e.ranks)));
+  } catch (const CollectiveTimeout& e) {
+    raise(classes->late, e, py::dict("process"_a = e.process, "ranks"_a = tuple_of(e.ranks)));
   } catch (const Aborted& e) {
     raise(classes->aborted, e, py::dict("rank"_a = e.rank));
   } catch (const InvalidArgument& e) {

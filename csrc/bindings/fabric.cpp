@@ -70,6 +70,20 @@ void register_fabric(py::module_& m) {
       .def("abort", &Fabric::abort, py::arg("rank"), py::arg("reason"), Unlocked())
       .def("check", &Fabric::check, Unlocked())
       .def("reset", &Fabric::reset, py::arg("first_bundle"), Unlocked())
+      .def(
+          "all_gather",
+          [](const Fabric& f, const py::bytes& bytes, std::optional<double> seconds) {
+            const std::string mine = bytes;
+            std::vector<std::string> all;
+            {
+              const py::gil_scoped_release unlocked;
+              all = f.all_gather(mine, seconds ? *seconds : f.deadline());
+            }
+            py::list out;
+            for (const std::string& text : all) out.append(py::bytes(text));
+            return out;
+          },
+          py::arg("mine"), py::arg("seconds"))
       .def("close", &Fabric::close, Unlocked());
 
   py::class_<HostFabric, Fabric, std::shared_ptr<HostFabric>>(m, "HostFabric")

@@ -7,15 +7,13 @@
 namespace asyncdiff {
 
 ChannelFlags::~ChannelFlags() {
-  if (shared_->closed) return;
-  // Other processes would have to take them back at the same point of the order.
-  if (shared_->topology.processes().several()) return;
+  if (shared_->closed || others_) return;
   shared_->reclaimer.retire({}, std::move(taken_));
 }
 
 std::size_t ChannelFlags::take(int rank, std::size_t count) {
   const std::size_t first = shared_->control.take(rank, count);
-  taken_.push_back({rank, first, count});
+  taken_.lines.push_back({rank, first, count});
   return first;
 }
 
@@ -24,7 +22,9 @@ void ChannelFlags::add_count(int rank, std::size_t offset) {
 }
 
 WaitContext ChannelFlags::add_end(int rank, const std::string& channel, unsigned* claimed) {
-  return shared_->failures.add_end(rank, channel, take(ControlMemory::kHost), claimed);
+  const WaitContext out = shared_->failures.add_end(rank, channel, claimed);
+  taken_.records.push_back(out.record);
+  return out;
 }
 
 }  // namespace asyncdiff

@@ -11,15 +11,27 @@
 #include "check.hpp"
 #include "cuda_memory.hpp"
 #include "device_guard.hpp"
+#include "failure_log.hpp"
 #include "ipc.hpp"
 #include "kernels.hpp"
 
 namespace asyncdiff {
 
+namespace {
+
+// Whether a word at this offset lies in one of these lines.
+bool contains(const std::vector<ControlMemory::Lines>& lines, int rank, std::size_t offset) {
+  return std::any_of(lines.begin(), lines.end(), [&](const ControlMemory::Lines& l) {
+    return l.rank == rank && offset >= l.first && offset < l.first + l.count * FlagPool::kLine;
+  });
+}
+
+}  // namespace
+
 ControlMemory::ControlMemory(const Topology& topology)
     : topology_(topology), pools_(topology.devices().size()), own_(topology.devices().size()) {
   const Processes& processes = topology.processes();
-  processes.together("prepare its devices", [&] {
+  processes.everybody().together("prepare its devices", [&] {
     for (int rank = 0; rank < topology.ranks(); ++rank) {
       if (!topology.mine(rank)) continue;
       const int device = topology.device(rank);
@@ -28,12 +40,31 @@ ControlMemory::ControlMemory(const Topology& topology)
       own_[static_cast<std::size_t>(rank)] = processes.several()
                                                  ? allocate_exportable(device, FlagPool::kBytes)
                                                  : allocate_device(device, FlagPool::kBytes);
+      // Of probes: the first lines, so that others know them.
+      const auto ranks = static_cast<std::size_t>(topology.ranks());
+      take(rank, ranks * kProbeBytes / FlagPool::kLine);
     }
   });
-  host_ = share_pinned(processes, processes.owner(0), topology.home(), FlagPool::kBytes);
+  const std::size_t lines = static_cast<std::size_t>(processes.count()) * FlagPool::kBytes;
+  host_ = share_pinned(processes.everybody(), 0, topology.home(),
+                       lines + FailureLog::nbytes(processes.count()));
 }
 
-std::size_t ControlMemory::take(int rank, std::size_t count) { return pool(rank).take(count); }
+std::size_t ControlMemory::host_part() const {
+  return static_cast<std::size_t>(topology_.processes().process()) * FlagPool::kBytes;
+}
+
+Buffer ControlMemory::for_failures() const {
+  const Processes& processes = topology_.processes();
+  Buffer out = host_;
+  out.data += static_cast<std::size_t>(processes.count()) * FlagPool::kBytes;
+  out.nbytes = FailureLog::nbytes(processes.count());
+  return out;
+}
+
+std::size_t ControlMemory::take(int rank, std::size_t count) {
+  return pool(rank).take(count) + (rank == kHost ? host_part() : 0);
+}
 
 std::byte* ControlMemory::at(int rank, std::size_t offset, int viewer) const {
   if (rank == kHost) return host_.data + offset;
@@ -45,7 +76,7 @@ void ControlMemory::reset(std::uint64_t first) {
   for (int rank = 0; rank < topology_.ranks(); ++rank) {
     if (topology_.mine(rank)) clear(own(rank), pool(rank).used());
   }
-  if (topology_.mine(0)) clear(host_, host_pool_.used());
+  std::memset(host_.data + host_part(), 0, host_pool_.used());
   // Words that arrived long ago must not look like those of the next bundles, whose tags begin at
   // first + 1: that many slots do not exist.
   const bool near_zero = static_cast<std::uint32_t>(first) > 0xffff0000u;
@@ -55,7 +86,6 @@ void ControlMemory::reset(std::uint64_t first) {
   }
   if (first == 0) return;
   for (const auto& [rank, offset] : counts_) {
-    if (!topology_.mine(rank == kHost ? 0 : rank)) continue;
     if (rank == kHost) {
       std::memcpy(host_.data + offset, &first, sizeof first);
       continue;
@@ -76,14 +106,8 @@ void ControlMemory::give_back(const std::vector<Lines>& gone) {
     Buffer part = lines.rank == kHost ? host_ : own(lines.rank);
     part.data += lines.first;
     clear(part, lines.count * FlagPool::kLine);
-    pool(lines.rank).give_back(lines.first, lines.count);
+    pool(lines.rank).give_back(lines.first - (lines.rank == kHost ? host_part() : 0), lines.count);
   }
-}
-
-bool ControlMemory::contains(const std::vector<Lines>& lines, int rank, std::size_t offset) {
-  return std::any_of(lines.begin(), lines.end(), [&](const Lines& l) {
-    return l.rank == rank && offset >= l.first && offset < l.first + l.count * FlagPool::kLine;
-  });
 }
 
 std::vector<Buffer> ControlMemory::take_exported() { return std::exchange(own_, {}); }

@@ -14,13 +14,13 @@
 
 namespace asyncdiff {
 
-// Lines in each rank's device memory: counters, flags, credits. Lines in pinned host memory: the
-// failure log, and the flags and credits of staged channels. Every process takes the same lines in
-// the same order, those that it does not use included, and sees those in host memory, those of its
-// own ranks and those of ranks that its own can reach.
+// Lines in each rank's device memory: counters, flags, credits. Lines in pinned host memory, a part
+// for each process: the flags and credits of staged channels. A process deals out the lines of its
+// own ranks, and of its part, by itself; it sees those in host memory, those of its own ranks and
+// those of ranks that its own can reach.
 class ControlMemory {
  public:
-  // In place of a rank: lines in host memory.
+  // In place of a rank: this process's lines in host memory.
   static constexpr int kHost = -1;
 
   struct Lines {
@@ -32,11 +32,14 @@ class ControlMemory {
   // Allocates all of it and loads the kernels onto this process's devices. Collective.
   explicit ControlMemory(const Topology& topology);
 
-  // The offset in bytes of the first of `count` lines.
+  // The offset in bytes of the first of `count` lines, of a rank of this process or of kHost.
   std::size_t take(int rank, std::size_t count = 1);
-  // Where `viewer`, a rank of this process, sees a line of `rank`.
+  // Where `viewer`, a rank of this process, sees a line of `rank`, or, for kHost, of any process.
   std::byte* at(int rank, std::size_t offset, int viewer) const;
-  const Buffer& host() const { return host_; }
+  // Behind the lines in host memory: for the failure log.
+  Buffer for_failures() const;
+  // A place for a probe of each link to a rank, the same for all of them.
+  std::size_t probe(int from) const { return static_cast<std::size_t>(from) * kProbeBytes; }
   // The lines of a rank of this process.
   const Buffer& own(int rank) const { return own_[static_cast<std::size_t>(rank)]; }
   // The lines of another process's rank, as a device of this process sees them: to be filled in by
@@ -47,19 +50,18 @@ class ControlMemory {
   void add_count(int rank, std::size_t offset) { counts_.emplace_back(rank, offset); }
   // Where the inline words of a channel lie that this process has to clear.
   void add_inline_words(const std::shared_ptr<Buffer>& words) { inline_words_.push_back(words); }
-  // All counts to `first`, everything else to zero. Nothing may be in flight.
+  // All counts of this process to `first`, everything else of it to zero. Nothing may be in flight.
   void reset(std::uint64_t first);
   // Clears these lines, forgets what they counted, and lets others take them.
   void give_back(const std::vector<Lines>& gone);
-  // Whether a word at this offset lies in one of these lines.
-  static bool contains(const std::vector<Lines>& lines, int rank, std::size_t offset);
-
   // Gives away what other processes may have mapped, the lines of own ranks.
   std::vector<Buffer> take_exported();
   // Gives away the rest: the lines in host memory, and those of other processes.
   std::vector<Buffer> take_local();
 
  private:
+  // Where this process's lines in host memory begin.
+  std::size_t host_part() const;
   FlagPool& pool(int rank) {
     return rank == kHost ? host_pool_ : pools_[static_cast<std::size_t>(rank)];
   }

@@ -41,8 +41,9 @@ CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double
   if (owners.size() != devices.size()) {
     throw InvalidArgument("devices and owners differ in length: both have one entry a rank");
   }
-  shared_ = std::make_shared<Shared>(Processes(std::move(owners), std::move(rendezvous)),
-                                     std::move(devices), deadline(), transport);
+  shared_ =
+      std::make_shared<Shared>(Processes(std::move(owners), std::move(rendezvous), deadline()),
+                               std::move(devices), deadline(), transport);
 }
 
 CudaFabric::~CudaFabric() = default;
@@ -69,21 +70,25 @@ std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
 std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
                                              const std::string& name, Mode mode) {
-  std::vector<ControlMemory::Lines> gone = shared_->reclaimer.free_retired();
+  check_endpoints(sender, receivers, slots);
+  if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
+    throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) + " receivers");
+  }
+  shared_->check_open();
+  Reclaimer::Taken gone = shared_->reclaimer.free_retired();
   const std::lock_guard lock(shared_->mutex);
-  const Processes& processes = shared_->topology.processes();
-  agree_on_channel(processes, sender, receivers, layout, slots, name, mode, [&] {
-    check_endpoints(sender, receivers, slots);
-    if (receivers.size() > static_cast<std::size_t>(kMaxReceivers)) {
-      throw InvalidArgument("a channel has at most " + std::to_string(kMaxReceivers) +
-                            " receivers");
-    }
-    shared_->check_open();
-  });
   shared_->deal_out_again(std::move(gone));
-  if (mode == Mode::kAuto) mode = shared_->topology.fastest(sender, receivers, layout);
-  return std::make_shared<CudaChannel>(shared_, name, sender, receivers, layout, slots, mode);
+  const Party ends = ends_of(sender, receivers);
+  if (ends.here()) {
+    agree_on_channel(ends, sender, receivers, layout, slots, name, mode);
+    if (mode == Mode::kAuto) mode = shared_->topology.fastest(ends, sender, receivers, layout);
+  } else if (mode == Mode::kAuto) {
+    mode = Mode::kCopy;  // nobody uses it
+  }
+  return std::make_shared<CudaChannel>(shared_, ends, name, sender, receivers, layout, slots, mode);
 }
+
+const Processes& CudaFabric::processes() const { return shared_->topology.processes(); }
 
 bool CudaFabric::made(const Channel& channel) const {
   const auto* ours = dynamic_cast<const CudaChannel*>(&channel);
@@ -116,21 +121,22 @@ ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver)
 }
 
 void CudaFabric::abort(int rank, const std::string& reason) {
+  if (processes().forked()) throw Error("a forked process does not abort its parent's fabric");
   shared_->failures.abort(rank, reason);  // without the lock, which waits are made under
 }
 
 void CudaFabric::check() {
   shared_->check_open();
-  shared_->failures.check();
+  shared_->check();
 }
 
 void CudaFabric::reset(std::uint64_t first_bundle) {
   const std::lock_guard lock(shared_->mutex);
-  const Processes& processes = shared_->topology.processes();
   // Nobody counts on while another process still works, and nobody works while one still resets.
-  agree_on_reset(processes, first_bundle, [&] { shared_->check_open(); });
+  agree_on_reset(processes(), first_bundle, [&] { shared_->check_open(); });
+  shared_->failures.reset();
   shared_->control.reset(first_bundle);
-  processes.barrier();
+  processes().everybody().barrier();
 }
 
 void CudaFabric::close() {

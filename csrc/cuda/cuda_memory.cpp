@@ -39,13 +39,13 @@ Buffer allocate_pinned(int device, std::size_t nbytes) {
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
 }
 
-Buffer share_pinned(const Processes& processes, int creator, int device, std::size_t nbytes) {
-  if (!processes.several()) return allocate_pinned(device, nbytes);
+Buffer share_pinned(const Party& party, int creator, int device, std::size_t nbytes) {
+  if (!party.several()) return allocate_pinned(device, nbytes);
   constexpr std::size_t kPage = 4096;
   const std::size_t size = (std::max<std::size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
-  const Buffer shared = share(processes, creator, size);
+  const Buffer shared = share(party, creator, size);
   Buffer out;
-  processes.together("pin shared memory", [&] {
+  party.together("pin shared memory", [&] {
     const DeviceGuard guard(device);
     check_cuda(
         cudaHostRegister(shared.data, size, cudaHostRegisterPortable | cudaHostRegisterMapped),

@@ -15,9 +15,9 @@ Buffer allocate_device(int device, std::size_t nbytes);
 // current: with another one, that one would get a context.
 Buffer allocate_pinned(int device, std::size_t nbytes);
 
-// The same, seen by all processes; made by process `creator`. Collective; `device` is this
+// The same, seen by all of the party; made by process `creator`. Collective; `device` is this
 // process's own.
-Buffer share_pinned(const Processes& processes, int creator, int device, std::size_t nbytes);
+Buffer share_pinned(const Party& party, int creator, int device, std::size_t nbytes);
 
 // Sets the first nbytes to zero, or to another byte, and waits until they are.
 void clear(const Buffer& buffer, std::size_t nbytes, unsigned char value = 0);

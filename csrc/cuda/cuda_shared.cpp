@@ -11,8 +11,6 @@ namespace asyncdiff {
 
 namespace {
 
-constexpr std::size_t kNoteLines = (sizeof(AbortNote) + FlagPool::kLine - 1) / FlagPool::kLine;
-
 const char* name_of(Transport how) {
   switch (how) {
     case Transport::kAuto:
@@ -37,9 +35,8 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadl
     : topology(agreed(std::move(all), how), std::move(devices)),
       reclaimer(topology),
       control(topology),
-      // In braces, so that the lines are taken in this order.
-      failures{control.host(), control.take(ControlMemory::kHost),
-               control.take(ControlMemory::kHost, kNoteLines), deadline_seconds} {
+      failures(control.for_failures(), topology.processes().process(), topology.processes().count(),
+               deadline_seconds) {
   try {
     topology.find_links(control, how);
   } catch (...) {
@@ -50,43 +47,59 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadl
     }
     throw;
   }
+  topology.processes().on_end([this] {
+    if (topology.processes().over()) failures.end_waits();
+  });
 }
 
 CudaFabric::Shared::~Shared() {
+  const Processes& processes = topology.processes();
+  if (processes.forked()) return;
+  processes.leave();
+  processes.on_end({});
   if (!closed) reclaimer.leave(control.take_exported(), control.take_local());
 }
 
-void CudaFabric::Shared::deal_out_again(std::vector<ControlMemory::Lines> gone) {
-  if (gone.empty()) return;
+void CudaFabric::Shared::check() const {
+  const Processes& processes = topology.processes();
+  failures.check([&](int straggler) {
+    processes.check();
+    if (straggler < 0 || !processes.left(straggler)) return;
+    processes.lost_because_left(straggler);
+    processes.check();
+  });
+}
+
+void CudaFabric::Shared::deal_out_again(Reclaimer::Taken gone) {
+  if (gone.lines.empty()) return;
   if (failures.failed()) {
     reclaimer.retire({}, std::move(gone));  // check() has still to tell what failed
     return;
   }
-  failures.forget([&](std::size_t offset) {
-    return ControlMemory::contains(gone, ControlMemory::kHost, offset);
-  });
-  control.give_back(gone);
+  for (const FailureRecord* record : gone.records) failures.remove_end(record);
+  control.give_back(gone.lines);
 }
 
 void CudaFabric::Shared::close() {
-  const bool failed = failures.failed();
+  const Processes& processes = topology.processes();
+  const bool failed = failures.failed() || processes.over();
   closed = true;
   failures.close();
   // Unmap what others own before they free it, and the other way round.
   control.take_local();
   reclaimer.unmap();
-  const Processes& processes = topology.processes();
   std::exception_ptr failure;
   bool unmapped = !processes.several();
   if (processes.several() && !failed) {
     try {
-      processes.barrier();
+      agree_on_close(processes.everybody(), "");
       unmapped = true;
     } catch (...) {
       failure = std::current_exception();
     }
   }
   reclaimer.release(control.take_exported(), unmapped);
+  processes.leave();
   if (failure) std::rethrow_exception(failure);
 }
 

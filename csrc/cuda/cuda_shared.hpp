@@ -33,8 +33,10 @@ struct CudaFabric::Shared {
   void check_open() const {
     if (closed) throw Error("the fabric is closed");
   }
-  // Lets others take the lines of channels that are gone. Under `mutex`.
-  void deal_out_again(std::vector<ControlMemory::Lines> gone);
+  // Lets others take what channels took that are gone. Under `mutex`.
+  void deal_out_again(Reclaimer::Taken gone);
+  // Throws the first failure, if there was one.
+  void check() const;
   // Frees what the fabric has. Under `mutex`, after reclaimer.settle(). Collective.
   void close();
 };

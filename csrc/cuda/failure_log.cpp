@@ -4,10 +4,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 #include "copy_text.hpp"
@@ -37,78 +39,164 @@ const char* name_of(std::uint64_t operation) {
   return "unknown operation";
 }
 
+constexpr std::size_t kHeadBytes = 4096;
+
 }  // namespace
 
-FailureLog::FailureLog(Buffer host, std::size_t word, std::size_t note, double deadline_seconds)
+// A record, and what it belongs to, behind what kernels write.
+struct FailureLog::Line {
+  std::uint64_t kind, operation, slot, expected, seen;
+  std::int64_t peer;
+  std::uint64_t time;
+  std::int32_t rank;
+  char channel[68];
+};
+
+struct FailureLog::Head {
+  std::uint64_t abort_word;
+  char padding[120];
+  AbortNote note;
+};
+
+std::size_t FailureLog::nbytes(int processes) {
+  return kHeadBytes + static_cast<std::size_t>(processes) * kMostEnds * sizeof(Line);
+}
+
+FailureLog::FailureLog(Buffer memory, int process, int processes, double deadline_seconds)
     : deadline_(deadline_seconds),
-      host_(std::move(host)),
-      word_(reinterpret_cast<std::uint64_t*>(host_.data + word)),
-      note_(reinterpret_cast<AbortNote*>(host_.data + note)) {}
+      process_(process),
+      processes_(processes),
+      memory_(std::move(memory)),
+      own_lines_(kMostEnds * sizeof(Line)) {
+  static_assert(sizeof(Line) == sizeof(FailureRecord) && sizeof(Line) == FlagPool::kLine);
+  static_assert(offsetof(Line, time) == offsetof(FailureRecord, time));
+  static_assert(sizeof(Head) <= kHeadBytes);
+}
+
+FailureLog::Line* FailureLog::lines_of(int process) const {
+  return reinterpret_cast<Line*>(memory_.data + kHeadBytes) +
+         static_cast<std::size_t>(process) * kMostEnds;
+}
+
+FailureLog::Head& FailureLog::head() const { return *reinterpret_cast<Head*>(memory_.data); }
 
 bool FailureLog::failed() const {
   const std::lock_guard lock(mutex_);
-  return host_.data != nullptr && load_acquire(word_) != 0;
+  return memory_.data != nullptr && load_acquire(&head().abort_word) != 0;
 }
 
 void FailureLog::abort(int rank, const std::string& reason) {
   const std::lock_guard lock(mutex_);
-  if (host_.data == nullptr) return;
+  if (memory_.data == nullptr) return;
+  AbortNote& note = head().note;
   std::uint32_t none = AbortNote::kNone;
-  if (note_->state.compare_exchange_strong(none, AbortNote::kBeingWritten)) {
-    note_->rank = rank;
-    copy_text(note_->reason, reason);
-    note_->state.store(AbortNote::kThere, std::memory_order_release);
+  if (note.state.compare_exchange_strong(none, AbortNote::kBeingWritten)) {
+    note.rank = rank;
+    copy_text(note.reason, reason);
+    note.state.store(AbortNote::kThere, std::memory_order_release);
   }
-  __atomic_store_n(word_, 1, __ATOMIC_RELEASE);
+  __atomic_store_n(&head().abort_word, 1, __ATOMIC_RELEASE);
 }
 
-void FailureLog::check() const {
+void FailureLog::end_waits() {
   const std::lock_guard lock(mutex_);
-  if (host_.data == nullptr || load_acquire(word_) == 0) return;
-  const End* first = nullptr;
-  for (const End& end : ends_) {
-    if (load_acquire(&end.record->kind) == 0) continue;
-    if (first == nullptr || end.record->time < first->record->time) first = &end;
-  }
-  if (first != nullptr) {
-    const FailureRecord& r = *first->record;
-    const Incident incident{
-        first->rank, static_cast<int>(r.peer), first->channel, static_cast<int>(r.slot), r.expected,
-        r.seen,      name_of(r.operation)};
-    switch (static_cast<FailureKind>(r.kind)) {
-      case FailureKind::kTimeout:
-        throw ExchangeTimeout(incident, deadline_);
-      case FailureKind::kCallOrder:
-        throw SlotOrderError(incident, OutOfTurn::kCall);
-      default:
-        throw SlotOrderError(incident, OutOfTurn::kSlot);
+  if (memory_.data != nullptr) __atomic_store_n(&head().abort_word, 1, __ATOMIC_RELEASE);
+}
+
+void FailureLog::check(const std::function<void(int)>& why) const {
+  std::vector<Line> told;
+  std::string aborted = "no reason was left";
+  int aborter = -1;
+  {
+    const std::lock_guard lock(mutex_);
+    if (memory_.data == nullptr) return;
+    if (load_acquire(&head().abort_word) != 0) {
+      for (int p = 0; p < processes_; ++p) {
+        const Line* lines = lines_of(p);
+        for (std::size_t i = 0; i < kMostEnds; ++i) {
+          if (load_acquire(&lines[i].kind) != 0) told.push_back(lines[i]);
+        }
+      }
+      const AbortNote& note = head().note;
+      if (note.state.load(std::memory_order_acquire) == AbortNote::kThere) {
+        aborted = note.reason;
+        aborter = note.rank;
+      }
+    } else {
+      aborted.clear();
     }
   }
-  if (note_->state.load(std::memory_order_acquire) == AbortNote::kThere) {
-    throw Aborted(note_->rank, note_->reason);
+  if (aborted.empty()) {
+    why(-1);
+    return;
   }
-  throw Aborted(-1, "no reason was left");
+  const auto first = std::min_element(told.begin(), told.end(),
+                                      [](const Line& a, const Line& b) { return a.time < b.time; });
+  if (first == told.end()) {
+    if (aborter < 0) why(-1);
+    throw Aborted(aborter, aborted);
+  }
+  Incident incident{first->rank,
+                    static_cast<int>(first->peer),
+                    first->channel,
+                    static_cast<int>(first->slot),
+                    first->expected,
+                    first->seen,
+                    name_of(first->operation),
+                    -1};
+  switch (static_cast<FailureKind>(first->kind)) {
+    case FailureKind::kTimeout:
+      break;
+    case FailureKind::kCallOrder:
+      throw SlotOrderError(incident, OutOfTurn::kCall);
+    default:
+      throw SlotOrderError(incident, OutOfTurn::kSlot);
+  }
+  // Who waits for whom, as far as they have told: at most once around.
+  incident.straggler = incident.peer;
+  for (std::size_t i = 0; i < told.size(); ++i) {
+    const auto next = std::find_if(told.begin(), told.end(), [&](const Line& line) {
+      return line.rank == incident.straggler &&
+             static_cast<FailureKind>(line.kind) == FailureKind::kTimeout;
+    });
+    if (next == told.end()) break;
+    incident.straggler = static_cast<int>(next->peer);
+  }
+  why(incident.straggler);
+  throw ExchangeTimeout(incident, deadline_);
 }
 
-WaitContext FailureLog::add_end(int rank, const std::string& channel, std::size_t record,
-                                unsigned* claimed) {
+void FailureLog::reset() {
   const std::lock_guard lock(mutex_);
-  auto* at = reinterpret_cast<FailureRecord*>(host_.data + record);
-  ends_.push_back({at, record, rank, channel});
-  return {word_, at, claimed, static_cast<std::uint64_t>(deadline_ * 1e9)};
+  if (memory_.data == nullptr) return;
+  if (process_ == 0) std::memset(memory_.data, 0, sizeof(Head));
+  Line* lines = lines_of(process_);
+  for (std::size_t i = 0; i < own_lines_.used() / sizeof(Line); ++i) {
+    std::memset(&lines[i], 0, offsetof(Line, rank));
+  }
 }
 
-void FailureLog::forget(const std::function<bool(std::size_t)>& gone) {
+WaitContext FailureLog::add_end(int rank, const std::string& channel, unsigned* claimed) {
   const std::lock_guard lock(mutex_);
-  ends_.erase(
-      std::remove_if(ends_.begin(), ends_.end(), [&](const End& e) { return gone(e.offset); }),
-      ends_.end());
+  if (memory_.data == nullptr) throw Error("the fabric is closed");
+  Line* line = lines_of(process_) + own_lines_.take() / sizeof(Line);
+  line->rank = rank;
+  copy_text(line->channel, channel);
+  return {&head().abort_word, reinterpret_cast<FailureRecord*>(line), claimed,
+          static_cast<std::uint64_t>(deadline_ * 1e9)};
+}
+
+void FailureLog::remove_end(const FailureRecord* record) {
+  const std::lock_guard lock(mutex_);
+  if (memory_.data == nullptr) return;
+  auto* line = const_cast<Line*>(reinterpret_cast<const Line*>(record));
+  std::memset(line, 0, sizeof *line);
+  own_lines_.give_back(static_cast<std::size_t>(line - lines_of(process_)) * sizeof(Line), 1);
 }
 
 void FailureLog::close() {
   const std::lock_guard lock(mutex_);
-  ends_.clear();
-  host_ = {};
+  memory_ = {};
 }
 
 }  // namespace asyncdiff

@@ -7,10 +7,10 @@
 #include <functional>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "asyncdiff/channel_device.hpp"
 #include "asyncdiff/memory.hpp"
+#include "flag_pool.hpp"
 
 namespace asyncdiff {
 
@@ -23,42 +23,51 @@ struct AbortNote {
   char reason[504];
 };
 
-// Lies in lines of host memory that all processes and devices see: the abort word, the abort note,
-// and a record for each end of a channel. Clearing them forgets all failures. Its lock is held for
-// moments only, so that abort() ends waits whatever else is under way.
+// Lies in host memory that all processes and devices see: the abort word, the abort note, and for
+// each end of a channel a line with its record and what it belongs to. A process has lines of its
+// own for the ends that it runs, and reads those of all. The lock is held for moments only, so that
+// abort() ends waits whatever else is under way.
 class FailureLog {
  public:
-  // The abort word and the note lie at these offsets of zeroed memory.
-  FailureLog(Buffer host, std::size_t word, std::size_t note, double deadline_seconds);
+  static constexpr std::size_t kMostEnds = 8192;  // of a process
+  static std::size_t nbytes(int processes);
+
+  // In zeroed memory, the same for all.
+  FailureLog(Buffer memory, int process, int processes, double deadline_seconds);
 
   bool failed() const;
   // Ends all waits. Nothing after close().
   void abort(int rank, const std::string& reason);
-  // Throws the first failure, if there was one.
-  void check() const;
-  // What bounds the waits of an end of a channel. Its record lies at this offset; `claimed` is a
-  // word of the end's own device, or null where this process does not run it.
-  WaitContext add_end(int rank, const std::string& channel, std::size_t record, unsigned* claimed);
-  // Forgets the ends whose records lie where gone(offset) says so.
-  void forget(const std::function<bool(std::size_t)>& gone);
+  // The same, of a failure that is told elsewhere.
+  void end_waits();
+  // Throws the first failure, if there was one. Where it may be that a process has gone, the
+  // consequence of it, first calls why(peer), the rank that was waited for, or -1.
+  void check(const std::function<void(int)>& why) const;
+  // Forgets what has failed: the abort, and what ends of this process told. Nothing may be in
+  // flight.
+  void reset();
+
+  // What bounds the waits of an end of a channel that this process runs; `claimed` is a word of the
+  // end's own device. Throws Error where there are too many.
+  WaitContext add_end(int rank, const std::string& channel, unsigned* claimed);
+  // Lets others take the line of such an end.
+  void remove_end(const FailureRecord* record);
   // Lets go of the memory.
   void close();
 
  private:
-  // What a record belongs to.
-  struct End {
-    FailureRecord* record;
-    std::size_t offset;
-    int rank;
-    std::string channel;
-  };
+  struct Line;
+  struct Head;
+
+  Line* lines_of(int process) const;
+  Head& head() const;
 
   double deadline_;
+  int process_;
+  int processes_;
   mutable std::mutex mutex_;  // guards all below
-  Buffer host_;
-  std::uint64_t* word_;
-  AbortNote* note_;
-  std::vector<End> ends_;
+  Buffer memory_;
+  FlagPool own_lines_;
 };
 
 }  // namespace asyncdiff

@@ -53,28 +53,21 @@ std::uint32_t seed_of(int from, int to) {
 }  // namespace
 
 void Topology::find_links(ControlMemory& control, Transport how) {
-  // A place for each rank's probe in every rank's lines.
-  std::vector<std::size_t> probes;
-  for (int rank = 0; rank < ranks(); ++rank) {
-    probes.push_back(control.take(rank, static_cast<std::size_t>(ranks()) * 2));
-  }
-  const auto probe = [&](int from, int to) {
-    return probes[static_cast<std::size_t>(to)] + static_cast<std::size_t>(from) * kProbeBytes;
-  };
+  const Party& everybody = processes_.everybody();
 
   // Everybody's devices, and handles of their lines.
   uuids_.resize(devices_.size());
   std::vector<std::string> handle(devices_.size());
   std::string exported;
   const std::size_t handle_size = processes_.several() ? kDeviceHandleBytes : 0;
-  processes_.together("export device memory", [&] {
+  everybody.together("export device memory", [&] {
     for (int rank = 0; rank < ranks(); ++rank) {
       if (!mine(rank)) continue;
       exported += uuid_of(device(rank));
       if (processes_.several()) exported += export_device(control.own(rank));
     }
   });
-  const auto exports = processes_.all_gather(exported);
+  const auto exports = everybody.all_gather(exported);
   std::vector<std::size_t> read(exports.size(), 0);
   for (int rank = 0; rank < ranks(); ++rank) {
     const auto owner = static_cast<std::size_t>(processes_.owner(rank));
@@ -90,7 +83,7 @@ void Topology::find_links(ControlMemory& control, Transport how) {
   for (int rank = 0; rank < ranks(); ++rank) {
     if (mine(rank)) local.push_back(device(rank));
   }
-  processes_.together("try its links", [&] {
+  everybody.together("try its links", [&] {
     if (how == Transport::kStaged) return;
     const auto between = asyncdiff::find_links(local);
     for (int a = 0; a < ranks(); ++a) {
@@ -113,7 +106,7 @@ void Topology::find_links(ControlMemory& control, Transport how) {
           if (seen.data == nullptr) {
             seen = import_device(handle[static_cast<std::size_t>(b)], device(a), FlagPool::kBytes);
           }
-          reason = write_probe(device(a), seen.data + probe(a, b), seed_of(a, b));
+          reason = write_probe(device(a), seen.data + control.probe(a), seed_of(a, b));
         } catch (const CudaError& error) {
           reason = error.what();
         }
@@ -121,22 +114,22 @@ void Topology::find_links(ControlMemory& control, Transport how) {
     }
   });
   Reasons all;
-  for (const std::string& text : processes_.all_gather(to_text(tried))) add_from_text(text, all);
+  for (const std::string& text : everybody.all_gather(to_text(tried))) add_from_text(text, all);
 
   // What has arrived here.
   Reasons lost;
-  processes_.together("read its links back", [&] {
+  everybody.together("read its links back", [&] {
     for (const auto& [pair, reason] : all) {
       const auto& [a, b] = pair;
       if (!reason.empty() || mine(a) || !mine(b)) continue;
-      const std::byte* memory = control.own(b).data + probe(a, b);
+      const std::byte* memory = control.own(b).data + control.probe(a);
       if (!read_probe(device(b), memory, seed_of(a, b))) {
         lost[pair] = "a write from rank " + std::to_string(a) + " to rank " + std::to_string(b) +
                      " was lost";
       }
     }
   });
-  for (const std::string& text : processes_.all_gather(to_text(lost))) add_from_text(text, all);
+  for (const std::string& text : everybody.all_gather(to_text(lost))) add_from_text(text, all);
 
   for (int a = 0; a < ranks(); ++a) {
     for (int b = 0; b < ranks(); ++b) {
@@ -160,7 +153,7 @@ void Topology::find_links(ControlMemory& control, Transport how) {
     alone_.push_back(std::count(uuids_.begin(), uuids_.end(), uuid) == 1);
   }
   control.reset(0);  // of probes
-  processes_.barrier();
+  everybody.barrier();
 }
 
 }  // namespace asyncdiff

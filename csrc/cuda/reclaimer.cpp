@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -69,22 +71,31 @@ void Reclaimer::settle() const noexcept {
   }
 }
 
-void Reclaimer::retire(std::vector<Buffer> memory, std::vector<ControlMemory::Lines> lines) {
+void Reclaimer::retire(std::vector<Buffer> memory, Taken taken) {
   const std::lock_guard lock(mutex_);
   move_to(memory_, memory);
-  lines_.insert(lines_.end(), lines.begin(), lines.end());
+  taken_.lines.insert(taken_.lines.end(), taken.lines.begin(), taken.lines.end());
+  taken_.records.insert(taken_.records.end(), taken.records.begin(), taken.records.end());
 }
 
-std::vector<ControlMemory::Lines> Reclaimer::free_retired() {
+Reclaimer::Taken Reclaimer::free_retired() {
   std::vector<Buffer> memory;
-  std::vector<ControlMemory::Lines> lines;
+  Taken taken;
   {
     const std::lock_guard lock(mutex_);
     memory.swap(memory_);
-    lines.swap(lines_);
+    std::swap(taken, taken_);
   }
-  if (!memory.empty() || !lines.empty()) settle();
-  return lines;
+  if (!memory.empty() || !taken.lines.empty()) settle();
+  return taken;
+}
+
+void Reclaimer::let_go(const std::vector<std::byte*>& memory, Kept which) {
+  std::vector<Buffer>& kept = which == Kept::kImported ? imported_ : exported_;
+  const auto named = [&](const Buffer& buffer) {
+    return std::find(memory.begin(), memory.end(), buffer.data) != memory.end();
+  };
+  kept.erase(std::remove_if(kept.begin(), kept.end(), named), kept.end());
 }
 
 void Reclaimer::release(std::vector<Buffer> exported, bool unmapped_everywhere) {
@@ -92,7 +103,7 @@ void Reclaimer::release(std::vector<Buffer> exported, bool unmapped_everywhere) 
   if (!unmapped_everywhere) abandon(std::move(exported));
   const std::lock_guard lock(mutex_);
   memory_.clear();
-  lines_.clear();
+  taken_ = {};
 }
 
 void Reclaimer::leave(std::vector<Buffer> exported, std::vector<Buffer> local) noexcept {

@@ -2,9 +2,11 @@
 // another process may have it mapped.
 #pragma once
 
+#include <cstddef>
 #include <mutex>
 #include <vector>
 
+#include "asyncdiff/channel_device.hpp"
 #include "asyncdiff/memory.hpp"
 #include "control_memory.hpp"
 #include "topology.hpp"
@@ -20,15 +22,24 @@ class Reclaimer {
   // freeing waits for the memory's own device only, but others write there, too.
   void settle() const noexcept;
 
+  // What channels take of the fabric, for others to take when they are gone.
+  struct Taken {
+    std::vector<ControlMemory::Lines> lines;
+    std::vector<const FailureRecord*> records;
+  };
+
   // Takes what a channel had that is gone. Neither waits nor frees: a destructor may run at any
   // time, in the middle of a capture, too.
-  void retire(std::vector<Buffer> memory, std::vector<ControlMemory::Lines> lines);
-  // Frees the memory of channels that are gone, and returns their lines, for others to take.
-  std::vector<ControlMemory::Lines> free_retired();
+  void retire(std::vector<Buffer> memory, Taken taken);
+  // Frees the memory of channels that are gone, and returns what they took.
+  Taken free_retired();
 
-  // Keeps memory of a channel until release(): what others may map, and what they own.
+  // Keeps memory of a channel until release(), or until it is let go: what others may map, and what
+  // they own.
   void keep_exported(Buffer memory) { exported_.push_back(std::move(memory)); }
   void keep_imported(Buffer memory) { imported_.push_back(std::move(memory)); }
+  enum class Kept { kExported, kImported };
+  void let_go(const std::vector<std::byte*>& memory, Kept which);
 
   // A fabric that is closed, after settle(): unmaps what others own, and then frees what they may
   // have mapped, or keeps it for good where nobody says that they have unmapped it.
@@ -46,7 +57,7 @@ class Reclaimer {
   std::vector<Buffer> imported_;  // those of others
   std::mutex mutex_;              // guards all below
   std::vector<Buffer> memory_;
-  std::vector<ControlMemory::Lines> lines_;
+  Taken taken_;
 };
 
 }  // namespace asyncdiff

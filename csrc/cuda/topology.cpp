@@ -15,7 +15,7 @@ namespace asyncdiff {
 
 Topology::Topology(Processes all, std::vector<int> devices)
     : processes_(std::move(all)), devices_(std::move(devices)) {
-  processes_.together("find its devices", [&] {
+  processes_.everybody().together("find its devices", [&] {
     const int count = cuda_device_count();
     for (int rank = 0; rank < ranks(); ++rank) {
       if (!mine(rank) || (device(rank) >= 0 && device(rank) < count)) continue;
@@ -44,9 +44,10 @@ int Topology::home() const {
   return device;
 }
 
-Mode Topology::fastest(int sender, const std::vector<int>& receivers, const Layout& layout) const {
+Mode Topology::fastest(const Party& ends, int sender, const std::vector<int>& receivers,
+                       const Layout& layout) const {
   char chosen = 0;
-  processes_.together("measure puts", [&] {
+  ends.together("measure puts", [&] {
     if (!mine(sender)) return;
     const int from = device(sender);
     const int first = receivers.front();
@@ -62,7 +63,7 @@ Mode Topology::fastest(int sender, const std::vector<int>& receivers, const Layo
   });
   if (!processes_.several()) return static_cast<Mode>(chosen);
   const auto owner = static_cast<std::size_t>(processes_.owner(sender));
-  return static_cast<Mode>(processes_.all_gather(std::string(1, chosen)).at(owner).at(0));
+  return static_cast<Mode>(ends.all_gather(std::string(1, chosen)).at(owner).at(0));
 }
 
 }  // namespace asyncdiff

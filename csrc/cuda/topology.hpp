@@ -46,8 +46,9 @@ class Topology {
   bool alone(int rank) const { return alone_[static_cast<std::size_t>(rank)]; }
   // How this rank's kernels are launched.
   Launch launch_of(int rank) const { return alone(rank) ? Launch::kEarly : Launch::kOrdinary; }
-  // The fastest mode for a bundle, as the sender's process finds it. Collective.
-  Mode fastest(int sender, const std::vector<int>& receivers, const Layout& layout) const;
+  // The fastest mode for a bundle, as the sender's process finds it. Collective among the ends.
+  Mode fastest(const Party& ends, int sender, const std::vector<int>& receivers,
+               const Layout& layout) const;
 
  private:
   Processes processes_;

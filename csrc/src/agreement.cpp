@@ -28,26 +28,24 @@ std::string text_of(TensorSpec spec) {
 
 void agree_on_fabric(const Processes& processes, const std::string& kind,
                      const std::string& transport) {
-  processes.agree("make a fabric", [&] {
-    return Processes::Values{{"the call", "make a fabric"},
-                             {"its kind", kind},
-                             {"the list of its ranks' processes", text_of(processes.owners())},
-                             {"its transport", transport}};
+  processes.everybody().agree("make a fabric", [&] {
+    return Party::Values{{"the call", "make a fabric"},
+                         {"its kind", kind},
+                         {"the list of its ranks' processes", text_of(processes.owners())},
+                         {"its transport", transport}};
   });
 }
 
-void agree_on_channel(const Processes& processes, int sender, const std::vector<int>& receivers,
-                      const Layout& layout, int slots, const std::string& name, Mode mode,
-                      const std::function<void()>& check) {
-  processes.agree("make a channel", [&] {
-    check();
-    Processes::Values out = {{"the call", "make a channel"},
-                             {"the channel's name", "'" + name + "'"},
-                             {"its sender", std::to_string(sender)},
-                             {"the list of its receivers", text_of(receivers)},
-                             {"the number of its slots", std::to_string(slots)},
-                             {"its mode", name_of(mode)},
-                             {"the number of tensors", std::to_string(layout.specs.size())}};
+void agree_on_channel(const Party& ends, int sender, const std::vector<int>& receivers,
+                      const Layout& layout, int slots, const std::string& name, Mode mode) {
+  ends.agree("make a channel", [&] {
+    Party::Values out = {{"the call", "make a channel"},
+                         {"the channel's name", "'" + name + "'"},
+                         {"its sender", std::to_string(sender)},
+                         {"the list of its receivers", text_of(receivers)},
+                         {"the number of its slots", std::to_string(slots)},
+                         {"its mode", name_of(mode)},
+                         {"the number of tensors", std::to_string(layout.specs.size())}};
     for (std::size_t i = 0; i < layout.specs.size(); ++i) {
       out.emplace_back("tensor " + std::to_string(i), text_of(layout.specs[i]));
     }
@@ -55,12 +53,18 @@ void agree_on_channel(const Processes& processes, int sender, const std::vector<
   });
 }
 
+void agree_on_close(const Party& party, const std::string& channel) {
+  const std::string what = channel.empty() ? "close the fabric" : "close a channel";
+  party.agree(what, [&] {
+    return Party::Values{{"the call", what}, {"the channel's name", "'" + channel + "'"}};
+  });
+}
+
 void agree_on_reset(const Processes& processes, std::uint64_t first_bundle,
                     const std::function<void()>& check) {
-  processes.agree("reset", [&] {
+  processes.everybody().agree("reset", [&] {
     check();
-    return Processes::Values{{"the call", "reset"},
-                             {"its first bundle", std::to_string(first_bundle)}};
+    return Party::Values{{"the call", "reset"}, {"its first bundle", std::to_string(first_bundle)}};
   });
 }
 

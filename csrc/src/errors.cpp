@@ -2,6 +2,8 @@
 
 #include <cstdio>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace asyncdiff {
 
@@ -20,9 +22,13 @@ std::string seconds_text(double seconds) {
 
 std::string timeout_text(const Incident& i, double seconds) {
   const std::string peer = "rank " + std::to_string(i.peer);
+  const bool chain = i.straggler >= 0 && i.straggler != i.peer;
+  const std::string who = "rank " + std::to_string(chain ? i.straggler : i.peer);
   return where(i) + ": waited " + seconds_text(seconds) + " for " + peer + " (expected epoch " +
-         std::to_string(i.expected) + ", seen " + std::to_string(i.seen) + "). The peer, " + peer +
-         ", failed, or is slower than the deadline allows: raise the deadline if it is";
+         std::to_string(i.expected) + ", seen " + std::to_string(i.seen) + ")" +
+         (chain ? ", which itself waits, as others may, for " + who + ". " + who
+                : ". The peer, " + who + ",") +
+         " failed, or is slower than the deadline allows: raise the deadline if it is";
 }
 
 // What has to come before a call that is out of turn.
@@ -48,6 +54,13 @@ std::string slot_order_text(const Incident& i, OutOfTurn what) {
 
 Aborted::Aborted(int rank_, const std::string& reason)
     : Error("rank " + std::to_string(rank_) + " aborted the exchange: " + reason), rank(rank_) {}
+
+ProcessLost::ProcessLost(int process_, std::vector<int> ranks_, const std::string& message)
+    : Error(message), process(process_), ranks(std::move(ranks_)) {}
+
+CollectiveTimeout::CollectiveTimeout(int process_, std::vector<int> ranks_,
+                                     const std::string& message)
+    : Error(message), process(process_), ranks(std::move(ranks_)) {}
 
 ExchangeTimeout::ExchangeTimeout(const Incident& i, double deadline_seconds)
     : Error(timeout_text(i, deadline_seconds)), incident(i) {}

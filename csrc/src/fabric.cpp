@@ -38,6 +38,19 @@ void Fabric::check_endpoints(int sender, const std::vector<int>& receivers, int 
   if (slots < 1 || slots > 1024) throw InvalidArgument("a channel has 1 to 1024 slots");
 }
 
+Party Fabric::ends_of(int sender, const std::vector<int>& receivers) const {
+  std::vector<int> all = receivers;
+  all.push_back(sender);
+  return processes().party_of(all);
+}
+
+std::vector<std::string> Fabric::all_gather(const std::string& mine, double seconds) const {
+  if (!std::isfinite(seconds) || seconds <= 0 || seconds > 86400) {
+    throw InvalidArgument("gathering waits for a positive number of seconds, at most a day");
+  }
+  return processes().all_gather(mine, seconds);
+}
+
 void Fabric::check_own(const Channel& channel) const {
   if (!made(channel)) {
     throw InvalidArgument("channel '" + channel.name() +

@@ -16,7 +16,7 @@ std::size_t FlagPool::take(std::size_t count) {
     if (there > bytes) free_[first + bytes] = there - bytes;
     return first;
   }
-  if (used_ + bytes > kBytes) {
+  if (used_ + bytes > nbytes_) {
     throw Error(
         "the fabric has no room for more channels: use those again, or make another fabric");
   }

@@ -8,13 +8,14 @@
 
 namespace asyncdiff {
 
-// Deals out 128-byte lines. Who takes and gives back the same numbers in the same order gets the
-// same lines, in every process, wherever it sees the memory.
+// Deals out 128-byte lines.
 class ASYNCDIFF_EXPORT FlagPool {
  public:
   static constexpr std::size_t kLine = 128;
   // Memory that processes share comes in pieces of this size anyway.
   static constexpr std::size_t kBytes = std::size_t{2} << 20;
+
+  explicit FlagPool(std::size_t nbytes = kBytes) : nbytes_(nbytes) {}
 
   // The offset in bytes of the first of `count` lines. Throws Error when all are taken.
   std::size_t take(std::size_t count = 1);
@@ -24,6 +25,7 @@ class ASYNCDIFF_EXPORT FlagPool {
   std::size_t used() const { return used_; }
 
  private:
+  std::size_t nbytes_;
   std::size_t used_ = 0;
   std::map<std::size_t, std::size_t> free_;  // bytes below used_, by offset; no two touch
 };

@@ -1,5 +1,6 @@
 #include "host_channel.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -11,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "agreement.hpp"
 #include "nvtx.hpp"
 
 namespace asyncdiff {
@@ -21,22 +23,50 @@ constexpr std::size_t kPage = 4096;
 
 std::size_t round_up(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
+// Says whom a rank waits for, while it does.
+class Waiting {
+ public:
+  Waiting(std::atomic<std::int32_t>& word, int peer) : word_(word) { word_.store(peer + 1); }
+  ~Waiting() { word_.store(0); }
+  Waiting(const Waiting&) = delete;
+  Waiting& operator=(const Waiting&) = delete;
+
+ private:
+  std::atomic<std::int32_t>& word_;
+};
+
 }  // namespace
 
-HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string label, int from,
-                         std::vector<int> ranks, Layout bundle, int ring, Mode how)
+HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends, std::string label,
+                         int from, std::vector<int> ranks, Layout bundle, int ring, Mode how)
     : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring,
               how == Mode::kAuto ? Mode::kCopy : how),
-      shared_(std::move(shared)) {
+      shared_(std::move(shared)),
+      ends_(std::move(ends)) {
+  if (!ends_.here()) return;
   const std::size_t count = receivers().size();
   const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
   counts_nbytes_ = round_up(counts);
   const std::size_t slots_nbytes = count * static_cast<std::size_t>(slots()) * layout().nbytes;
-  memory_ = shared_->allocate(sender(), counts_nbytes_ + slots_nbytes);
+  memory_ = shared_->allocate(ends_, sender(), counts_nbytes_ + slots_nbytes);
   sent_ = reinterpret_cast<HostSenderCounts*>(memory_.data);
   received_ = reinterpret_cast<HostReceiverCounts*>(memory_.data + sizeof(HostSenderCounts));
   const std::lock_guard lock(shared_->mutex);
-  shared_->counts.push_back({memory_.owner, {memory_.data, counts}});
+  auto& all = shared_->counts;
+  all.erase(std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.first.expired(); }),
+            all.end());
+  all.push_back({memory_.owner, {memory_.data, counts}});
+}
+
+void HostChannel::close() {
+  if (closed_.load() || !ends_.here()) return;
+  if (!shared_->closed.load()) agree_on_close(ends_, name());
+  closed_.store(true);
+  memory_ = {};
+}
+
+void HostChannel::check_open() const {
+  if (closed_.load()) throw Error("channel '" + name() + "' is closed");
 }
 
 std::byte* HostChannel::start_of(std::size_t place, int slot) const {
@@ -48,12 +78,15 @@ std::byte* HostChannel::start_of(std::size_t place, int slot) const {
 Buffer HostChannel::slot(int receiver, int slot) {
   check_slot(slot);
   const std::size_t place = place_of(receiver);
+  if (!ends_.here()) shared_->processes.check_mine(receiver);
+  check_open();
   return {memory_.owner, start_of(place, slot), layout().nbytes, Buffer::kHost};
 }
 
 void HostChannel::check_end(int rank, int slot) const {
   check_slot(slot);
   shared_->processes.check_mine(rank);
+  check_open();
   shared_->check();
 }
 
@@ -61,7 +94,7 @@ void HostChannel::check_turn(int rank, int slot, std::uint64_t done, bool allowe
                              const char* operation) {
   const std::uint64_t next = done % static_cast<std::uint64_t>(slots());
   if (allowed && next == static_cast<std::uint64_t>(slot)) return;
-  const Incident incident{rank, -1, name(), slot, next, done, operation};
+  const Incident incident{rank, -1, name(), slot, next, done, operation, -1};
   shared_->fail(allowed ? HostFailure::kSlotOrder : HostFailure::kCallOrder, incident);
   throw SlotOrderError(incident, allowed ? OutOfTurn::kSlot : OutOfTurn::kCall);
 }
@@ -72,19 +105,28 @@ void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t ne
     // Also across a wrap of the count.
     return static_cast<std::int64_t>(count.load(std::memory_order_acquire) - needed) >= 0;
   };
-  const auto done = [&] { return there() || shared_->failed() || shared_->closed.load(); };
+  if (there()) return;
+  const Processes& processes = shared_->processes;
+  const auto done = [&] {
+    return there() || shared_->failed() || shared_->closed.load() || processes.over() ||
+           processes.left(incident.peer);
+  };
   const auto limit = std::chrono::duration<double>(shared_->deadline);
   const auto deadline = std::chrono::steady_clock::now() +
                         std::chrono::duration_cast<std::chrono::steady_clock::duration>(limit);
+  const Waiting waiting(shared_->control->waits_for(incident.rank), incident.peer);
   const bool in_time = shared_->control->changed.wait(done, deadline);
   if (there()) return;
   shared_->check();
   if (!in_time) {
     incident.expected = needed;
     incident.seen = count.load(std::memory_order_acquire);
+    incident.straggler = shared_->straggler_from(incident.peer);
     shared_->fail(HostFailure::kTimeout, incident);
     throw ExchangeTimeout(incident, shared_->deadline);
   }
+  processes.lost_because_left(incident.peer);
+  shared_->check();
 }
 
 void HostChannel::begin(int slot, Stream) {
@@ -97,7 +139,8 @@ void HostChannel::begin(int slot, Stream) {
   const auto ring = static_cast<std::uint64_t>(slots());
   const std::uint64_t needed = epoch - ring;
   for (std::size_t i = 0; i < receivers().size(); ++i) {
-    wait(received_[i].released, needed, {sender(), receivers()[i], name(), slot, 0, 0, "begin"});
+    wait(received_[i].released, needed,
+         {sender(), receivers()[i], name(), slot, 0, 0, "begin", -1});
   }
   // Only now: a begin whose wait was interrupted was none.
   sent_->begun.store(epoch, std::memory_order_relaxed);
@@ -129,18 +172,20 @@ void HostChannel::commit(int slot, Stream) {
 
 void HostChannel::get(int receiver, int slot, Stream) {
   const nvtx::Range range("get", *this, receiver, slot);
-  HostReceiverCounts& mine = received_[place_of(receiver)];
+  const std::size_t place = place_of(receiver);
   check_end(receiver, slot);
+  HostReceiverCounts& mine = received_[place];
   const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
   check_turn(receiver, slot, done, true, "get");
-  wait(sent_->committed, done + 1, {receiver, sender(), name(), slot, 0, 0, "get"});
+  wait(sent_->committed, done + 1, {receiver, sender(), name(), slot, 0, 0, "get", -1});
   mine.got.store(done + 1, std::memory_order_relaxed);  // after the wait, as in begin
 }
 
 void HostChannel::release(int receiver, int slot, Stream) {
   const nvtx::Range range("release", *this, receiver, slot);
-  HostReceiverCounts& mine = received_[place_of(receiver)];
+  const std::size_t place = place_of(receiver);
   check_end(receiver, slot);
+  HostReceiverCounts& mine = received_[place];
   const std::uint64_t done = mine.released.load(std::memory_order_relaxed);
   const bool allowed = done != mine.got.load(std::memory_order_relaxed);
   check_turn(receiver, slot, done, allowed, "release");

@@ -14,7 +14,8 @@ namespace asyncdiff {
 
 class HostChannel final : public Channel {
  public:
-  HostChannel(std::shared_ptr<HostFabric::Shared> shared, std::string name, int sender,
+  // Collective among the ends, where this process has one.
+  HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends, std::string name, int sender,
               std::vector<int> receivers, Layout layout, int slots, Mode mode);
 
   Buffer slot(int receiver, int slot) override;
@@ -23,17 +24,21 @@ class HostChannel final : public Channel {
   void commit(int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void release(int receiver, int slot, Stream stream) override;
+  void close() override;
 
   bool of(const HostFabric::Shared& fabric) const { return shared_.get() == &fabric; }
 
  private:
   std::byte* start_of(std::size_t place, int slot) const;
-  // Throws unless this process owns the rank and nothing has failed.
+  // Throws unless this process owns the rank, all is open and nothing has failed.
   void check_end(int rank, int slot) const;
+  void check_open() const;
   void check_turn(int rank, int slot, std::uint64_t done, bool allowed, const char* operation);
   void wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed, Incident incident);
 
   std::shared_ptr<HostFabric::Shared> shared_;
+  Party ends_;
+  std::atomic<bool> closed_{false};
   Buffer memory_;  // counts, then all slots of the first receiver, of the second, ...
   HostSenderCounts* sent_ = nullptr;
   HostReceiverCounts* received_ = nullptr;  // one for each receiver

@@ -25,13 +25,32 @@ namespace asyncdiff {
 HostFabric::Shared::Shared(Processes all, double deadline_seconds)
     : processes(std::move(all)), deadline(deadline_seconds) {
   agree_on_fabric(processes, "host", "");
-  memory = allocate(0, sizeof(HostControl));
+  const std::size_t ranks = processes.owners().size();
+  memory = allocate(processes.everybody(), 0,
+                    sizeof(HostControl) + ranks * sizeof(std::atomic<std::int32_t>));
   control = reinterpret_cast<HostControl*>(memory.data);
+  processes.on_end([this] { control->changed.notify(); });
 }
 
-Buffer HostFabric::Shared::allocate(int creator_rank, std::size_t nbytes) {
+HostFabric::Shared::~Shared() {
+  if (processes.forked()) return;
+  processes.leave();
+  processes.on_end({});
+}
+
+Buffer HostFabric::Shared::allocate(const Party& party, int creator_rank, std::size_t nbytes) {
   if (!processes.several()) return allocate_host(nbytes);
-  return share(processes, processes.owner(creator_rank), nbytes);
+  return share(party, processes.owner(creator_rank), nbytes);
+}
+
+int HostFabric::Shared::straggler_from(int rank) const {
+  // At most once around: in a circle there is no end.
+  for (std::size_t i = 0; i < processes.owners().size(); ++i) {
+    const int next = control->waits_for(rank).load() - 1;
+    if (next < 0) break;
+    rank = next;
+  }
+  return rank;
 }
 
 void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
@@ -42,6 +61,7 @@ void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
     failure.kind = kind;
     failure.rank = incident.rank;
     failure.peer = incident.peer;
+    failure.straggler = incident.straggler;
     failure.slot = incident.slot;
     failure.expected = incident.expected;
     failure.seen = incident.seen;
@@ -57,7 +77,10 @@ void HostFabric::Shared::check() const {
   if (closed.load()) throw Error("the fabric is closed");
   const HostFailure& failure = control->failure;
   std::uint32_t state = failure.state.load(std::memory_order_acquire);
-  if (state == HostFailure::kNone) return;
+  if (state == HostFailure::kNone) {
+    processes.check();
+    return;
+  }
   // Writing takes a microsecond, but its thread may have to wait for a core in the middle of it, or
   // have been killed there.
   const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(1);
@@ -65,10 +88,16 @@ void HostFabric::Shared::check() const {
     std::this_thread::yield();
     state = failure.state.load(std::memory_order_acquire);
   }
-  if (state != HostFailure::kThere) throw Error("a process died while it reported a failure");
-  const Incident incident{failure.rank,     failure.peer, failure.channel,  failure.slot,
-                          failure.expected, failure.seen, failure.operation};
-  if (failure.kind == HostFailure::kTimeout) throw ExchangeTimeout(incident, deadline);
+  if (state != HostFailure::kThere) {
+    processes.check();
+    throw ProcessLost(-1, {}, "a process ended while it told others of a failure");
+  }
+  const Incident incident{failure.rank,     failure.peer, failure.channel,   failure.slot,
+                          failure.expected, failure.seen, failure.operation, failure.straggler};
+  if (failure.kind == HostFailure::kTimeout) {
+    processes.check();  // it may have been a process that has ended since
+    throw ExchangeTimeout(incident, deadline);
+  }
   if (failure.kind == HostFailure::kSlotOrder) throw SlotOrderError(incident, OutOfTurn::kSlot);
   if (failure.kind == HostFailure::kCallOrder) throw SlotOrderError(incident, OutOfTurn::kCall);
   throw Aborted(failure.rank, failure.reason);
@@ -81,8 +110,8 @@ HostFabric::HostFabric(int ranks, double deadline_seconds)
 HostFabric::HostFabric(std::vector<int> owners, double deadline_seconds,
                        std::shared_ptr<Rendezvous> rendezvous)
     : Fabric(static_cast<int>(owners.size()), deadline_seconds),
-      shared_(std::make_shared<Shared>(Processes(std::move(owners), std::move(rendezvous)),
-                                       deadline_seconds)) {}
+      shared_(std::make_shared<Shared>(
+          Processes(std::move(owners), std::move(rendezvous), deadline()), deadline())) {}
 
 std::map<std::pair<int, int>, std::string> HostFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
@@ -95,12 +124,14 @@ std::map<std::pair<int, int>, std::string> HostFabric::links() const {
 std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>& receivers,
                                              const Layout& layout, int slots,
                                              const std::string& name, Mode mode) {
-  agree_on_channel(shared_->processes, sender, receivers, layout, slots, name, mode, [&] {
-    check_endpoints(sender, receivers, slots);
-    if (shared_->closed.load()) throw Error("the fabric is closed");
-  });
-  return std::make_shared<HostChannel>(shared_, name, sender, receivers, layout, slots, mode);
+  check_endpoints(sender, receivers, slots);
+  if (shared_->closed.load()) throw Error("the fabric is closed");
+  const Party ends = ends_of(sender, receivers);
+  if (ends.here()) agree_on_channel(ends, sender, receivers, layout, slots, name, mode);
+  return std::make_shared<HostChannel>(shared_, ends, name, sender, receivers, layout, slots, mode);
 }
+
+const Processes& HostFabric::processes() const { return shared_->processes; }
 
 bool HostFabric::made(const Channel& channel) const {
   const auto* ours = dynamic_cast<const HostChannel*>(&channel);
@@ -108,6 +139,8 @@ bool HostFabric::made(const Channel& channel) const {
 }
 
 void HostFabric::abort(int rank, const std::string& reason) {
+  if (shared_->processes.forked())
+    throw Error("a forked process does not abort its parent's fabric");
   Incident incident{};
   incident.rank = rank;
   shared_->fail(HostFailure::kAborted, incident, reason);
@@ -126,11 +159,7 @@ void HostFabric::reset(std::uint64_t first_bundle) {
   }
   {
     const std::lock_guard lock(shared_->mutex);
-    auto& all = shared_->counts;
-    all.erase(
-        std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.first.expired(); }),
-        all.end());
-    for (const auto& [owner, counts] : all) {
+    for (const auto& [owner, counts] : shared_->counts) {
       const auto memory = owner.lock();
       if (!memory) continue;
       // Each process does it: whose channel it is does not matter.
@@ -138,11 +167,12 @@ void HostFabric::reset(std::uint64_t first_bundle) {
       for (std::size_t i = 0; i < counts.second / sizeof *words; ++i) words[i].store(first_bundle);
     }
   }
-  shared_->processes.barrier();
+  shared_->processes.everybody().barrier();
 }
 
 void HostFabric::close() {
   shared_->closed.store(true);
+  shared_->processes.leave();
   shared_->control->changed.notify();
 }
 

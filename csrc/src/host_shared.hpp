@@ -27,6 +27,7 @@ struct HostFailure {
   std::uint32_t kind;
   std::int32_t rank;
   std::int32_t peer;
+  std::int32_t straggler;  // whom the peer waits for, and that one, and so on
   std::int32_t slot;
   std::uint64_t expected;
   std::uint64_t seen;
@@ -35,10 +36,14 @@ struct HostFailure {
   char reason[512];  // of an abort
 };
 
-// One for each fabric.
+// One for each fabric; behind it, a word for each rank: the rank that it waits for, plus one.
 struct HostControl {
-  Signal changed;  // some count or the failure has changed
+  Signal changed;  // some count or the failure has changed, or a process has gone
   HostFailure failure;
+
+  std::atomic<std::int32_t>& waits_for(int rank) {
+    return reinterpret_cast<std::atomic<std::int32_t>*>(this + 1)[rank];
+  }
 };
 
 // Counts of one channel's ends. Every count has one writer. Bundles are counted from one.
@@ -54,6 +59,9 @@ static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "processes share 
 
 struct HostFabric::Shared {
   Shared(Processes all, double deadline_seconds);
+  ~Shared();
+  Shared(const Shared&) = delete;
+  Shared& operator=(const Shared&) = delete;
 
   Processes processes;
   double deadline;
@@ -65,14 +73,16 @@ struct HostFabric::Shared {
   // Counts of all channels, to be reset: memory and bytes from its start.
   std::vector<std::pair<std::weak_ptr<void>, std::pair<std::byte*, std::size_t>>> counts;
 
-  // Zeroed memory that all processes see; collective where there are several.
-  Buffer allocate(int creator_rank, std::size_t nbytes);
+  // Zeroed memory that all of the party see; collective where they are several processes.
+  Buffer allocate(const Party& party, int creator_rank, std::size_t nbytes);
 
   // Notes the first failure and wakes everybody.
   void fail(HostFailure::Kind kind, const Incident& incident, const std::string& reason = "");
   bool failed() const {
     return control->failure.state.load(std::memory_order_acquire) != HostFailure::kNone;
   }
+  // The end of the chain of ranks that wait for each other, from this one.
+  int straggler_from(int rank) const;
   // Throws if the fabric is closed or something has failed.
   void check() const;
 };

@@ -6,22 +6,34 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "assembly.hpp"
 #include "asyncdiff/errors.hpp"
 
 namespace asyncdiff {
 
 namespace {
 
-// What agree() sends begins with one of these.
+// What agree() sends begins with one of the first two; what Processes::all_gather() sends with the
+// last, so that neither is taken for the other.
 const std::string kDescribed = "=";
 const std::string kFailed = "!";
+const std::string kGathered = ">";
+
+// What a step of a call may take, once all have come.
+constexpr double kWorkSeconds = 60;
+
+bool begins(const std::string& bytes, const std::string& with) {
+  return bytes.compare(0, with.size(), with) == 0;
+}
 
 // Each text after its length: texts may hold anything.
-std::string to_bytes(const Processes::Values& values) {
+std::string to_bytes(const Party::Values& values) {
   std::string out;
   for (const auto& [what, value] : values) {
     for (const std::string* text : {&what, &value}) {
@@ -32,7 +44,7 @@ std::string to_bytes(const Processes::Values& values) {
 }
 
 // As many as can be read.
-Processes::Values from_bytes(const std::string& bytes) {
+Party::Values from_bytes(const std::string& bytes) {
   std::vector<std::string> texts;
   for (std::size_t at = 0; at < bytes.size();) {
     const std::size_t colon = bytes.find(':', at);
@@ -41,17 +53,17 @@ Processes::Values from_bytes(const std::string& bytes) {
     texts.push_back(bytes.substr(colon + 1, size));
     at = colon + 1 + texts.back().size();
   }
-  Processes::Values out;
+  Party::Values out;
   for (std::size_t i = 0; i + 1 < texts.size(); i += 2) out.emplace_back(texts[i], texts[i + 1]);
   return out;
 }
 
 // "; slots is 2 here, 3 in process 1"; empty where all are the same.
-std::string difference(const Processes::Values& mine, const Processes::Values& theirs,
+std::string difference(const Party::Values& mine, const Party::Values& theirs,
                        const std::string& where) {
   for (std::size_t i = 0; i < std::max(mine.size(), theirs.size()); ++i) {
     if (i < mine.size() && i < theirs.size() && mine[i] == theirs[i]) continue;
-    const auto value_of = [](const Processes::Values& values, const std::string& what) {
+    const auto value_of = [](const Party::Values& values, const std::string& what) {
       for (const auto& [known, value] : values) {
         if (known == what) return value;
       }
@@ -64,39 +76,48 @@ std::string difference(const Processes::Values& mine, const Processes::Values& t
   return "";
 }
 
-}  // namespace
-
-Processes::Processes(int ranks) : owners_(static_cast<std::size_t>(ranks), 0) {}
-
-Processes::Processes(std::vector<int> owners, std::shared_ptr<Rendezvous> rendezvous)
-    : owners_(std::move(owners)), rendezvous_(std::move(rendezvous)) {
-  if (process() < 0 || process() >= count()) {
-    throw InvalidArgument("the rendezvous calls this process " + std::to_string(process()) +
-                          " of " + std::to_string(count()));
+std::vector<int> checked(std::vector<int> owners, const Rendezvous& rendezvous) {
+  const int count = rendezvous.processes();
+  if (rendezvous.process() < 0 || rendezvous.process() >= count) {
+    throw InvalidArgument("the rendezvous calls this process " +
+                          std::to_string(rendezvous.process()) + " of " + std::to_string(count));
   }
-  for (int owner : owners_) {
-    if (owner < 0 || owner >= count()) {
+  for (int owner : owners) {
+    if (owner < 0 || owner >= count) {
       throw InvalidArgument("owners names process " + std::to_string(owner) +
-                            ", but the rendezvous has processes 0 to " +
-                            std::to_string(count() - 1));
+                            ", but the rendezvous has processes 0 to " + std::to_string(count - 1));
     }
   }
+  return owners;
 }
 
-void Processes::check_mine(int rank) const {
-  if (!mine(rank)) {
-    throw InvalidArgument("rank " + std::to_string(rank) + " belongs to process " +
-                          std::to_string(owner(rank)) + ", this is process " +
-                          std::to_string(process()));
-  }
+std::vector<int> from_zero(int count) {
+  std::vector<int> out(static_cast<std::size_t>(count));
+  std::iota(out.begin(), out.end(), 0);
+  return out;
 }
 
-std::vector<std::string> Processes::all_gather(const std::string& mine) const {
-  if (!rendezvous_) return {mine};
-  return rendezvous_->all_gather(mine);
+}  // namespace
+
+bool Party::here() const {
+  return std::find(members_.begin(), members_.end(), process_) != members_.end();
 }
 
-Processes::Failure Processes::failure_of(const std::function<void()>& work) {
+std::vector<std::string> Party::all_gather(const std::string& mine, const std::string& what,
+                                           double seconds) const {
+  if (!assembly_) return {mine};
+  return assembly_->exchange(members_, mine, what, seconds);
+}
+
+double Party::work_seconds() const {
+  return assembly_ ? std::max(assembly_->deadline(), kWorkSeconds) : 0;
+}
+
+std::vector<std::string> Party::all_gather(const std::string& mine) const {
+  return all_gather(mine, "go on", work_seconds());
+}
+
+Party::Failure Party::failure_of(const std::function<void()>& work) {
   const auto named = [](const std::string& text) { return text.empty() ? "unknown error" : text; };
   try {
     work();
@@ -108,8 +129,8 @@ Processes::Failure Processes::failure_of(const std::function<void()>& work) {
   }
 }
 
-void Processes::throw_any(const std::string& what, const Failure& mine,
-                          const std::vector<std::string>& all) const {
+void Party::throw_any(const std::string& what, const Failure& mine,
+                      const std::vector<std::string>& all) const {
   if (mine.error) std::rethrow_exception(mine.error);
   for (std::size_t i = 0; i < all.size(); ++i) {
     if (!all[i].empty()) {
@@ -118,38 +139,99 @@ void Processes::throw_any(const std::string& what, const Failure& mine,
   }
 }
 
-void Processes::together(const std::string& what, const std::function<void()>& work) const {
+void Party::together(const std::string& what, const std::function<void()>& work) const {
   if (!several()) return work();
   const Failure mine = failure_of(work);
-  throw_any(what, mine, all_gather(mine.text));
+  throw_any(what, mine, all_gather(mine.text, what, work_seconds()));
 }
 
-void Processes::agree(const std::string& what, const std::function<Values()>& describe) const {
+void Party::agree(const std::string& what, const std::function<Values()>& describe) const {
   if (!several()) {
     describe();
     return;
   }
   Values mine;
   const Failure failure = failure_of([&] { mine = describe(); });
-  const auto all = all_gather(failure.error ? kFailed + failure.text : kDescribed + to_bytes(mine));
+  const auto all = all_gather(failure.error ? kFailed + failure.text : kDescribed + to_bytes(mine),
+                              what, assembly_->deadline());
   std::vector<std::string> failures;
   for (const std::string& bytes : all) {
-    failures.push_back(bytes.compare(0, 1, kFailed) == 0 ? bytes.substr(1) : "");
+    failures.push_back(begins(bytes, kFailed) ? bytes.substr(1) : "");
   }
   throw_any(what, failure, failures);
   std::string differences;
-  for (int p = 0; p < count(); ++p) {
-    if (p == process()) continue;
+  for (int p : members_) {
+    if (p == process_) continue;
     const std::string& bytes = all[static_cast<std::size_t>(p)];
     const std::string theirs = "in process " + std::to_string(p);
-    differences += bytes.compare(0, 1, kDescribed) == 0
-                       ? difference(mine, from_bytes(bytes.substr(1)), theirs)
-                       : "; something else was called " + theirs;
+    differences += begins(bytes, kDescribed) ? difference(mine, from_bytes(bytes.substr(1)), theirs)
+                                             : "; something else was called " + theirs;
   }
   if (differences.empty()) return;
-  throw InvalidArgument("processes differ in a call that all have to make alike (" + what + "): " +
-                        differences.substr(2) + ". This is process " + std::to_string(process()) +
-                        ": all processes make the same fabrics and channels, in the same order");
+  throw InvalidArgument("processes differ in a call that they have to make alike (" + what + "): " +
+                        differences.substr(2) + ". This is process " + std::to_string(process_) +
+                        ": any two processes make the calls that they share in the same order");
 }
+
+Processes::Processes(int ranks)
+    : owners_(static_cast<std::size_t>(ranks), 0), everybody_(nullptr, {0}, 0) {}
+
+Processes::Processes(std::vector<int> owners, std::shared_ptr<Rendezvous> rendezvous,
+                     double deadline)
+    : process_(rendezvous->process()),
+      count_(rendezvous->processes()),
+      owners_(checked(std::move(owners), *rendezvous)),
+      assembly_(std::make_shared<Assembly>(*rendezvous, owners_, deadline)),
+      everybody_(assembly_, from_zero(count_), process_) {}
+
+void Processes::check_mine(int rank) const {
+  if (!mine(rank)) {
+    throw InvalidArgument("rank " + std::to_string(rank) + " belongs to process " +
+                          std::to_string(owner(rank)) + ", this is process " +
+                          std::to_string(process()));
+  }
+  if (assembly_) assembly_->check_own();
+}
+
+Party Processes::party_of(const std::vector<int>& ranks) const {
+  std::set<int> members;
+  for (int rank : ranks) members.insert(owner(rank));
+  return {assembly_, {members.begin(), members.end()}, process_};
+}
+
+std::vector<std::string> Processes::all_gather(const std::string& mine, double seconds) const {
+  if (!assembly_) return {mine};
+  auto all = assembly_->exchange(everybody_.members(), kGathered + mine, "gather", seconds);
+  for (std::size_t p = 0; p < all.size(); ++p) {
+    if (!begins(all[p], kGathered)) {
+      throw InvalidArgument("process " + std::to_string(p) + " makes another call, process " +
+                            std::to_string(process_) +
+                            " gathers: any two processes make the calls that they share in the "
+                            "same order");
+    }
+    all[p].erase(0, 1);
+  }
+  return all;
+}
+
+void Processes::on_end(std::function<void()> wake) const {
+  if (assembly_) assembly_->on_end(std::move(wake));
+}
+
+bool Processes::over() const { return assembly_ && assembly_->over(); }
+
+void Processes::check() const {
+  if (assembly_) assembly_->check();
+}
+
+bool Processes::left(int rank) const { return assembly_ && assembly_->left(owner(rank)); }
+
+void Processes::lost_because_left(int rank) const { assembly_->lost_because_left(owner(rank)); }
+
+void Processes::leave() const {
+  if (assembly_) assembly_->leave();
+}
+
+bool Processes::forked() const { return assembly_ && !assembly_->own(); }
 
 }  // namespace asyncdiff

@@ -2,7 +2,6 @@
 
 #include <dirent.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -21,6 +20,7 @@
 #include <utility>
 
 #include "asyncdiff/errors.hpp"
+#include "identity.hpp"
 
 namespace asyncdiff {
 
@@ -43,13 +43,6 @@ struct Handle {
 static_assert(sizeof(Handle::name) >= 1 + (sizeof kPrefix - 1) + 16 + 1 + 10 + 1 + 32 + 1);
 
 [[noreturn]] void fail(const std::string& what) { throw Error(what + ": " + std::strerror(errno)); }
-
-// Containers may share /dev/shm and not know each other's processes. Zero: unknown. Asked each
-// time, because a fork may change it.
-std::uint64_t pid_namespace() {
-  struct stat status{};
-  return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
-}
 
 // What the names of all processes of a namespace begin with.
 std::string prefix_of(std::uint64_t pid_namespace) {
@@ -78,8 +71,28 @@ Buffer map(int descriptor, std::size_t nbytes) {
   return {std::move(owner), static_cast<std::byte*>(memory), nbytes, Buffer::kHost};
 }
 
-// Names of processes that ended before they could take their names away. A process of another
-// namespace cannot be asked whether it lives.
+// Whether a segment of ours could have this name.
+bool is_ours(const std::string& name) {
+  std::size_t at = 0;
+  const auto skip = [&](const std::string& text) {
+    const bool there = name.compare(at, text.size(), text) == 0;
+    at += text.size();
+    return there;
+  };
+  const auto digits = [&](const char* allowed, std::size_t least, std::size_t most) {
+    const std::size_t end = std::min(name.find_first_not_of(allowed, at), name.size());
+    const std::size_t count = end - at;
+    at = end;
+    return count >= least && count <= most;
+  };
+  constexpr char kHex[] = "0123456789abcdef";
+  return skip(std::string("/") + kPrefix) && digits(kHex, 1, 16) && skip("-") &&
+         digits("0123456789", 1, 10) && skip("-") && digits(kHex, 32, 32) && at == name.size();
+}
+
+}  // namespace
+
+// A process of another namespace cannot be asked whether it lives.
 void remove_leftovers() {
   const std::uint64_t here = pid_namespace();
   if (here == 0) return;
@@ -91,16 +104,14 @@ void remove_leftovers() {
     if (name.compare(0, prefix.size(), prefix) != 0) continue;
     const long pid = std::strtol(name.c_str() + prefix.size(), nullptr, 10);
     // Another user's segments cannot be removed anyway.
-    if (pid > 0 && kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) {
+    if (pid > 0 && !lives(static_cast<std::int32_t>(pid))) {
       shm_unlink(("/" + name).c_str());
     }
   }
   closedir(folder);
 }
 
-}  // namespace
-
-SharedSegment::SharedSegment(std::size_t nbytes) : name_(random_name()) {
+SharedSegment::SharedSegment(std::size_t nbytes) : name_(random_name()), forks_(forks()) {
   remove_leftovers();
   const int descriptor = shm_open(name_.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600);
   if (descriptor < 0) fail("making the shared memory " + name_);
@@ -124,7 +135,7 @@ SharedSegment::SharedSegment(std::size_t nbytes) : name_(random_name()) {
 SharedSegment::~SharedSegment() { unlink(); }
 
 void SharedSegment::unlink() {
-  if (!name_.empty()) shm_unlink(name_.c_str());
+  if (!name_.empty() && forks() == forks_) shm_unlink(name_.c_str());
   name_.clear();
 }
 
@@ -155,13 +166,25 @@ Buffer open_shared(const std::string& bytes, std::size_t nbytes) {
                           " are expected: all processes must make the same channels in order");
   }
   handle.name[sizeof handle.name - 1] = '\0';
-  const int descriptor = shm_open(handle.name, O_RDWR, 0);
-  if (descriptor < 0) fail(std::string("opening the shared memory ") + handle.name);
+  const std::string name = handle.name;
+  if (!is_ours(name)) throw InvalidArgument("the memory handle names what is none of asyncdiff's");
+  const int descriptor = shm_open(name.c_str(), O_RDWR | O_NOFOLLOW, 0);
+  if (descriptor < 0 && errno == ENOENT) {
+    throw Error("the shared memory " + name +
+                " of another process is not in this one's /dev/shm: the processes run in "
+                "containers that have a /dev/shm each. Give them one (docker run --ipc=host, or "
+                "--ipc=container:NAME), or the process that made it has ended");
+  }
+  if (descriptor < 0) fail("opening the shared memory " + name);
   struct stat status{};
-  const bool enough = fstat(descriptor, &status) == 0 &&
-                      static_cast<std::size_t>(status.st_size) >= std::max<std::size_t>(nbytes, 1);
+  const bool known = fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
+  const bool enough =
+      known && static_cast<std::size_t>(status.st_size) >= std::max<std::size_t>(nbytes, 1);
   try {
-    if (!enough) throw Error(std::string("the shared memory ") + handle.name + " is too small");
+    if (!known || status.st_uid != geteuid()) {
+      throw InvalidArgument("the shared memory " + name + " is not this user's");
+    }
+    if (!enough) throw Error("the shared memory " + name + " is too small");
     Buffer out = map(descriptor, nbytes);
     close(descriptor);
     return out;
@@ -171,19 +194,19 @@ Buffer open_shared(const std::string& bytes, std::size_t nbytes) {
   }
 }
 
-Buffer share(const Processes& processes, int creator, std::size_t nbytes) {
-  const bool mine = processes.process() == creator;
+Buffer share(const Party& party, int creator, std::size_t nbytes) {
   std::unique_ptr<SharedSegment> segment;
   Buffer out;
   std::string handle;
-  processes.together("make shared memory", [&] {
+  const bool mine = party.process() == creator;
+  party.together("make shared memory", [&] {
     if (!mine) return;
     segment = std::make_unique<SharedSegment>(nbytes);
     handle = segment->handle();
     out = segment->buffer();
   });
-  const auto handles = processes.all_gather(handle);
-  processes.together("open shared memory", [&] {
+  const auto handles = party.all_gather(handle);
+  party.together("open shared memory", [&] {
     if (!mine) out = open_shared(handles.at(static_cast<std::size_t>(creator)), nbytes);
   });
   if (segment) segment->unlink();

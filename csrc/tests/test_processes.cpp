@@ -91,8 +91,8 @@ bool has(const std::string& text, const std::string& part) {
 template <class Throw>
 std::vector<std::string> together(Throw throws) {
   return in_processes(3, [&](int p, std::shared_ptr<Rendezvous> rendezvous) {
-    const Processes processes({0, 1, 2}, std::move(rendezvous));
-    processes.together("take memory", [&] {
+    const Processes processes({0, 1, 2}, std::move(rendezvous), 5);
+    processes.everybody().together("take memory", [&] {
       if (p == 1) throws();
     });
   });
@@ -196,7 +196,8 @@ void what_is_alike_goes_on() {
     const std::vector<std::int64_t> strides = {3, 1, p};
     fabric.channel(0, {1}, Layout({TensorSpec("float32", {4, 3, 1}, strides)}), 2, "a");
     CHECK_THROWS(fabric.channel(0, {1}, kLayout, 2 + p, "b"), InvalidArgument);
-    CHECK_THROWS(fabric.channel(0, {p == 0 ? 7 : 1}, kLayout, 2, "b"), Error);
+    // What is wrong by itself is refused before anybody is asked.
+    CHECK_THROWS(fabric.channel(0, {p == 0 ? 7 : 8}, kLayout, 2, "b"), InvalidArgument);
     const auto channel = fabric.channel(0, {1}, kLayout, 2, "b");
     fabric.reset(2);
     const float values[12] = {1};
@@ -206,6 +207,111 @@ void what_is_alike_goes_on() {
   CHECK(thrown[0].empty() && thrown[1].empty());
 }
 
+void only_the_ends_make_a_channel() {
+  const auto thrown = on_fabrics(
+      [](int p, HostFabric& fabric) {
+        if (p == 2) {
+          // In a call of its own meanwhile, and in none.
+          const auto others = fabric.channel(0, {1}, kLayout, 2, "a");
+          others->close();
+          CHECK_THROWS(others->get(1, 0, 0), InvalidArgument);
+          CHECK_THROWS(others->slot(1, 0), InvalidArgument);
+        } else {
+          for (int i = 0; i < 50; ++i) {
+            const auto channel = fabric.channel(0, {1}, kLayout, 1 + i, "a");
+            const float values[12] = {1};
+            if (p == 0) channel->put({values}, 0, 0);
+            if (p == 1) channel->get(1, 0, 0);
+            channel->close();
+            channel->close();
+            CHECK_THROWS(channel->get(1, 0, 0), Error);
+          }
+        }
+        const auto all = fabric.all_gather(std::string(20000, static_cast<char>('a' + p)), 5);
+        CHECK(all.size() == 3 && all[2] == std::string(20000, 'c') && all[1][0] == 'b');
+        fabric.reset();
+      },
+      3);
+  CHECK(thrown[0].empty() && thrown[1].empty() && thrown[2].empty());
+}
+
+void calls_of_others_are_not_mixed_up() {
+  auto thrown = on_fabrics(
+      [](int p, HostFabric& fabric) {
+        if (p == 0) fabric.channel(0, {1}, kLayout, 2, "a");
+        if (p > 0) fabric.reset();
+      },
+      3);
+  for (const std::string& text : thrown) CHECK(has(text, "in the same order"));
+  CHECK(has(thrown[0] + thrown[1], "'make a channel' of processes (0 1)"));
+  CHECK(has(thrown[0] + thrown[1], "'reset' of processes (0 1 2)"));
+  thrown = on_fabrics([](int p, HostFabric& fabric) {
+    if (p == 0) fabric.all_gather("a", 5);
+    if (p == 1) fabric.reset();
+  });
+  CHECK(has(thrown[0], "process 1 makes another call"));
+  CHECK(has(thrown[1], "something else was called in process 0"));
+}
+
+void who_does_not_come_is_named() {
+  for (const bool leaves : {false, true}) {
+    std::vector<std::string> texts(3);
+    const auto thrown = on_fabrics(
+        [&](int p, HostFabric& fabric) {
+          if (p == 1) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));  // all are there
+            if (leaves) fabric.close();
+            std::this_thread::sleep_for(std::chrono::milliseconds(400));
+          } else if (leaves) {
+            CHECK_THROWS(fabric.all_gather("", 5), ProcessLost);
+          } else {
+            CHECK_THROWS(fabric.all_gather("", 0.2), CollectiveTimeout);
+          }
+          try {
+            fabric.check();
+          } catch (const Error& error) {
+            texts[static_cast<std::size_t>(p)] = error.what();
+          }
+        },
+        3);
+    CHECK(has(texts[0], "process 1 (rank 1)") && has(texts[2], "process 1 (rank 1)"));
+    CHECK(has(texts[0], leaves ? "has closed the fabric" : "waited 0.2 s at 'gather'"));
+    CHECK(has(texts[1], leaves ? "the fabric is closed" : "process 1 (rank 1)"));
+    for (const std::string& text : thrown) CHECK(text.empty());
+  }
+}
+
+void the_end_of_a_chain_is_named() {
+  std::vector<std::string> texts(3);
+  const auto run = [&](bool closes) {
+    return in_processes(3, [&](int p, std::shared_ptr<Rendezvous> rendezvous) {
+      HostFabric fabric({0, 1, 2}, 0.5, std::move(rendezvous));
+      const auto first = fabric.channel(0, {1}, kLayout, 1, "first");
+      const auto second = fabric.channel(1, {2}, kLayout, 1, "second");
+      if (p == 0) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        if (closes) fabric.close();
+        std::this_thread::sleep_for(std::chrono::milliseconds(900));
+        return;
+      }
+      if (p == 1) std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      try {
+        (p == 1 ? first : second)->get(p, 0, 0);
+      } catch (const ProcessLost& error) {
+        CHECK(closes && error.process == 0 && error.ranks == std::vector<int>{0});
+        texts[static_cast<std::size_t>(p)] = error.what();
+      } catch (const ExchangeTimeout& error) {
+        CHECK(!closes && error.incident.straggler == 0);
+        texts[static_cast<std::size_t>(p)] = error.what();
+      }
+    });
+  };
+  auto thrown = run(false);
+  CHECK(has(texts[2], "for rank 1") && has(texts[2], "itself waits, as others may, for rank 0"));
+  thrown = run(true);
+  CHECK(has(texts[1], "process 0 (rank 0) has closed the fabric") && texts[1] == texts[2]);
+}
+
 }  // namespace
 
 int main() {
@@ -213,4 +319,8 @@ int main() {
   a_difference_is_named();
   receivers_and_ranks_may_differ();
   what_is_alike_goes_on();
+  only_the_ends_make_a_channel();
+  calls_of_others_are_not_mixed_up();
+  who_does_not_come_is_named();
+  the_end_of_a_chain_is_named();
 }

@@ -70,6 +70,10 @@ class ASYNCDIFF_EXPORT Channel {
   virtual void get(int receiver, int slot, Stream stream) = 0;
   virtual void release(int receiver, int slot, Stream stream) = 0;
 
+  // Gives back what the channel has; it cannot be used any more. Nothing may be in flight. With
+  // several processes it is collective among those that run its ends. A second call does nothing.
+  virtual void close() = 0;
+
  protected:
   void check_slot(int slot) const;
   void check_index(std::size_t index) const;

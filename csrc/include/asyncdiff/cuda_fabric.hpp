@@ -38,12 +38,11 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   // (Transport::kPeer) and does not work.
   CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport);
 
-  // Rank r runs in process owners[r], on that process's device devices[r]. Making the fabric,
-  // making a channel, reset() and close() are then collective: every process does them, in the same
-  // order and with the same arguments (else InvalidArgument in all of them). Device memory is
-  // shared by CUDA IPC: handles of it cross on the rendezvous, once a channel. What others may have
-  // mapped stays until close(), also of channels that are gone; and for good, where the fabric is
-  // dropped without it.
+  // Rank r runs in process owners[r], on that process's device devices[r]. What is collective then
+  // is what HostFabric says, and close() of the fabric, too, among all processes. Device memory is
+  // shared by CUDA IPC. What others may have mapped stays until the channel is closed, or the
+  // fabric, also where channels are dropped without it; and for good, where the fabric is dropped
+  // without it.
   CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
              Transport transport, std::shared_ptr<Rendezvous> rendezvous);
   ~CudaFabric() override;
@@ -75,6 +74,7 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
 
  private:
   bool made(const Channel& channel) const override;
+  const Processes& processes() const override;
 
   std::shared_ptr<Shared> shared_;
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "asyncdiff/export.hpp"
 
@@ -35,6 +36,22 @@ class ASYNCDIFF_EXPORT Aborted : public Error {
   int rank;  // who aborted
 };
 
+// A process of the fabric has ended, or has closed the fabric, while others need it.
+class ASYNCDIFF_EXPORT ProcessLost : public Error {
+ public:
+  ProcessLost(int process, std::vector<int> ranks, const std::string& message);
+  int process;             // which; -1 unknown
+  std::vector<int> ranks;  // that it ran
+};
+
+// A process that lives did not make a call that it has to make together with others.
+class ASYNCDIFF_EXPORT CollectiveTimeout : public Error {
+ public:
+  CollectiveTimeout(int process, std::vector<int> ranks, const std::string& message);
+  int process;             // that did not come; the first of them
+  std::vector<int> ranks;  // that it runs
+};
+
 // One operation on one endpoint of a channel: who, where, and what it counted.
 struct Incident {
   int rank;             // whose operation it was
@@ -46,6 +63,9 @@ struct Incident {
   // The epoch that was there instead, or the number of bundles so far.
   std::uint64_t seen;
   std::string operation;  // begin, push, commit, get or release
+  // The end of the chain of waits that goes on from the peer (ExchangeTimeout): the peer, where
+  // that waits for nobody. -1: unknown.
+  int straggler;
 };
 
 // A wait passed its deadline.

@@ -10,6 +10,7 @@
 
 #include "asyncdiff/channel.hpp"
 #include "asyncdiff/export.hpp"
+#include "asyncdiff/processes.hpp"
 
 namespace asyncdiff {
 
@@ -31,6 +32,9 @@ class ASYNCDIFF_EXPORT Fabric {
   // Why a link is not better than it is, where there is a reason.
   virtual std::map<std::pair<int, int>, std::string> link_reasons() const { return {}; }
 
+  // With several processes it is collective among those that run the ends: any two processes make
+  // the calls that they share in the same order. In others it returns at once, a channel that has
+  // no end there.
   virtual std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
                                            const Layout& layout, int slots, const std::string& name,
                                            Mode mode = Mode::kAuto) = 0;
@@ -48,18 +52,26 @@ class ASYNCDIFF_EXPORT Fabric {
   // Empties all channels and forgets failures. Nothing may be in flight. The next bundle of every
   // channel counts as the first_bundle-th, so it uses slot first_bundle % slots.
   virtual void reset(std::uint64_t first_bundle = 0) = 0;
+  // Everybody's bytes, by process; collective among all processes. Waits at most so many seconds
+  // for a process that lives. Throws ProcessLost and CollectiveTimeout; then the fabric is over in
+  // all processes: close it and make another one.
+  std::vector<std::string> all_gather(const std::string& mine, double seconds) const;
+
   // Ends the fabric: nothing can be exchanged any more. Nothing may be in flight. Mailbox memory
   // lives on while somebody holds it.
   virtual void close() = 0;
 
  protected:
   void check_endpoints(int sender, const std::vector<int>& receivers, int slots) const;
+  // The processes that make this channel together.
+  Party ends_of(int sender, const std::vector<int>& receivers) const;
   void check_batch(const std::vector<Put>& puts) const;
   // Throws InvalidArgument unless channel() of this very fabric made it.
   void check_own(const Channel& channel) const;
 
  private:
   virtual bool made(const Channel& channel) const = 0;
+  virtual const Processes& processes() const = 0;
 
   int ranks_;
   double deadline_;

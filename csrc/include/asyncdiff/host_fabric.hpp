@@ -19,9 +19,11 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
   // All ranks are threads of this process.
   HostFabric(int ranks, double deadline_seconds);
 
-  // Rank r runs in process owners[r]. Making the fabric, making a channel and reset() are then
-  // collective: every process does them, in the same order and with the same arguments (else
-  // InvalidArgument in all of them). Mailboxes are POSIX shared memory.
+  // Rank r runs in process owners[r]. Making the fabric, reset() and all_gather() are then
+  // collective among all processes, making and closing a channel among those that run its ends: all
+  // of them do it, with the same arguments (else InvalidArgument in all of them), and any two
+  // processes do in the same order what both have to do. The rendezvous is used while the fabric is
+  // made. Mailboxes are POSIX shared memory.
   HostFabric(std::vector<int> owners, double deadline_seconds,
              std::shared_ptr<Rendezvous> rendezvous);
 
@@ -40,6 +42,7 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
 
  private:
   bool made(const Channel& channel) const override;
+  const Processes& processes() const override;
 
   std::shared_ptr<Shared> shared_;
 };

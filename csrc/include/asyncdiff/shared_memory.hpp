@@ -12,6 +12,7 @@ namespace asyncdiff {
 
 // A zeroed POSIX shared-memory segment with a random name that only this user can open. What is
 // left of segments whose process has died is removed on the way, if it was of this PID namespace.
+// In a forked child it is let alone.
 class ASYNCDIFF_EXPORT SharedSegment {
  public:
   explicit SharedSegment(std::size_t nbytes);
@@ -28,15 +29,19 @@ class ASYNCDIFF_EXPORT SharedSegment {
 
  private:
   std::string name_;
+  unsigned forks_;
   Buffer buffer_;
 };
 
 // Maps another process's segment. Throws InvalidArgument for bytes that are no handle of this
-// version or not of this size, Error where the segment cannot be opened.
+// version, not of this size, or of anything but such a segment; Error where it cannot be opened.
 Buffer open_shared(const std::string& handle, std::size_t nbytes);
 
-// Makes one segment in process `creator` and maps it in all processes; collective. Throws the same
-// Error in every process if it fails in one.
-ASYNCDIFF_EXPORT Buffer share(const Processes& processes, int creator, std::size_t nbytes);
+// Takes away the names of segments whose process has ended before it could.
+void remove_leftovers();
+
+// Makes one segment in process `creator` and maps it in all of the party; collective. Throws the
+// same Error in every process if it fails in one.
+ASYNCDIFF_EXPORT Buffer share(const Party& party, int creator, std::size_t nbytes);
 
 }  // namespace asyncdiff

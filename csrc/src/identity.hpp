@@ -1,0 +1,32 @@
+// Who a process is, for the others on its machine.
+#pragma once
+
+#include <cstdint>
+
+namespace asyncdiff {
+
+// Plain memory: it is sent to other processes.
+struct Identity {
+  std::int32_t pid;
+  std::uint32_t reserved;
+  std::uint64_t start;          // when the process began, in ticks since boot; 0 unknown
+  std::uint64_t pid_namespace;  // 0 unknown
+  char boot[40];                // of this run of the machine's kernel; empty where unknown
+  char host[64];
+};
+
+Identity own_identity();
+
+// Containers may share /dev/shm and not know each other's processes. Zero: unknown. Asked each
+// time, because a fork may change it.
+std::uint64_t pid_namespace();
+
+// Whether a process of this PID namespace has not ended; one that nobody has waited for yet has.
+bool lives(std::int32_t pid);
+// When a process of this PID namespace began; 0 unknown.
+std::uint64_t start_of(std::int32_t pid);
+
+// How often this process and its ancestors were forked: a child has another number than its parent.
+unsigned forks();
+
+}  // namespace asyncdiff
