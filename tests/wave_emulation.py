@@ -54,7 +54,7 @@ def generate(
     """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
     for noise predictions. ``predict`` instead of a line that pays back what the sampler is owed;
     ``wave`` evaluates asynchronous steps, one after another, where that is not what an exact one
-    does. ``watch``: whether x0 is only trusted to go on as far as it did."""
+    does. ``watch``: whether less is done where x0 swings."""
     steps = len(alphas)
     end = steps - exact_tail
     ratios = [a / s for a, s in zip(alphas, sigmas, strict=True)]
@@ -82,17 +82,15 @@ def generate(
         return total
 
     def trust() -> torch.Tensor:
-        """How far x0 goes on as it went, by sample: see asyncdiff.sampling.predictor."""
-        steps = sorted(known)
-        moves = [known[b] - known[a] for a, b in itertools.pairwise(steps)]
-        if len(moves) < 2 or not watch:
-            return torch.ones((), dtype=x.dtype)
-        again = power = torch.zeros((), dtype=x.dtype)
-        for one, next_one in itertools.pairwise(moves):
-            rest = tuple(range(1, x.dim()))
-            again = 0.5 * again + (one * next_one).sum(rest, keepdim=True)
-            power = 0.5 * power + (one * one).sum(rest, keepdim=True)
-        return ((again / power.clamp(min=1e-300) - 0.1) / 0.3).clamp(0, 1)
+        """How little x0 swings, by sample: see asyncdiff.sampling.predictor."""
+        waves = sorted(k for k in known if k in given)
+        moves = [known[b] - known[a] for a, b in itertools.pairwise(waves)]
+        worst = torch.zeros((), dtype=x.dtype)
+        rest = tuple(range(1, x.dim()))
+        for one, next_one in itertools.pairwise(moves if watch else []):
+            back = -(one * next_one).sum(rest, keepdim=True) / (one * one).sum(rest, keepdim=True)
+            worst = torch.maximum(0.9 * worst, back.clamp(0, 1))
+        return (1 - worst / 0.2).clamp(min=0)
 
     def walk(first: int, last: int) -> None:
         for j in range(first, last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import diffusers
@@ -172,7 +173,7 @@ def test_any_scheduler(shared: Any, name: str, guidance: float) -> None:
 def test_v_prediction_and_image_to_image_times(shared: Any, monkeypatch: Any) -> None:
     """Times that begin in the middle of the schedule, as image-to-image pipelines have them."""
     # The engine watches each condition by itself, which the guided x0 here does not show.
-    monkeypatch.setattr("asyncdiff.sampling.predictor.SWINGS", -1e9)
+    monkeypatch.setattr("asyncdiff.sampling.predictor.SWING", math.inf)
     unet = tiny_unet()
     call = CALL
     text = torch.cat([call["negative_prompt_embeds"], call["prompt_embeds"]])

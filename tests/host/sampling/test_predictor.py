@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asyncdiff.sampling.clean_image import CleanImage, clean_image
-from asyncdiff.sampling.predictor import Line, Persistence, Predictor, default_order, feedback
+from asyncdiff.sampling.predictor import Line, Predictor, Swings, default_order, feedback
 
 STEPS = 40
 
@@ -91,11 +91,21 @@ def test_errors_die_away_by_themselves(delay: int) -> None:
 
 def test_what_swings_is_held() -> None:
     """Neither moved on nor paid back, sample by sample: that would amplify it."""
-    watched, k = Persistence(), torch.arange(30).double()
+    watched, k = Swings(), torch.arange(30).double()
     path = torch.stack([0.2 * k, (1.5 * k).sin(), 0.9**k], 1)  # goes on, swings, settles
     for before, after in itertools.pairwise(path):
-        watched.saw((after - before)[:, None])
+        watched.saw((after - before)[:, None], misled=True)
     assert watched.trust.flatten().tolist() == [1.0, 0.0, 1.0]
+
+
+def test_swings_of_exact_steps_do_not_count() -> None:
+    """Nor the change from the last of them, which a prediction cannot have caused."""
+    watched = Swings()
+    for k in range(8):
+        watched.saw(torch.full((1, 2), (-1.0) ** k), misled=k > 5)
+    assert watched.trust == 1
+    watched.saw(torch.ones(1, 2), misled=True)
+    assert watched.trust == 0
 
 
 def test_order_falls_with_delay_and_step_size() -> None:
