@@ -7,42 +7,44 @@ import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import CHANGEABLE, GenerationSpec, ParallelConfig, ReadOnlySettings
+from .config import GenerationSpec, ParallelConfig
 from .errors import InputError, SchedulerError
-from .forking import Locked
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, predictor_of
-from .graph.compile import pays
 from .graph.signature import Call, Parser, check_devices, check_one_latents
-from .graph.weights import Weights
 from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
 from .phases import phases_of, plan_of
+from .processes.agreement import digest, of_call, of_settings
 from .runtime.cfg_parallel import Groups
-from .runtime.devices import devices_of
 from .runtime.engine import Engine
-from .runtime.engine_cache import EngineCache
 from .runtime.pipelined import joined
 from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, clean_image
 from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
+from .spread import Spread
 
 
-class AsyncDenoiser(ReadOnlySettings, Locked):
+class AsyncDenoiser(Spread):
     """``module`` split into components that run on several devices at once.
 
     Args:
         module: a denoiser in eval mode; any module that torch.export can export.
         example_args, example_kwargs: a call of it. With one, everything is prepared now; without,
             at the first call.
+        group: the processes that own the ranks: a torch.distributed ProcessGroup, a dimension of a
+            DeviceMesh, or "env" (torchrun's variables). None: this process owns them all. Else the
+            ranks of the plan are those of the group, each on the device of its process;
+            ``devices`` are then those of this process's own ranks (None: the one device that it
+            uses). All processes make the same calls with the same arguments, and all get the
+            results (docs/guide/processes.md).
         devices, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists (``components``,
             ``warmup``, ``schedule``, …); ``config``: all of them at once, from which ``settings``
             differ.
@@ -58,7 +60,8 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
     it begins, also where they were written to since the last one.
 
     Raises PlanError, PartitionError, DeviceError, CaptureError and InputError, each saying what
-    to change; the module is then left as it was.
+    to change; the module is then left as it was. With a group MismatchError where processes differ,
+    ProcessError where one has ended or does not come; both name it.
     """
 
     def __init__(
@@ -67,22 +70,21 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
         example_args: Sequence[Any] = (),
         example_kwargs: Mapping[str, Any] | None = None,
         *,
+        group: Any = None,
         config: ParallelConfig | None = None,
         **settings: Any,
     ) -> None:
         config = ParallelConfig.of(config, settings)
         check_split_argument(module, config.split, config.components)
-        self.module = module
         #: takes a call's positional and keyword arguments apart; InputError where they do not fit
         self.parse = Parser(module, config.latents, config.timestep)
-        super().__init__()  # the lock, held by whoever runs a generation
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         self._engine: Engine | Groups | None = None  # that of the inputs seen last
+        super().__init__(module, config, group)
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
-            self._weights = Weights(module)
+            undo.callback(self._team.close)
             undo.callback(self._weights.restore)
-            self._take(config, devices_of(config))
             undo.callback(self._engines.close)
             if example_args or example_kwargs:
                 # What was half made would fill the device that the weights have to go back to.
@@ -90,57 +92,10 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 self.prepare(*example_args, **dict(example_kwargs or {}))
             undo.pop_all()
 
-    def _take(self, config: ParallelConfig, devices: list[torch.device]) -> None:
-        """Become a denoiser of these settings, without any engine yet."""
-        compile = pays(self.module, devices) if config.compile is None else config.compile
-        self._devices = devices
-        self._config = replace(config, devices=tuple(devices), compile=compile)
-        self._engines = EngineCache(self.module, self._weights, devices, self._config)
-        if compile and devices[0].type == "cuda":
-            self._weights.channels_last()
-        if any(d != self._weights.home for d in devices):
-            self._weights.offload()
-
-    # ---- settings ----------------------------------------------------------------------------
-
-    @property
-    def config(self) -> ParallelConfig:
-        """The settings, with the devices and whether components are compiled."""
-        return self._config
-
-    def configure(self, **changes: Any) -> None:
-        """Change settings from the next generation on: warmup, warmup_mode, exact_tail, order.
-
-        Raises InputError for any other setting, PlanError for values that no plan has; nothing is
-        changed then.
-        """
-        with self.lock:
-            self._config = self._config.between_generations(changes)
-
-    def adopt(self, config: ParallelConfig) -> None:
-        """Take other settings; where they cannot change between generations, ranks are prepared
-        anew at the next call. Raises what the constructor does; nothing is changed then."""
-        with self.lock:
-            devices = devices_of(config)
-            if self._config.like(config, devices):
-                self._config = replace(self._config, **{n: getattr(config, n) for n in CHANGEABLE})
-                return
-            check_split_argument(self.module, config.split, config.components)
-            self.stop()
-            self._engines.close()
-            self._engine = None
-            self._take(config, devices)
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """One entry a rank."""
-        return list(self._devices)
-
-    @property
-    def home(self) -> torch.device:
-        """The device on which a sampler's tensors belong."""
-        own = self._weights.home
-        return own if own.type == self._devices[0].type else self._devices[0]
+    def _let_go(self) -> None:
+        self.stop()
+        super()._let_go()
+        self._engine = None
 
     @property
     def partition(self) -> Partition:
@@ -175,17 +130,9 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
 
     def _check(self, call: Call) -> None:
-        check_devices(call, self._devices[0].type == "cuda")
+        check_devices(call, self._seat.type == "cuda")
         if self._config.schedule != "asyncdiff" or self._config.splits:
             check_one_latents(call)
-
-    @contextlib.contextmanager
-    def own_modes(self) -> Iterator[None]:
-        """Without the caller's modes: what ranks keep is written to outside of inference mode, too,
-        and has no gradient; a captured denoiser's dtypes are those of its weights."""
-        kind = self._devices[0].type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-            yield
 
     # ---- generations -------------------------------------------------------------------------
 
@@ -279,7 +226,8 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             if generation.engine is None:
                 started = time.perf_counter()
                 call = joined(call)
-                self._engine = self._engines.get(call)
+                given = functools.partial(self._given_to, generation, call)
+                self._engine = self._engines.get(call, "begin a generation", given)
                 phases = phases_of(generation.spec, self._engines, self._engine, call)
                 generation.begin(phases, call, time.perf_counter() - started)
             try:
@@ -290,6 +238,12 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
             if generation.done:
                 self._report = generation.report()
         return in_this_mode(result)
+
+    def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
+        """What all processes have to be given alike for a generation."""
+        settings = of_settings(self._config.to_dict())
+        steps = {"the timesteps": digest([generation.timesteps])}
+        return {**settings, **steps, **of_call(call)}
 
     def generate(
         self,
@@ -396,4 +350,5 @@ class AsyncDenoiser(ReadOnlySettings, Locked):
                 self.stop()
                 self._engines.close()
             self._generation = self._engine = None
+            self._team.close()
             self._weights.restore()

@@ -59,3 +59,27 @@ class RankError(AsyncDiffError, RuntimeError):
     def __reduce__(self) -> tuple[Any, ...]:
         # args alone, which pickle and copy would call __init__ with, lack the rank.
         return type(self), (self.rank, *self.args), self.__dict__
+
+
+class ProcessError(RankError):
+    """Another process of the group has ended, does not come, or could not do its part. ``rank`` is
+    its rank in the group. What this process holds is sound: ``close()`` it, and make another group
+    and another denoiser."""
+
+    def __init__(self, rank: int, message: str, memory: bool = False) -> None:
+        super().__init__(rank, message)
+        #: whether it was memory that the other process lacked
+        self.memory = memory
+
+
+class MismatchError(AsyncDiffError, ValueError):
+    """The processes of a group were given different things. ``rank`` is the first one in the group
+    that differs from rank 0, ``what`` the name of what differs."""
+
+    def __init__(self, rank: int, what: str, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.what = what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rank, self.what, *self.args), self.__dict__

@@ -15,6 +15,7 @@ from .errors import InputError
 from .graph.signature import RESIDUALS, Call, Role, Signature
 from .graph.writes import Seen, Writes
 from .phases import Phase, plan_of
+from .processes.team import Team
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
 from .runtime.step import Time
@@ -157,7 +158,7 @@ class Generation:
         the same ticks, so that another one can be followed from here."""
         if step >= self._main.plan.warmup:
             self._drift = None
-        elif step > 0 and drift.enough(step):
+        elif step > 0 and self._team.by(0, "count exact steps", lambda: drift.enough(step)):
             plan = plan_of(self.spec, self._main.engine.partition, step)
             self._follow([replace(p, plan=plan) for p in self._phases])
             self._drift = None
@@ -244,7 +245,7 @@ class Generation:
             components=self.spec.config.components,
             stride=self.spec.config.stride,
             warmup=self._main.first + plan.warmup,
-            devices=[str(d) for d in engine.devices],
+            devices=[str(p) for p in engine.places],
             steps=self.steps,
             ticks=len(ticks),
             total_ms=self._total_ms,
@@ -258,6 +259,10 @@ class Generation:
             compile_s=engine.compile_s,
             settings=self.spec.config.to_dict(),
         )
+
+    @property
+    def _team(self) -> Team:
+        return self._main.engine.team
 
     @property
     def _engines(self) -> list[Engine | Groups]:

@@ -19,7 +19,7 @@ def warn_of_processes() -> None:
     if several_processes():
         warnings.warn(
             f"this is process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} (torchrun?), and "
-            "each of them will do all of the work: asyncdiff runs all its ranks in one process, so "
+            "each of them will do all of the work: pass group='env', so that each has a rank, or "
             "start the program without a launcher",
             stacklevel=3,
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import asyncdiff_core as core
-from asyncdiff.runtime.buffers import tensors_in
+from asyncdiff.runtime.exchange.buffers import tensors_in
 
 from .errors import BenchError
 

@@ -32,7 +32,7 @@ class WeightWatch:
         for weight in self._weights:
             if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.numel() > 0:
                 kind = weight.device, weight.element_size()
-                self._samples.setdefault(kind, []).append(_sample(weight))
+                self._samples.setdefault(kind, []).append(sample(weight))
         self._values = self._read()
 
     def changed(self) -> bool:
@@ -118,7 +118,7 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
+def sample(weight: torch.Tensor) -> torch.Tensor:
     """Bytes of a few elements, spread over the weight's memory, as a view."""
     strides = zip(weight.shape, weight.stride(), strict=True)
     extent = 1 + sum((n - 1) * stride for n, stride in strides)

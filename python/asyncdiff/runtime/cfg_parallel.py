@@ -15,8 +15,10 @@ from torch import nn
 from ..graph.batch import BatchSplit
 from ..graph.signature import Call, Role, Signature, parse
 from ..partition.partition import Partition
+from ..processes.team import Team
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
+from .devices import Place
 from .engine import Engine
 from .step import Caller, Earlier, Times
 
@@ -46,13 +48,18 @@ class Groups:
         return self.engines[0].partition
 
     @property
-    def devices(self) -> list[torch.device]:
+    def places(self) -> list[Place]:
         """One entry a rank, group by group."""
-        return [d for engine in self.engines for d in engine.devices]
+        return [p for engine in self.engines for p in engine.places]
+
+    @property
+    def team(self) -> Team:
+        """The processes that own the ranks."""
+        return self.engines[0].team
 
     @property
     def workers(self) -> list[Any]:
-        """All ranks' workers, group by group."""
+        """The workers of this process's ranks, group by group."""
         return [w for engine in self.engines for w in engine.workers]
 
     @property
@@ -97,8 +104,8 @@ class Groups:
                 )
                 for g, engine in enumerate(self.engines)
             ]
-        except BaseException:
-            self.abandon()
+        except BaseException as e:
+            self.abandon(e)
             raise
         return {
             step: [self._join(leaves) for leaves in zip(*(r[step] for r in results), strict=True)]
@@ -110,14 +117,14 @@ class Groups:
         try:
             for engine in self.engines:
                 engine.finish()
-        except BaseException:
-            self.abandon()
+        except BaseException as e:
+            self.abandon(e)
             raise
 
-    def abandon(self) -> None:
+    def abandon(self, cause: BaseException | None = None) -> None:
         """Stop a generation in the middle."""
         for engine in self.engines:
-            engine.abandon()
+            engine.abandon(cause)
 
     def forget(self) -> None:
         """See :meth:`asyncdiff.runtime.engine.Engine.forget`."""

@@ -12,7 +12,7 @@ import torch
 
 import asyncdiff_core as core
 
-from .devices import out_of_memory
+from ..memory import out_of_memory
 
 log = logging.getLogger("asyncdiff")
 

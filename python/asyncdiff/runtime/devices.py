@@ -1,9 +1,12 @@
-"""The list of devices: one entry a rank, checked before anything runs on it; their memory."""
+"""Where ranks are: a device and a process for each, checked before anything runs there."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +14,99 @@ import asyncdiff_core as core
 
 from ..config import GROUPS, Devices, ParallelConfig
 from ..errors import DeviceError
+from ..processes.team import Team
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: on ``device`` of a process of the group, whose name for it that is.
+
+    ``unit`` is the piece of hardware, by a name that is the same in all processes.
+    """
+
+    process: int
+    device: torch.device
+    unit: str
+
+    def __str__(self) -> str:
+        return str(self.device)
+
+    @classmethod
+    def here(cls, device: torch.device) -> Place:
+        """A place in a process that is alone."""
+        return cls(0, device, str(device))
+
+
+def places_of(config: ParallelConfig, team: Team) -> list[Place]:
+    """The places that there are for the ranks of a configuration; of a process that is alone, one
+    a rank. Collective. Raises DeviceError, saying what to change.
+
+    Of several processes each has those of its own ``devices`` (None: the one device that it uses),
+    in order of the processes; there may be more than the configuration takes.
+    """
+    if not team.several:
+        return [Place.here(device) for device in devices_of(config)]
+    what = "say which devices they use"
+
+    def mine() -> list[list[str]]:
+        found = [_own_device()] if config.devices is None else every_device(config.devices)
+        return [[str(d), _unit(d)] for d in found]
+
+    said = team.together(what, mine)
+    places = [
+        Place(process, torch.device(device), unit)
+        for process, all_of_it in enumerate(said)
+        for device, unit in all_of_it
+    ]
+    if len({p.device.type for p in places}) > 1:
+        raise DeviceError(f"some processes of the group use CPUs, others GPUs: {said_of(places)}")
+    by_itself = team.every(what, lambda: config.devices is None)
+    units = [p.unit for p in places if p.device.type == "cuda"]
+    if by_itself and len(set(units)) < len(units):
+        raise DeviceError(
+            f"processes of the group use the same GPU: {said_of(places)}. Call "
+            "torch.cuda.set_device(…) with another GPU in each of them, or, if they are to share "
+            "one, pass devices=[…] with the devices of the process's own ranks"
+        )
+    return places
+
+
+def check_count(config: ParallelConfig, places: Sequence[Place]) -> None:
+    """Raise DeviceError unless a group of several processes has a place for each rank, no more."""
+    ranks = rank_total(config)
+    if len(places) != ranks:
+        raise DeviceError(
+            f"the processes of the group have {len(places)} ranks ({said_of(places)}), and these "
+            f"settings need {ranks}: take other settings, other processes, or devices=[…] with as "
+            "many entries as this process is to have ranks"
+        )
+
+
+def rank_total(config: ParallelConfig) -> int:
+    """How many ranks a configuration has, in all groups of conditions."""
+    return config.ranks * (GROUPS if config.guidance == "split" else 1)
+
+
+def said_of(places: Sequence[Place]) -> str:
+    """Places in words."""
+    return ", ".join(f"process {p.process}: {p.device}" for p in places)
+
+
+def _own_device() -> torch.device:
+    """The device that this process uses where nothing else is said."""
+    if not (torch.cuda.is_available() and core.cuda_built()):
+        return torch.device("cpu")
+    current = torch.cuda.current_device()
+    local = os.environ.get("LOCAL_RANK", "")
+    if current == 0 and local.isdecimal() and int(local) < torch.cuda.device_count():
+        current = int(local)
+    return torch.device("cuda", current)
+
+
+def _unit(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def devices_of(config: ParallelConfig) -> list[torch.device]:
@@ -62,17 +158,29 @@ def every_device(devices: Devices) -> list[torch.device]:
     return resolve(devices, len(devices))
 
 
-def fabric(devices: Sequence[torch.device], deadline: float | None) -> core.Fabric:
-    """What ranks on these devices exchange through.
+def fabric(places: Sequence[Place], deadline: float | None, team: Team) -> core.Fabric:
+    """What ranks at these places exchange through. Collective.
 
     ``deadline`` in seconds; None takes ``ASYNCDIFF_DEADLINE``, else 10. Raises DeviceError for what
     the core says of devices, such as GPUs that do not reach each other as ``ASYNCDIFF_TRANSPORT``
-    wants.
+    wants, and for processes on several hosts.
     """
-    if devices[0].type == "cpu":
-        return core.HostFabric(len(devices), deadline=deadline)
+    together: dict[str, Any] = {}
+    if team.meeting is not None:
+        hosts = team.meeting.hosts
+        elsewhere = [p for p, host in enumerate(hosts) if host != hosts[0]]
+        if elsewhere:
+            raise DeviceError(
+                f"process {elsewhere[0]} of the group is on another host "
+                f"({hosts[elsewhere[0]].split()[0]}) than process 0 ({hosts[0].split()[0]}): ranks "
+                "exchange within one host"
+            )
+        together = {"owners": [p.process for p in places], "rendezvous": team.meeting}
     try:
-        return core.CudaFabric([d.index for d in devices], deadline=deadline)
+        with team.about_to("make what ranks exchange through"):
+            if places[0].device.type == "cpu":
+                return core.HostFabric(len(places), deadline=deadline, **together)
+            return core.CudaFabric([p.device.index for p in places], deadline=deadline, **together)
     except core.DeviceError as e:
         raise DeviceError(str(e)) from e
 
@@ -116,25 +224,6 @@ def _check_cuda(devices: Sequence[torch.device]) -> None:
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-#: How CUDA, its libraries and torch's allocator for the host say it, where the type does not.
-_SAID = (
-    "cudaErrorMemoryAllocation",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-    "STATUS_ALLOC_FAILED",
-    "can't allocate memory",
-)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that a device or the host has no memory left."""
-    if error is None:
-        return False
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    said = isinstance(error, (RuntimeError, core.CoreError)) and any(s in str(error) for s in _SAID)
-    return said or out_of_memory(error.__cause__)
 
 
 def collect() -> None:

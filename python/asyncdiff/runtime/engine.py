@@ -1,7 +1,9 @@
 """Runs plans over the components of one partition: workers, channels, ticks.
 
-An engine belongs to one partition, one list of devices and one signature of inputs. It knows
-nothing of samplers: it is given latents and times for a step, and returns noise predictions.
+An engine belongs to one partition, one list of places and one signature of inputs. It knows
+nothing of samplers: it is given latents and times for a step, and returns noise predictions. Where
+ranks are in several processes, each has an engine with the workers of its own ranks; all of them go
+through the same plans.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ import torch
 
 import asyncdiff_core as core
 
-from ..errors import RankError
+from ..errors import ProcessError, RankError
 from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..partition.partition import Partition
+from ..processes.team import Team
 from ..progress import Progress, stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
-from .buffers import layout_of, memory_of, tensors_in
-from .devices import fabric
+from .devices import Place
+from .exchange.channels import Channels
 from .executor import RankQueue
 from .input_cache import InputCache
 from .step import Caller, Earlier, Inputs, Times
@@ -32,22 +35,28 @@ from .worker import Worker
 
 
 class Engine:
-    """Workers and channels for one partition on given devices.
+    """Workers and channels for one partition at given places.
 
-    ``devices`` has one entry a rank: N + S − 1 (waves: N). ``tensors`` are the inputs of a call,
-    in the order of the signature; their values are used for a first run, which fixes how values lie
-    in memory. ``slots`` and ``extrapolate`` are those of the plans that will be run.
-    ``compile``: compile the components, and tell it how far that is. ``beside``: an engine whose
-    ranks' streams this one's ranks use, in turn with it.
+    ``places`` has one entry a rank: N + S − 1 (waves: N), ``seats`` one a process of ``team``: its
+    own place, where it gets noise predictions if none of these ranks is its own. ``tensors`` are
+    the inputs of a call, in the order of the signature; their values are used for a first run,
+    which fixes how values lie in memory. ``slots`` and ``extrapolate`` are those of the plans that
+    will be run. ``compile``: compile the components, and tell it how far that is. ``beside``: an
+    engine whose ranks' streams this one's ranks use, in turn with it.
+
+    Making an engine, :meth:`prepare`, :meth:`begin`, :meth:`finish` and :meth:`close` are
+    collective; all processes issue the same ticks.
     """
 
     def __init__(
         self,
         partition: Partition,
-        devices: Sequence[torch.device],
+        places: Sequence[Place],
         weights: Weights,
         tensors: Sequence[torch.Tensor],
         *,
+        team: Team,
+        seats: Sequence[Place],
         slots: int = 2,
         extrapolate: float = 0.0,
         deadline: float | None = None,
@@ -56,31 +65,43 @@ class Engine:
     ) -> None:
         self.partition = partition
         self.signature = partition.captured.signature
-        self.devices = list(devices)
+        self.places = list(places)
+        self.team = team
         self.slots = slots
-        self.cuda = self.devices[0].type == "cuda"
+        self.cuda = self.places[0].device.type == "cuda"
         self._latents = self.signature.places[Role.LATENTS]
-        weight = functools.partial(weights.get, partition.captured)
+        #: this process's ranks, in order
         self.workers: list[Worker] = []
-        for rank, device in enumerate(self.devices):
-            index = min(rank, len(partition.components) - 1)
-            # A program holds where its values go, so every rank has its own; weights are shared.
-            program = partition.program(index, device, weight)
-            stream = None if beside is None else beside.workers[rank].stream
-            self.workers.append(
-                Worker(partition, rank, index, device, program, tensors, extrapolate, stream)
-            )
+        weight = functools.partial(weights.get, partition.captured)
+
+        def make() -> None:
+            for rank, place in enumerate(self.places):
+                if place.process != team.process:
+                    continue
+                index = min(rank, len(partition.components) - 1)
+                # A program holds where its values go: every rank has its own; weights are shared.
+                program = partition.program(index, place.device, weight)
+                stream = None if beside is None else beside.by_rank[rank].stream
+                self.workers.append(
+                    Worker(
+                        partition, rank, index, place.device, program, tensors, extrapolate, stream
+                    )
+                )
+
+        team.together("make its ranks ready", make)
+        self.by_rank = {w.rank: w for w in self.workers}
         self.conditioning = InputCache(
             self.signature.places[Role.CONDITIONING],
             set[int]().union(*(w.row_conditioning for w in self.workers)),
         )
-        self.fabric = fabric(self.devices, deadline)
-        self._connect(self._first_run())
+        self.channels = Channels(partition, self.places, seats, team, slots, deadline)
+        self.channels.connect(self.by_rank)
+        self.fabric = self.channels.fabric
         #: seconds that compiling took
         self.compile_s = 0.0
         if compile is not None:
-            self._compile(compile)
-        self._queue = RankQueue(len(self.devices), self.fabric.abort, threads=not self.cuda)
+            team.together("compile its ranks", functools.partial(self._compile, compile))
+        self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
         self._clean = True
         #: ticks that were issued since the engine was made
         self._ticks = 0
@@ -89,49 +110,10 @@ class Engine:
 
     # ---- preparation -------------------------------------------------------------------------
 
-    def _first_run(self) -> dict[tuple[int, int], list[torch.Tensor]]:
-        """Run an exact step, one component after another; returns all bundles by (from, to)."""
-        boundaries = self.partition.boundaries
-        bundles: dict[tuple[int, int], list[torch.Tensor]] = {}
-        count = len(self.partition.components)
-        for rank in [*self.partition.exact_order, *range(count, len(self.workers))]:
-            worker = self.workers[rank]
-            reads = {}
-            for boundary in self.partition.components[worker.index].reads:
-                values = bundles.get((boundary.source, boundary.target))
-                if values is None:  # the first run in a circle lacks what comes later
-                    values = [
-                        torch.zeros_like(v.meta["val"], device="cpu") for v in boundary.values
-                    ]
-                reads[boundary.source] = [v.to(worker.device) for v in values]
-            sent, _ = worker.warm_up(reads)
-            if rank < count:
-                bundles.update({(worker.index, target): v for target, v in sent.items()})
-        assert set(bundles) == set(boundaries)
-        return bundles
-
-    def _connect(self, bundles: dict[tuple[int, int], list[torch.Tensor]]) -> None:
-        self.bundle_bytes: dict[tuple[int, int], int] = {}
-        for (i, j), values in bundles.items():
-            layout = layout_of(values)
-            self.bundle_bytes[i, j] = sum(spec.nbytes for spec in layout.specs)
-            receivers = [r for r, w in enumerate(self.workers) if w.index == j]
-            # Copy engines leave the multiprocessors to the components, as in all published rows.
-            channel = self.fabric.channel(
-                i,
-                receivers,
-                layout,
-                slots=self.slots,
-                name=f"component {i} to {j}",
-                mode="copy" if self.cuda else "auto",
-            )
-            self.workers[i].senders[j] = channel, layout
-            for r in receivers:
-                worker = self.workers[r]
-                worker.receivers[i] = channel
-                for slot in range(self.slots):
-                    memory = memory_of(channel.slot(r, slot), worker.device)
-                    worker.mailbox[i, slot] = tensors_in(memory, layout)
+    @property
+    def bundle_bytes(self) -> dict[tuple[int, int], int]:
+        """Bytes that cross from one component to another."""
+        return self.channels.bundle_bytes
 
     def _compile(self, progress: Progress) -> None:
         started = time.perf_counter()
@@ -150,13 +132,17 @@ class Engine:
         memory too; work that no capture allows is issued as it is."""
         if not self.cuda or plan is self._ready:
             return
+        self.team.together("record CUDA graphs", functools.partial(self._record, plan))
+        self._ready = plan
+
+    def _record(self, plan: Plan) -> None:
         for worker in self.workers:
             worker.graphs.try_again()
         with stage("recording CUDA graphs"):
             for tick in plan.ticks:
                 for action in tick.runs:
-                    self.workers[action.rank].prepare(action.slots)
-        self._ready = plan
+                    if action.rank in self.by_rank:
+                        self.by_rank[action.rank].prepare(action.slots)
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
@@ -176,7 +162,8 @@ class Engine:
         for worker in self.workers:
             worker.rows.begin(steps)
         self.conditioning.begin(tensors)
-        self.fabric.reset()
+        with self.team.about_to("empty the channels"):
+            self.fabric.reset()
         self._clean = False
 
     def tick(
@@ -214,20 +201,27 @@ class Engine:
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             delivered = {}
             for segment in tick.segments:
-                issue = self.workers[segment.rank].issue
-                submitted = self._queue.submit(segment.rank, issue, segment, inputs)
+                worker = self.by_rank.get(segment.rank)
+                if worker is None:
+                    continue
+                submitted = self._queue.submit(segment.rank, worker.issue, segment, inputs)
                 if segment.step is not None:
                     delivered[segment.step] = submitted
             if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
                         self._queue.submit(worker.rank, worker.feed, inputs)
-            results = {step: self._queue.result(s) for step, s in delivered.items()}
+            results = {}
+            # Only now those of other processes, which may wait for what this one has issued.
+            for run in tick.runs:
+                if run.step is not None and run.rank not in self.by_rank:
+                    results[run.step] = self.channels.arrivals[run.rank].take(caller)
+            results |= {step: self._queue.result(s) for step, s in delivered.items()}
             self._queue.check()
             return results
-        except BaseException:
-            self.abandon()
-            raise
+        except BaseException as e:
+            error = self._failed(e)
+            raise error from error.__cause__
 
     def check(self) -> None:
         """Raise RankError for what is known to have gone wrong, without waiting; on CUDA that is
@@ -236,35 +230,70 @@ class Engine:
         try:
             self.fabric.check()
         except core.CoreError as e:
-            rank = getattr(e, "rank", -1)
-            raise RankError(
-                rank, f"{e}. The generation was stopped; the next one starts afresh"
-            ) from e
+            raise self._blamed(e) from e
 
     def finish(self) -> None:
-        """Wait for the generation's last work and raise what went wrong: RankError, or InputError
-        where conditioning was written to in a way that nothing shows."""
+        """Wait for the generation's last work, in all processes, and raise what went wrong:
+        RankError, or InputError where conditioning was written to in a way that nothing shows."""
         try:
-            self._queue.check(wait=True)
-            self.synchronize()
-            self.check()
-            self.conditioning.check()
-        except BaseException:
-            self.abandon()
-            raise
+            self.team.together("finish a generation", self._finish, last=True)
+        except BaseException as e:
+            error = self._failed(e)
+            raise error from error.__cause__
         self._clean = True
 
-    def abandon(self) -> None:
-        """Stop a generation in the middle: wait until all ranks are idle, empty the channels."""
-        if not self._clean:
-            self.fabric.abort(0, "the generation was abandoned")
+    def _finish(self) -> None:
+        self._queue.check(wait=True)
+        self.synchronize()
+        self.check()
+        self.conditioning.check()
+
+    def abandon(self, cause: BaseException | None = None) -> None:
+        """Stop a generation in the middle, and wait until this process's ranks are idle.
+
+        With a ``cause`` something went wrong, and ranks of other processes wait no longer; without,
+        they are left to end what was issued, as this process's are: the others may be about to stop
+        at the same step.
+        """
+        if not self._clean and (cause is not None or not self.team.several):
+            reason = "the generation was abandoned"
+            if cause is not None:
+                reason += f" ({type(cause).__name__}: {cause})"
+            own = self.channels.own_rank
+            with contextlib.suppress(core.CoreError):
+                self.fabric.abort(own, reason)
         self._queue.settle()
         # A rank that failed may have missed its conditioning: what it computed since is of no use.
         self.conditioning.forget()
         with contextlib.suppress(Exception):  # an error of the device shows again in its next use
             self.synchronize()
-        self.fabric.reset()
         self._clean = True
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """What to raise for an error in the middle of a generation, which is abandoned."""
+        if isinstance(error, core.CoreError):
+            # Where a rank of this process failed, the others were told, and this is what they say.
+            try:
+                self._queue.check(wait=True)
+                blamed = self._blamed(error)
+                blamed.__cause__, error = error, blamed
+            except RankError as e:
+                error = e
+        self.abandon(error)
+        try:
+            self.team.check()
+        except ProcessError as e:
+            e.__cause__ = error
+            return e
+        return error
+
+    def _blamed(self, error: core.CoreError) -> RankError:
+        """The error of a rank that the core tells of."""
+        rank, told = getattr(error, "rank", -1), str(error)
+        peer = getattr(error, "peer", -1)
+        if 0 <= peer < len(self.places) and peer not in self.by_rank:
+            rank, told = peer, f"process {self.places[peer].process} of the group: {told}"
+        return RankError(rank, f"{told}. The generation was stopped; the next one starts afresh")
 
     def forget(self) -> None:
         """What was computed ahead, of the timestep and the conditioning, fits no more."""
@@ -274,9 +303,11 @@ class Engine:
         """Wait until all ranks are idle."""
         for worker in self.workers:
             worker.synchronize()
+        self.channels.synchronize()
 
     def exposed_ms(self) -> float | None:
-        """By how long pushes outlast computation in a tick, worst rank; None if not measured."""
+        """By how long pushes outlast computation in a tick, worst rank of this process; None if not
+        measured."""
         values = [w.exposed_ms() for w in self.workers if w.senders]
         known = [v for v in values if v is not None]
         return max(known) if known else (0.0 if not values else None)
@@ -287,4 +318,4 @@ class Engine:
         self.synchronize()
         for worker in self.workers:
             worker.close()
-        self.fabric.close()
+        self.channels.close()

@@ -6,32 +6,32 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from ..config import GROUPS, ParallelConfig
 from ..graph.batch import BatchSplit
-from ..graph.capture import capture
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
 from ..graph.module_state import ModuleState
 from ..graph.signature import Call, Role, Signature
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
-from ..partition.cost import fused, link_speed, measure
-from ..partition.partition import Partition, partition
+from ..memory import out_of_memory
+from ..partition.partition import Partition
+from ..processes.team import Team
 from ..progress import bar
 from ..schedule.plan import Plan, ring
 from .cfg_parallel import Groups, part
 from .cuda_graphs import reason
-from .devices import collect, out_of_memory
+from .cutting import Cutter, Timed
+from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined, split_of
-from .rebalance import WORTH, WORTH_COMPILING, component_ms, next_cut
+from .rebalance import component_ms
 
 log = logging.getLogger("asyncdiff")
 
@@ -61,25 +61,30 @@ class _Prepared:
 
 
 class EngineCache:
-    """The engines of one denoiser, by kind of the call."""
+    """The engines of one denoiser, by kind of the call, for ranks at ``places``. ``seats`` are the
+    own places of the processes of ``team``, which call the same methods in the same order."""
 
     def __init__(
         self,
         module: nn.Module,
         weights: Weights,
-        devices: Sequence[torch.device],
+        places: Sequence[Place],
         config: ParallelConfig,
+        team: Team,
+        seats: Sequence[Place],
     ) -> None:
         self._module = module
         self._state = ModuleState(module)
         #: the denoiser's state when an engine was asked for last
         self._number = 0
         self._weights = weights
-        self._devices = list(devices)
+        self._places = list(places)
         self._config = config
+        self._team = team
+        self._seats = list(seats)
         #: those that were asked for last are at the end
         self._kept: OrderedDict[_Kind, _Prepared] = OrderedDict()
-        self._bytes_per_ms: float | None = None
+        self._cutter = Cutter(module, config, places, team)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -91,18 +96,39 @@ class EngineCache:
             return True
         return self._kept[next(reversed(self._kept))].watch.changed()
 
-    def get(self, call: Call) -> Engine | Groups:
-        """The engine of the components, for calls like this one. Raises InputError for a denoiser
-        with hooks."""
-        check_hooks(self._module)
-        kind = self._kind(call)
+    def get(
+        self, call: Call, what: str = "prepare", given: Callable[[], Mapping[str, str]] = dict
+    ) -> Engine | Groups:
+        """The engine of the components, for calls like this one. ``what`` for, and what else is
+        ``given`` for it: all processes have to be given the same. Raises InputError for a denoiser
+        with hooks, MismatchError where processes differ."""
+        kind: _Kind
+
+        def look() -> Mapping[str, str]:
+            nonlocal kind
+            check_hooks(self._module)
+            kind = self._kind(call)
+            kept = self._kept.get(kind)
+            written = kept is not None and kept.watch.changed()
+            prepared = f"prepared: {kind in self._kept}, weights written to: {written}"
+            return {**given(), "what the denoiser is since the last generation": prepared}
+
+        if self._team.several:
+            self._team.agree(what, look)
+        else:
+            check_hooks(self._module)
+            kind = self._kind(call)
+        with self._team.busy():
+            return self._get(call, kind)
+
+    def _get(self, call: Call, kind: _Kind) -> Engine | Groups:
         self._renew(kind)
         if kind not in self._kept:
             config = self._config
             self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
             with bar(config.progress):
                 made = self._with_room(
-                    lambda: self._team(call, config.components, self._devices, kind[2])
+                    lambda: self._ranks(call, config.components, self._places, kind[2])
                 )
             kind = self._kind(call)  # capturing runs the denoiser, which may keep something
             self._drop([k for k in self._kept if k == kind])
@@ -119,7 +145,9 @@ class EngineCache:
         if kept is None or not kept.watch.changed():
             return
         captured = [engine.partition.captured for engine in kept.engines]
-        if not all(self._weights.renew(c) for c in captured):
+        if not self._team.every(
+            "take the denoiser's weights", lambda: all(self._weights.renew(c) for c in captured)
+        ):
             self._drop([kind])
             return
         log.info("weights were written to: ranks have their new values")
@@ -143,17 +171,19 @@ class EngineCache:
         kind = next(reversed(self._kept))
         kept = self._kept[kind]
         if kept.whole is None:
-            first = self._devices[0]
-            devices = [first, next((d for d in self._devices if d != first), first)]
+            first = self._places[0]
+            places = [first, next((p for p in self._places if p != first), first)]
             known = kept.engine.batched if isinstance(kept.engine, Groups) else None
-            kept.whole = self._with_room(
-                lambda: self._team(call, 1, devices, _CONDITIONS, known), kind
-            )
+            with self._team.busy():
+                kept.whole = self._with_room(
+                    lambda: self._ranks(call, 1, places, _CONDITIONS, known), kind
+                )
         return kept.whole
 
     def prepare(self, engine: Engine | Groups, plan: Plan) -> None:
         """Make an engine of the calls that were asked for last ready for ``plan``."""
-        self._with_room(lambda: engine.prepare(plan), next(reversed(self._kept)))
+        with self._team.busy():
+            self._with_room(lambda: engine.prepare(plan), next(reversed(self._kept)))
 
     def close(self) -> None:
         """Free all engines."""
@@ -163,7 +193,7 @@ class EngineCache:
         for kind in kinds:
             for engine in self._kept.pop(kind).engines:
                 engine.close()
-        if kinds and self._devices[0].type == "cuda":
+        if kinds and self._places[0].device.type == "cuda":
             collect()
 
     def _with_room(self, work: Callable[[], _T], mine: _Kind | None = None) -> _T:
@@ -185,30 +215,34 @@ class EngineCache:
         self._drop(others)
         return work()
 
-    def _team(
+    def _ranks(
         self,
         call: Call,
         components: int,
-        devices: Sequence[torch.device],
+        places: Sequence[Place],
         split: BatchSplit | None,
         batched: Sequence[bool] | None = None,
     ) -> Engine | Groups:
-        """Ranks on ``devices`` that run ``components`` of the denoiser; with ``split`` an engine
+        """Ranks at ``places`` that run ``components`` of the denoiser; with ``split`` an engine
         for each part of the batch: of conditions on devices of their own, of pictures in turn on
         all of them. ``batched``: which inputs hold all parts of it, if that is known."""
         if split is None:
-            return self._even(call, components, devices)
+            return self._even(call, components, places)
         in_turn = self._config.schedule == "pipeline"
-        ranks = len(devices) if in_turn else len(devices) // split.count
+        ranks = len(places) if in_turn else len(places) // split.count
         if batched is None:
             purpose = PICTURES if in_turn else GUIDANCE
-            batched = batched_inputs(self._module, call, split, purpose)
+            batched = self._team.by(
+                0,
+                "find out which inputs hold the parts of a batch",
+                lambda: batched_inputs(self._module, call, split, purpose),
+            )
         names = self._config.names
         mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
         engines: list[Engine] = []
         with contextlib.ExitStack() as undo:  # should there be no memory for all of them
             for g in range(split.count):
-                of_group = devices if in_turn else devices[g * ranks : (g + 1) * ranks]
+                of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
                 if not engines:
                     made = first = self._even(mine[0], components, of_group)
                 else:
@@ -219,22 +253,20 @@ class EngineCache:
             undo.pop_all()
         return (Pipelined if in_turn else Groups)(engines, call, batched, split)
 
-    def _even(self, call: Call, components: int, devices: Sequence[torch.device]) -> Engine:
+    def _even(self, call: Call, components: int, places: Sequence[Place]) -> Engine:
         """An engine; where its components turn out too unequal, one that is cut again."""
-        copies = len(devices) - components + 1
-        engine = self._engine(call, self._partition(call, components, copies), devices)
+        copies = len(places) - components + 1
+        engine = self._engine(call, self._cutter.first(call, components, copies), places)
         if components == 1 or self._config.split != "auto":
             return engine
-        assert self._bytes_per_ms is not None
-        worth = WORTH_COMPILING if self._config.compile else WORTH
-        timed: list[tuple[Partition, list[float]]] = []
+        timed: list[Timed] = []
         # One that was timed before is there again when a new cut is slower, or has no memory.
         while all(engine.partition is not parts for parts, _ in timed):
             times = component_ms(engine)
             if times is None:
                 break
             timed.append((engine.partition, times))
-            better = next_cut(timed, self._bytes_per_ms, copies, worth)
+            better = self._cutter.again(timed, copies)
             if better is None:
                 break
             engine.close()
@@ -242,12 +274,13 @@ class EngineCache:
             del engine  # what it has is needed now
             collect()
             try:
-                made = self._engine(call, better, devices)
+                made = self._engine(call, better, places)
             except Exception as e:
+                self._team.check()
                 log.warning("the denoiser stays cut as it was before: %s", str(e))
             if made is None:  # only now: the exception held what was made of the engine
                 collect()
-                made = self._engine(call, timed[-1][0], devices)
+                made = self._engine(call, timed[-1][0], places)
             engine = made
         return engine
 
@@ -255,16 +288,18 @@ class EngineCache:
         self,
         call: Call,
         parts: Partition,
-        devices: Sequence[torch.device],
+        places: Sequence[Place],
         beside: Engine | None = None,
     ) -> Engine:
         config, count = self._config, len(parts.components)
         with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
             return Engine(
                 parts,
-                devices,
+                places,
                 self._weights,
                 call.tensors,
+                team=self._team,
+                seats=self._seats,
                 slots=ring(
                     parts.exchanges, count, config.schedule, config.extrapolate, config.delay
                 ),
@@ -273,19 +308,3 @@ class EngineCache:
                 compile=progress,
                 beside=beside,
             )
-
-    def _partition(self, call: Call, components: int, copies: int) -> Partition:
-        config = self._config
-        captured = capture(self._module, call)
-        split = config.split if components == config.components else "auto"
-        costs = None
-        if self._bytes_per_ms is None:
-            self._bytes_per_ms = link_speed(self._devices)
-        if split == "auto" and components > 1:
-            costs = measure(captured, call.tensors, self._devices[0])
-            if config.compile:
-                costs = fused(captured, costs)
-        speed = self._bytes_per_ms
-        return partition(
-            captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
-        )

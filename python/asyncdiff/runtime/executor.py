@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+import asyncdiff_core as core
+
 from ..errors import RankError
 
 
 class RankQueue:
-    """Runs functions for ranks: in order for one rank, at once for several where they have threads.
+    """Runs functions for this process's ranks: in order for one rank, at once for several where
+    they have threads.
 
     ``threads``: one for each rank, with its share of torch's: CPU ranks compute at once. Without,
     as on CUDA, the caller's thread issues everything, in the plan's order. The ranks' streams run
@@ -23,17 +26,20 @@ class RankQueue:
     ``on_failure`` is told (rank, reason) at once when a rank's work raised.
     """
 
-    def __init__(self, ranks: int, on_failure: Callable[[int, str], None], threads: bool) -> None:
+    def __init__(
+        self, ranks: Sequence[int], on_failure: Callable[[int, str], None], threads: bool
+    ) -> None:
         self._on_failure = on_failure
-        self._pools: list[ThreadPoolExecutor] = []
+        self._pools: dict[int, ThreadPoolExecutor] = {}
         #: work that is not known yet to have gone well
         self._pending: list[tuple[int, Future[Any]]] = []
-        if not threads:
+        if not threads or not ranks:
             return
         count = torch.get_num_threads()
-        self._pools = [ThreadPoolExecutor(1, f"asyncdiff-rank-{r}") for r in range(ranks)]
+        share = max(1, count // len(ranks))
+        self._pools = {r: ThreadPoolExecutor(1, f"asyncdiff-rank-{r}") for r in ranks}
         try:
-            for started in [p.submit(_use_threads, max(1, count // ranks)) for p in self._pools]:
+            for started in [p.submit(_use_threads, share) for p in self._pools.values()]:
                 started.result()
         finally:
             # A thread keeps the number that it set. Threads that begin later, the user's too, take
@@ -87,7 +93,7 @@ class RankQueue:
     def close(self) -> None:
         """End the threads, if any, once they are idle."""
         self.settle()
-        for pool in self._pools:
+        for pool in self._pools.values():
             pool.shutdown(wait=True)
 
     def _run(self, rank: int, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -100,6 +106,9 @@ class RankQueue:
 
 def failure(rank: int, error: BaseException) -> RankError:
     """What a generation raises for a rank's error."""
+    cause = getattr(error, "rank", -1)
+    if isinstance(error, core.Aborted) and cause not in (-1, rank):  # of another process
+        return RankError(cause, f"{error}. The generation was stopped; the next one starts afresh")
     return RankError(
         rank,
         f"rank {rank} failed: {type(error).__name__}: {error}. The generation was stopped; the "

@@ -21,6 +21,7 @@ from ..graph.writes import Seen, Writes
 from ..microbatches import Layout, MicroBatched, on_stream
 from ..schedule.actions import Tick
 from .cfg_parallel import Groups
+from .devices import Place
 from .engine import Engine
 from .step import Earlier, Times
 
@@ -58,9 +59,9 @@ class Pipelined(Groups):
         self._leaves: list[list[Any]] = []
 
     @property
-    def devices(self) -> list[torch.device]:
+    def places(self) -> list[Place]:
         """One entry a rank."""
-        return self.engines[0].devices
+        return self.engines[0].places
 
     @property
     def microbatches(self) -> int:
@@ -100,8 +101,8 @@ class Pipelined(Groups):
         try:
             with on_stream(self._layout.streams[mine], others):
                 results = self.engines[mine].tick(tick, parts, self._times_of(mine, times), earlier)
-        except BaseException:
-            self.abandon()
+        except BaseException as e:
+            self.abandon(e)
             raise
         ((step, leaves),) = results.items()
         self._leaves.append(leaves)

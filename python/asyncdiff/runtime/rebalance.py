@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import PartitionError
+from ..errors import PartitionError, ProcessError
 from ..graph.capture import Captured
+from ..memory import out_of_memory
 from ..partition.cost import Costs
 from ..partition.partition import Component, Partition, partition
 from .cuda_graphs import NotCapturable
-from .devices import out_of_memory
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -47,27 +47,42 @@ _ALIKE = 0.01
 
 
 def component_ms(engine: Engine) -> list[float] | None:
-    """Milliseconds of each component in a CUDA graph without exchange, all at once.
+    """Milliseconds of each component in a CUDA graph without exchange, all at once. Collective.
 
     None where that says nothing: on the CPU, where components share a GPU, without graphs, or where
     GPUs have other work too or no memory for more graphs. Call it when the engine is idle.
     """
-    workers = engine.workers[: len(engine.partition.components)]
-    if not engine.cuda or len({w.device for w in workers}) < len(workers):
+    count, team = len(engine.partition.components), engine.team
+    if not engine.cuda or len({p.unit for p in engine.places[:count]}) < count:
         return None
+    workers = [w for w in engine.workers if w.rank < count]
     graphs: list[torch.cuda.CUDAGraph] = []
-    try:
+
+    def record() -> None:
         for worker in workers:
             with worker.current():
                 _fill(worker)
-        graphs += [engine.graph_alone(w) for w in workers]
-        once = replay(engine, workers, graphs, [2] * len(workers))
+        graphs.extend(engine.graph_alone(w) for w in workers)
+
+    def timed(replays: Sequence[int]) -> list[float]:
+        mine = [replays[w.rank] for w in workers]
+        found = team.together(
+            "time its components", lambda: list(replay(engine, workers, graphs, mine))
+        )
+        # Ranks lie in the order of processes.
+        return [ms for of_process in found for ms in of_process]
+
+    try:
+        team.together("time its components", record)
+        once = timed([2] * count)
         replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
         runs: list[list[float]] = []
         while not settled(runs) and len(runs) < _RUNS[1]:
-            runs.append(replay(engine, workers, graphs, replays))
+            runs.append(timed(replays))
     except Exception as e:
-        if not (isinstance(e, NotCapturable) or out_of_memory(e)):
+        team.check()
+        elsewhere = isinstance(e, ProcessError)  # which could not do it, and said why
+        if not (elsewhere or isinstance(e, NotCapturable) or out_of_memory(e)):
             raise
         log.debug("components are not timed: %s", e)
         return None

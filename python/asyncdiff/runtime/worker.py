@@ -16,12 +16,13 @@ from ..graph.compile import compile_program
 from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program
 from ..graph.signature import Role
+from ..memory import out_of_memory
 from ..partition.partition import Partition
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
-from .buffers import moved_on
 from .cuda_graphs import GraphCache, Issued, capturing, reason
-from .devices import out_of_memory
-from .push import Push, Sender
+from .exchange.buffers import moved_on
+from .exchange.push import Push, Sender
+from .exchange.results import Result
 from .rows import Rows
 from .step import Caller, Inputs
 
@@ -81,6 +82,8 @@ class Worker:
         self.rows = Rows(timed, lambda: self._ahead(timed, self.kept), time, self.graphs)
         #: by receiving component
         self.senders: dict[int, Sender] = {}
+        #: where its noise predictions go besides, if they do
+        self.result: Result | None = None
         #: by sending component, the channels that bring bundles
         self.receivers: dict[int, core.Channel] = {}
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
@@ -184,18 +187,22 @@ class Worker:
 
     def execute(self, slots: Slots) -> Issued:
         """Run the component on the current stream, and push its boundary."""
-        read, write = slots
+        read, write, delivers = slots
         reads: dict[int, list[torch.Tensor]] = {}
         for source, slot in read:
             bundle = self.mailbox[source, slot]
             if source in reads:
                 bundle = moved_on(reads[source], bundle, self._extrapolate)
             reads[source] = bundle
-        if write == NOTHING or not self.senders:
+        senders = {} if write == NOTHING else self.senders
+        result = self.result if delivers else None
+        if not senders and result is None:
             return Issued(run_program(self.program, self._arguments(reads), None))
-        push = Push(self.senders, write, self.stream, self.comm)
-        outputs = run_program(self.program, self._arguments(reads), push)
-        push.finish()
+        push = Push(senders, write, self.stream, self.comm, result)
+        # A copy of the last component has values for others, but only the component sends them.
+        sink = push if senders else None
+        outputs = run_program(self.program, self._arguments(reads), sink)
+        push.finish(outputs)
         self._spent += push.spent
         self._pushes += 1
         return Issued(outputs, push.computed, push.delivered)
@@ -226,6 +233,7 @@ class Worker:
         self.mailbox.clear()
         self.receivers.clear()
         self.senders.clear()
+        self.result = None
 
     # ---- pieces of a run ---------------------------------------------------------------------
 

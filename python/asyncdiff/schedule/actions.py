@@ -21,8 +21,9 @@ class Kind(str, Enum):
 #: In place of an ordinal and a slot: no bundle is sent.
 NOTHING = -1
 #: Slots that a run touches: of the bundles that it reads, by sending component (of one whose values
-#: are extrapolated two, the newer one first), and of the one that it sends.
-Slots = tuple[tuple[tuple[int, int], ...], int]
+#: are extrapolated two, the newer one first), and of the one that it sends; and whether its output
+#: is a noise prediction that the sampler gets.
+Slots = tuple[tuple[tuple[int, int], ...], int, bool]
 
 
 class Bundle(NamedTuple):
@@ -61,7 +62,7 @@ class Action:
     @cached_property
     def slots(self) -> Slots:
         """The slots that a run touches: what one CUDA graph serves."""
-        return tuple((b.source, b.slot) for b in self.reads), self.slot
+        return tuple((b.source, b.slot) for b in self.reads), self.slot, self.step is not None
 
 
 @dataclass(frozen=True)

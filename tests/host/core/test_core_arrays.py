@@ -10,7 +10,7 @@ import torch
 from core_bundles import receive
 
 import asyncdiff_core as core
-from asyncdiff.runtime.buffers import layout_of
+from asyncdiff.runtime.exchange.buffers import layout_of
 
 has_table = pytest.mark.skipif(
     not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import asyncdiff_core as core
+from asyncdiff.memory import out_of_memory
+from asyncdiff.processes.team import Team
 from asyncdiff.runtime import cuda_graphs, rebalance
 from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
-from asyncdiff.runtime.devices import out_of_memory
+from asyncdiff.runtime.devices import Place
 
 
 class Stream:
@@ -168,12 +170,15 @@ def test_components_are_not_timed_where_that_cannot_be_and_mistakes_are_raised(
     ends: list[BaseException | None], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     class Worker:
+        rank = 0
         device = torch.device("cuda", 0)
         stream = Stream()
         current = staticmethod(contextlib.nullcontext)
 
     class Engine:
         cuda = True
+        team = Team()
+        places = (Place.here(Worker.device),)
         workers = (Worker(),)
         partition = type("Partition", (), {"components": [0]})
 

@@ -23,7 +23,8 @@ from asyncdiff import (
     PlanError,
     SchedulerError,
 )
-from asyncdiff.runtime.devices import fabric
+from asyncdiff.processes.team import Team
+from asyncdiff.runtime.devices import Place, fabric
 from asyncdiff.runtime.engine import Engine
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
@@ -89,7 +90,7 @@ def test_what_the_core_says_of_devices_is_a_device_error_of_ours(
 
     monkeypatch.setattr(core, "CudaFabric", refused)
     with pytest.raises(DeviceError, match="do not reach each other") as raised:
-        fabric([torch.device("cuda", 0), torch.device("cuda", 1)], None)
+        fabric([Place.here(torch.device("cuda", i)) for i in range(2)], None, Team())
     # Whoever uses both packages may catch either.
     assert isinstance(raised.value, (core.DeviceError, asyncdiff.AsyncDiffError, ValueError))
     assert issubclass(DeviceError, core.DeviceError)

@@ -20,7 +20,7 @@ def four_threads() -> Iterator[None]:
 
 
 def test_ranks_share_the_threads_and_nobody_else_is_concerned(four_threads: None) -> None:
-    queue = RankQueue(2, lambda rank, reason: None, threads=True)
+    queue = RankQueue([0, 1], lambda rank, reason: None, threads=True)
 
     def elsewhere() -> int:
         seen: list[int] = []

@@ -14,6 +14,7 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.partition import Component, Partition, partition
+from asyncdiff.runtime import cutting
 from asyncdiff.runtime import engine_cache as prepared
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.rebalance import component_ms, recut, settled
@@ -95,7 +96,7 @@ def test_a_denoiser_is_made_with_the_new_cut(
         made.append(engine.partition)
         return [10.0 - len(made), 2.0]
 
-    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(cutting, "measure", even)
     monkeypatch.setattr(prepared, "component_ms", timed)
     ranks = 4 if guidance == "split" else 2
     timesteps = torch.tensor([900, 500, 100])
@@ -138,7 +139,7 @@ def test_a_cut_that_turns_out_slower_is_taken_back(monkeypatch: pytest.MonkeyPat
         made.append(engine.partition.cuts)
         return next(times)
 
-    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(cutting, "measure", even)
     monkeypatch.setattr(prepared, "component_ms", timed)
     denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
     assert denoiser.partition.cuts == made[0] != made[1]
@@ -160,7 +161,7 @@ def test_without_memory_for_the_new_cut_the_old_one_stays(
             if len(made) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(prepared, "measure", even)
+    monkeypatch.setattr(cutting, "measure", even)
     monkeypatch.setattr(prepared, "Engine", Full)
     monkeypatch.setattr(prepared, "component_ms", lambda engine: [10.0, 2.0])
     denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import asyncdiff_core as core
-from asyncdiff.runtime.buffers import memory_of
+from asyncdiff.runtime.exchange.buffers import memory_of
 
 from ..payload import Memory, Payload
 from .link import Link, Make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from dataclasses import replace
@@ -27,11 +28,21 @@ _ROOM = 0.6
 
 class AutoSettings:
     """Picks a denoiser's settings when a generation begins. What the ranks hold is made anew only
-    where it has to be."""
+    where it has to be. ``devices`` are those that there are, in all processes; ``own`` those of
+    this one.
 
-    def __init__(self, quality: str, devices: list[torch.device], base: ParallelConfig) -> None:
+    """
+
+    def __init__(
+        self,
+        quality: str,
+        devices: list[torch.device],
+        base: ParallelConfig,
+        own: list[torch.device],
+    ) -> None:
         self.quality = quality
         self._devices = devices
+        self._own = own
         self._base = base
         #: what was picked last
         self.picked: Picked | None = None
@@ -57,6 +68,12 @@ class AutoSettings:
     def settle(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> None:
         """Have ``denoiser`` take the settings for a generation that begins with this call."""
         task = self._task(denoiser, call, steps, scheduler)
+        # What is picked decides about what the processes do together next.
+        known = dataclasses.asdict(task)
+        denoiser.team.agree(
+            "choose settings",
+            lambda: {f"what is asked for ({n})": repr(v) for n, v in known.items()},
+        )
         prepared = None if self.picked is None else self.picked.settings
         picked = pick(self.quality, task, prepared)
         # Else every step is exact: there is nothing that these could say.
@@ -83,7 +100,7 @@ class AutoSettings:
             step=None if several or mixed else _length(scheduler, steps),
             guided=apart and conditions == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
-            whole=_has_room(denoiser, self._devices),
+            whole=denoiser.team.every("choose settings", lambda: _has_room(denoiser, self._own)),
         )
 
 

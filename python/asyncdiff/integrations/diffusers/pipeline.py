@@ -36,6 +36,7 @@ def parallelize(
     pipe: Any,
     devices: Devices = None,
     *,
+    group: Any = None,
     quality: str | None = AUTO,
     config: ParallelConfig | None = None,
     **settings: Any,
@@ -54,6 +55,10 @@ def parallelize(
         pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
         devices: those that may be used, once each (None: all GPUs, else the CPU); by hand, one
             entry a rank.
+        group: the processes that own the ranks, each of which runs the pipeline with the same
+            inputs and gets the same pictures: a torch.distributed ProcessGroup, a dimension of a
+            DeviceMesh, or "env" (torchrun's variables); see :class:`asyncdiff.AsyncDenoiser`.
+            ``devices`` are then those of this process's own ranks (None: the one that it uses).
         quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
             ``handle.settings`` says what was chosen, and why. "auto": "balanced", unless ``config``
             or a setting that a quality would choose is given (``components``, ``stride``,
@@ -65,9 +70,11 @@ def parallelize(
             exact ones, all are exact.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
-    pipeline untouched. While a pipeline runs, CaptureError where the denoiser cannot be exported.
+    pipeline untouched; with a group MismatchError and ProcessError, too. While a pipeline runs,
+    CaptureError where the denoiser cannot be exported.
     """
-    warn_of_processes()
+    if group is None:
+        warn_of_processes()
     module = find_denoiser(pipe)
     if getattr(pipe, "transformer_2", None) is not None:
         raise InputError(
@@ -77,8 +84,11 @@ def parallelize(
     auto = _quality(quality, config, settings)
     if devices is not None or config is None:
         settings["devices"] = devices
+    every: list[torch.device] = []
     if auto is not None:
-        settings |= {"devices": (every := every_device(devices))[:1], "components": 1}
+        settings["components"] = 1
+        if group is None:
+            settings["devices"] = (every := every_device(devices))[:1]
     config = ParallelConfig.of(config, settings)
     check_forward(module)
     check_split_argument(module, config.split, config.components)
@@ -94,10 +104,12 @@ def parallelize(
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
-    denoiser = AsyncDenoiser(twin(module), config=config)
+    denoiser = AsyncDenoiser(twin(module), group=group, config=config)
     try:
-        chosen = None if auto is None else AutoSettings(auto, every, config)
-        return Handle(pipe, module, denoiser, chosen)
+        places, me = denoiser.places, denoiser.team.process
+        own = every or [p.device for p in places if p.process == me]
+        chosen = auto and AutoSettings(auto, every or [p.device for p in places], config, own)
+        return Handle(pipe, module, denoiser, chosen or None)
     except BaseException:
         denoiser.close()
         raise

@@ -1,0 +1,29 @@
+"""Whether it was memory that lacked."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ProcessError
+
+#: How CUDA, its libraries and torch's allocator for the host say it, where the type does not.
+_SAID = (
+    "cudaErrorMemoryAllocation",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that a device or the host has no memory left; here,
+    or in another process of the group."""
+    if error is None:
+        return False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, ProcessError) and error.memory:
+        return True
+    said = isinstance(error, RuntimeError) and any(s in str(error) for s in _SAID)
+    return said or out_of_memory(error.__cause__)

@@ -1,0 +1,1 @@
+"""The processes that a denoiser is spread over: how they meet, and what they say alike."""

@@ -1,0 +1,154 @@
+"""Cuts that all processes make alike: process 0 measures and decides, the others are told where."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+import asyncdiff_core as core
+
+from ..config import ParallelConfig
+from ..graph.capture import Captured, capture
+from ..graph.signature import Call
+from ..partition.cost import fused, link_speed, measure
+from ..partition.partition import Partition, partition
+from ..processes.agreement import of_captured, of_partition
+from ..processes.team import Team
+from .devices import Place, fabric
+from .rebalance import WORTH, WORTH_COMPILING, next_cut
+
+#: A cut, and the milliseconds of its components.
+Timed = tuple[Partition, list[float]]
+#: Bytes by which a link to another process is measured, and how often.
+_LINK_BYTES, _LINK_PUTS = 1 << 26, 6
+
+
+class Cutter:
+    """Cuts ``module`` for ranks at ``places``. All methods are collective."""
+
+    def __init__(
+        self, module: nn.Module, config: ParallelConfig, places: Sequence[Place], team: Team
+    ) -> None:
+        self._module, self._config, self._team = module, config, team
+        self._places = list(places)
+        self._bytes_per_ms: float | None = None
+
+    def first(self, call: Call, components: int, copies: int) -> Partition:
+        """The denoiser, for calls like this one, in so many components, of which the last has
+        ``copies``: by what nodes cost, as the settings say."""
+        config = self._config
+        captured = self._capture(call)
+        split = config.split if components == config.components else "auto"
+        speed = self._speed()
+
+        def cut() -> Partition:
+            costs = None
+            if split == "auto" and components > 1:
+                costs = measure(captured, call.tensors, self._places[0].device)
+                if config.compile:
+                    costs = fused(captured, costs)
+            return partition(
+                captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
+            )
+
+        if isinstance(split, str):
+            made = self._alike(captured, cut)
+            assert made is not None
+            return made
+        made = cut()
+        self._team.agree("cut the denoiser", lambda: of_partition(made))
+        return made
+
+    def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
+        """What to make in place of the last of the cuts whose components were timed; None to keep
+        it. See :func:`~.rebalance.next_cut`."""
+        worth = WORTH_COMPILING if self._config.compile else WORTH
+        better = functools.partial(next_cut, timed, self._speed(), copies, worth)
+        return self._alike(timed[0][0].captured, better, [parts for parts, _ in timed])
+
+    def _capture(self, call: Call) -> Captured:
+        made: list[Captured] = []
+        self._team.together("export the denoiser", lambda: made.append(capture(self._module, call)))
+        self._team.agree("cut the denoiser", lambda: of_captured(made[0]))
+        return made[0]
+
+    def _alike(
+        self,
+        captured: Captured,
+        cut: Callable[[], Partition | None],
+        known: Sequence[Partition] = (),
+    ) -> Partition | None:
+        """What ``cut`` returns in process 0, in all; of the ``known`` ones, that which it was."""
+        made: list[Partition | None] = []
+
+        def decide() -> list[str] | None:
+            made.append(cut())
+            return None if made[0] is None else list(made[0].cuts or ())
+
+        cuts = self._team.by(0, "cut the denoiser", decide)
+        if cuts is None:
+            return None
+        if not made or made[0] is None:
+            same = (parts for parts in known if parts.cuts == tuple(cuts))
+            made = [next(same, None) or partition(captured, len(cuts) + 1, cuts or "estimate")]
+        parts = made[0]
+        assert parts is not None
+        self._team.agree("cut the denoiser", lambda: of_partition(parts))
+        return parts
+
+    def _speed(self) -> float:
+        """Bytes a millisecond of a link, measured once."""
+        if self._bytes_per_ms is None:
+            first = self._places[0]
+            other = next((p for p in self._places if p.unit != first.unit), None)
+            if other is None or other.process == first.process:
+                devices = [p.device for p in (first, other) if p is not None]
+                self._bytes_per_ms = self._team.by(0, "measure links", lambda: link_speed(devices))
+            else:
+                self._bytes_per_ms = _between_processes(first, other, self._team)
+        return self._bytes_per_ms
+
+
+def _between_processes(first: Place, other: Place, team: Team) -> float:
+    """:func:`~asyncdiff.partition.cost.link_speed` to a device of another process, through a
+    channel. Collective."""
+    link = fabric([first, other], None, team)
+    layout = core.Layout([core.TensorSpec("uint8", (_LINK_BYTES,))])
+    with team.about_to("measure links"):
+        channel = link.channel(0, [1], layout, slots=1, name="a link", mode="copy")
+
+    def receive() -> None:
+        stream = torch.cuda.Stream(other.device)
+        for _ in range(_LINK_PUTS):
+            channel.get(1, 0, stream)
+            channel.release(1, 0, stream)
+        stream.synchronize()
+
+    def send() -> float:
+        stream = torch.cuda.Stream(first.device)
+        data = torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=first.device)
+        torch.cuda.synchronize(first.device)
+        speeds = []
+        with torch.cuda.device(first.device), torch.cuda.stream(stream):
+            for _ in range(_LINK_PUTS):
+                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begun.record()
+                channel.put([data], 0, stream)
+                ended.record()
+                ended.synchronize()
+                speeds.append(_LINK_BYTES / begun.elapsed_time(ended))
+        return statistics.median(speeds[1:])
+
+    works = {first.process: send, other.process: receive}
+    try:
+        found = team.together("measure links", works.get(team.process, lambda: None))
+        link.check()
+    finally:
+        with team.about_to("measure links"):
+            link.close()
+    speed: float = found[first.process]
+    return speed

@@ -1,0 +1,195 @@
+"""An engine's channels: of boundaries, between components, and of noise predictions, to processes.
+
+Every process has the ends of its own ranks. What lies in a channel is found by a first run, by the
+process of the rank that sends it, and told to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+import asyncdiff_core as core
+
+from ...errors import ProcessError
+from ...partition.partition import Partition
+from ...processes.team import Team
+from ..devices import Place, fabric
+from ..worker import Worker
+from .buffers import layout_of, memory_of, tensors_in
+from .results import SLOTS, Arrivals, Result
+
+#: A layout as plain data: element type, shape and strides of each tensor.
+_Specs = list[tuple[str, list[int], list[int]]]
+_Edge = tuple[int, int]
+
+
+class Channels:
+    """The fabric of ranks at ``places``, and of a *seat* for each process without any; its channels
+    with ``slots`` slots. ``seats``: the own place of each process."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        places: Sequence[Place],
+        seats: Sequence[Place],
+        team: Team,
+        slots: int,
+        deadline: float | None,
+    ) -> None:
+        self._partition = partition
+        self._places = list(places)
+        self._team = team
+        self._slots = slots
+        ranks = len(places)
+        owners = [place.process for place in places]
+        #: of each process, the rank that noise predictions go to
+        self._seats: list[int] = []
+        for seat in seats:
+            if seat.process not in owners:
+                owners.append(seat.process)
+                self._places.append(seat)
+            self._seats.append(owners.index(seat.process))
+        #: the rank in whose name this process acts
+        self.own_rank = self._seats[team.process]
+        #: ranks that deliver noise predictions
+        self._delivering = range(len(partition.components) - 1, ranks)
+        cuda = places[0].device.type == "cuda"
+        home = self._places[self.own_rank].device
+        self._stream = torch.cuda.Stream(home) if cuda and team.several else None
+        self._mode = "copy" if cuda else "auto"
+        self.bundle_bytes: dict[_Edge, int] = {}
+        #: by rank of another process
+        self.arrivals: dict[int, Arrivals] = {}
+        self.fabric = fabric(self._places, deadline, team)
+
+    def connect(self, workers: Mapping[int, Worker]) -> None:
+        """Find out what crosses, and make all channels; ``workers`` are this process's, by rank."""
+        edges, outputs = self._first_run(workers)
+        with self._team.about_to("connect its ranks"):
+            for (i, j), layout in edges.items():
+                self._boundary(workers, i, j, layout)
+            if self._team.several:
+                for rank in self._delivering:
+                    self._result(workers, rank, outputs)
+
+    def synchronize(self) -> None:
+        """Wait until all that was to arrive here has."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Free all mailboxes. Call it when idle."""
+        self.arrivals.clear()
+        # Collective on GPUs. Who has ended, or has no wish to, is waited for no longer.
+        with (
+            contextlib.suppress(ProcessError, core.CoreError)
+            if self._team.several
+            else contextlib.nullcontext(),
+            self._team.about_to("close"),
+        ):
+            self.fabric.close()
+
+    # ---- what crosses ------------------------------------------------------------------------
+
+    def _first_run(self, workers: Mapping[int, Worker]) -> tuple[dict[_Edge, core.Layout], _Specs]:
+        """Run an exact step, one component after another: layouts of bundles by (from, to), and of
+        what the last component returns."""
+        bundles: dict[_Edge, list[torch.Tensor]] = {}
+        specs: dict[_Edge, _Specs] = {}
+        count = len(self._partition.components)
+        outputs: _Specs = []
+
+        def run(rank: int) -> list[Any]:
+            worker = workers[rank]
+            sent, leaves = worker.warm_up(self._read(worker, bundles, specs))
+            if rank < count:
+                bundles.update({(worker.index, target): v for target, v in sent.items()})
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            return [{t: _specs_of(v) for t, v in sent.items()}, _specs_of(tensors)]
+
+        for rank in self._partition.exact_order:
+            owner = self._places[rank].process
+            work = functools.partial(run, rank)
+            sent, outputs = self._team.by(owner, f"run component {rank}", work)
+            specs.update({(rank, int(target)): found for target, found in sent.items()})
+        copies = [rank for rank in self._delivering if rank in workers and rank >= count]
+        self._team.together("run its copies", lambda: [run(rank) for rank in copies] and None)
+        assert set(specs) == set(self._partition.boundaries)
+        return {edge: _layout(found) for edge, found in specs.items()}, outputs
+
+    def _read(
+        self,
+        worker: Worker,
+        bundles: Mapping[_Edge, list[torch.Tensor]],
+        specs: Mapping[_Edge, _Specs],
+    ) -> dict[int, list[torch.Tensor]]:
+        """What a component reads in the first run; zeros for what another process has, or comes
+        later in a circle."""
+        reads = {}
+        for boundary in self._partition.components[worker.index].reads:
+            edge = boundary.source, boundary.target
+            if edge in bundles:
+                values = bundles[edge]
+            elif edge in specs:
+                values = [_zeros(*spec) for spec in specs[edge]]
+            else:
+                values = [torch.zeros_like(v.meta["val"], device="cpu") for v in boundary.values]
+            reads[boundary.source] = [v.to(worker.device) for v in values]
+        return reads
+
+    # ---- channels ----------------------------------------------------------------------------
+
+    def _boundary(self, workers: Mapping[int, Worker], i: int, j: int, layout: core.Layout) -> None:
+        self.bundle_bytes[i, j] = sum(spec.nbytes for spec in layout.specs)
+        last = len(self._partition.components) - 1
+        receivers = list(self._delivering) if j == last else [j]
+        # Copy engines leave the multiprocessors to the components, as in all published rows.
+        channel = self.fabric.channel(
+            i, receivers, layout, slots=self._slots, name=f"component {i} to {j}", mode=self._mode
+        )
+        if i in workers:
+            workers[i].senders[j] = channel, layout
+        for r in receivers:
+            if r not in workers:
+                continue
+            worker = workers[r]
+            worker.receivers[i] = channel
+            for slot in range(self._slots):
+                memory = memory_of(channel.slot(r, slot), worker.device)
+                worker.mailbox[i, slot] = tensors_in(memory, layout)
+
+    def _result(self, workers: Mapping[int, Worker], rank: int, outputs: _Specs) -> None:
+        """The channel of the noise predictions of a rank, to every other process."""
+        leaves = self._partition.captured.outputs
+        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node))
+        layout = _layout(outputs)
+        owner = self._places[rank].process
+        receivers = [seat for p, seat in enumerate(self._seats) if p != owner]
+        channel = self.fabric.channel(
+            rank, receivers, layout, slots=SLOTS, name=f"prediction of rank {rank}"
+        )
+        if rank in workers:
+            workers[rank].result = Result(self.fabric, channel, layout, positions)
+        else:
+            place = self._places[self.own_rank]
+            self.arrivals[rank] = Arrivals(
+                channel, layout, self.own_rank, place, leaves, positions, self._stream
+            )
+
+
+def _specs_of(values: Sequence[torch.Tensor]) -> _Specs:
+    return [(s.dtype, list(s.shape), list(s.strides)) for s in layout_of(values).specs]
+
+
+def _layout(specs: _Specs) -> core.Layout:
+    return core.Layout([core.TensorSpec(d, tuple(s), tuple(t)) for d, s, t in specs])
+
+
+def _zeros(dtype: str, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=getattr(torch, dtype)).zero_()

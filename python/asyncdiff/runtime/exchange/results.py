@@ -1,0 +1,89 @@
+"""Noise predictions on their way to other processes.
+
+A rank that delivers one has a channel of its own for them, to one rank of every other process: the
+process's *seat*. Whoever lies in one process with the rank is given its outputs as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import asyncdiff_core as core
+
+from ..devices import Place
+from ..step import Caller
+from .buffers import as_laid_out, memory_of, tensors_in
+
+#: Slots of such a channel. One will do: a prediction is taken long before the next one is there.
+#: So a rank's CUDA graphs do not depend on it.
+SLOTS = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rank's end of the way that its noise predictions take: what is put there, of its outputs.
+    ``fabric`` puts it and bundles in one launch."""
+
+    fabric: core.Fabric
+    channel: core.Channel
+    layout: core.Layout
+    positions: tuple[int, ...]
+
+    def values(self, outputs: Sequence[Any]) -> list[torch.Tensor]:
+        """The tensors of the outputs, as they are laid out."""
+        mine = (outputs[i] for i in self.positions)
+        return [as_laid_out(v, s) for v, s in zip(mine, self.layout.specs, strict=True)]
+
+
+class Arrivals:
+    """A process's end of the way that noise predictions of a rank of another process take.
+
+    ``seat`` is its rank there, at ``place``. ``outputs`` are the leaves of the denoiser's result,
+    with constants where they are constant; ``positions`` are those of its tensors.
+    """
+
+    def __init__(
+        self,
+        channel: core.Channel,
+        layout: core.Layout,
+        seat: int,
+        place: Place,
+        outputs: Sequence[Any],
+        positions: Sequence[int],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        self._channel, self._layout, self._seat = channel, layout, seat
+        self._outputs, self._positions = list(outputs), positions
+        self._stream = stream
+        memory = memory_of(channel.slot(seat, 0), place.device)
+        self._values = tensors_in(memory, layout)
+
+    def take(self, caller: Caller | None) -> list[Any]:
+        """The next outputs, as new tensors on the caller's device, ready in order of its stream; on
+        the CPU the caller's thread waits. Raises what the core does."""
+        if caller is None or self._stream is None:
+            self._channel.get(self._seat, 0)
+            new = [v.clone() for v in self._values]
+            self._channel.release(self._seat, 0)
+            return self._among_constants(new)
+        main, mine = caller.stream, self._stream
+        with torch.cuda.stream(main):  # whose memory they are
+            new = [torch.empty_like(v, device=main.device) for v in self._values]
+        mine.wait_stream(main)
+        self._channel.get(self._seat, 0, mine)
+        with torch.cuda.stream(mine):
+            for there, here in zip(new, self._values, strict=True):
+                there.copy_(here, non_blocking=True)
+        self._channel.release(self._seat, 0, mine)
+        main.wait_stream(mine)
+        return self._among_constants(new)
+
+    def _among_constants(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        leaves = list(self._outputs)
+        for position, tensor in zip(self._positions, tensors, strict=True):
+            leaves[position] = tensor
+        return leaves

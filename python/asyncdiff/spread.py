@@ -1,0 +1,144 @@
+"""A denoiser spread over ranks: its settings, processes, places, weights and engines."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
+from .deadline import check_deadline
+from .errors import DeviceError
+from .forking import Locked
+from .graph.compile import pays
+from .graph.weights import Weights
+from .partition.ownership import check_split_argument
+from .processes.agreement import of_program, of_settings
+from .processes.team import Team
+from .runtime.devices import Place, check_count, places_of, rank_total, said_of
+from .runtime.engine_cache import EngineCache
+
+
+class Spread(ReadOnlySettings, Locked):
+    """``module`` on the ranks that ``config`` asks for, in the processes of ``group`` (None: in
+    this one), before anything is known of its inputs."""
+
+    def __init__(self, module: nn.Module, config: ParallelConfig, group: Any) -> None:
+        super().__init__()  # the lock, held by whoever runs a generation
+        self.module = module
+        self._team = Team.of(group, check_deadline(config.deadline))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._team.close)
+            self._team.agree("make a denoiser", lambda: self._given(config))
+            places = places_of(config, self._team)
+            #: those that there are; settings may take the first of them only
+            self._available = places
+            if self._team.several and rank_total(config) > 1:
+                check_count(config, places)
+            self._weights = Weights(module)
+            undo.callback(self._weights.restore)
+            self._take(config, self._taken(config))
+            undo.pop_all()
+
+    def _given(self, config: ParallelConfig) -> dict[str, str]:
+        return {**of_program(self.module), **of_settings(config.to_dict())}
+
+    def _taken(self, config: ParallelConfig) -> list[Place]:
+        """The places that a configuration takes. Raises DeviceError where there are too few."""
+        if not self._team.several:
+            return places_of(config, self._team)
+        ranks = rank_total(config)
+        if ranks > len(self._available):
+            raise DeviceError(
+                f"these settings need {ranks} ranks, and the processes of the group have "
+                f"{len(self._available)} ({said_of(self._available)})"
+            )
+        return self._available[:ranks]
+
+    def _take(self, config: ParallelConfig, places: list[Place]) -> None:
+        """Become a denoiser of these settings, without any engine yet."""
+        devices = [p.device for p in places]
+        here = [p.device for p in places if p.process == self._team.process]
+        compile = config.compile
+        if compile is None:
+            compile = self._team.every("choose", lambda: pays(self.module, here))
+        self._places = places
+        self._config = replace(config, devices=tuple(devices), compile=compile)
+        seats = [
+            next(p for p in self._available if p.process == process)
+            for process in range(self._team.count)
+        ]
+        #: where this process's pipeline works
+        self._seat = seats[self._team.process].device
+        self._engines = EngineCache(
+            self.module, self._weights, places, self._config, self._team, seats
+        )
+        if compile and devices[0].type == "cuda":
+            self._weights.channels_last()
+        if any(d != self._weights.home for d in here) or not here:
+            self._weights.offload()
+
+    # ---- settings ----------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The settings, with the devices and whether components are compiled."""
+        return self._config
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings from the next generation on: warmup, warmup_mode, exact_tail, order.
+
+        Raises InputError for any other setting, PlanError for values that no plan has; nothing is
+        changed then.
+        """
+        with self.lock:
+            self._config = self._config.between_generations(changes)
+
+    def adopt(self, config: ParallelConfig) -> None:
+        """Take other settings; where they cannot change between generations, ranks are prepared
+        anew at the next call. Raises what the constructor does; nothing is changed then."""
+        with self.lock:
+            places = self._taken(config)
+            if self._config.like(config, [p.device for p in places]):
+                self._config = replace(self._config, **{n: getattr(config, n) for n in CHANGEABLE})
+                return
+            check_split_argument(self.module, config.split, config.components)
+            self._let_go()
+            self._take(config, places)
+
+    def _let_go(self) -> None:
+        """Give up what is under way, and free the engines."""
+        self._engines.close()
+
+    @property
+    def team(self) -> Team:
+        """The processes that own the ranks."""
+        return self._team
+
+    @property
+    def places(self) -> list[Place]:
+        """The places that there are; settings may take the first of them only."""
+        return list(self._available)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """One entry a rank; of another process's rank, as the device is called there."""
+        return [place.device for place in self._places]
+
+    @property
+    def home(self) -> torch.device:
+        """The device on which a sampler's tensors belong."""
+        own = self._weights.home
+        return own if own.type == self._seat.type else self._seat
+
+    @contextlib.contextmanager
+    def own_modes(self) -> Iterator[None]:
+        """Without the caller's modes: what ranks keep is written to outside of inference mode, too,
+        and has no gradient; a captured denoiser's dtypes are those of its weights."""
+        kind = self._seat.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            yield

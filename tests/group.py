@@ -1,0 +1,111 @@
+"""Runs what a test does in several processes of a group, each with a denoiser of the group.
+
+    python group.py MODULE FUNCTION PROCESSES FOLDER [OPTION ...]
+
+imports MODULE once, then forks: function(member) of each process returns what the test gets; once
+for each option, in new processes. What
+``before_FUNCTION(processes)`` does, where there is one, is done before: by one process, whose
+exports all of them inherit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120
+
+
+@dataclass
+class Member:
+    """One of ``processes`` that meet in ``folder``."""
+
+    process: int
+    processes: int
+    folder: Path
+    option: str = ""
+
+    def group(self, name: str = "store", processes: list[int] | None = None) -> Any:
+        """The ProcessGroup of some of the processes (None: all), made anew for each ``name``."""
+        import torch.distributed as dist
+
+        members = list(range(self.processes)) if processes is None else processes
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        store = dist.FileStore(str(self.folder / name), len(members))
+        rank = members.index(self.process)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=len(members))
+        return dist.group.WORLD
+
+    def die(self) -> None:
+        """End at once, as if somebody had pulled the plug."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    function: Callable[[Member], Any], processes: int, folder: Path, options: Sequence[str] = ("",)
+) -> list[Any]:
+    """What ``function``, of a module beside this one, returned in each process (JSON); minus the
+    signal where one was killed; for each option, one after another. At the end what was returned
+    before."""
+    command = [sys.executable, __file__, function.__module__, function.__name__]
+    done = subprocess.run(
+        [*command, str(processes), str(folder), *options],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS * (1 + len(options)),
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _child(function: Callable[[Member], Any], member: Member) -> None:
+    signal.alarm(SECONDS)  # nothing of a test stays behind
+    try:
+        result = function(member)
+        (member.folder / f"result-{member.process}").write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def main() -> int:
+    module, name, processes, folder, *options = sys.argv[1:]
+    scenarios = importlib.import_module(module)
+    function, before = getattr(scenarios, name), getattr(scenarios, f"before_{name}", None)
+    found = before(int(processes)) if before is not None else None
+    results, codes = [], []
+    for option in options:
+        place = Path(folder) / f"of-{option}"
+        place.mkdir()
+        children = []
+        for process in range(int(processes)):
+            child = os.fork()
+            if child == 0:
+                _child(function, Member(process, int(processes), place, option))
+            children.append(child)
+        codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        results += [
+            json.loads((place / f"result-{p}").read_text()) if code == 0 else code
+            for p, code in enumerate(codes[-len(children) :])
+        ]
+    print(json.dumps([*results, found]))
+    return 1 if any(code > 0 for code in codes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

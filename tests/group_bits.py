@@ -1,0 +1,137 @@
+"""What processes of a group compute, and whether one process computes the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import reference
+import torch
+from diffusers import DDIMScheduler
+from export_cache import ExportCache
+from group import Member
+from tiny_pipelines import draw, tiny_sd
+from toys import toy, toy_call
+
+import asyncdiff
+from asyncdiff import AsyncDenoiser
+
+CIRCLE = [["down.1", "down.2", "mix"], ["enter", "down.0", "up", "leave"]]
+THREE = [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]]
+#: Settings by how many ranks they have.
+SETTINGS: dict[int, list[dict[str, Any]]] = {
+    2: [
+        {"components": 2, "warmup": 2, "split": "estimate"},
+        {"components": 2, "split": CIRCLE},
+        {"components": 1, "stride": 2},
+        {"components": 1, "guidance": "split"},
+        {"components": 2, "split": "estimate", "schedule": "pipeline"},
+        {"components": 2, "split": "estimate", "schedule": "wavefront", "warmup": 2, "exact_tail": 2},
+    ],
+    3: [
+        {"components": 3, "split": THREE, "warmup": "auto"},
+        {"components": 2, "split": "estimate", "stride": 2, "time_shift": True},
+        {"components": 3, "split": THREE, "schedule": "wavefront", "stride": 2, "warmup": 2},
+    ],
+    4: [
+        {"components": 4, "split": "estimate", "extrapolate": 0.5},
+        {"components": 2, "split": "estimate", "guidance": "split", "warmup_mode": "split", "warmup": 3},
+        {"components": 2, "split": "estimate", "stride": 3},
+    ],
+}
+
+
+def digest(value: torch.Tensor) -> str:
+    return hashlib.sha1(value.contiguous().numpy().tobytes()).hexdigest()
+
+
+def generate(denoiser: AsyncDenoiser, seed: int = 1, steps: int = 8) -> str:
+    call = toy_call(batch=4, seed=seed)
+    call["sample"] = call["sample"][:2]
+    out = denoiser.generate(
+        call["sample"],
+        {"encoder_hidden_states": call["encoder_hidden_states"]},
+        DDIMScheduler(),
+        num_inference_steps=steps,
+        guidance_scale=2.0,
+    )
+    return digest(out)
+
+
+def _three(denoiser: AsyncDenoiser) -> list[str]:
+    """Digests of three generations, of which the first two are alike."""
+    found = [generate(denoiser), generate(denoiser), generate(denoiser, seed=2, steps=5)]
+    denoiser.close()
+    return found
+
+
+def _cases(processes: int) -> list[tuple[dict[str, Any], int]]:
+    """Settings, and how many ranks the last process has; the others have one each."""
+    more = SETTINGS.get(processes + 1, [])
+    return [*((s, 1) for s in SETTINGS[processes]), *((s, 2) for s in more[:1])]
+
+
+def before_settings(processes: int) -> list[list[str]]:
+    torch.export.export = ExportCache()
+    found = []
+    for settings, last in _cases(processes):
+        devices = ["cpu"] * (processes - 1 + last)
+        found.append(_three(AsyncDenoiser(toy(), devices=devices, **settings)))
+    return found
+
+
+def settings(member: Member) -> list[list[str]]:
+    """Digests of toys, by settings."""
+    group = member.group()
+    found = []
+    for settings, last in _cases(member.processes):
+        own = last if member.process == member.processes - 1 else 1
+        devices = None if last == 1 else ["cpu"] * own
+        found.append(
+            _three(AsyncDenoiser(toy(), group=group, devices=devices, deadline=20, **settings))
+        )
+    return found
+
+
+def _specs(processes: int) -> list[Any]:
+    """The reference cases with so many ranks."""
+    return [c for c in reference.CASES if c["components"] + c["stride"] - 1 == processes]
+
+
+def _reference(spec: Any, **where: Any) -> list[str]:
+    pipe = reference.pipeline(spec)
+    with asyncdiff.parallelize(pipe, **where, **reference.settings(spec)):
+        found = [reference.run(pipe, spec) for _ in range(2)]
+    assert reference.distance(found[0], reference.expected()[spec["name"]]) < 1e-4
+    return [digest(f) for f in found]
+
+
+def before_references(processes: int) -> list[list[str]]:
+    torch.export.export = ExportCache()
+    return [_reference(spec, devices=["cpu"] * processes) for spec in _specs(processes)]
+
+
+def references(member: Member) -> list[list[str]]:
+    """Digests of the reference cases that have so many ranks."""
+    group = member.group()
+    return [_reference(spec, group=group, deadline=30) for spec in _specs(member.processes)]
+
+
+def _qualities(**where: Any) -> list[list[str]]:
+    out = []
+    for quality in ("exact", "balanced"):
+        pipe, call = tiny_sd()
+        with asyncdiff.parallelize(pipe, quality=quality, split="estimate", **where) as handle:
+            found = [digest(draw(pipe, call, num_inference_steps=steps)) for steps in (4, 12)]
+            out.append([*found, handle.settings])
+    return out
+
+
+def before_qualities(processes: int) -> list[list[str]]:
+    torch.export.export = ExportCache()
+    return _qualities(devices=["cpu"] * processes)
+
+
+def qualities(member: Member) -> list[list[str]]:
+    """Digests of pipelines whose settings are picked, and what was picked."""
+    return _qualities(group=member.group(), deadline=30)
