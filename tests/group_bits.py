@@ -18,25 +18,27 @@ from asyncdiff import AsyncDenoiser
 
 CIRCLE = [["down.1", "down.2", "mix"], ["enter", "down.0", "up", "leave"]]
 THREE = [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]]
+#: The cut is the same whenever it is made.
+ESTIMATE = {"split": "estimate"}
 #: Settings by how many ranks they have.
 SETTINGS: dict[int, list[dict[str, Any]]] = {
     2: [
-        {"components": 2, "warmup": 2, "split": "estimate"},
+        {"components": 2, "warmup": 2, **ESTIMATE},
         {"components": 2, "split": CIRCLE},
         {"components": 1, "stride": 2},
         {"components": 1, "guidance": "split"},
-        {"components": 2, "split": "estimate", "schedule": "pipeline"},
-        {"components": 2, "split": "estimate", "schedule": "wavefront", "warmup": 2, "exact_tail": 2},
+        {"components": 2, **ESTIMATE, "schedule": "pipeline"},
+        {"components": 2, "schedule": "wavefront", "warmup": 2, "exact_tail": 2, **ESTIMATE},
     ],
     3: [
         {"components": 3, "split": THREE, "warmup": "auto"},
-        {"components": 2, "split": "estimate", "stride": 2, "time_shift": True},
+        {"components": 2, **ESTIMATE, "stride": 2, "time_shift": True},
         {"components": 3, "split": THREE, "schedule": "wavefront", "stride": 2, "warmup": 2},
     ],
     4: [
         {"components": 4, "split": "estimate", "extrapolate": 0.5},
-        {"components": 2, "split": "estimate", "guidance": "split", "warmup_mode": "split", "warmup": 3},
-        {"components": 2, "split": "estimate", "stride": 3},
+        {"components": 2, "guidance": "split", "warmup_mode": "split", "warmup": 3, **ESTIMATE},
+        {"components": 2, **ESTIMATE, "stride": 3},
     ],
 }
 

@@ -120,9 +120,7 @@ def gone(member: Member) -> Any:
             AsyncDenoiser._given = die  # type: ignore[method-assign]
         if moment == "preparing" and mine:
             Worker.warm_up = die  # type: ignore[method-assign]
-        made.append(
-            AsyncDenoiser(toy(), group=whole, components=3, split=THREE, deadline=DEADLINE)
-        )
+        made.append(AsyncDenoiser(toy(), group=whole, components=3, split=THREE, deadline=DEADLINE))
 
     def work() -> None:
         make()

@@ -13,6 +13,11 @@ def several_processes() -> bool:
     return "RANK" in os.environ and size.isdigit() and int(size) > 1
 
 
+def speaks() -> bool:
+    """Whether this process is the one of them that says and writes what all of them have done."""
+    return not several_processes() or os.environ["RANK"] == "0"
+
+
 @functools.cache
 def warn_of_processes() -> None:
     """Warn, once, where several processes would each do all of the work."""

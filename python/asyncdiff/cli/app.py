@@ -50,5 +50,5 @@ def options(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand not in ("plan", "doctor"):
+    if context.invoked_subcommand not in ("plan", "doctor", "generate"):
         refuse_launchers()

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..launcher import speaks
+
 
 def stdout() -> Console:
     """For results. Made anew: tests and callers may have replaced the stream."""
@@ -25,6 +27,8 @@ def stderr() -> Console:
 
 def remark(text: str) -> None:
     """One line on stderr, never mixed into results."""
+    if not speaks():
+        return
     stderr().print(text, style="dim", markup=False)
 
 
@@ -56,7 +60,7 @@ def progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and speaks()),
     ) as bar:
         yield bar
 

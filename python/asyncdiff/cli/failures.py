@@ -96,5 +96,5 @@ def refuse_launchers() -> None:
     if several_processes():
         raise InputError(
             "this is one of several processes (WORLD_SIZE is above 1), each of which would do all "
-            "of the work: asyncdiff runs all its ranks in one process, so start it without torchrun"
+            "of the work: only `asyncdiff generate` runs under torchrun, so start it without"
         )

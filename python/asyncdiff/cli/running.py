@@ -12,6 +12,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from ..errors import InputError
+from ..launcher import several_processes
 from ..progress import Tasks
 from .console import remark
 from .failures import asked_of
@@ -37,8 +38,8 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a command spreads a generation: its devices, arguments of ``parallelize`` as they are
-    told, and as they are passed."""
+    """How a command spreads a generation: its devices, those of this process alone where there are
+    several, arguments of ``parallelize`` as they are told, and as they are passed."""
 
     devices: list[str]
     told: dict[str, Any]
@@ -52,13 +53,30 @@ class Spread:
         setting: Setting,
         modes: Mapping[str, Any] | None = None,
     ) -> Spread:
-        """By quality; by hand where that is None. ``modes``: further arguments."""
+        """By quality; by hand where that is None. ``modes``: further arguments. Under torchrun
+        every process has ranks of its own."""
         modes = dict(modes or {})
+        if several_processes():
+            return cls._of_group(devices, quality, setting, modes)
         if quality is None:
             ranks = pick(devices, setting, 2 if modes.get("guidance") == "split" else 1)
             return cls(ranks, setting.told() | modes, setting.arguments() | modes)
         chosen = {"quality": quality, **{k: v for k, v in modes.items() if k == "compile"}}
         return cls(usable(devices), chosen, chosen)
+
+    @classmethod
+    def _of_group(
+        cls, devices: str | None, quality: str | None, setting: Setting, modes: dict[str, Any]
+    ) -> Spread:
+        from ..runtime.devices import own_device
+
+        asked = read_devices(devices, 1)
+        own = asked or [str(own_device())]
+        where = {"group": "env", "devices": asked}
+        if quality is None:
+            return cls(own, where | setting.told() | modes, where | setting.arguments() | modes)
+        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k == "compile"}}
+        return cls(own, where | chosen, where | chosen)
 
 
 def usable(text: str | None) -> list[str]:

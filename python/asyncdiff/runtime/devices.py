@@ -49,7 +49,7 @@ def places_of(config: ParallelConfig, team: Team) -> list[Place]:
     what = "say which devices they use"
 
     def mine() -> list[list[str]]:
-        found = [_own_device()] if config.devices is None else every_device(config.devices)
+        found = [own_device()] if config.devices is None else every_device(config.devices)
         return [[str(d), _unit(d)] for d in found]
 
     said = team.together(what, mine)
@@ -66,7 +66,7 @@ def places_of(config: ParallelConfig, team: Team) -> list[Place]:
         raise DeviceError(
             f"processes of the group use the same GPU: {said_of(places)}. Call "
             "torch.cuda.set_device(…) with another GPU in each of them, or, if they are to share "
-            "one, pass devices=[…] with the devices of the process's own ranks"
+            "one, name the devices of each process's own ranks (devices)"
         )
     return places
 
@@ -77,8 +77,8 @@ def check_count(config: ParallelConfig, places: Sequence[Place]) -> None:
     if len(places) != ranks:
         raise DeviceError(
             f"the processes of the group have {len(places)} ranks ({said_of(places)}), and these "
-            f"settings need {ranks}: take other settings, other processes, or devices=[…] with as "
-            "many entries as this process is to have ranks"
+            f"settings need {ranks}: take other settings, other processes, or name the devices of "
+            "each process's own ranks (devices)"
         )
 
 
@@ -92,7 +92,7 @@ def said_of(places: Sequence[Place]) -> str:
     return ", ".join(f"process {p.process}: {p.device}" for p in places)
 
 
-def _own_device() -> torch.device:
+def own_device() -> torch.device:
     """The device that this process uses where nothing else is said."""
     if not (torch.cuda.is_available() and core.cuda_built()):
         return torch.device("cpu")

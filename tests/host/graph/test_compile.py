@@ -13,6 +13,7 @@ from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff import denoiser as front
+from asyncdiff import spread as where
 from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compile import compile_program, pays
 from asyncdiff.graph.program import run_program
@@ -22,6 +23,7 @@ from asyncdiff.partition.cost import Costs, count_macs, fused
 from asyncdiff.partition.ownership import units
 from asyncdiff.partition.partition import partition
 from asyncdiff.progress import bar
+from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.engine_cache import EngineCache
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
@@ -211,8 +213,8 @@ def test_a_constructor_that_raises_leaves_the_module_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = toy()
-    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    monkeypatch.setattr(front, "devices_of", lambda config: gpus)
+    gpus = [Place.here(torch.device("cuda", i)) for i in range(2)]
+    monkeypatch.setattr(where, "places_of", lambda config, team: gpus)
     seen = []
 
     def raises(cache: EngineCache, call: Any) -> None:

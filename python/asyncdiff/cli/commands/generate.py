@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...launcher import speaks
 from .. import console, files
 from .. import options as opt
 from ..running import Preparing, Spread, check_call, noise, picture, shared, what_ran
@@ -67,7 +68,8 @@ def generate(
     if with_compare:
         draw("preparing one device")  # the first generation on a device also prepares it
         plain, sequential_ms = draw("one device")
-    handle = parallelize(pipe, devices=ranks, progress=preparing, **spread.arguments)
+    arguments = {"devices": ranks} | spread.arguments
+    handle = parallelize(pipe, progress=preparing, **arguments)
     try:
         fast, ms = draw("preparing all ranks" if with_compare else "asynchronous")
         prepare_s = handle.report().prepare_s
@@ -79,6 +81,8 @@ def generate(
         speedup = predicted_speedup(handle, setting.steps) if shared(ranks) else None
     finally:
         handle.restore()
+    if not speaks():
+        return
     image = compare.image(fast)
     result: dict[str, Any] = told | {
         "prompt": prompt, "negative_prompt": negative, "width": image.width, "height": image.height,
