@@ -3,13 +3,13 @@
     python group.py MODULE FUNCTION PROCESSES FOLDER [OPTION ...]
 
 imports MODULE once, then forks: function(member) of each process returns what the test gets; once
-for each option, in new processes. What
-``before_FUNCTION(processes)`` does, where there is one, is done before: by one process, whose
-exports all of them inherit.
+for each option, in new processes. Nothing is computed before: torch's kernels may hang in a child
+of a process that has used them.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -22,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
+import torch
+import torch.distributed as dist
+from export_cache import ExportCache
+
+SECONDS = 100
 
 
 @dataclass
@@ -36,8 +40,6 @@ class Member:
 
     def group(self, name: str = "store", processes: list[int] | None = None) -> Any:
         """The ProcessGroup of some of the processes (None: all), made anew for each ``name``."""
-        import torch.distributed as dist
-
         members = list(range(self.processes)) if processes is None else processes
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -55,8 +57,7 @@ def run(
     function: Callable[[Member], Any], processes: int, folder: Path, options: Sequence[str] = ("",)
 ) -> list[Any]:
     """What ``function``, of a module beside this one, returned in each process (JSON); minus the
-    signal where one was killed; for each option, one after another. At the end what was returned
-    before."""
+    signal where one was killed; for each option, one after another."""
     command = [sys.executable, __file__, function.__module__, function.__name__]
     done = subprocess.run(
         [*command, str(processes), str(folder), *options],
@@ -66,12 +67,16 @@ def run(
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-8000:]
+    hangs = [p.read_text() for p in sorted(folder.glob("*/hangs-*"))]
+    assert done.returncode == 0, "\n".join([*filter(None, hangs), done.stderr[-8000:]])
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _child(function: Callable[[Member], Any], member: Member) -> None:
-    signal.alarm(SECONDS)  # nothing of a test stays behind
+    # Nothing of a test stays behind, and whoever hangs says where.
+    said = (member.folder / f"hangs-{member.process}").open("w")
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=said)
+    torch.export.export = ExportCache()
     try:
         result = function(member)
         (member.folder / f"result-{member.process}").write_text(json.dumps(result))
@@ -85,9 +90,7 @@ def _child(function: Callable[[Member], Any], member: Member) -> None:
 
 def main() -> int:
     module, name, processes, folder, *options = sys.argv[1:]
-    scenarios = importlib.import_module(module)
-    function, before = getattr(scenarios, name), getattr(scenarios, f"before_{name}", None)
-    found = before(int(processes)) if before is not None else None
+    function = getattr(importlib.import_module(module), name)
     results, codes = [], []
     for option in options:
         place = Path(folder) / f"of-{option}"
@@ -103,7 +106,7 @@ def main() -> int:
             json.loads((place / f"result-{p}").read_text()) if code == 0 else code
             for p, code in enumerate(codes[-len(children) :])
         ]
-    print(json.dumps([*results, found]))
+    print(json.dumps(results))
     return 1 if any(code > 0 for code in codes) else 0
 
 

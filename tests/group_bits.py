@@ -8,7 +8,6 @@ from typing import Any
 import reference
 import torch
 from diffusers import DDIMScheduler
-from export_cache import ExportCache
 from group import Member
 from tiny_pipelines import draw, tiny_sd
 from toys import toy, toy_call
@@ -73,8 +72,8 @@ def _cases(processes: int) -> list[tuple[dict[str, Any], int]]:
     return [*((s, 1) for s in SETTINGS[processes]), *((s, 2) for s in more[:1])]
 
 
-def before_settings(processes: int) -> list[list[str]]:
-    torch.export.export = ExportCache()
+def settings_alone(processes: int) -> list[list[str]]:
+    """What :func:`settings` returns, by one process."""
     found = []
     for settings, last in _cases(processes):
         devices = ["cpu"] * (processes - 1 + last)
@@ -108,8 +107,8 @@ def _reference(spec: Any, **where: Any) -> list[str]:
     return [digest(f) for f in found]
 
 
-def before_references(processes: int) -> list[list[str]]:
-    torch.export.export = ExportCache()
+def references_alone(processes: int) -> list[list[str]]:
+    """What :func:`references` returns, by one process."""
     return [_reference(spec, devices=["cpu"] * processes) for spec in _specs(processes)]
 
 
@@ -129,8 +128,8 @@ def _qualities(**where: Any) -> list[list[str]]:
     return out
 
 
-def before_qualities(processes: int) -> list[list[str]]:
-    torch.export.export = ExportCache()
+def qualities_alone(processes: int) -> list[list[str]]:
+    """What :func:`qualities` returns, by one process."""
     return _qualities(devices=["cpu"] * processes)
 
 

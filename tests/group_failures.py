@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from export_cache import ExportCache
 from group import Member
 from group_bits import digest
 from toys import Toy, toy, toy_call
@@ -52,9 +51,9 @@ def told(work: Callable[[], Any]) -> dict[str, Any]:
     return {"kind": "none", "seconds": time.monotonic() - begun}
 
 
-def before_differences(processes: int) -> str:
-    torch.export.export = ExportCache()
-    return loop(AsyncDenoiser(toy(), devices=["cpu"] * processes, split=SPLIT), toy_call())
+def alone() -> str:
+    """What two ranks draw, in one process."""
+    return loop(AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLIT), toy_call())
 
 
 def differences(member: Member) -> dict[str, Any]:
@@ -90,12 +89,6 @@ def differences(member: Member) -> dict[str, Any]:
     denoiser.close()
     out["closed"] = told(lambda: loop(denoiser, call))
     return out
-
-
-def before_gone(processes: int) -> str:
-    torch.export.export = ExportCache()
-    loop(AsyncDenoiser(toy(), devices=["cpu"] * 3, split=THREE, components=3), toy_call())
-    return loop(AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLIT), toy_call())
 
 
 #: Which process goes, by when.

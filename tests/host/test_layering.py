@@ -62,7 +62,7 @@ GUESTS = {
         ),
         *("generate", "spread", "denoiser", "integrations", "tools", "demo", "cli"),
     ],
-    "asyncdiff_core": ["errors", "deadline", "runtime", "tools"],
+    "asyncdiff_core": ["errors", "deadline", "processes", "runtime", "tools"],
     "asyncdiff_bench": ["cli"],
     "diffusers": ["demo", "cli"],  # integrations/ works on what it is given
     "matplotlib": ["schedule", "tools"],

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import asyncdiff_core as core
+
 from .. import errors
-from ..errors import AsyncDiffError, MismatchError, ProcessError, RankError
+from ..errors import AsyncDiffError, DeviceError, MismatchError, ProcessError, RankError
 from ..memory import out_of_memory
 from .group import membership
 from .meeting import Meeting
 
-#: Deadlines that the first meeting may last: processes load their models before it.
+#: Deadlines that coming together may last: processes load their models before.
 _PATIENCE = 10
+#: Seconds that a process which has much to do is waited for, as long as it lives.
+_BUSY = 3600.0
+#: What differs where processes do not make the same call.
+_CALL = "the call"
 _T = TypeVar("_T")
 
 
@@ -22,36 +30,85 @@ class Team:
     """The processes that own a denoiser's ranks. All methods but :meth:`check` and :meth:`busy` are
     collective: every process calls them, in the same order.
 
-    What is exchanged is plain data (JSON). Raise ProcessError, which names the process, where one
-    has ended or does not come in time.
+    What is exchanged is plain data (JSON), through shared memory, where a process that ends is
+    noticed at once. Raise ProcessError, which names the process, where one has ended or does not
+    come in time; from then on nothing is done together any more.
     """
 
-    def __init__(self, meeting: Meeting | None = None) -> None:
-        self.meeting = meeting
+    def __init__(self, fabric: core.HostFabric | None = None, process: int = 0) -> None:
+        self._fabric = fabric
         #: this process, and how many there are
-        self.process = 0 if meeting is None else meeting.process
-        self.count = 1 if meeting is None else meeting.processes
+        self.process = process
+        self.count = 1 if fabric is None else fabric.ranks
+        self._busy = 0
+        self._closed = False
 
     @classmethod
     def of(cls, group: Any, deadline: float) -> Team:
         """The processes of ``group`` (None: this one alone; else see
         :func:`~asyncdiff.processes.group.membership`), which wait ``deadline`` seconds for each
-        other, and ten times as long to come together."""
+        other, and ten times as long to come together. Raises DeviceError where they are on several
+        hosts."""
         if group is None:
             return cls()
         patience = _PATIENCE * deadline
-        return cls(Meeting(membership(group, patience), deadline, patience))
+        member = membership(group, patience)
+        try:
+            meeting = Meeting(member, patience)
+            fabric = core.HostFabric(member.processes, deadline=deadline, rendezvous=meeting)
+        except core.InvalidArgument as e:
+            raise DeviceError(f"the processes of the group cannot exchange: {e}") from e
+        except core.errors.ProcessError as e:
+            raise ProcessError(e.process, str(e)) from e
+        team = cls(fabric, member.process)
+        # Who ends in good order is missed by those only that still need it.
+        atexit.register(_close, weakref.ref(team))
+        return team
 
     @property
     def several(self) -> bool:
         """Whether there are other processes."""
         return self.count > 1
 
-    def gather(self, what: str, mine: Any, last: bool = False) -> list[Any]:
-        """Everybody's data, in order of process; ``last`` as in :meth:`Meeting.gather`."""
-        if self.meeting is None:
+    def all_gather(self, mine: bytes) -> list[bytes]:
+        """Everybody's bytes, in order of process."""
+        if self._fabric is None:
             return [mine]
-        return [json.loads(x) for x in self.meeting.gather(what, json.dumps(mine).encode(), last)]
+        with self.collective():
+            timeout = _BUSY if self._busy else None
+            return self._fabric.all_gather(mine, timeout=timeout)
+
+    @property
+    def processes(self) -> int:
+        """How many there are: with this, a team is a rendezvous of asyncdiff_core."""
+        return self.count
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around calls of the core that processes make together: its errors become ours."""
+        if self._closed:
+            raise ProcessError(self.process, "this denoiser is closed")
+        try:
+            yield
+        except core.errors.ProcessError as e:
+            raise lost(e) from e
+
+    def gather(self, what: str, mine: Any) -> list[Any]:
+        """Everybody's data for ``what``, in order of process. Raises MismatchError where one is
+        about to do something else."""
+        if self._fabric is None:
+            return [mine]
+        found = [json.loads(x) for x in self.all_gather(json.dumps([what, mine]).encode())]
+        for process, (theirs, _) in enumerate(found):
+            if theirs != what:
+                raise MismatchError(
+                    process,
+                    _CALL,
+                    f"processes make different calls: process {process} is about to {theirs}, "
+                    f"process {self.process} to {what}. All processes of a group make the same "
+                    "calls in the same order",
+                )
+        return [value for _, value in found]
 
     def together(
         self,
@@ -59,14 +116,13 @@ class Team:
         work: Callable[[], Any],
         *,
         by: int | None = None,
-        last: bool = False,
     ) -> list[Any]:
         """What ``work`` returned in every process (``by``: in this one alone; None of the others).
 
         Where it raises in one process, it raises in all: there what it raised, elsewhere the same
         kind of error, or ProcessError. Nobody goes on alone.
         """
-        if self.meeting is None:
+        if self._fabric is None:
             return [work()]
         error: BaseException | None = None
         mine: Any = None
@@ -75,7 +131,7 @@ class Team:
                 mine = work()
         except BaseException as e:
             error = e
-        found = self.gather(what, [mine, _told(error)], last)
+        found = self.gather(what, [mine, _told(error)])
         if error is not None:
             raise error
         for process, (_, told) in enumerate(found):
@@ -106,24 +162,44 @@ class Team:
                 raise _differs(process, longer[min(len(first), len(theirs))][0], "", "")
 
     @contextlib.contextmanager
-    def busy(self) -> Any:
-        """Meanwhile the others wait longer than their deadline, as long as this process lives."""
-        with contextlib.nullcontext() if self.meeting is None else self.meeting.busy():
+    def busy(self) -> Iterator[None]:
+        """Around what takes long in all processes, maybe in some longer than in others: they are
+        waited for as long as they live."""
+        self._busy += 1
+        try:
             yield
-
-    def about_to(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """What the core gathers meanwhile belongs to this."""
-        return contextlib.nullcontext() if self.meeting is None else self.meeting.about_to(what)
+        finally:
+            self._busy -= 1
 
     def check(self) -> None:
-        """Raise ProcessError where another process is known to have ended."""
-        if self.meeting is not None:
-            self.meeting.check()
+        """Raise ProcessError where another process is known to have ended, without waiting."""
+        if self._fabric is not None and not self._closed:
+            with self.collective():
+                self._fabric.check()
 
     def close(self) -> None:
-        """Do nothing together any more."""
-        if self.meeting is not None:
-            self.meeting.close()
+        """Do nothing together any more. Not collective."""
+        if self._fabric is not None and not self._closed:
+            self._closed = True
+            self._fabric.close()
+
+
+def _close(team: weakref.ref[Team]) -> None:
+    mine = team()
+    if mine is not None:
+        mine.close()
+
+
+def lost(error: core.errors.ProcessError) -> ProcessError:
+    """What the core says of a process, as an error of ours."""
+    process = error.process
+    name = f"process {process} of the group" if process >= 0 else "a process of the group"
+    kind = "has ended" if isinstance(error, core.ProcessLost) else "did not come"
+    return ProcessError(
+        process,
+        f"{name} {kind}: {error}. Close this denoiser; another group, of the processes that are "
+        "left or of new ones, works",
+    )
 
 
 def _told(error: BaseException | None) -> list[Any] | None:

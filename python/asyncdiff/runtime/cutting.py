@@ -118,7 +118,7 @@ def _between_processes(first: Place, other: Place, team: Team) -> float:
     channel. Collective."""
     link = fabric([first, other], None, team)
     layout = core.Layout([core.TensorSpec("uint8", (_LINK_BYTES,))])
-    with team.about_to("measure links"):
+    with team.collective():
         channel = link.channel(0, [1], layout, slots=1, name="a link", mode="copy")
 
     def receive() -> None:
@@ -148,7 +148,7 @@ def _between_processes(first: Place, other: Place, team: Team) -> float:
         found = team.together("measure links", works.get(team.process, lambda: None))
         link.check()
     finally:
-        with team.about_to("measure links"):
+        with team.collective():
             link.close()
     speed: float = found[first.process]
     return speed

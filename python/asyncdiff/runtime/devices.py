@@ -166,18 +166,10 @@ def fabric(places: Sequence[Place], deadline: float | None, team: Team) -> core.
     wants, and for processes on several hosts.
     """
     together: dict[str, Any] = {}
-    if team.meeting is not None:
-        hosts = team.meeting.hosts
-        elsewhere = [p for p, host in enumerate(hosts) if host != hosts[0]]
-        if elsewhere:
-            raise DeviceError(
-                f"process {elsewhere[0]} of the group is on another host "
-                f"({hosts[elsewhere[0]].split()[0]}) than process 0 ({hosts[0].split()[0]}): ranks "
-                "exchange within one host"
-            )
-        together = {"owners": [p.process for p in places], "rendezvous": team.meeting}
+    if team.several:
+        together = {"owners": [p.process for p in places], "rendezvous": team}
     try:
-        with team.about_to("make what ranks exchange through"):
+        with team.collective():
             if places[0].device.type == "cpu":
                 return core.HostFabric(len(places), deadline=deadline, **together)
             return core.CudaFabric([p.device.index for p in places], deadline=deadline, **together)

@@ -22,7 +22,7 @@ from ..errors import ProcessError, RankError
 from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..partition.partition import Partition
-from ..processes.team import Team
+from ..processes.team import Team, lost
 from ..progress import Progress, stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
@@ -162,7 +162,7 @@ class Engine:
         for worker in self.workers:
             worker.rows.begin(steps)
         self.conditioning.begin(tensors)
-        with self.team.about_to("empty the channels"):
+        with self.team.collective():
             self.fabric.reset()
         self._clean = False
 
@@ -236,7 +236,7 @@ class Engine:
         """Wait for the generation's last work, in all processes, and raise what went wrong:
         RankError, or InputError where conditioning was written to in a way that nothing shows."""
         try:
-            self.team.together("finish a generation", self._finish, last=True)
+            self.team.together("finish a generation", self._finish)
         except BaseException as e:
             error = self._failed(e)
             raise error from error.__cause__
@@ -289,10 +289,13 @@ class Engine:
 
     def _blamed(self, error: core.CoreError) -> RankError:
         """The error of a rank that the core tells of."""
+        if isinstance(error, core.errors.ProcessError):
+            return lost(error)
         rank, told = getattr(error, "rank", -1), str(error)
-        peer = getattr(error, "peer", -1)
-        if 0 <= peer < len(self.places) and peer not in self.by_rank:
-            rank, told = peer, f"process {self.places[peer].process} of the group: {told}"
+        if isinstance(error, core.ExchangeTimeout):
+            late = error.peer if error.straggler < 0 else error.straggler
+            if late not in self.by_rank and late < len(self.places):
+                rank, told = late, f"process {self.places[late].process} of the group: {told}"
         return RankError(rank, f"{told}. The generation was stopped; the next one starts afresh")
 
     def forget(self) -> None:

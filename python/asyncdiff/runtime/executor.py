@@ -12,6 +12,7 @@ import torch
 import asyncdiff_core as core
 
 from ..errors import RankError
+from ..processes.team import lost
 
 
 class RankQueue:
@@ -106,6 +107,8 @@ class RankQueue:
 
 def failure(rank: int, error: BaseException) -> RankError:
     """What a generation raises for a rank's error."""
+    if isinstance(error, core.errors.ProcessError):
+        return lost(error)
     cause = getattr(error, "rank", -1)
     if isinstance(error, core.Aborted) and cause not in (-1, rank):  # of another process
         return RankError(cause, f"{error}. The generation was stopped; the next one starts afresh")

@@ -10,8 +10,7 @@ import pytest
 from group import run
 
 
-def alike(results: list[Any]) -> None:
-    *in_group, alone = results
+def alike(in_group: list[Any], alone: Any) -> None:
     assert alone
     for found in in_group:
         assert found == alone
@@ -21,7 +20,7 @@ def alike(results: list[Any]) -> None:
 def test_settings(processes: int, tmp_path: Path) -> None:
     """Every schedule; the last case with a process that owns two ranks."""
     results = run(group_bits.settings, processes, tmp_path)
-    alike(results)
+    alike(results, group_bits.settings_alone(processes))
     for first, second, third in results[0]:
         assert first == second != third
 
@@ -29,8 +28,9 @@ def test_settings(processes: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_references(processes: int, tmp_path: Path) -> None:
-    alike(run(group_bits.references, processes, tmp_path))
+    in_group = run(group_bits.references, processes, tmp_path)
+    alike(in_group, group_bits.references_alone(processes))
 
 
 def test_qualities(tmp_path: Path) -> None:
-    alike(run(group_bits.qualities, 2, tmp_path))
+    alike(run(group_bits.qualities, 2, tmp_path), group_bits.qualities_alone(2))

@@ -16,7 +16,6 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from ...errors import ProcessError
 from ...partition.partition import Partition
 from ...processes.team import Team
 from ..devices import Place, fabric
@@ -71,7 +70,7 @@ class Channels:
     def connect(self, workers: Mapping[int, Worker]) -> None:
         """Find out what crosses, and make all channels; ``workers`` are this process's, by rank."""
         edges, outputs = self._first_run(workers)
-        with self._team.about_to("connect its ranks"):
+        with self._team.collective():
             for (i, j), layout in edges.items():
                 self._boundary(workers, i, j, layout)
             if self._team.several:
@@ -86,13 +85,8 @@ class Channels:
     def close(self) -> None:
         """Free all mailboxes. Call it when idle."""
         self.arrivals.clear()
-        # Collective on GPUs. Who has ended, or has no wish to, is waited for no longer.
-        with (
-            contextlib.suppress(ProcessError, core.CoreError)
-            if self._team.several
-            else contextlib.nullcontext(),
-            self._team.about_to("close"),
-        ):
+        # Collective on GPUs, where another process may have ended.
+        with contextlib.suppress(core.errors.ProcessError):
             self.fabric.close()
 
     # ---- what crosses ------------------------------------------------------------------------
