@@ -27,6 +27,8 @@ import torch.distributed as dist
 from export_cache import ExportCache
 
 SECONDS = 100
+#: In the environment: that processes are not forked, and which one this is.
+SPAWN, SPAWNED = "ASYNCDIFF_TEST_SPAWN", "ASYNCDIFF_TEST_PROCESS"
 
 
 @dataclass
@@ -54,10 +56,15 @@ class Member:
 
 
 def run(
-    function: Callable[[Member], Any], processes: int, folder: Path, options: Sequence[str] = ("",)
+    function: Callable[[Member], Any],
+    processes: int,
+    folder: Path,
+    options: Sequence[str] = ("",),
+    fork: bool = True,
 ) -> list[Any]:
     """What ``function``, of a module beside this one, returned in each process (JSON); minus the
-    signal where one was killed; for each option, one after another."""
+    signal where one was killed; for each option, one after another. ``fork``: not for CUDA, which
+    no child inherits."""
     command = [sys.executable, __file__, function.__module__, function.__name__]
     done = subprocess.run(
         [*command, str(processes), str(folder), *options],
@@ -65,6 +72,7 @@ def run(
         text=True,
         timeout=SECONDS * (1 + len(options)),
         env=os.environ
+        | ({} if fork else {SPAWN: "1"})
         | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
     )
     hangs = [p.read_text() for p in sorted(folder.glob("*/hangs-*"))]
@@ -91,12 +99,21 @@ def _child(function: Callable[[Member], Any], member: Member) -> None:
 def main() -> int:
     module, name, processes, folder, *options = sys.argv[1:]
     function = getattr(importlib.import_module(module), name)
+    if SPAWNED in os.environ:
+        process = int(os.environ[SPAWNED])
+        place = Path(folder) / f"of-{options[0]}"
+        _child(function, Member(process, int(processes), place, options[0]))
     results, codes = [], []
     for option in options:
         place = Path(folder) / f"of-{option}"
         place.mkdir()
         children = []
         for process in range(int(processes)):
+            if SPAWN in os.environ:
+                us = [sys.executable, __file__, module, name, processes, folder, option]
+                spawned = os.environ | {SPAWNED: str(process)}
+                children.append(os.posix_spawn(sys.executable, us, spawned))
+                continue
             child = os.fork()
             if child == 0:
                 _child(function, Member(process, int(processes), place, option))

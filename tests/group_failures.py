@@ -32,7 +32,7 @@ def loop(
             at(k)
             (noise,) = denoiser(latents, t, call["encoder_hidden_states"])
             latents = latents - 0.1 * noise
-    return digest(latents)
+    return digest(latents.cpu())
 
 
 def told(work: Callable[[], Any]) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Time the same denoising loop on the same GPUs by one process, and by a process for each.
+
+    torchrun --nproc-per-node 2 benchmarks/denoise/processes.py            # SD 2.1 and SDXL, N=2
+    torchrun --nproc-per-node 2 benchmarks/denoise/processes.py --models sdxl --modes compiled
+    torchrun --nproc-per-node 2 benchmarks/denoise/processes.py --device cpu --models tiny \
+        --dtype float32 --modes graph --steps 6    # a try-out
+
+Random weights, as in run.py. Rounds of the processes together, then rounds of process 0 alone with
+all of the GPUs, which the others have left, then of the processes again. Printed, and written to
+``--out``: milliseconds a loop (medians, smallest, largest), the processes' over the one's, whether
+both computed the same bits, and what a generation's beginning and end cost besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import asyncdiff
+import results_file
+from denoise.models import MODELS, TINY, Published
+from denoise.settings import Setting
+from denoise.timings import Timings, spread
+from denoise.ways import Asynchronous
+
+
+class _Team:
+    """What :class:`~denoise.ways.Asynchronous` needs of a team."""
+
+    def __init__(self, denoiser: asyncdiff.AsyncDenoiser) -> None:
+        self.denoiser = denoiser
+
+
+def rounds(
+    module: Any, inputs: Any, model: Published, setting: Setting, args: Any, **where: Any
+) -> tuple[Timings, asyncdiff.AsyncDenoiser]:
+    """So many rounds with ranks as ``where`` says, after one that prepares."""
+    denoiser = asyncdiff.AsyncDenoiser(
+        module, components=setting.components, stride=setting.stride, **where
+    )
+    way, timings = Asynchronous(_Team(denoiser), setting), Timings()
+    way.run(model.loop(inputs, args.steps))
+    for _ in range(args.rounds):
+        timings.take(way, model.loop(inputs, args.steps))
+    return timings, denoiser
+
+
+def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[str, Any]:
+    """The figures of a model; those of process 0 count."""
+    rank = dist.get_rank()
+    gpu = args.device == "cuda"
+    home = f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"
+    module = model.build(home, getattr(torch, args.dtype))
+    inputs = model.inputs(module)
+    options = {"compile": mode == "compiled", "deadline": 60.0}
+    before, denoiser = rounds(module, inputs, model, setting, args, group="env", **options)
+    cuts = list(denoiser.partition.cuts or ())
+    denoiser.close()
+    gc.collect()
+    options["split"] = cuts or "estimate"
+    if rank == 0:
+        devices = [f"cuda:{r}" if gpu else "cpu" for r in range(setting.ranks)]
+        alone, one = rounds(module, inputs, model, setting, args, devices=devices, **options)
+        one.close()
+        gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+    dist.barrier()
+    after, denoiser = rounds(module, inputs, model, setting, args, group="env", **options)
+    denoiser.close()
+    if rank != 0:
+        return {}
+    assert before.latents is not None and alone.latents is not None and after.latents is not None
+    several = before.ms + after.ms
+    return {
+        "processes_ms": spread(several),
+        "one_process_ms": spread(alone.ms),
+        "ratio": round(statistics.median(several) / statistics.median(alone.ms), 4),
+        "same_bits": torch.equal(after.latents, alone.latents.to(after.latents.device)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["sd21", "sdxl"])
+    parser.add_argument("--setting", type=Setting.parse, default=Setting(2, 1, 1))
+    parser.add_argument("--modes", nargs="+", choices=("graph", "compiled"), default=["graph"])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--out", type=Path, default=results_file.ROOT / "out" / "processes.json")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo")
+    figures: dict[str, Any] = {}
+    for name in args.models:
+        model = TINY if name == "tiny" else MODELS[name]
+        for mode in args.modes:
+            found = compare(model, args.setting, mode, args)
+            if found:
+                figures[f"{name} {args.setting.name} {mode}"] = found
+                print(f"{name}, {args.setting.name}, {mode}: {found}", flush=True)
+    if dist.get_rank() == 0:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
