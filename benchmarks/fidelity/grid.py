@@ -21,8 +21,8 @@ ENDS = ((1, 0), (3, 0), (5, 0), (9, 0), (1, 1), (1, 2), (1, 4))
 SYNCHRONOUS = (1, 3, 5, 9)
 #: (components, stride).
 SHAPES = ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2))
-#: Of these, those whose waves are also run with nothing stale inside: N − 1 ticks late.
-WHOLE = ((3, 1), (4, 1), (3, 2))
+#: Of these, those whose waves are also run one tick late, with values of the wave before inside.
+SHORT = ((3, 1), (4, 1), (3, 2))
 #: Those that are also run with guidance split, on twice the devices.
 SPLIT = ((2, 1), (2, 2))
 #: Our own rows: what they are called, and their schedule.
@@ -53,8 +53,8 @@ def methods(
                 if w + tail < steps:
                     yield Asynchronous(kind, device, n, s, w, schedule=schedule, tail=tail)
         more: dict[str, dict[str, Any]] = {}
-        if (n, s) in WHOLE:
-            more["wavefront, whole"] = {"delay": n - 1}
+        if (n, s) in SHORT:
+            more["wavefront, delay 1"] = {"delay": 1}
         if (n, s) in SPLIT:
             more["wavefront, guidance split"] = {"split": True}
         for kind, options in more.items():

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from results_file import OF_THE_RUN
+
 Row = dict[str, Any]
 
 #: The files that there may be, in the order in which they are shown: by model, its title.
@@ -52,6 +54,31 @@ def read(path: Path) -> dict[str, Any]:
         for row in figures["rows"]:
             row.setdefault("guidance", guidance)
     return document
+
+
+def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document of several runs' rows, by run. Raises ValueError where they are of different
+    machines, versions or settings."""
+    first = parts[0]
+    rows: list[Row] = []
+    for part in parts:
+        for what in ("environment", "figures"):
+            mine, firsts = ({**d[what]} for d in (part, first))
+            for key in ("rows", "links", *OF_THE_RUN):
+                mine.pop(key, None)
+                firsts.pop(key, None)
+            if mine != firsts:
+                raise ValueError(f"runs of different {what}: {mine} and {firsts}")
+        rows += part["figures"]["rows"]
+    runs = sorted(by_run(rows).items(), key=lambda item: _order(item[0]))
+    environment = {**first["environment"], "command": f"run.py, {len(parts)} runs"}
+    figures = {**first["figures"], "rows": [row for _, mine in runs for row in mine]}
+    return {**first, "environment": environment, "figures": figures}
+
+
+def _order(run: Run) -> tuple[int, int, float]:
+    """By sampler, then the most steps first."""
+    return list(SAMPLERS).index(run.sampler), -run.steps, run.guidance
 
 
 def documents(folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:

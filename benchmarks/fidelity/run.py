@@ -14,12 +14,17 @@ denoisers.
 
 Writes fidelity_MODEL.json, beside it _SAMPLER_STEPS_GUIDANCE.png (speed-up against PSNR) and the
 same with _sheet.png.
-Rows that the JSON has already, from the same settings, are kept: a run can be continued.
+Rows that the JSON has already, from the same settings, are kept: a run can be continued. On a
+machine with many cores several runs with an ``--out`` each go beside each other; a last one with
+``--take FILES`` puts their rows into one file:
+
+    python benchmarks/fidelity/run.py --model unet --take out/unet_*.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -38,7 +43,7 @@ from fidelity.grid import methods
 from fidelity.ours import plain_work
 from fidelity.plots import scatter, sheet
 from fidelity.rivals import beaten
-from fidelity.rows import Run, read, run_of
+from fidelity.rows import Run, read, run_of, together
 from fidelity.subjects import MODELS, Subject, subject
 
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
@@ -135,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="REGEX", help="rows whose names match")
     parser.add_argument("--quick", action="store_true", help="a few rows, eight prompts")
+    parser.add_argument("--take", nargs="+", type=Path, metavar="FILE", help="only put together")
     parser.add_argument("--out", type=Path, help="default: fidelity_MODEL.json among the results")
     args = parser.parse_args()
     if args.quick:
@@ -144,6 +150,10 @@ def main() -> None:
         parser.error(f"{model.name} is drawn with {', '.join(model.steps)}, not {unknown}")
     if args.out is None:
         args.out = OUT / f"fidelity_{args.model}.json"
+    if args.take:
+        whole = together([read(path) for path in args.take])
+        args.out.write_text(json.dumps(whole, indent=1) + "\n")
+        return
     settings = {
         "model": model.name,
         "prompts": model.prompts(args.prompts),

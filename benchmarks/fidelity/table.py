@@ -100,10 +100,10 @@ def delays(folder: Path) -> str:
     """Waves by their delay, PSNR in dB."""
 
     def of_model(rows: list[Row]) -> str:
-        table = [["PSNR (10th percentile), dB", "N", "S", "published", "waves", "delay N − 1"]]
+        table = [["PSNR (10th percentile), dB", "N", "S", "published", "waves", "waves, delay 1"]]
         for run, mine in by_run(rows).items():
             for n, s in _SHAPES:
-                names = ("asyncdiff", "wavefront", "wavefront, whole")
+                names = ("asyncdiff", "wavefront", "wavefront, delay 1")
                 cells = [_short(mine, f"{name} N={n} S={s} w=1") for name in names]
                 if cells[-1]:
                     table.append([str(run), str(n), str(s), *cells])

@@ -11,7 +11,7 @@ import pytest
 
 import tables
 from fidelity import table
-from fidelity.rows import Run, by_run, documents, read
+from fidelity.rows import Run, by_run, documents, read, together
 
 
 def row(method: str, psnr: float, guidance: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ ROWS = [
     row("quality balanced, 2 devices", 38.4, settings=PICKED),
     row("asyncdiff N=3 S=1 w=1", 20.0, devices=3),
     row("wavefront N=3 S=1 w=1", 24.0, devices=3),
-    row("wavefront, whole N=3 S=1 w=1", 23.0, devices=3),
+    row("wavefront, delay 1 N=3 S=1 w=1", 23.0, devices=3),
     row("wavefront N=2 S=1 w=1", 28.0, guidance=1.0),
     row("asyncdiff N=2 S=1 w=1", 18.0, steps=8, sampler="euler"),
     row("quality balanced, 2 devices", 120.0, steps=8, sampler="euler", settings=EXACT),
@@ -112,3 +112,16 @@ def test_links_of_a_page_that_lies_deeper(tmp_path: Path, monkeypatch: pytest.Mo
     assert "](../../benchmarks/results/fidelity_unet.json)" in tables.qualities()
     assert "](../benchmarks/results/fidelity_unet.json)" in tables.fidelity()
     assert [model for model, *_ in documents(tmp_path)] == ["unet"]
+
+
+def test_runs_beside_each_other_become_one_document(tmp_path: Path) -> None:
+    for name, rows in (("few", ROWS[-2:]), ("many", ROWS[:3])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "unet", rows)
+    parts = [read(tmp_path / name / "fidelity_unet.json") for name in ("few", "many")]
+    rows = together(parts)["figures"]["rows"]
+    assert [r["steps"] for r in rows] == [50, 50, 50, 8, 8]
+    assert list(by_run(rows)) == [Run("ddim", 50, 2.0), Run("euler", 8, 2.0)]
+    parts[1]["environment"]["torch"] = "2.14"
+    with pytest.raises(ValueError, match="different environment"):
+        together(parts)
