@@ -50,14 +50,16 @@ def generate(
     predict: Predict | None = None,
     wave: Denoise | None = None,
     watch: bool = True,
+    carry: Callable[[float, float, float, float], float] = lambda a, s, a2, s2: a2 / a,
 ) -> torch.Tensor:
-    """The final latents of a sampler that scales no inputs and remembers nothing from step to step,
-    for noise predictions. ``predict`` instead of a line that pays back what the sampler is owed;
-    ``wave`` evaluates asynchronous steps, one after another, where that is not what an exact one
-    does. ``watch``: whether less is done where x0 swings."""
+    """The final latents of DDIM, for noise predictions. ``predict`` instead of a line that pays
+    back what the sampler is owed; ``wave`` evaluates asynchronous steps, one after another, where
+    that is not what an exact one does. ``watch``: whether less is done where x0 swings. ``carry``:
+    of what latents are off by, what they still are a step on, where predictions stay what they are.
+    """
     steps = len(alphas)
     end = steps - exact_tail
-    ratios = [a / s for a, s in zip(alphas, sigmas, strict=True)]
+    levels = [*zip(alphas, sigmas, strict=True), (1.0, 0.0)]
     given: dict[int, torch.Tensor] = {}  # x0 of asynchronous steps
     known: dict[int, torch.Tensor] = {}
     noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
@@ -69,17 +71,36 @@ def generate(
         known[k] = (path[k] - sigmas[k] * noise) / alphas[k]
         path.append(step(path[k], noise, k))
 
-    def owed() -> torch.Tensor:
-        """What all steps that are known by now, or lie between known ones, were given too little:
-        each weighed by how much α/σ grew in it."""
+    def gain(k: int) -> float:
+        """By how much x0 in a step moves the latents after it."""
+        return levels[k + 1][0] - levels[k + 1][1] * alphas[k] / sigmas[k]
+
+    def owed(end: int) -> torch.Tensor:
+        """By how much the latents before step ``end`` would differ, had all steps that are known by
+        now, or lie between known ones, been given what is known."""
         total = torch.zeros_like(x)
-        for j, x0 in given.items():
-            if j <= max(known) and j + 1 < steps:
+        for j in range(end):
+            total = carry(*levels[j], *levels[j + 1]) * total
+            if j in given and j <= max(known):
                 a = max(k for k in known if k <= j)
                 b = min(k for k in known if k >= j)
                 best = known[a] + (known[b] - known[a]) * ((j - a) / (b - a) if b > a else 0)
-                total = total + (ratios[j + 1] - ratios[j]) * (best - x0)
+                total = total + gain(j) * (best - given[j])
         return total
+
+    def moved(k: int, end: int) -> float:
+        """By how much x0 in all steps from k on moves the latents before step ``end``."""
+        total = 0.0
+        for j in range(k, end):
+            total = carry(*levels[j], *levels[j + 1]) * total + gain(j)
+        return total
+
+    def payment(j: int, count: int) -> torch.Tensor:
+        """What is added to x0 in so many steps, so that nothing is owed after them; in a short one
+        as if it were as long as those whose errors have just become known."""
+        count = min(count, steps - j)
+        gains = [moved(k, k + count) for k in range(max(0, j - delay * stride), j + 1)]
+        return owed(j + count) / max(gains)
 
     def trust() -> torch.Tensor:
         """How little x0 swings, by sample: see asyncdiff.sampling.predictor."""
@@ -98,9 +119,8 @@ def generate(
             x0 = line(known, j, float(0), reach) if x0 is None else x0
             if not predict:
                 x0 = x0 + trust() * (line(known, j, order, reach) - x0)
-            if not predict and j + stride < steps:
-                share = 1 / (delay + 1)
-                x0 = x0 + trust() * share * owed() / (ratios[j + stride] - ratios[j])
+            if not predict:
+                x0 = x0 + trust() * payment(j, stride) / (delay + 1)
             given[j] = x0
             path.append(step(path[j], (path[j] - alphas[j] * x0) / sigmas[j], j))
 
@@ -119,7 +139,7 @@ def generate(
     for k in range(end, steps):
         noises[k] = denoise(path[k], k)
         known[k] = x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
-        if not predict and k + 1 < steps:
-            x0 = given[k] = x0 + owed() / (ratios[k + 1] - ratios[k])
+        if not predict:
+            x0 = given[k] = x0 + payment(k, 1)
         path.append(step(path[k], (path[k] - alphas[k] * x0) / sigmas[k], k))
     return path[-1]

@@ -26,7 +26,7 @@ from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
 from .runtime.pipelined import joined
 from .sampling.calibration import Calibration
-from .sampling.clean_image import CleanImage, clean_image
+from .sampling.clean_image import CleanImage, last_steps
 from .sampling.predictor import LatePredictor
 from .schedule.plan import Plan
 from .spread import Spread
@@ -156,8 +156,7 @@ class AsyncDenoiser(Spread):
                         "schedule='wavefront' has to know α and σ of every step: pass the "
                         "scheduler, generation(timesteps, scheduler)"
                     )
-                whole, steps = clean_image(scheduler), len(timesteps)
-                clean = whole.of_steps(len(whole.of_input) - steps, steps)
+                clean = last_steps(scheduler, len(timesteps))
             try:
                 yield self.start(self._config.spec(timesteps), clean)
             finally:

@@ -20,7 +20,7 @@ from .generation import Generation
 from .graph.signature import RESIDUALS, argument_names
 from .progress import bar
 from .sampling.calibration import Calibration, Shape
-from .sampling.clean_image import CleanImage, clean_image
+from .sampling.clean_image import CleanImage, last_steps
 from .sampling.fit import Mode, check_pictures, fit
 from .sampling.linear import linearize
 from .sampling.predictor import LatePredictor
@@ -230,8 +230,14 @@ def calibrate(denoiser: Denoiser, request: Request) -> Calibration:
     warmup = cast(int, config.warmup)
     with bar(config.progress) as progress:
         request.set_timesteps()
-        sampler = linearize(request.scheduler, options=request.step_options)
-        clean = clean_image(request.scheduler)
+        try:
+            sampler = linearize(request.scheduler, options=request.step_options)
+        except SchedulerError as e:
+            raise SchedulerError(
+                f"{e}: a calibration needs a linear scheduler, such as DDIM, Euler, "
+                "DPMSolverMultistep or FlowMatchEuler; leave order at None with others"
+            ) from e
+        clean = last_steps(request.scheduler, len(sampler.timesteps), request.step_options)
         loop = _Loop(denoiser, request, request.scheduler)
         steps = len(clean.alpha)
         denoiser.plan(steps)  # which raises where these do not fit each other

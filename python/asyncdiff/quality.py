@@ -44,15 +44,14 @@ class Task:
     """What there is to do, and on what.
 
     ``devices``: how many. ``steps``: of the sampler. ``step``: the median of their lengths in
-    log-SNR, ln(α/σ); None where the scheduler does not tell, or waves do not serve the denoiser.
-    ``guided``: whether the batch holds two conditions, which can be taken apart. ``pictures``: in
-    the batch, which can be taken apart. ``whole``: whether a device has room for the whole
-    denoiser.
+    log-SNR, ln(α/σ), or why waves do not serve this denoiser with this sampler. ``guided``:
+    whether the batch holds two conditions, which can be taken apart. ``pictures``: in the batch,
+    which can be taken apart. ``whole``: whether a device has room for the whole denoiser.
     """
 
     devices: int
     steps: int
-    step: float | None
+    step: float | str
     guided: bool
     pictures: int
     whole: bool
@@ -92,7 +91,7 @@ def pick(quality: str, task: Task, prepared: Mapping[str, Any] | None = None) ->
         why = f"{task.pictures} pictures at once: {n} devices work on them in turn, exactly"
         return Picked({"components": n, "schedule": "pipeline"}, n, why)
     few = task.steps < FEW
-    if quality == "exact" or few or task.step is None:
+    if quality == "exact" or few or isinstance(task.step, str):
         kept = None if quality == "exact" else _as_prepared(task, prepared)
         return kept or _exact(task, few, quality)
     groups = 2 if task.guided and n >= 4 else 1
@@ -133,7 +132,7 @@ def exact_steps(
 
 def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | None:
     """Every step exact with waves that are there, where that takes no longer than other ways."""
-    if task.step is None or not prepared or prepared.get("schedule") != "wavefront":
+    if isinstance(task.step, str) or not prepared or prepared.get("schedule") != "wavefront":
         return None
     split = "split" in (prepared["guidance"], prepared["warmup_mode"])
     if task.guided and task.whole and not split:
@@ -151,7 +150,7 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
 def _exact(task: Task, few: bool, quality: str) -> Picked:
     """All that changes nothing."""
     n, steps = task.devices, task.steps
-    because = "waves do not know this sampler's noise levels: every step is exact"
+    because = f"{task.step}: every step is exact"
     if quality == "exact":
         because = "every step is exact"
     elif few:

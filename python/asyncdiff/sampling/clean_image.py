@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..errors import SchedulerError
+from .response import Response, respond
 from .scheduler import check_scheduler
 
 #: Below this share of the prediction in x0, or above its inverse, the two cannot be told apart.
@@ -28,7 +29,7 @@ class CleanImage:
 
     z is the denoiser's input as it is given to it, scaled by the scheduler, and ``alpha[k]`` and
     ``sigma[k]`` are the shares of x0 and ε in it. ``sampler`` says which scheduler takes the steps
-    (:func:`sampler_of`).
+    (:func:`sampler_of`), ``response`` what it makes of predictions, where that is known.
     """
 
     of_input: tuple[float, ...]
@@ -36,6 +37,7 @@ class CleanImage:
     alpha: tuple[float, ...]
     sigma: tuple[float, ...]
     sampler: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    response: Response | None = field(default=None, hash=False, compare=False, repr=False)
 
     @property
     def log_snr(self) -> tuple[float, ...]:
@@ -45,19 +47,13 @@ class CleanImage:
             math.log(a / s) if a and s else (math.inf if a else -math.inf) for a, s in pairs
         )
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether the scheduler draws noise in its steps, as far as its name and configuration say
-        (not what is passed to a step: ``eta``)."""
-        kind = f"{self.sampler.get('class', '')} {self.sampler.get('algorithm_type', '')}".lower()
-        return "ancestral" in kind or "sde" in kind
-
     def of_steps(self, start: int, steps: int) -> CleanImage:
         """The same of ``steps`` steps from ``start`` on: image-to-image begins in the middle of a
         schedule, and one pipeline may leave the end to another."""
         each = (self.of_input, self.of_output, self.alpha, self.sigma)
         of_input, of_output, alpha, sigma = (values[start : start + steps] for values in each)
-        return CleanImage(of_input, of_output, alpha, sigma, self.sampler)
+        response = self.response and self.response.of_steps(start, steps)
+        return CleanImage(of_input, of_output, alpha, sigma, self.sampler, response)
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""
@@ -89,6 +85,19 @@ def sampler_of(scheduler: Any) -> dict[str, Any]:
     found = {k: v for k, v in config.items() if not k.startswith("_") and k not in _OF_LEVELS}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str, sort_keys=True))
     return {"class": type(scheduler).__name__, **plain}
+
+
+def last_steps(scheduler: Any, steps: int, options: Mapping[str, Any] | None = None) -> CleanImage:
+    """The weights for the last ``steps`` steps of a scheduler that has not stepped yet, with its
+    response, if it has one. ``options``: further arguments of its ``step``. Raises as
+    :func:`clean_image` does."""
+    every = clean_image(scheduler)
+    start = len(every.alpha) - steps
+    try:
+        response = respond(scheduler, start, options)
+    except SchedulerError:
+        response = None
+    return replace(every.of_steps(start, steps), response=response)
 
 
 def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:

@@ -126,7 +126,7 @@ def _own_loop(
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise SchedulerError(
             f"{type(scheduler).__name__} does not step with a prediction, a timestep and latents "
-            f"alone ({reason}): run your own loop around the denoiser"
+            f"alone ({reason})"
         ) from e
     return torch.stack(path), torch.stack(inputs)
 
@@ -141,8 +141,7 @@ def _check(scheduler: Any, sampler: LinearSampler, options: Mapping[str, Any]) -
         own, inputs = _own_loop(scheduler, times, draw, options, seed=1)
         if not torch.equal(own, _own_loop(scheduler, times, draw, options, seed=2)[0]):
             raise SchedulerError(
-                f"{name} is stochastic: it draws noise in its steps, so its own step() has to be "
-                "called"
+                f"{name} is stochastic: with these settings it draws noise in its steps"
             )
         path = torch.tensordot(sampler.weights, draw, 1)
         scaled = sampler.scales.view(-1, 1, 1, 1, 1) * path[:-1]
@@ -152,6 +151,6 @@ def _check(scheduler: Any, sampler: LinearSampler, options: Mapping[str, Any]) -
         if worst > TOLERANCE:
             raise SchedulerError(
                 f"{name} is not linear in latents and noise predictions (off by {worst:.1e} on "
-                "random inputs; does it clip or threshold?): its own step() has to be called"
+                "random inputs; does it clip or threshold?)"
             )
     return worst

@@ -5,13 +5,12 @@ image x0 that it means changes slowly from step to step, much more slowly than t
 so the x0 of a step is extrapolated from those of earlier steps, and turned back into a prediction
 at the step's own latents.
 
-When the exact x0 of a step has arrived, it is known by how much the sampler was misled there. With
-y = z/σ and r = α/σ, what DDIM and Euler compute is y' = y + (r' − r) · x0 (the probability flow in
-these coordinates: Lu et al. 2022, arXiv 2206.00927), so a step that was given x0 + e has moved y by
-(r' − r) · e too far. The sum of these errors is what the sampler is *owed*; a later step pays it
-back, so that errors do not pile up. It is the corrector of a predictor-corrector method for
-differential equations, in its mode without a second evaluation (PEC); UniPC (Zhao et al. 2023,
-arXiv 2302.04867) corrects samplers themselves that way.
+When the exact x0 of a step has arrived, it is known by how much the sampler was misled there, and,
+by what the sampler makes of its predictions (:mod:`asyncdiff.sampling.response`), by how much its
+latents are off by now. That is what it is *owed*; a step is given an x0 that pays it back, so that
+errors do not pile up. It is the corrector of a predictor-corrector method for differential
+equations, in its mode without a second evaluation (PEC); UniPC (Zhao et al. 2023, arXiv 2302.04867)
+corrects samplers themselves that way. A sampler that is not linear is not paid back.
 
 Both amplify what comes back to them, and with a strong guidance and large steps x0 can begin to
 swing from step to step. So both are done only as far as a sample's x0 does not turn back in the
@@ -30,6 +29,7 @@ import torch
 
 from ..errors import InputError, PlanError
 from .clean_image import CleanImage
+from .response import Owed
 
 #: The most that is extrapolated: so many times the distance of the two known steps.
 REACH = 4.0
@@ -63,9 +63,9 @@ def default_order(clean: CleanImage, delay: int, stride: int) -> float:
 
     The later a prediction arrives and the larger the steps are, the less an extrapolation is worth:
     it amplifies what comes back to it. With a stride, steps are large, and x0 is held; so it is
-    where a scheduler's noise moves x0 in every step.
+    where a scheduler's steps are not linear: by noise that it draws, most of all.
     """
-    if stride > 1 or delay == 0 or clean.stochastic:
+    if stride > 1 or delay == 0 or clean.response is None:
         return 0.0
     gaps = sorted(abs(b - a) for a, b in itertools.pairwise(clean.log_snr))
     middle = gaps[len(gaps) // 2] if gaps else 0.0
@@ -78,9 +78,8 @@ def feedback(delay: int) -> float:
     ``delay`` ticks late.
 
     Ticks under way do not know of each other, so the same error is paid back in several of them.
-    Where a step moves y as far as in a sampler of first order, errors die away with any share below
-    2 sin(π / (4 · delay − 2)). Samplers of higher order move it further (DPM-Solver++ of order 2
-    half as far again, UniPC more): this stays stable with them, too.
+    Where an error stays in the latents as it is, it dies away with any share below
+    2 sin(π / (4 · delay − 2)).
     """
     return 1 / (delay + 1)
 
@@ -182,8 +181,8 @@ class Predictor:
     """Predictions for the sampler's steps of one generation, from exact ones of earlier steps.
 
     What the sampler is owed is paid back in the ``stride`` steps of a tick (:func:`feedback`, by
-    ``delay``), and all of it in the first exact step at the end. A rule that looks at the step's
-    input sees there itself what errors have done: then nothing is added.
+    ``delay``), and all of it in exact steps at the end. A rule that looks at the step's input sees
+    there itself what errors have done: then nothing is added.
     """
 
     def __init__(self, clean: CleanImage, rule: Rule, delay: int, stride: int = 1) -> None:
@@ -192,13 +191,11 @@ class Predictor:
         self._stride = stride
         self._share = feedback(delay)
         self._late = delay * stride
-        self._ratio = [
-            a / s if s else math.inf for a, s in zip(clean.alpha, clean.sigma, strict=True)
-        ]
         self._known: dict[int, torch.Tensor] = {}
         self._noise: dict[int, torch.Tensor] = {}
-        self._given: dict[int, torch.Tensor] = {}  # x0 of steps that are not known yet
-        self._owed: torch.Tensor | None = None
+        #: x0 of steps that are not known yet, and what of it was added to pay back
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._owed = Owed(clean.response) if clean.response is not None else None
         self._swings = Swings()
 
     def arrived(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> None:
@@ -230,50 +227,64 @@ class Predictor:
             trust = self._swings.trust
             held = self._known[max(k for k in self._known if k <= step)]
             x0 = torch.lerp(held, x0, trust.to(x0.dtype).expand_as(x0))
-            if self._owed is not None and (span := self._payable(step, self._stride)):
-                x0 = x0 + self._owed * (trust * (self._share / span))
-            self._given[step] = x0
+            payment = self._payment(step, self._stride)
+            if payment is not None:
+                payment = payment * (trust * self._share)
+                x0 = x0 + payment
+            self._given[step] = x0, payment
         return self._clean.prediction(step, z, x0).to(dtype)
 
     def exact(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """What the sampler is given in a step whose own prediction has arrived: that, and all that
         it is owed."""
-        span = self._payable(step, 1)
-        if self._owed is None or not span:
+        payment = self._payment(step, 1)
+        if payment is None:
             return prediction
-        x0 = self._given[step] = self._known[step] + self._owed / span
+        x0 = self._known[step] + payment
+        self._given[step] = x0, payment
         z = latents_in(z, prediction.shape)
         return self._clean.prediction(step, z, x0).to(prediction.dtype)
 
     def _settle(self) -> None:
         """Note what the steps up to the newest known one were given too little. Steps that have no
-        wave of their own (a stride) lie between the two that have."""
+        wave of their own (a stride) lie between the two that have. Of others, whose wave was not
+        finished, it is known what they paid back."""
         newest = max(self._known)
         for k in [k for k in self._given if k <= newest]:
+            given, paid = self._given.pop(k)
             before = max(j for j in self._known if j <= k)
-            x0 = self._known[before]
-            if before < k:
-                after = min(j for j in self._known if j > k)
-                x0 = torch.lerp(x0, self._known[after], (k - before) / (after - before))
-            error = x0 - self._given.pop(k)
-            if span := self._span(k, 1):
-                self._owed = error * span if self._owed is None else self._owed + error * span
+            after = min(j for j in self._known if j >= k)
+            error = None if paid is None else -paid
+            if after - before <= self._stride:
+                x0 = self._known[before]
+                if before < after:
+                    x0 = torch.lerp(x0, self._known[after], (k - before) / (after - before))
+                error = x0 - given
+            if self._owed is not None and error is not None:
+                self._owed.learn(k, error / self._clean.of_output[k])
 
-    def _payable(self, step: int, steps: int) -> float:
-        """The span to pay back in: this one, or a longer one of the steps whose errors have just
-        become known. A step much shorter than these would be given an x0 far from any image."""
-        if not self._span(step, steps):
-            return 0.0
+    def _payment(self, step: int, steps: int) -> torch.Tensor | None:
+        """What to add to x0 in so many steps, so that after them nothing is owed.
+
+        Where x0 moves these latents less than in the steps whose errors have just become known, it
+        is as if it did not: a step much shorter than these would be given an x0 far from any image.
+        """
+        if self._owed is None:
+            return None
+        end = min(step + steps, len(self._clean.alpha))
+        owed = self._owed.at(end)
+        gain = self._gain(step, end)
+        if owed is None or not gain:
+            return None
         first = max(0, step - self._late)
-        return max((self._span(k, steps) for k in range(first, step + 1)), key=abs)
+        most = max(abs(self._gain(k, k + end - step)) for k in range(first, step + 1))
+        return owed / math.copysign(most, gain)
 
-    def _span(self, step: int, steps: int) -> float:
-        """By how much α/σ grows from a step over so many; 0 where that is not known, or infinite:
-        there a sampler forgets what came before."""
-        if step + steps >= len(self._ratio):
-            return 0.0
-        span = self._ratio[step + steps] - self._ratio[step]
-        return span if math.isfinite(span) else 0.0
+    def _gain(self, step: int, end: int) -> float:
+        """By how much x0 in the steps from ``step`` on moves the latents before step ``end``."""
+        assert self._clean.response is not None
+        row = self._clean.response.weights[end]
+        return sum(row[k] / self._clean.of_output[k] for k in range(step, end))
 
 
 def evaluate(

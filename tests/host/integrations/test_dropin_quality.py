@@ -198,3 +198,39 @@ def test_what_is_given_by_hand_for_waves_holds_for_these_only() -> None:
         got = draw(pipe, call, **options)
     assert reference.distance(got, draw(plain, call, **options)) < 1e-5
     handle.restore()
+
+
+#: Samplers that draw noise in their steps.
+STOCHASTIC: list[tuple[str, dict[str, Any]]] = [
+    ("LCMScheduler", {}),
+    ("TCDScheduler", {}),
+    ("DDPMScheduler", {}),
+    ("SASolverScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), STOCHASTIC)
+def test_samplers_that_draw_noise_are_exact(name: str, config: dict[str, Any]) -> None:
+    pipe, call = sd()
+    plain = sd()[0]
+    for p in (pipe, plain):
+        p.scheduler = getattr(diffusers, name)(**config)
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    got = draw(pipe, call, num_inference_steps=12)
+    assert reference.distance(got, draw(plain, call, num_inference_steps=12)) < 1e-5
+    assert "stochastic" in handle.settings
+    handle.restore()
+
+
+def test_noise_that_a_call_asks_for_is_exact_too() -> None:
+    pipe, call = sd()
+    plain = sd()[0]
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    for eta, exact in ((0.0, False), (0.5, True)):
+        got = draw(pipe, call, num_inference_steps=12, eta=eta)
+        want = draw(plain, call, num_inference_steps=12, eta=eta)
+        assert ("stochastic" in handle.settings) == exact
+        assert (reference.distance(got, want) < 1e-5) == exact
+    handle.restore()

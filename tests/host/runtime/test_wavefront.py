@@ -110,7 +110,8 @@ def test_equals_the_simulation(components: int, delay: int | None, stride: int) 
             denoiser.configure(warmup=warmup, exact_tail=tail, order=order)
             got = run(denoiser, ddim())
             want = oracle(denoiser, stride=stride, warmup=warmup, order=order, exact_tail=tail)
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+            # The levels of the scheduler are in float32.
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
         denoiser.close()
 
 
@@ -207,7 +208,7 @@ def test_v_prediction_and_image_to_image_times(shared: Any, monkeypatch: Any) ->
 
     want = generate(
         noise, step, call["latents"].double(), alphas, sigmas, delay=1, stride=1, warmup=4,
-        order=0.75, reach=REACH, watch=False,
+        order=0.75, reach=REACH, watch=False, carry=lambda a, s, a2, s2: a * a2 + s * s2,
     )  # fmt: skip
     assert reference.distance(got, want) < 1e-4
 

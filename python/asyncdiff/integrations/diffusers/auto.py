@@ -13,11 +13,10 @@ import torch
 
 from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
-from ...errors import SchedulerError
 from ...graph.signature import Call, Role, Signature, has_several_latents
 from ...quality import Picked, Task, pick
 from ...runtime.pipelined import conditions_of
-from ...sampling.clean_image import clean_image
+from ...sampling.clean_image import CleanImage
 from .timesteps import is_mixed
 
 log = logging.getLogger("asyncdiff")
@@ -65,9 +64,12 @@ class AutoSettings:
         self._together.add(call.signature)
         return not known
 
-    def settle(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> None:
-        """Have ``denoiser`` take the settings for a generation that begins with this call."""
-        task = self._task(denoiser, call, steps, scheduler)
+    def settle(
+        self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str
+    ) -> None:
+        """Have ``denoiser`` take the settings for a generation that begins with this call.
+        ``clean``: the clean images of its steps, or why waves do not serve them."""
+        task = self._task(denoiser, call, steps, clean)
         # What is picked decides about what the processes do together next.
         known = dataclasses.asdict(task)
         denoiser.team.agree(
@@ -88,31 +90,30 @@ class AutoSettings:
             self.picked = picked
         denoiser.adopt(config)
 
-    def _task(self, denoiser: AsyncDenoiser, call: Call, steps: int, scheduler: Any) -> Task:
+    def _task(
+        self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str
+    ) -> Task:
         latents = call.tensors[call.indices(Role.LATENTS)[0]]
         conditions = conditions_of(latents)
         several = has_several_latents(call)
         apart = call.signature not in self._together and not several
-        mixed = is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]])
+        if several:
+            clean = "the denoiser has several latents, which waves do not serve"
+        elif is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]]):
+            clean = "parts of the denoiser's input have times of their own"
         return Task(
             devices=len(self._devices),
             steps=steps,
-            step=None if several or mixed else _length(scheduler, steps),
+            step=clean if isinstance(clean, str) else _length(clean),
             guided=apart and conditions == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=denoiser.team.every("choose settings", lambda: _has_room(denoiser, self._own)),
         )
 
 
-def _length(scheduler: Any, steps: int) -> float | None:
-    """The median length of the last ``steps`` steps of a scheduler in log-SNR, where waves can
-    know it."""
-    try:
-        whole = clean_image(scheduler)
-    except SchedulerError:
-        return None
-    every = whole.of_steps(len(whole.of_input) - steps, steps).log_snr
-    gaps = [abs(b - a) for a, b in itertools.pairwise(every)]
+def _length(clean: CleanImage) -> float:
+    """The median length of steps in log-SNR."""
+    gaps = [abs(b - a) for a, b in itertools.pairwise(clean.log_snr)]
     return median(gaps) if gaps else 0.0
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,8 @@ from ...graph.signature import Call, Role
 from ...microbatches import whole
 from ...partition.partition import Partition
 from ...sampling.calibration import Calibration
-from ...sampling.clean_image import clean_image
+from ...sampling.clean_image import CleanImage, clean_image
+from ...sampling.response import Response, respond
 from ...sampling.scheduler import check_scheduler
 from ...schedule.plan import Plan
 from .auto import AutoSettings
@@ -60,6 +63,10 @@ class Handle(ReadOnlySettings):
         self._auto = auto
         self._module = module
         self._times: TimestepTracker | None = None
+        #: what the scheduler makes of predictions from which step on, or why that is not known
+        self._response: tuple[int, Response | SchedulerError] | None = None
+        #: arguments of the call that go to the scheduler's steps
+        self._options: dict[str, Any] = {}
         #: rests of a generation that followed each other after one step
         self._short = 0
         self._interrupting = False
@@ -259,7 +266,9 @@ class Handle(ReadOnlySettings):
             # Left by an earlier run, where another caller than the pipeline is under way.
             steps = getattr(self._caller, "num_timesteps", None)
             self._short = 0
-            return self._begin(TimestepTracker(scheduler, time, steps, old), time, call)
+            times = TimestepTracker(scheduler, time, steps, old)
+            self._response = None  # of a scheduler that has not stepped yet
+            return self._begin(times, time, call)
         if step == old.telling:
             corrected = old.corrected(step, time)
             if corrected is not None:
@@ -286,9 +295,8 @@ class Handle(ReadOnlySettings):
     ) -> contextlib.AbstractContextManager[Any]:
         """Begin a generation of these steps. What is returned is to be open in its first call."""
         self._times = times
-        scheduler = (self._caller or self.pipe).scheduler
         if self._auto is not None:
-            self._auto.settle(self.denoiser, call, len(times.values), scheduler)
+            self._auto.settle(self.denoiser, call, len(times.values), self._served(times))
         config, clean = self.config, None
         waves = config.schedule == "wavefront"
         if (config.stride > 1 or config.time_shift or waves) and is_mixed(time):
@@ -298,10 +306,35 @@ class Handle(ReadOnlySettings):
                 "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
             )
         if waves:
-            every = clean_image(scheduler, backwards=times.reading.backwards)
-            clean = every.of_steps(times.start, len(times.values))
+            clean = self._clean_image(times)
         self.denoiser.start(config.spec(times.values, shorten=True), clean)
         return preparing(self.shown)
+
+    def _clean_image(self, times: TimestepTracker) -> CleanImage:
+        """The clean images of these steps. Raises SchedulerError where they cannot be told."""
+        scheduler = (self._caller or self.pipe).scheduler
+        every = clean_image(scheduler, backwards=times.reading.backwards)
+        clean = every.of_steps(times.start, len(times.values))
+        if self._response is None:
+            try:
+                self._response = times.start, respond(scheduler, times.start, self._options)
+            except SchedulerError as e:
+                self._response = times.start, e
+        first, response = self._response
+        if isinstance(response, SchedulerError):
+            return clean
+        return replace(clean, response=response.of_steps(times.start - first, len(times.values)))
+
+    def _served(self, times: TimestepTracker) -> CleanImage | str:
+        """The clean images of steps that waves serve well, or why they do not."""
+        try:
+            clean = self._clean_image(times)
+        except SchedulerError:
+            return "waves do not know this sampler's noise levels"
+        if clean.response is None:
+            assert self._response is not None
+            return str(self._response[1])
+        return clean
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self.denoiser.lock:
@@ -315,8 +348,21 @@ class Handle(ReadOnlySettings):
             self._caller = pipe
             # Looking goes through all submodules, in every step.
             self._watching = any(k.startswith("callback") and v for k, v in kwargs.items())
+            self._options = _step_options(pipe, args, kwargs)
             try:
                 return whole(run(pipe, *args, **kwargs))
             finally:
                 self._caller, self.shown, self._watching = None, None, True
                 self.denoiser.stop()
+
+
+def _step_options(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a pipeline's arguments decides how its scheduler steps."""
+    if "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+        return {}
+    try:
+        call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
+    except TypeError:  # the pipeline will say so itself
+        return {}
+    call.apply_defaults()
+    return {"eta": eta} if (eta := call.arguments.get("eta")) else {}

@@ -1,0 +1,132 @@
+"""How a sampler's latents answer to predictions, and by how much it was misled.
+
+Steps are linear (:mod:`asyncdiff.sampling.linear`): latents x_m is a weighted sum of the first ones
+and of the predictions before it, with weights that say all that a sampler makes of a prediction,
+also what a multistep one makes of it in later steps. So when it is known what a step should have
+been given, it is known by how much every later x_m is off.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import SchedulerError
+from .linear import linearize
+
+#: The steps in which a multistep sampler may use a prediction directly, at the most.
+_MEMORY = 6
+#: Weights that agree so closely are alike.
+_ALIKE = 1e-4
+#: Responses that are kept: of one model there are few.
+_KEPT = 32
+#: Options of schedulers that only bound what they are given.
+_BOUNDS = ("clip_sample", "thresholding")
+
+
+@dataclass(frozen=True)
+class Response:
+    """Row m of ``weights`` has those of latents x_m over the predictions of steps 0 … T−1, and
+    ``start[m]`` is that of x_0. From ``memory`` steps after it on, a prediction is felt only in
+    the latents, which carry it on in proportion to ``start``."""
+
+    weights: tuple[tuple[float, ...], ...]
+    start: tuple[float, ...]
+    memory: int
+
+    def of_steps(self, start: int, steps: int) -> Response:
+        """The same of ``steps`` steps from ``start`` on."""
+        end = start + steps
+        rows = tuple(row[start:end] for row in self.weights[start : end + 1])
+        return Response(rows, self.start[start : end + 1], self.memory)
+
+
+def respond(scheduler: Any, start: int = 0, options: Mapping[str, Any] | None = None) -> Response:
+    """How a scheduler's steps from ``start`` on respond, when none of them was taken yet.
+    ``options``: further arguments of its ``step``.
+
+    What it clips or thresholds is taken to be within bounds. Raises SchedulerError for one that is
+    not linear beyond that, or draws noise.
+    """
+    times = scheduler.timesteps[start:]
+    key = (
+        type(scheduler), repr(dict(scheduler.config)), tuple(times.tolist()), repr(options),
+        tuple(getattr(scheduler, "sigmas", times).tolist()), getattr(scheduler, "step_index", None),
+    )  # fmt: skip
+    if key not in _known:
+        if len(_known) >= _KEPT:
+            _known.clear()
+        try:
+            _known[key] = _measure(_unbounded(scheduler), times, options)
+        except SchedulerError as e:
+            _known[key] = str(e)
+    found = _known[key]
+    if isinstance(found, str):
+        raise SchedulerError(found)
+    return found
+
+
+#: By scheduler, its configuration, timesteps and options: the response, or why there is none.
+_known: dict[Any, Response | str] = {}
+
+
+def _unbounded(scheduler: Any) -> Any:
+    bounds = {name: False for name in _BOUNDS if scheduler.config.get(name)}
+    if not bounds:
+        return scheduler
+    twin = copy.deepcopy(scheduler)
+    twin.register_to_config(**bounds)
+    return twin
+
+
+def _measure(scheduler: Any, times: torch.Tensor, options: Mapping[str, Any] | None) -> Response:
+    found = linearize(scheduler, times, options).weights
+    start, weights = found[:, 0], found[:, 1:]
+    memory = 1
+    while memory < _MEMORY and not _carried(weights, start, memory):
+        memory += 1
+    rows = tuple(tuple(row) for row in weights.tolist())
+    return Response(rows, tuple(start.tolist()), memory)
+
+
+def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int) -> bool:
+    """Whether all weights are in proportion to ``start`` from so many steps on."""
+    for j in range(weights.shape[1] - memory):
+        felt, carried = weights[j + memory :, j], start[j + memory :]
+        if not carried[0] or (felt - felt[0] * carried / carried[0]).abs().max() > _ALIKE * float(
+            weights[:, j].abs().max()
+        ):
+            return False
+    return True
+
+
+class Owed:
+    """What the sampler is owed: by how much latents would differ if it had been given what is known
+    by now. Errors are those of predictions, of any shape, and learnt in ascending order."""
+
+    def __init__(self, response: Response) -> None:
+        self._response = response
+        #: of the last few steps, and what older ones amount to, over ``start``
+        self._recent: dict[int, torch.Tensor] = {}
+        self._carried: torch.Tensor | None = None
+
+    def learn(self, step: int, error: torch.Tensor) -> None:
+        """A step should have been given so much more."""
+        self._recent[step] = error
+        row, start = self._response.weights[step + 1], self._response.start[step + 1]
+        for k in [k for k in self._recent if k <= step + 1 - self._response.memory and start]:
+            part = self._recent.pop(k) * (row[k] / start)
+            self._carried = part if self._carried is None else self._carried + part
+
+    def at(self, step: int) -> torch.Tensor | None:
+        """In the latents before ``step``, which is after those learnt; None if none was yet."""
+        row = self._response.weights[step]
+        parts = [error * row[k] for k, error in self._recent.items()]
+        if self._carried is not None:
+            parts.append(self._carried * self._response.start[step])
+        return functools.reduce(torch.add, parts) if parts else None
