@@ -25,6 +25,7 @@ from .channel import Channel
 from .cuda_graph import replace_memsets
 from .errors import (
     Aborted,
+    AuthenticationError,
     CollectiveTimeout,
     CoreError,
     CudaError,
@@ -49,6 +50,7 @@ from .socket_rendezvous import SocketRendezvous
 
 __all__ = [
     "Aborted",
+    "AuthenticationError",
     "Buffer",
     "CallbackRendezvous",
     "Channel",

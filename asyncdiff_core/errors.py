@@ -30,6 +30,10 @@ class Aborted(CoreError, RuntimeError):
         self.rank = rank
 
 
+class AuthenticationError(CoreError, PermissionError):
+    """Processes of a rendezvous do not know the same key."""
+
+
 class ProcessError(CoreError, RuntimeError):
     """What processes have to do together did not come about because of one of them.
 

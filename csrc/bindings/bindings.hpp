@@ -10,6 +10,7 @@ void register_interrupt(pybind11::module_& m);
 void register_layout(pybind11::module_& m);
 void register_memory(pybind11::module_& m);
 void register_channel(pybind11::module_& m);
+void register_rendezvous(pybind11::module_& m);
 void register_fabric(pybind11::module_& m);
 void register_put_costs(pybind11::module_& m);
 void register_cuda_graph(pybind11::module_& m);

@@ -25,11 +25,12 @@ struct Classes {
         slot_order(errors.attr("SlotOrderError")),
         aborted(errors.attr("Aborted")),
         argument(errors.attr("InvalidArgument")),
+        authentication(errors.attr("AuthenticationError")),
         device(errors.attr("DeviceError")),
         cuda(errors.attr("CudaError")),
         core(errors.attr("CoreError")) {}
 
-  py::object timeout, lost, late, slot_order, aborted, argument, device, cuda, core;
+  py::object timeout, lost, late, slot_order, aborted, argument, authentication, device, cuda, core;
 };
 
 const Classes* classes = nullptr;
@@ -67,6 +68,8 @@ void raise_like(const std::exception_ptr& pointer) {
     raise(classes->aborted, e, py::dict("rank"_a = e.rank));
   } catch (const InvalidArgument& e) {
     raise(classes->argument, e);
+  } catch (const AuthenticationError& e) {
+    raise(classes->authentication, e);
   } catch (const DeviceError& e) {
     raise(classes->device, e);
   } catch (const CudaError& e) {

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
   register_layout(m);
   register_memory(m);
   register_channel(m);
+  register_rendezvous(m);
   register_fabric(m);
   register_put_costs(m);
   register_cuda_graph(m);

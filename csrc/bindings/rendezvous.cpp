@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
+#include "asyncdiff/socket_rendezvous.hpp"
+#include "bindings.hpp"
 
 namespace py = pybind11;
 
@@ -53,7 +55,43 @@ class PythonRendezvous final : public Rendezvous {
 }  // namespace
 
 std::shared_ptr<Rendezvous> rendezvous_from(py::object object) {
+  // One of the library's own needs no Python between.
+  const py::object native = py::getattr(object, "_native", py::none());
+  if (py::isinstance<SocketRendezvous>(native)) {
+    return native.cast<std::shared_ptr<SocketRendezvous>>();
+  }
   return std::make_shared<PythonRendezvous>(std::move(object));
+}
+
+void register_rendezvous(py::module_& m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<SocketRendezvous, std::shared_ptr<SocketRendezvous>>(m, "SocketRendezvous")
+      .def(py::init([](const std::string& host, int port, const std::string& path, int process,
+                       int processes, const py::bytes& key, double timeout) {
+             const std::string secret = key;
+             const py::gil_scoped_release unlocked;
+             return std::make_shared<SocketRendezvous>(SocketAddress{host, port, path}, process,
+                                                       processes, secret, timeout);
+           }),
+           py::arg("host"), py::arg("port"), py::arg("path"), py::arg("process"),
+           py::arg("processes"), py::arg("key"), py::arg("timeout"))
+      .def_static("from_environment", &SocketRendezvous::from_environment, py::arg("timeout"),
+                  Unlocked())
+      .def_property_readonly("process", &SocketRendezvous::process)
+      .def_property_readonly("processes", &SocketRendezvous::processes)
+      .def("all_gather",
+           [](SocketRendezvous& r, const py::bytes& bytes) {
+             const std::string mine = bytes;
+             std::vector<std::string> all;
+             {
+               const py::gil_scoped_release unlocked;
+               all = r.all_gather(mine);
+             }
+             py::list out;
+             for (const std::string& text : all) out.append(py::bytes(text));
+             return out;
+           })
+      .def("close", &SocketRendezvous::close, Unlocked());
 }
 
 }  // namespace asyncdiff::bindings

@@ -34,6 +34,12 @@ Assembly::Assembly(Rendezvous& rendezvous, std::vector<int> owners, double deadl
     for (int p = 0; p < count_; ++p) everybody.push_back(p);
     exchange(everybody, "", "make a fabric", deadline_);
     watcher_->all_there();
+  } catch (const ProcessLost& error) {  // a rendezvous knows no ranks
+    remove_leftovers();
+    throw ProcessLost(error.process, ranks_of(error.process), error.what());
+  } catch (const CollectiveTimeout& error) {
+    remove_leftovers();
+    throw CollectiveTimeout(error.process, ranks_of(error.process), error.what());
   } catch (...) {
     remove_leftovers();
     throw;

@@ -16,6 +16,22 @@ std::string text_of(const char* name, const char* otherwise) {
   return text == nullptr || *text == '\0' ? otherwise : text;
 }
 
+std::string given(const char* name, const char* what) {
+  const std::string text = text_of(name, "");
+  if (text.empty()) {
+    throw InvalidArgument(std::string(name) + " is not set: " + what);
+  }
+  return text;
+}
+
+int number(const char* name, const char* what) {
+  const std::string text = given(name, what);
+  if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos) {
+    throw InvalidArgument(std::string(name) + "='" + text + "' is not " + what);
+  }
+  return std::stoi(text);
+}
+
 }  // namespace
 
 double deadline() {
@@ -42,6 +58,25 @@ std::string cache() {
   if (!shared.empty()) return shared + "/asyncdiff";
   const std::string home = text_of("HOME", "");
   return home.empty() ? "" : home + "/.cache/asyncdiff";
+}
+
+World world() {
+  World out;
+  out.process = number("RANK", "the number of this process, from 0");
+  out.processes = number("WORLD_SIZE", "how many processes there are");
+  out.address = given("MASTER_ADDR", "the machine of process 0");
+  if (!text_of("ASYNCDIFF_PORT", "").empty()) {
+    out.port = number("ASYNCDIFF_PORT", "a free port of the machine of process 0");
+  } else if (text_of("TORCHELASTIC_USE_AGENT_STORE", "") == "True") {
+    throw InvalidArgument(
+        "torchrun itself listens at MASTER_PORT: set ASYNCDIFF_PORT to another free port");
+  } else {
+    out.port = number("MASTER_PORT", "a free port of the machine of process 0");
+  }
+  out.key = given("ASYNCDIFF_AUTHKEY",
+                  "a secret that all processes know and strangers cannot guess, such as what "
+                  "openssl rand -hex 32 prints");
+  return out;
 }
 
 }  // namespace asyncdiff::env

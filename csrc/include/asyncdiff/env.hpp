@@ -17,4 +17,16 @@ ASYNCDIFF_EXPORT std::string transport();
 // to be kept ("off", or no home). Default $XDG_CACHE_HOME/asyncdiff, else ~/.cache/asyncdiff.
 ASYNCDIFF_EXPORT std::string cache();
 
+// Where the processes of a launcher meet: RANK and WORLD_SIZE, MASTER_ADDR, ASYNCDIFF_PORT or else
+// MASTER_PORT, and ASYNCDIFF_AUTHKEY, the secret that all of them know. Throws InvalidArgument
+// where one is missing or means nothing, and where torchrun itself listens at MASTER_PORT.
+struct World {
+  int process;
+  int processes;
+  std::string address;
+  int port;
+  std::string key;
+};
+ASYNCDIFF_EXPORT World world();
+
 }  // namespace asyncdiff::env

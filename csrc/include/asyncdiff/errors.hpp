@@ -52,6 +52,11 @@ class ASYNCDIFF_EXPORT CollectiveTimeout : public Error {
   std::vector<int> ranks;  // that it runs
 };
 
+// Processes of a rendezvous do not know the same key.
+class ASYNCDIFF_EXPORT AuthenticationError : public Error {
+  using Error::Error;
+};
+
 // One operation on one endpoint of a channel: who, where, and what it counted.
 struct Incident {
   int rank;             // whose operation it was

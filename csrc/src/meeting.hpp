@@ -1,0 +1,21 @@
+// How the processes of a rendezvous over sockets come together.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "frames.hpp"
+
+namespace asyncdiff {
+
+// Process 0: connections to all others, by process. As SocketRendezvous says.
+std::map<int, Wire> wait_for_others(const SocketAddress& address, int processes,
+                                    const std::string& key, double timeout);
+// Another process: its connection to process 0.
+std::map<int, Wire> join_first(const SocketAddress& address, int process, int processes,
+                               const std::string& key, double timeout);
+
+Clock::time_point after(double seconds);
+std::string seconds_text(double seconds);
+
+}  // namespace asyncdiff
