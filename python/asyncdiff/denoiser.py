@@ -7,6 +7,7 @@ import functools
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,10 @@ class AsyncDenoiser(Spread):
             ``devices`` are then those of this process's own ranks (None: the one device that it
             uses). All processes make the same calls with the same arguments, and all get the
             results (docs/guide/processes.md).
+        checkpoint: a safetensors file, or a folder of diffusers with those of the denoiser. Ranks
+            read their components' weights from there, so that no process holds the whole denoiser:
+            ``module`` may be on the meta device; what it has is freed until :meth:`close`, which
+            reads it again.
         devices, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists (``components``,
             ``warmup``, ``schedule``, …); ``config``: all of them at once, from which ``settings``
             differ.
@@ -71,6 +76,7 @@ class AsyncDenoiser(Spread):
         example_kwargs: Mapping[str, Any] | None = None,
         *,
         group: Any = None,
+        checkpoint: str | Path | None = None,
         config: ParallelConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -81,7 +87,7 @@ class AsyncDenoiser(Spread):
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         self._engine: Engine | Groups | None = None  # that of the inputs seen last
-        super().__init__(module, config, group)
+        super().__init__(module, config, group, checkpoint)
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
             undo.callback(self._team.close)
             undo.callback(self._weights.restore)

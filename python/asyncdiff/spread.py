@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
 from .errors import DeviceError
 from .forking import Locked
+from .graph.checkpoint import Checkpoint
 from .graph.compile import pays
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
@@ -25,27 +27,37 @@ from .runtime.engine_cache import EngineCache
 
 class Spread(ReadOnlySettings, Locked):
     """``module`` on the ranks that ``config`` asks for, in the processes of ``group`` (None: in
-    this one), before anything is known of its inputs."""
+    this one), before anything is known of its inputs; its weights from ``checkpoint``, if any."""
 
-    def __init__(self, module: nn.Module, config: ParallelConfig, group: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: ParallelConfig,
+        group: Any,
+        checkpoint: str | Path | None,
+    ) -> None:
         super().__init__()  # the lock, held by whoever runs a generation
         self.module = module
         self._team = Team.of(group, check_deadline(config.deadline))
         with contextlib.ExitStack() as undo:
             undo.callback(self._team.close)
+            self._team.together("make a denoiser", lambda: self._look(checkpoint))
             self._team.agree("make a denoiser", lambda: self._given(config))
             places = places_of(config, self._team)
             #: those that there are; settings may take the first of them only
             self._available = places
             if self._team.several and rank_total(config) > 1:
                 check_count(config, places)
-            self._weights = Weights(module)
+            self._weights = Weights(module, self._checkpoint)
             undo.callback(self._weights.restore)
             self._take(config, self._taken(config))
             undo.pop_all()
 
+    def _look(self, checkpoint: str | Path | None) -> None:
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
+
     def _given(self, config: ParallelConfig) -> dict[str, str]:
-        return {**of_program(self.module), **of_settings(config.to_dict())}
+        return {**of_program(self.module, self._checkpoint), **of_settings(config.to_dict())}
 
     def _taken(self, config: ParallelConfig) -> list[Place]:
         """The places that a configuration takes. Raises DeviceError where there are too few."""
@@ -113,6 +125,11 @@ class Spread(ReadOnlySettings, Locked):
     def _let_go(self) -> None:
         """Give up what is under way, and free the engines."""
         self._engines.close()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the whole denoiser is in each process."""
+        return self._checkpoint is None
 
     @property
     def team(self) -> Team:

@@ -43,7 +43,8 @@ class Captured:
     """A denoiser as one flat graph of ATen operations.
 
     ``graph`` has a placeholder for every weight and every tensor argument. ``weights`` maps the
-    former to their tensors (the module's own parameters, not copies), ``inputs`` the latter to
+    former to their tensors (the module's own parameters, not copies), ``names`` to what the module
+    calls them, ``inputs`` the latter to
     their index in ``signature.inputs``. ``outputs`` are the leaves of the result (nodes or
     constants), ``out_spec`` puts them back together. ``seconds`` is what the export took.
     ``variant`` are the nodes that depend on the latents, ``timed`` those that depend on the time
@@ -54,6 +55,7 @@ class Captured:
     root: nn.Module
     signature: Signature
     weights: dict[str, torch.Tensor]
+    names: dict[str, str]
     inputs: dict[str, int]
     outputs: list[Any]
     out_spec: pytree.TreeSpec
@@ -141,12 +143,13 @@ def capture(module: nn.Module, call: Call) -> Captured:
     for node in list(graph.nodes):
         if node.target in _DROPPED:
             graph.erase_node(node)
-    weights, inputs = _placeholders(program, call)
+    weights, names, inputs = _placeholders(program, call)
     captured = Captured(
         graph=graph,
         root=program.graph_module,
         signature=call.signature,
         weights=weights,
+        names=names,
         inputs=inputs,
         outputs=list(graph.find_nodes(op="output")[0].args[0]),
         out_spec=program.call_spec.out_spec,
@@ -198,20 +201,25 @@ def _check_sizes(name: str, captured: Captured) -> None:
             )
 
 
-def _placeholders(program: Any, call: Call) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def _placeholders(
+    program: Any, call: Call
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, int]]:
     weights: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
     user = []
     for spec in program.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":
             user.append(str(getattr(spec.arg, "name", "")))
-        elif spec.target in program.state_dict:
+            continue
+        names[spec.arg.name] = str(spec.target)
+        if spec.target in program.state_dict:
             weights[spec.arg.name] = program.state_dict[spec.target]
         else:
             weights[spec.arg.name] = program.constants[spec.target]
     if len(user) != len(call.leaves):
         raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
     tensors = [n for n, leaf in zip(user, call.leaves, strict=True) if leaf is torch.Tensor]
-    return weights, {name: index for index, name in enumerate(tensors)}
+    return weights, names, {name: index for index, name in enumerate(tensors)}
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

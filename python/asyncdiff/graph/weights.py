@@ -1,21 +1,32 @@
-"""Weights by device: each tensor at most once on a device, for as long as a component uses it."""
+"""Weights by device: each tensor at most once on a device, for as long as a component uses it.
+
+With a checkpoint the module holds none: a component's are read when they are needed, by name.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import InputError
 from .capture import Captured
+from .checkpoint import Checkpoint
 
 
 class Weights:
-    """Brings a denoiser's weights to the devices of its components."""
+    """Brings a denoiser's weights to the devices of its components.
 
-    def __init__(self, module: nn.Module) -> None:
+    With a ``checkpoint``, from there: those that the module has are freed, until :meth:`restore`.
+    Raises InputError where it does not hold the module's weights.
+    """
+
+    def __init__(self, module: nn.Module, checkpoint: Checkpoint | None = None) -> None:
         self.module = module
+        self.checkpoint = checkpoint
         #: Where the module lay before its weights were spread.
         self.home = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._copies: weakref.WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = (
@@ -26,6 +37,9 @@ class Weights:
         self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
         self._channels_last: list[torch.Tensor] = []
+        self._freed: FreedModule | None = None
+        if checkpoint is not None:
+            self._freed = FreedModule(module, checkpoint)
 
     def channels_last(self) -> None:
         """Lay the module's convolution kernels out with channels last, as tensor cores want them.
@@ -39,7 +53,7 @@ class Weights:
 
     def offload(self) -> None:
         """Move the module's own copy to host memory, so that a device holds its component only."""
-        if self.home.type == "cuda" and not self._offloaded:
+        if self.home.type == "cuda" and not self._offloaded and self._freed is None:
             self._offloaded = True  # a part of it, should the host have no memory for all
             nn.Module.to(self.module, "cpu")
 
@@ -47,13 +61,16 @@ class Weights:
         """Put the module back where it was, and as it was, also after :meth:`channels_last` or
         :meth:`offload` failed in the middle.
 
-        Where its device has no memory for it any more, that is raised, and the whole module stays
-        in host memory; call it again once there is.
+        With a checkpoint what was freed is read again. Where its device has no memory for it any
+        more, that is raised, and the whole module stays in host memory; call it again once there
+        is.
         """
         while self._channels_last:
             weight = self._channels_last[-1]
             weight.data = weight.data.contiguous()
             self._channels_last.pop()
+        if self._freed is not None:
+            self._freed.restore()
         if self._offloaded:
             try:
                 nn.Module.to(self.module, self.home)
@@ -73,10 +90,16 @@ class Weights:
         if copy is None or key not in self._known:
             # It may have been written to since another engine took it.
             if copy is None or not self._renewed(weight, copy):
-                shared = self._shared(weight, device)
-                self._copies[key] = copy = weight.detach().to(device, copy=not shared)
+                self._copies[key] = copy = self.bring(captured, name, device)
             self._known.add(key)
         return copy
+
+    def bring(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
+        """The weight of placeholder ``name`` on ``device``, of which nothing is kept here."""
+        weight = captured.weights[name]
+        if weight.device.type == "meta" and self._freed is not None:
+            return self._freed.read(captured.names[name], weight).to(device)
+        return weight.detach().to(device, copy=not self._shared(weight, device))
 
     def renew(self, captured: Captured) -> bool:
         """Write what the weights are now into the copies of them; whether that was possible. Not
@@ -97,6 +120,8 @@ class Weights:
     def _renewed(self, weight: torch.Tensor, copy: torch.Tensor) -> bool:
         if (copy.shape, copy.dtype) != (weight.shape, weight.dtype):
             return False
+        if weight.device.type == "meta":  # what is in a checkpoint stays
+            return True
         if self._shared(weight, copy.device):
             return copy.data_ptr() == weight.data_ptr()
         copy.copy_(weight.detach())
@@ -105,3 +130,95 @@ class Weights:
     @staticmethod
     def _shared(weight: torch.Tensor, device: torch.device) -> bool:
         return weight.device == device
+
+
+class FreedModule:
+    """A module whose weights are on the meta device, where they take no memory; values of what is
+    in no checkpoint are kept. :meth:`restore` puts back what the module had."""
+
+    def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        #: where each tensor stands, under which name, and whether the module had its values
+        self._places: list[tuple[dict[str, Any], str, str, torch.device]] = []
+        #: what is in no checkpoint, by name
+        self._kept: dict[str, torch.Tensor] = {}
+        #: by name the one in the checkpoint: of a weight that is shared, one of its names
+        self._names = _names(module, checkpoint)
+        meta: dict[int, torch.Tensor] = {}
+        for prefix, layer in module.named_modules(remove_duplicate=False):
+            for where in (layer._parameters, layer._buffers):
+                for key, tensor in where.items():
+                    if tensor is None:
+                        continue
+                    name = f"{prefix}.{key}" if prefix else key
+                    if name not in self._names and tensor.device.type != "meta":
+                        self._kept[name] = tensor
+                    self._places.append((where, key, name, tensor.device))
+                    if id(tensor) not in meta and tensor.device.type != "meta":
+                        meta[id(tensor)] = _on_meta(tensor)
+                    where[key] = meta.get(id(tensor), tensor)
+
+    def read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The values of a weight by its name in the module."""
+        kept = self._kept.get(name)
+        if kept is not None:
+            return kept.detach()
+        return self._checkpoint.read(self._names[name], like)
+
+    def restore(self) -> None:
+        """Give the module the values again that it had; what was on the meta device stays there."""
+        real: dict[int, torch.Tensor] = {}
+        while self._places:
+            where, key, name, device = self._places[-1]
+            now = where[key]
+            if device.type != "meta":
+                if id(now) not in real:
+                    real[id(now)] = self._real(now, name, device)
+                where[key] = real[id(now)]
+            self._places.pop()
+        self._kept.clear()
+
+    def _real(self, now: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        value = self._checkpoint.read(self._names[name], now).to(device)
+        return nn.Parameter(value, now.requires_grad) if isinstance(now, nn.Parameter) else value
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    other = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+
+
+def _names(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Of each weight that is in the checkpoint, under which name. Raises InputError for parameters
+    that are not, or not with this shape, or whose values there are others."""
+    every = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    known = {id(tensor): name for name, tensor in every if name in checkpoint}
+    parameters = {id(p) for p in module.parameters()}
+    out = {}
+    for name, tensor in every:
+        found = known.get(id(tensor))
+        if found is not None:
+            out[name] = found
+            if checkpoint.shape(found) != tuple(tensor.shape):
+                raise InputError(
+                    f"checkpoint {checkpoint.path}: {found} is {checkpoint.shape(found)} there, "
+                    f"{tuple(tensor.shape)} in the denoiser"
+                )
+        elif id(tensor) in parameters or tensor.device.type == "meta":
+            raise InputError(f"checkpoint {checkpoint.path} has no {name}")
+    for name, tensor in every:
+        known_as = out.get(name)
+        if known_as is None or tensor.device.type == "meta":
+            continue
+        if not checkpoint.begins_like(known_as, tensor):
+            raise InputError(
+                f"checkpoint {checkpoint.path}: {known_as} has other values there than in the "
+                "denoiser (an adapter that was fused, other weights): save the denoiser as it is, "
+                "and name that"
+            )
+    return out

@@ -146,11 +146,17 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
 
 
 @torch.no_grad()
-def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.device) -> Costs:
+def measure(
+    captured: Captured,
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    bring: Callable[[Captured, str, torch.device], torch.Tensor] | None = None,
+) -> Costs:
     """Run the denoiser node by node on ``device`` and time each (medians).
 
-    ``tensors`` are the call's inputs. Weights are brought to the device block by block, so that a
-    denoiser larger than the device's memory can be measured too.
+    ``tensors`` are the call's inputs. Weights are brought to the device block by block, by
+    ``bring`` (None: they are where the denoiser is), so that a denoiser larger than the device's
+    memory can be measured too.
     """
     values: dict[fx.Node, Any] = {
         node: tensors[captured.inputs[node.name]].to(device)
@@ -165,7 +171,7 @@ def measure(captured: Captured, tensors: Sequence[torch.Tensor], device: torch.d
         for start in range(0, count, _BLOCK_NODES):
             tell(what, start, count)
             block = captured.nodes[start : start + _BLOCK_NODES]
-            values |= _bring(captured, block, device)
+            values |= _bring(captured, block, device, bring or _weight)
             runs = _runs(block, values, last_reader, device)
             passes = [_timed(runs, device) for _ in range(_PASSES + 1)][1:]
             for node, times in zip(block, zip(*passes, strict=True), strict=True):
@@ -201,14 +207,21 @@ def link_speed(devices: Sequence[torch.device]) -> float:
     return statistics.median(speeds[1:])
 
 
+def _weight(captured: Captured, name: str, device: torch.device) -> torch.Tensor:
+    return captured.weights[name].detach().to(device)
+
+
 def _bring(
-    captured: Captured, block: Sequence[fx.Node], device: torch.device
+    captured: Captured,
+    block: Sequence[fx.Node],
+    device: torch.device,
+    bring: Callable[[Captured, str, torch.device], torch.Tensor],
 ) -> dict[fx.Node, Any]:
     out: dict[fx.Node, Any] = {}
     for node in block:
         for source in node.all_input_nodes:
             if source.op == "placeholder" and source.name in captured.weights:
-                out[source] = captured.weights[source.name].detach().to(device)
+                out[source] = bring(captured, source.name, device)
             elif source.op == "get_attr":
                 out[source] = captured.root.get_submodule(str(source.target))
     return out

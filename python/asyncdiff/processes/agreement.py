@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..graph.capture import Captured
+from ..graph.checkpoint import Checkpoint
 from ..graph.signature import Call
 from ..graph.writes import bits, sample
 from ..partition.partition import Partition
@@ -20,10 +21,12 @@ from .team import DIGEST
 _PACKAGES = ("asyncdiff", "torch", "diffusers")
 
 
-def of_program(module: nn.Module) -> dict[str, str]:
-    """Versions of packages, and what the denoiser is made of."""
+def of_program(module: nn.Module, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Versions of packages, and what the denoiser is made of; its weights are those of
+    ``checkpoint``, if there is one."""
     weights = [*module.named_parameters(), *module.named_buffers()]
     shapes = [f"{name} {tuple(w.shape)} {w.dtype}" for name, w in weights]
+    values = digest(_samples(w for _, w in weights))
     layers = [f"{name} {type(m).__name__}" for name, m in module.named_modules()]
     return {
         **{f"the version of {name}": _version(name) for name in _PACKAGES},
@@ -31,7 +34,8 @@ def of_program(module: nn.Module) -> dict[str, str]:
         "the number of the denoiser's weights": str(len(weights)),
         "the denoiser's layers": digest(layers),
         "the shapes and dtypes of the denoiser's weights": digest(shapes),
-        "the values of the denoiser's weights": digest(_samples(w for _, w in weights)),
+        **({"the values of the denoiser's weights": values} if checkpoint is None else {}),
+        "the checkpoint": "none" if checkpoint is None else digest(checkpoint.words()),
     }
 
 

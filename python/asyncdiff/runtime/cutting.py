@@ -14,6 +14,7 @@ import asyncdiff_core as core
 from ..config import ParallelConfig
 from ..graph.capture import Captured, capture
 from ..graph.signature import Call
+from ..graph.weights import Weights
 from ..partition.cost import fused, link_speed, measure
 from ..partition.partition import Partition, partition
 from ..processes.agreement import of_captured, of_partition
@@ -31,9 +32,14 @@ class Cutter:
     """Cuts ``module`` for ranks at ``places``. All methods are collective."""
 
     def __init__(
-        self, module: nn.Module, config: ParallelConfig, places: Sequence[Place], team: Team
+        self,
+        module: nn.Module,
+        weights: Weights,
+        config: ParallelConfig,
+        places: Sequence[Place],
+        team: Team,
     ) -> None:
-        self._module, self._config, self._team = module, config, team
+        self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
         self._bytes_per_ms: float | None = None
 
@@ -48,7 +54,8 @@ class Cutter:
         def cut() -> Partition:
             costs = None
             if split == "auto" and components > 1:
-                costs = measure(captured, call.tensors, self._places[0].device)
+                device, bring = self._places[0].device, self._weights.bring
+                costs = measure(captured, call.tensors, device, bring)
                 if config.compile:
                     costs = fused(captured, costs)
             return partition(

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..config import GROUPS, ParallelConfig
+from ..errors import InputError
 from ..graph.batch import BatchSplit
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
@@ -84,7 +85,7 @@ class EngineCache:
         self._seats = list(seats)
         #: those that were asked for last are at the end
         self._kept: OrderedDict[_Kind, _Prepared] = OrderedDict()
-        self._cutter = Cutter(module, config, places, team)
+        self._cutter = Cutter(module, weights, config, places, team)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -230,6 +231,12 @@ class EngineCache:
             return self._even(call, components, places)
         in_turn = self._config.schedule == "pipeline"
         ranks = len(places) if in_turn else len(places) // split.count
+        if batched is None and self._weights.checkpoint is not None:
+            raise InputError(
+                "guidance='split', warmup_mode='split' and schedule='pipeline' run the whole "
+                "denoiser to find out what each part of a batch needs, and with a checkpoint no "
+                "process has it: take others, or no checkpoint"
+            )
         if batched is None:
             purpose = PICTURES if in_turn else GUIDANCE
             batched = self._team.by(

@@ -96,7 +96,8 @@ class AutoSettings:
         latents = call.tensors[call.indices(Role.LATENTS)[0]]
         conditions = conditions_of(latents)
         several = has_several_latents(call)
-        apart = call.signature not in self._together and not several
+        whole = denoiser.holds_all
+        apart = call.signature not in self._together and not several and whole
         if several:
             clean = "the denoiser has several latents, which waves do not serve"
         elif is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]]):
@@ -107,7 +108,9 @@ class AutoSettings:
             step=clean if isinstance(clean, str) else _length(clean),
             guided=apart and conditions == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
-            whole=denoiser.team.every("choose settings", lambda: _has_room(denoiser, self._own)),
+            whole=denoiser.team.every(
+                "choose settings", lambda: whole and _has_room(denoiser, self._own)
+            ),
         )
 
 

@@ -7,6 +7,7 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def parallelize(
     devices: Devices = None,
     *,
     group: Any = None,
+    checkpoint: str | Path | None = None,
     quality: str | None = AUTO,
     config: ParallelConfig | None = None,
     **settings: Any,
@@ -59,6 +61,8 @@ def parallelize(
             inputs and gets the same pictures: a torch.distributed ProcessGroup, a dimension of a
             DeviceMesh, or "env" (torchrun's variables); see :class:`asyncdiff.AsyncDenoiser`.
             ``devices`` are then those of this process's own ranks (None: the one that it uses).
+        checkpoint: where the denoiser's weights are (``folder/unet``), so that each process reads
+            and holds those of its own ranks only; see :class:`asyncdiff.AsyncDenoiser`.
         quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
             ``handle.settings`` says what was chosen, and why. "auto": "balanced", unless ``config``
             or a setting that a quality would choose is given (``components``, ``stride``,
@@ -104,7 +108,7 @@ def parallelize(
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
-    denoiser = AsyncDenoiser(twin(module), group=group, config=config)
+    denoiser = AsyncDenoiser(twin(module), group=group, checkpoint=checkpoint, config=config)
     try:
         places, me = denoiser.places, denoiser.team.process
         own = every or [p.device for p in places if p.process == me]
