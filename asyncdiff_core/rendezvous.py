@@ -133,8 +133,16 @@ class StoreRendezvous:
         except Exception as e:
             # A store that is gone says so again; one that answers has not got the key in time.
             if not self._there(key):
-                raise self._late(process) from e
+                raise self._late(self._straggler(process)) from e
         return bytes(self._ask(self._store.get, key))[1:]
+
+    def _straggler(self, process: int) -> int:
+        """Whom a wait for ``process`` is about: process 0, until all have a name, waits itself for
+        whoever has left nothing yet."""
+        if process == 0 and self._round <= 1:
+            others = range(1, self.processes)
+            return next((p for p in others if not self._there(f"{self._prefix}/here/{p}")), 0)
+        return process
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -27,11 +27,23 @@ class Membership:
     processes: int
 
 
+class Patient:
+    """A store in whose name a rendezvous waits for so many seconds, whatever its own timeout is."""
+
+    def __init__(self, store: Any, seconds: float) -> None:
+        self._store = store
+        self.timeout = timedelta(seconds=seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
 def membership(group: Any, patience: float) -> Membership:
     """The membership that ``group`` means: a ProcessGroup, a DeviceMesh of one dimension, or "env".
 
-    ``patience``: seconds to wait for the store of "env". Raises InputError for anything else, for a
-    group that this process is not in, and where the environment does not say who this is.
+    ``patience``: seconds to wait over the store, and for that of "env". Raises InputError for
+    anything else, for a group that this process is not in, and where the environment does not say
+    who this is.
     """
     if not dist.is_available():
         raise InputError("this torch was built without torch.distributed, which groups need")
@@ -52,7 +64,8 @@ def membership(group: Any, patience: float) -> Membership:
             f"group is a {type(group).__name__}: pass a ProcessGroup that this process is in "
             "(dist.group.WORLD, after init_process_group), a dimension of a DeviceMesh, or 'env'"
         )
-    return Membership(_store_of(group), dist.get_rank(group), dist.get_world_size(group))
+    store = Patient(_store_of(group), patience)
+    return Membership(store, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _store_of(group: Any) -> Any:
@@ -85,4 +98,4 @@ def _met(who: tuple[str, ...], patience: float) -> Membership:
             f"is not there, or not all of {os.environ['WORLD_SIZE']} processes came within "
             f"{patience:g} s ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from e
-    return Membership(store, process, processes)
+    return Membership(Patient(store, patience), process, processes)

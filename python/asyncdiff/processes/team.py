@@ -15,7 +15,6 @@ from .. import errors
 from ..errors import AsyncDiffError, DeviceError, MismatchError, ProcessError, RankError
 from ..memory import out_of_memory
 from .group import membership
-from .meeting import Meeting
 
 #: Deadlines that coming together may last: processes load their models before.
 _PATIENCE = 10
@@ -54,12 +53,12 @@ class Team:
         patience = _PATIENCE * deadline
         member = membership(group, patience)
         try:
-            meeting = Meeting(member, patience)
+            meeting = core.StoreRendezvous(member.store, member.process, member.processes)
             fabric = core.HostFabric(member.processes, deadline=deadline, rendezvous=meeting)
         except core.InvalidArgument as e:
             raise DeviceError(f"the processes of the group cannot exchange: {e}") from e
         except core.errors.ProcessError as e:
-            raise ProcessError(e.process, str(e)) from e
+            raise lost(e) from e
         team = cls(fabric, member.process)
         # Who ends in good order is missed by those only that still need it.
         atexit.register(_close, weakref.ref(team))
