@@ -131,14 +131,14 @@ class Line:
 
 class Swings:
     """Watches whether x0 swings. ``trust``: from 1, where it does not, to 0, for each sample, of a
-    shape that broadcasts with x0.
+    shape that broadcasts with x0; a number as long as there is nothing to tell by.
 
     A change that takes some of the one before back is a swing, as large as the share of it. Only
     changes between steps that were given predictions count: what x0 does in exact steps is its own.
     """
 
     def __init__(self) -> None:
-        self.trust = torch.ones(())
+        self.trust: torch.Tensor | float = 1.0
         self._last: torch.Tensor | None = None
         self._swing: torch.Tensor | None = None
         self._misled = 0
@@ -147,9 +147,7 @@ class Swings:
         """x0 has changed so, from one known step to the next, which was given a prediction
         (``misled``) or not."""
         self._misled = self._misled + 1 if misled else 0
-        if self._last is None:
-            self.trust = self.trust.to(change)
-        elif self._misled > 2:
+        if self._last is not None and self._misled > 2:
             before = _by_sample(self._last * self._last).clamp(min=torch.finfo(change.dtype).tiny)
             swing = (-_by_sample(change * self._last) / before).clamp(0, 1)
             if self._swing is not None:
@@ -226,7 +224,7 @@ class Predictor:
         if not self._rule.noise:
             trust = self._swings.trust
             held = self._known[max(k for k in self._known if k <= step)]
-            x0 = torch.lerp(held, x0, trust.to(x0.dtype).expand_as(x0))
+            x0 = held + (x0 - held) * trust
             payment = self._payment(step, self._stride)
             if payment is not None:
                 payment = payment * (trust * self._share)

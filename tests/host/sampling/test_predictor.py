@@ -95,6 +95,7 @@ def test_what_swings_is_held() -> None:
     path = torch.stack([0.2 * k, (1.5 * k).sin(), 0.9**k], 1)  # goes on, swings, settles
     for before, after in itertools.pairwise(path):
         watched.saw((after - before)[:, None], misled=True)
+    assert isinstance(watched.trust, torch.Tensor)
     assert watched.trust.flatten().tolist() == [1.0, 0.0, 1.0]
 
 
@@ -106,6 +107,19 @@ def test_swings_of_exact_steps_do_not_count() -> None:
     assert watched.trust == 1
     watched.saw(torch.ones(1, 2), misled=True)
     assert watched.trust == 0
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_all_is_on_the_device_of_the_predictions(warmup: int) -> None:
+    """The meta device mixes with the CPU as little as a GPU does."""
+    predictor, z = Predictor(levels(), Line(0.5), 1), torch.zeros(2, 4, 3, device="meta")
+    for k in range(warmup):
+        predictor.arrived(k, z, z)
+    for k in range(warmup, 12):
+        assert predictor.predict(k, z, torch.float16).device.type == "meta"
+        predictor.arrived(k, z, z)
+    predictor.arrived(12, z, z)
+    assert predictor.exact(12, z, z).device.type == "meta"
 
 
 def test_order_falls_with_delay_and_step_size() -> None:
