@@ -61,6 +61,7 @@ def generate(
     end = steps - exact_tail
     levels = [*zip(alphas, sigmas, strict=True), (1.0, 0.0)]
     given: dict[int, torch.Tensor] = {}  # x0 of asynchronous steps
+    believed: dict[int, torch.Tensor] = {}  # how far their errors count
     known: dict[int, torch.Tensor] = {}
     noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
@@ -85,7 +86,7 @@ def generate(
                 a = max(k for k in known if k <= j)
                 b = min(k for k in known if k >= j)
                 best = known[a] + (known[b] - known[a]) * ((j - a) / (b - a) if b > a else 0)
-                total = total + gain(j) * (best - given[j])
+                total = total + believed.get(j, 1.0) * gain(j) * (best - given[j])
         return total
 
     def moved(k: int, end: int) -> float:
@@ -104,7 +105,7 @@ def generate(
 
     def trust() -> torch.Tensor:
         """How little x0 swings, by sample: see asyncdiff.sampling.predictor."""
-        waves = sorted(k for k in known if k in given)
+        waves = sorted(k for k in known if k in given and k < end)
         moves = [known[b] - known[a] for a, b in itertools.pairwise(waves)]
         worst = torch.zeros((), dtype=x.dtype)
         rest = tuple(range(1, x.dim()))
@@ -112,6 +113,12 @@ def generate(
             back = -(one * next_one).sum(rest, keepdim=True) / (one * one).sum(rest, keepdim=True)
             worst = torch.maximum(0.9 * worst, back.clamp(0, 1))
         return (1 - worst / 0.2).clamp(min=0)
+
+    def arrive(k: int, x0: torch.Tensor) -> None:
+        known[k] = x0
+        for j in given:
+            if j <= k:  # whose error becomes known
+                believed.setdefault(j, trust())
 
     def walk(first: int, last: int) -> None:
         for j in range(first, last):
@@ -131,15 +138,16 @@ def generate(
         noises[k] = (wave or denoise)(start, k)
         waves[tick + delay] = k, (start - sigmas[k] * noises[k]) / alphas[k]
         if tick in waves:
-            arrived, x0 = waves.pop(tick)
-            known[arrived] = x0
+            arrive(*waves.pop(tick))
         walk(k, min(k + stride, end))
     # What is under way arrives with the first exact step, which pays all that is owed by then.
-    known |= dict(waves.values())
+    for wave in list(waves.values()):
+        arrive(*wave)
     for k in range(end, steps):
         noises[k] = denoise(path[k], k)
-        known[k] = x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
+        x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
+        arrive(k, x0)
         if not predict:
-            x0 = given[k] = x0 + payment(k, 1)
+            x0 = given[k] = x0 + trust() * payment(k, 1)
         path.append(step(path[k], (path[k] - alphas[k] * x0) / sigmas[k], k))
     return path[-1]

@@ -67,7 +67,11 @@ class Picked:
     why: str
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        plain = (int, float, str)
+        chosen = ", ".join(
+            f"{name}={value!r}" if isinstance(value, plain) else f"{name}={value}"
+            for name, value in self.settings.items()
+        )
         return f"{chosen}: {self.why}"
 
 
@@ -77,9 +81,15 @@ def check_quality(quality: str) -> None:
         raise InputError(f"quality={quality!r}: write one of {', '.join(QUALITIES)}")
 
 
-def pick(quality: str, task: Task, prepared: Mapping[str, Any] | None = None) -> Picked:
+def pick(
+    quality: str,
+    task: Task,
+    prepared: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Picked:
     """The settings that keep ``quality`` and are fastest. ``prepared``: those that are in use, and
-    are kept where others would be no faster.
+    are kept where others would be no faster. ``given``: those that were given by hand for
+    generations with asynchronous steps; exact steps are not split where there is no guidance.
 
     "exact" changes nothing in the pictures. "high" has more exact steps than "balanced", and that
     more than "fast". A few steps are run exactly whatever the quality is: each of them decides.
@@ -106,15 +116,27 @@ def pick(quality: str, task: Task, prepared: Mapping[str, Any] | None = None) ->
         "guidance": "split" if groups == 2 else "batched",
         "warmup_mode": "split" if shared else "chain",
     }
-    why = (
-        f"{components} components work at once, the first {warmup} and the last {tail} of "
-        f"{task.steps} steps exact"
-    )
+    settings |= given or {}
+    if not task.guided:
+        settings["warmup_mode"] = "chain"
+    why = f"{components} components work at once, {_ends(settings, task.steps)}"
+    if given:
+        why += f" ({', '.join(sorted(given))} by hand)"
     if groups == 2:
         why += "; each condition of the guidance has devices of its own"
     elif settings["warmup_mode"] == "split":
         why += ", a condition on each of two devices"
     return Picked(settings, groups * components, why)
+
+
+def _ends(settings: Mapping[str, Any], steps: int) -> str:
+    """Which steps of so many are exact, for people."""
+    first, last = settings["warmup"], settings["exact_tail"]
+    if not isinstance(first, int):
+        return f"the first steps exact for as long as they change much, and the last {last}"
+    if first + last >= steps:
+        return f"all {steps} steps exact"
+    return f"the first {first} and the last {last} of {steps} steps exact"
 
 
 def exact_steps(

@@ -234,3 +234,23 @@ def test_noise_that_a_call_asks_for_is_exact_too() -> None:
         assert ("stochastic" in handle.settings) == exact
         assert (reference.distance(got, want) < 1e-5) == exact
     handle.restore()
+
+
+def test_what_is_given_by_hand_is_said_and_not_more(caplog: pytest.LogCaptureFixture) -> None:
+    """Without guidance there is nothing to split, whatever was given: that is no failure."""
+    pipe, call = sd()
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
+    handle.configure(warmup_mode="split", warmup=5)
+    with caplog.at_level(logging.INFO, "asyncdiff"):
+        draw(pipe, call, num_inference_steps=12, guidance_scale=1.0)
+    assert handle.config.warmup_mode == "chain"
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+    assert "the first 5 and the last 1 of 12 steps exact (warmup, warmup_mode by hand)" in (
+        handle.settings
+    )
+    handle.configure(warmup_mode="chain")
+    draw(pipe, call, num_inference_steps=12)
+    assert handle.config.warmup_mode == "chain"
+    assert "warmup_mode='chain'" in handle.settings
+    assert "a condition on each" not in handle.settings
+    handle.restore()

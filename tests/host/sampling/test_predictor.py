@@ -64,10 +64,10 @@ def test_an_error_is_paid_back(delay: int) -> None:
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_exact_steps_at_the_end_pay_all_that_is_owed(delay: int) -> None:
-    truth = torch.arange(STEPS).double()[:, None].sin()
+    truth = (torch.arange(STEPS).double() / 9)[:, None].exp()  # nothing in it swings
     off = walk(truth, 0.5, delay, end=STEPS - 3)
     assert off[:2].max() == 0  # warm-up
-    assert off[STEPS - 4] > 0.01
+    assert off[STEPS - 4] > 0.001
     assert off[STEPS - 3 :].max() < 1e-6  # the scheduler's levels are in float32
 
 

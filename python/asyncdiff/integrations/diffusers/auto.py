@@ -77,14 +77,9 @@ class AutoSettings:
             lambda: {f"what is asked for ({n})": repr(v) for n, v in known.items()},
         )
         prepared = None if self.picked is None else self.picked.settings
-        picked = pick(self.quality, task, prepared)
-        # Else every step is exact: there is nothing that these could say.
-        by_hand = self._by_hand if picked.settings.get("warmup", steps) < steps else {}
-        config = replace(
-            self._base,
-            devices=tuple(self._devices[: picked.devices]),
-            **picked.settings | by_hand,
-        )
+        picked = pick(self.quality, task, prepared, self._by_hand)
+        devices = tuple(self._devices[: picked.devices])
+        config = replace(self._base, devices=devices, **picked.settings)
         if picked != self.picked:
             log.info("quality=%r picks %s", self.quality, picked)
             self.picked = picked
