@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "asyncdiff/errors.hpp"
 #include "sha256.hpp"
@@ -20,15 +21,38 @@ std::string bytes_of(std::uint64_t value) {
   return out;
 }
 
-std::uint64_t number_in(const std::string& bytes) {
+std::uint64_t number_in(const std::string& bytes, std::size_t at = 0) {
   std::uint64_t out = 0;
   for (std::size_t i = 0; i < 8; ++i) {
-    out |= std::uint64_t{static_cast<unsigned char>(bytes[i])} << (8 * i);
+    out |= std::uint64_t{static_cast<unsigned char>(bytes[at + i])} << (8 * i);
   }
   return out;
 }
 
 }  // namespace
+
+std::string packed(const std::vector<std::string>& texts) {
+  std::string out;
+  for (const std::string& text : texts) out += bytes_of(text.size()) + text;
+  return out;
+}
+
+std::vector<std::string> unpacked(const std::string& bytes) {
+  std::vector<std::string> out;
+  for (std::size_t at = 0; at + 8 <= bytes.size();) {
+    const std::uint64_t size = number_in(bytes, at);
+    at += 8;
+    if (size > bytes.size() - at) throw Error("process 0 sends what nobody can read");
+    out.push_back(bytes.substr(at, static_cast<std::size_t>(size)));
+    at += static_cast<std::size_t>(size);
+  }
+  return out;
+}
+
+void Wire::tell_end(char kind, int process, const std::string& reason) {
+  put(kind, packed({std::to_string(process), reason}));
+  write();
+}
 
 std::string Wire::proof(char role, std::uint64_t number, const std::string& framed) const {
   return hmac_sha256(key_, role + bytes_of(number) + framed);

@@ -5,10 +5,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "socket.hpp"
 
 namespace asyncdiff {
+
+// Kinds of messages: what a process says, or what everybody said; or why process 0 ends it all, and
+// because of whom.
+constexpr char kSaid = 's', kLost = 'l', kLate = 't';
+
+// Texts as bytes, each after its length.
+std::string packed(const std::vector<std::string>& texts);
+// Throws Error where they cannot be read.
+std::vector<std::string> unpacked(const std::string& bytes);
 
 struct Frame {
   char kind = 0;
@@ -28,6 +39,9 @@ class Wire {
   // Writes what can be written.
   Progress write();
   bool written() const { return done_ == out_.size(); }
+
+  // Says, as far as that can be done at once, why all ends: kLost or kLate, and of whom.
+  void tell_end(char kind, int process, const std::string& reason);
 
   // Reads what can be read; there() once a message is whole, which take() then gives. Throws Error
   // for a message that is not of the other side.

@@ -1,5 +1,6 @@
 #include "identity.hpp"
 
+#include <dirent.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/stat.h>
@@ -28,22 +29,34 @@ std::string first_line(const std::string& file) {
 
 struct Stat {
   char state = '?';
+  std::uint64_t flags = 0;
   std::uint64_t start = 0;
+
+  // Also one that has begun to end: its sockets may be closed already, which others see.
+  bool ended() const {
+    constexpr std::uint64_t kExiting = 4;  // PF_EXITING of the kernel
+    return state == 'Z' || state == 'X' || (flags & kExiting) != 0;
+  }
 };
 
-// Of /proc/PID/stat: the third field and the 22nd. The second may hold spaces and parentheses.
-Stat stat_of(std::int32_t pid) {
-  const std::string line = first_line("/proc/" + std::to_string(pid) + "/stat");
+// Of a file like /proc/PID/stat: the third field, the 9th and the 22nd. The second may hold spaces
+// and parentheses.
+Stat stat_in(const std::string& folder) {
+  const std::string line = first_line(folder + "/stat");
   const std::size_t name_end = line.rfind(')');
   Stat out;
   if (name_end == std::string::npos) return out;
   std::istringstream in(line.substr(name_end + 1));
   in >> out.state;
   std::string skipped;
-  for (int field = 4; field < 22; ++field) in >> skipped;
+  for (int field = 4; field < 9; ++field) in >> skipped;
+  in >> out.flags;
+  for (int field = 10; field < 22; ++field) in >> skipped;
   in >> out.start;
   return out;
 }
+
+std::string folder_of(std::int32_t pid) { return "/proc/" + std::to_string(pid); }
 
 std::atomic<unsigned> fork_count{0};
 
@@ -57,7 +70,7 @@ std::uint64_t pid_namespace() {
 Identity own_identity() {
   Identity out{};
   out.pid = getpid();
-  out.start = stat_of(out.pid).start;
+  out.start = start_of(out.pid);
   out.pid_namespace = pid_namespace();
   copy_text(out.boot, first_line("/proc/sys/kernel/random/boot_id"));
   gethostname(out.host, sizeof out.host - 1);
@@ -66,11 +79,20 @@ Identity own_identity() {
 
 bool lives(std::int32_t pid) {
   if (kill(pid, 0) != 0 && errno == ESRCH) return false;
-  const char state = stat_of(pid).state;
-  return state != 'Z' && state != 'X';
+  const std::string threads = folder_of(pid) + "/task";
+  DIR* folder = opendir(threads.c_str());
+  if (folder == nullptr) return errno != ENOENT;  // where it cannot be asked, it may live
+  bool out = false;
+  while (const dirent* entry = readdir(folder)) {
+    if (entry->d_name[0] == '.') continue;
+    const Stat stat = stat_in(threads + "/" + entry->d_name);
+    out = out || (stat.state != '?' && !stat.ended());
+  }
+  closedir(folder);
+  return out;
 }
 
-std::uint64_t start_of(std::int32_t pid) { return stat_of(pid).start; }
+std::uint64_t start_of(std::int32_t pid) { return stat_in(folder_of(pid)).start; }
 
 unsigned forks() {
   static const int watched = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });

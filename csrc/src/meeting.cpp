@@ -136,7 +136,7 @@ class Door {
   // One that joined and is gone may come again: it was restarted.
   static bool ended(Wire& wire) { return wire.read() == Progress::kEnded; }
 
-  [[noreturn]] void late(double timeout) const {
+  [[noreturn]] void late(double timeout) {
     std::string there = "0";
     int missing = -1;
     for (int p = 1; p < processes_; ++p) {
@@ -146,11 +146,12 @@ class Door {
         missing = p;
       }
     }
-    throw CollectiveTimeout(
-        missing, {},
+    const std::string text =
         "only processes [" + there + "] of " + std::to_string(processes_) + " came within " +
-            seconds_text(timeout) +
-            (strangers_.empty() ? "" : " (of the connections that came, " + strangers_ + ")"));
+        seconds_text(timeout) +
+        (strangers_.empty() ? "" : " (of the connections that came, " + strangers_ + ")");
+    for (auto& [p, wire] : in_) wire.tell_end(kLate, missing, text);
+    throw CollectiveTimeout(missing, {}, text);
   }
 
   int processes_;

@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -17,36 +16,8 @@ namespace asyncdiff {
 
 namespace {
 
-// Kinds of messages: what a process says, or what everybody said; or why process 0 ends it all, and
-// because of whom.
-constexpr char kSaid = 's', kLost = 'l', kLate = 't';
-
-// Each text after its length.
-std::string packed(const std::vector<std::string>& texts) {
-  std::string out;
-  for (const std::string& text : texts) {
-    for (int shift = 0; shift < 64; shift += 8) {
-      out += static_cast<char>(std::uint64_t{text.size()} >> shift);
-    }
-    out += text;
-  }
-  return out;
-}
-
-std::vector<std::string> unpacked(const std::string& bytes) {
-  std::vector<std::string> out;
-  for (std::size_t at = 0; at + 8 <= bytes.size();) {
-    std::uint64_t size = 0;
-    for (std::size_t i = 0; i < 8; ++i) {
-      size |= std::uint64_t{static_cast<unsigned char>(bytes[at + i])} << (8 * i);
-    }
-    at += 8;
-    if (size > bytes.size() - at) throw Error("process 0 sends what nobody can read");
-    out.push_back(bytes.substr(at, static_cast<std::size_t>(size)));
-    at += static_cast<std::size_t>(size);
-  }
-  return out;
-}
+// Longer than process 0 waits for others: it says then for whom.
+constexpr double kGrace = 1;
 
 }  // namespace
 
@@ -66,7 +37,7 @@ class SocketRendezvous::Implementation {
   std::vector<std::string> all_gather(const std::string& mine) {
     if (!over_.empty()) throw_over();
     if (closed_) throw Error("the rendezvous is closed");
-    const Clock::time_point limit = after(timeout_);
+    const Clock::time_point limit = after(timeout_ + (process_ == 0 ? 0 : kGrace));
     if (process_ != 0) {
       peers_.at(0).put(kSaid, mine);
       flush(limit);
@@ -99,7 +70,7 @@ class SocketRendezvous::Implementation {
     while (true) {
       std::vector<Interest> all;
       for (auto& [p, peer] : peers_) {
-        if (peer.write() == Progress::kEnded) end(kLost, p);
+        if (peer.write() == Progress::kEnded) ended(p, peer);
         if (!peer.written()) all.push_back({&peer.socket(), true});
       }
       if (all.empty()) return;
@@ -137,6 +108,15 @@ class SocketRendezvous::Implementation {
     }
   }
 
+  // It may have said why before it ended.
+  [[noreturn]] void ended(int process, Wire& peer) {
+    while (read(process, peer) == Progress::kSome && peer.there()) {
+      const Frame frame = peer.take();
+      if (frame.kind != kSaid) told(frame);
+    }
+    end(kLost, process);
+  }
+
   Progress read(int process, Wire& peer) {
     try {
       return peer.read();
@@ -154,8 +134,7 @@ class SocketRendezvous::Implementation {
                                : " has ended, or has closed its rendezvous");
     for (auto& [p, peer] : peers_) {
       if (process_ != 0) continue;
-      peer.put(kind, packed({std::to_string(process), reason_}));
-      peer.write();  // as far as can be at once
+      peer.tell_end(kind, process, reason_);
     }
     throw_over();
   }

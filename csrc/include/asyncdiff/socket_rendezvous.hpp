@@ -24,10 +24,10 @@ struct SocketAddress {
 class ASYNCDIFF_EXPORT SocketRendezvous final : public Rendezvous {
  public:
   // Meets the others, at most for `timeout` seconds in all, whatever strangers do meanwhile; then
-  // all_gather() waits as long. Throws CollectiveTimeout where a process does not come,
-  // AuthenticationError where process 0 has another key, InvalidArgument (here and in process 0)
-  // for a process that does not exist, is there already, or counts otherwise, and Error where the
-  // address cannot be had.
+  // all_gather() waits as long (for process 0 a second longer: it says for whom it waited). Throws
+  // CollectiveTimeout where a process does not come, AuthenticationError where process 0 has
+  // another key, InvalidArgument (here and in process 0) for a process that does not exist, is
+  // there already, or counts otherwise, and Error where the address cannot be had.
   SocketRendezvous(const SocketAddress& address, int process, int processes, std::string key,
                    double timeout);
   ~SocketRendezvous() override;

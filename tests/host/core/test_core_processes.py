@@ -9,20 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run
+from processes import left_behind, run
 
 import asyncdiff_core as core
 
 
-def segments() -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("asyncdiff-*")}
-
-
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Any:
-    before = segments()
+    before = left_behind()
     yield
-    assert segments() <= before
+    assert left_behind() <= before
 
 
 @pytest.mark.parametrize("processes", [2, 4])

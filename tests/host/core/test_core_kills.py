@@ -1,0 +1,108 @@
+"""Processes are killed at random moments: those that are left learn whom they lost, and go on."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import left_behind
+
+DEADLINE = 2.5
+WORKER = str(Path(__file__).parents[2] / "kill_worker.py")
+
+
+class World:
+    """Several processes, and what they say."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count = count
+        self.said: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, WORKER, str(p), str(count), str(folder), str(DEADLINE)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for p in range(count)
+        ]
+        for process in self.processes:
+            threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.said.put(json.loads(line))
+
+    def hear(self, key: str, count: int, seconds: float) -> list[dict[str, Any]]:
+        """The next ``count`` messages, all about ``key``."""
+        limit = time.monotonic() + seconds
+        out = []
+        for _ in range(count):
+            try:
+                out.append(self.said.get(timeout=max(limit - time.monotonic(), 0.01)))
+            except queue.Empty:
+                pytest.fail(f"{key}: only {out} within {seconds} s; {self.errors()}")
+            assert key in out[-1], (out, self.errors())
+        return out
+
+    def errors(self) -> str:
+        for process in self.processes:
+            process.kill()
+        return "\n".join(str(process.communicate()[1]) for process in self.processes)
+
+
+def kill_all_but_one(count: int, rng: random.Random, folder: Path) -> list[str]:
+    """Returns the errors by which the others learned of it."""
+    world = World(count, folder)
+    errors = []
+    try:
+        world.hear("up", count, 30)
+        left = set(range(count))
+        while len(left) > 1:
+            # Mostly when they have met again; who is missed there costs time.
+            time.sleep(rng.random() * (0.02 if rng.random() < 0.1 else 0.4))
+            victim = rng.choice(sorted(left))
+            world.processes[victim].kill()
+            left.discard(victim)
+            # Who did not come to a rendezvous is missed after its own time.
+            killed = time.time()
+            epoch = count - len(left)
+            for told in world.hear("lost", len(left), 2 * DEADLINE * epoch + 5):
+                assert told["lost"] == victim, (victim, told)
+                errors.append(told["error"])
+                if told["error"] == "ProcessLost":
+                    assert told["at"] - killed < DEADLINE
+        world.hear("alone", 1, 10)
+        (last,) = left
+        assert world.processes[last].wait(10) == 0, world.errors()
+    finally:
+        for process in world.processes:
+            process.kill()
+            process.wait()
+    return errors
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("worlds", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_whoever_is_killed_is_named_and_the_others_go_on(worlds: int, tmp_path: Path) -> None:
+    """2 to 4 processes: 3 worlds are 6 kills, 50 are 100."""
+    before = left_behind()
+    rng = random.Random(worlds)
+    errors = []
+    for world in range(worlds):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        errors += kill_all_but_one(2 + world % 3, rng, folder)
+        assert left_behind() <= before
+    # The rest were killed before they came to a rendezvous, and are missed there.
+    lost = errors.count("ProcessLost")
+    assert lost >= 0.3 * len(errors), (lost, len(errors))
