@@ -22,7 +22,7 @@ PICTURE = IMAGES / "plain_and_parallel.png"
 #: What of each model is drawn: sampler and steps, with guidance.
 RUNS = {"unet": ("ddim", 50), "transformer": ("flow", 28), "emoji": ("ddim", 50)}
 #: Pictures that are closer than this, in dB, are drawn here: they look equal.
-TOP = 70.0
+TOP = 75.0
 #: Curves: label, colour, marker, and which rows of the results they join.
 CURVES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     *(
@@ -88,7 +88,7 @@ def speed_and_quality(path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = curves()
-    figure = Figure(figsize=(1.6 + 5.6 * len(models), 4.4), layout="constrained")
+    figure = Figure(figsize=(1.6 + 5.6 * len(models), 4.9), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, (model, (run, lines)) in zip(panels, models.items(), strict=True):
         for (label, color, marker, _), points in zip(CURVES, lines, strict=True):
@@ -97,7 +97,8 @@ def speed_and_quality(path: Path) -> None:
         axes.set_title(f"{TITLES[model]}: {run}", fontsize=9)
         axes.set(xlim=(1, 4.2), ylim=(15, TOP + 2))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper right")
+    named = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(named.values(), named, fontsize=8, ncols=4, loc="outside upper center")
     figure.supxlabel("times one GPU's speed, counted in multiply-accumulates", fontsize=10)
     figure.supylabel("likeness to the plain picture, PSNR in dB", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Description": digest()})

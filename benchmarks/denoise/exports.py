@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyncdiff.runtime import engine_cache as prepared
+from asyncdiff.runtime import cutting, engine_cache
 from denoise.beside import Lock
 
 
@@ -18,20 +18,20 @@ class Exports:
     def __init__(self, lock: Lock) -> None:
         self.spared = 0.0
         self._kept: dict[Any, tuple[Any, float]] = {}  # also keeps alive what the keys name
-        capture, measure = prepared.capture, prepared.measure
+        capture, measure = cutting.capture, cutting.measure
 
         def captured(module: Any, call: Any) -> Any:
             key = (id(module), call.signature)
             return self._once(key, lambda: (capture(module, call), module))[0]
 
-        def measured(captured: Any, tensors: Any, device: Any) -> Any:
+        def measured(captured: Any, tensors: Any, device: Any, *rest: Any) -> Any:
             def quietly() -> Any:
                 with lock.quiet():
-                    return measure(captured, tensors, device)
+                    return measure(captured, tensors, device, *rest)
 
             return self._once((id(captured), str(device)), quietly)
 
-        engine, component_ms = prepared.Engine, prepared.component_ms
+        engine, component_ms = engine_cache.Engine, engine_cache.component_ms
 
         def made(*args: Any, compile: Any = None, **options: Any) -> Any:
             # Compiling takes too long for others to wait, and mostly the CPU.
@@ -42,8 +42,8 @@ class Exports:
             with lock.quiet():
                 return component_ms(engine)
 
-        prepared.capture, prepared.measure = captured, measured
-        prepared.Engine, prepared.component_ms = made, timed
+        cutting.capture, cutting.measure = captured, measured
+        engine_cache.Engine, engine_cache.component_ms = made, timed
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key in self._kept:

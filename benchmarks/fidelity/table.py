@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from asyncdiff.quality import DEFAULT, QUALITIES
 from fidelity.rivals import rival
 from fidelity.rows import TITLES, Row, Run, by_run, documents
 from markdown_table import markdown
@@ -53,22 +54,21 @@ def kept(folder: Path) -> str:
 
 
 def qualities(folder: Path) -> str:
-    """What each quality picks and keeps."""
+    """What each quality keeps, and what the default picks."""
 
     def of_model(rows: list[Row]) -> str:
-        table = [
-            [
-                *("sampler", "quality", "devices", "picked", "speed-up in MACs"),
-                *("measured on SDXL, SD3, FLUX", "PSNR, dB", "10th percentile", "SSIM"),
-            ]
-        ]
+        shown = [q for q in reversed(QUALITIES) if q != "exact"]
+        measured = "measured on SDXL, SD3, FLUX"
+        table = [["", "devices", f'"{DEFAULT}" picks', measured, *(f'"{q}"' for q in shown)]]
         for run, mine in by_run(rows).items():
-            for row in (r for r in mine if r["method"].startswith("quality ")):
-                quality = row["method"].removeprefix("quality ").partition(",")[0]
-                speedup, *cells = _cells(row, mine)
-                settings = row["settings"]
-                head = [str(run), quality, str(row["devices"]), _picked(settings, run.steps)]
-                table.append([*head, speedup, _measured(settings), *cells])
+            for devices in sorted({r["devices"] for r in mine}) if run.steps > _FEW else ():
+                names = {q: f"quality {q}, {devices} devices" for q in shown}
+                found = {q: r for q in shown for r in mine if r["method"] == names[q]}
+                if DEFAULT in found:
+                    settings = found[DEFAULT]["settings"]
+                    head = [str(run), str(devices), _picked(settings, run.steps)]
+                    kept = [_at_speed(found[q], mine) if q in found else "" for q in shown]
+                    table.append([*head, _measured(settings), *kept])
         return markdown(table) if len(table) > 1 else ""
 
     return _all(folder, of_model)
@@ -159,6 +159,11 @@ def _short(rows: Sequence[Row], method: str) -> str:
             _, psnr, tenth, _ = _cells(row, rows)
             return f"{psnr} ({tenth})" if tenth else psnr
     return ""
+
+
+def _at_speed(row: Row, rows: Sequence[Row]) -> str:
+    speedup, psnr, tenth, _ = _cells(row, rows)
+    return f"{psnr} ({tenth}) at {speedup}" if tenth else f"{psnr} at {speedup}"
 
 
 def _picked(settings: Row, steps: int) -> str:

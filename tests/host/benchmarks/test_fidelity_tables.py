@@ -31,6 +31,7 @@ ROWS = [
     row("wavefront N=2 S=1 w=1", 31.0),
     row("wavefront N=2 S=1 w=3", 33.0),
     row("quality balanced, 2 devices", 38.4, settings=PICKED),
+    row("quality high, 2 devices", 120.0, settings=EXACT),
     row("asyncdiff N=3 S=1 w=1", 20.0, devices=3),
     row("wavefront N=3 S=1 w=1", 24.0, devices=3),
     row("wavefront, delay 1 N=3 S=1 w=1", 23.0, devices=3),
@@ -67,10 +68,10 @@ def test_tables_of_several_models(tmp_path: Path) -> None:
     assert "w=3" not in kept and "Euler" not in kept
     qualities = table.qualities(tmp_path)
     assert (
-        "| DDIM, 50 steps, guidance 2 | balanced | 2 | waves N=2, 15 of 50 steps exact, those "
-        "split | 1.80 | 1.87, –, 1.71 | 38.4 | 35.4 | 0.9877 |"
+        "| DDIM, 50 steps, guidance 2 | 2 | waves N=2, 15 of 50 steps exact, those split | "
+        "1.87, –, 1.71 |  | 38.4 (35.4) at 1.80 | exact at 1.80 |"
     ) in qualities
-    assert "every step exact, guidance split | 1.80 | 1.65, –, – | exact |" in qualities
+    assert "8 steps" not in qualities
     few = table.few_steps(tmp_path)
     assert "| Euler, 8 steps, guidance 2 | 18.0 (15.0) |  |  |  |  | exact |" in few
     assert "50 steps" not in few and "shipped" not in few
@@ -95,7 +96,7 @@ def test_the_figure_has_a_panel_for_each_model(
     write(tmp_path, "unet", ROWS)
     one = figures.digest()
     _, lines = figures.curves()["unet"]
-    assert sum(map(len, lines)) == 5  # of others than w=1 there are no points
+    assert sum(map(len, lines)) == 6  # of others than w=1 there are no points
     write(tmp_path, "transformer", [row("asyncdiff N=2 S=1 w=1", 25.0, sampler="flow", steps=28)])
     assert figures.digest() != one
     run, lines = figures.curves()["transformer"]
