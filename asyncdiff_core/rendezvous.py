@@ -137,12 +137,13 @@ class StoreRendezvous:
         return bytes(self._ask(self._store.get, key))[1:]
 
     def _straggler(self, process: int) -> int:
-        """Whom a wait for ``process`` is about: process 0, until all have a name, waits itself for
-        whoever has left nothing yet."""
-        if process == 0 and self._round <= 1:
-            others = range(1, self.processes)
-            return next((p for p in others if not self._there(f"{self._prefix}/here/{p}")), 0)
-        return process
+        """Whom a wait for ``process`` is about: process 0 itself waits, until all have heard the
+        name, for whoever has not."""
+        if process != 0 or self._round > 1:
+            return process
+        places = ["here", *([f"{self._name}/heard"] if self._name else [])]
+        keys = ((p, f"{self._prefix}/{x}/{p}") for x in places for p in range(1, self.processes))
+        return next((p for p, key in keys if not self._there(key)), 0)
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:

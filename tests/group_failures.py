@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from group import Member
 from group_bits import digest
+from torch.distributed.device_mesh import init_device_mesh
 from toys import Toy, toy, toy_call
 
 from asyncdiff import AsyncDenoiser
@@ -18,6 +23,8 @@ from asyncdiff.runtime.worker import Worker
 TIMES = torch.tensor([900 - 100 * k for k in range(6)])
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 THREE = [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]]
+
+FOUR = [["enter", "down.0"], ["down.1", "down.2"], ["mix", "up.0"], ["up.1", "up.2", "leave"]]
 
 
 def loop(
@@ -86,6 +93,12 @@ def differences(member: Member) -> dict[str, Any]:
     prepare = lambda: denoiser.prepare(**call)  # noqa: E731
     out["calls"] = told(prepare if one else lambda: loop(denoiser, call))
     out["bits"] = loop(denoiser, call)
+    # Another denoiser of the same group, on its own.
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "ranks"))
+    out["mesh"] = told(lambda: make(group=mesh))
+    beside = make(group=mesh["ranks"])
+    out["beside"] = [loop(beside, call), loop(denoiser, call)]
+    beside.close()
     denoiser.close()
     out["closed"] = told(lambda: loop(denoiser, call))
     return out
@@ -139,3 +152,61 @@ def gone(member: Member) -> Any:
     found["again"] = loop(again, call)
     again.close()
     return found
+
+
+def killed(member: Member) -> Any:
+    """One process is killed at a random moment of making a denoiser and drawing with it; the others
+    are told, and go on without it. The option: a seed."""
+    chance = random.Random(int(member.option))
+    victim, after = chance.randrange(member.processes), 2.5 * chance.random() ** 2
+    group, call = member.group(), toy_call()
+    if member.process == victim:
+        threading.Timer(after, member.die).start()
+    split = {2: SPLIT, 3: THREE, 4: FOUR}[member.processes]
+    made: list[AsyncDenoiser] = []
+
+    def work() -> None:
+        denoiser = AsyncDenoiser(
+            toy(), group=group, components=len(split), split=split, deadline=DEADLINE
+        )
+        made.append(denoiser)
+        while True:
+            loop(denoiser, call)
+
+    found = told(work)
+    for denoiser in made:
+        denoiser.close()
+    left = [p for p in range(member.processes) if p != victim]
+    if len(left) > 1:
+        again = AsyncDenoiser(
+            toy(),
+            group=member.group("again", left),
+            components=len(left),
+            split={2: SPLIT, 3: THREE}[len(left)],
+            deadline=20,
+        )
+        found["again"] = loop(again, call)
+        again.close()
+    return found | {"victim": victim, "after": after}
+
+
+def shapes(member: Member) -> list[dict[str, int]]:
+    """What a process has after so many changes of shape, of which four are kept, and after more."""
+    denoiser = AsyncDenoiser(toy(), group=member.group(), split=SPLIT, deadline=30)
+    seen = []
+    for rounds in (30, int(member.option)):
+        for _ in range(rounds):
+            for batch in range(1, 6):
+                loop(denoiser, toy_call(batch=batch), TIMES[:2])
+        gc.collect()
+        maps = Path("/proc/self/maps").read_text()
+        seen.append(
+            {
+                "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+                "threads": len(list(Path("/proc/self/task").iterdir())),
+                "shared": maps.count("/dev/shm/"),
+                "bytes": int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
+            }
+        )
+    denoiser.close()
+    return seen

@@ -34,6 +34,32 @@ def torchrun(folder: Path, *command: str, processes: int = 2) -> str:
     return done.stdout
 
 
+RESTARTED = """
+import os, signal, torch
+from toys import toy, toy_call
+from asyncdiff import AsyncDenoiser
+split = [["enter", "down"], ["mix", "up", "leave"]]
+denoiser = AsyncDenoiser(toy(), group="env", split=split, deadline=20)
+call, first = toy_call(), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+latents, times = call["sample"], torch.tensor([900, 800, 700, 600])
+with denoiser.generation(times):
+    for k, t in enumerate(times):
+        if first and k == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        (noise,) = denoiser(latents, t, call["encoder_hidden_states"])
+        latents = latents - 0.1 * noise
+os.write(1, f"drawn {'at first' if first else 'again'}: {float(latents.mean())}\\n".encode())
+denoiser.close()
+"""
+
+
+def test_a_restart(tmp_path: Path) -> None:
+    """torchrun starts both again when one is killed, over the store that lived on."""
+    (tmp_path / "draw.py").write_text(RESTARTED)
+    said = torchrun(tmp_path, "--max-restarts", "1", str(tmp_path / "draw.py")).splitlines()
+    assert len(said) == 2 and said[0] == said[1] and "drawn again" in said[0]
+
+
 def test_diffusers(tmp_path: Path) -> None:
     said = torchrun(tmp_path, str(STACKS / "torchrun_diffusers.py"))
     assert "a picture of 16 x 16 pixels by 2 ranks" in said

@@ -255,7 +255,9 @@ class Engine:
         they are left to end what was issued, as this process's are: the others may be about to stop
         at the same step.
         """
-        if not self._clean and (cause is not None or not self.team.several):
+        # Of a process that has ended everybody is told by the core.
+        told = isinstance(cause, ProcessError) or (cause is None and self.team.several)
+        if not self._clean and not told:
             reason = "the generation was abandoned"
             if cause is not None:
                 reason += f" ({type(cause).__name__}: {cause})"

@@ -101,7 +101,8 @@ class RankQueue:
         try:
             return work(*args)
         except Exception as e:
-            self._on_failure(rank, f"{type(e).__name__}: {e}")
+            if not isinstance(e, core.errors.ProcessError):  # which all are told anyway
+                self._on_failure(rank, f"{type(e).__name__}: {e}")
             raise
 
 

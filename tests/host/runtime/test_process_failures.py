@@ -39,7 +39,8 @@ def test_differences(tmp_path: Path) -> None:
         assert found["ranks"]["kind"] == "DeviceError"
         assert "need 3" in found["ranks"]["text"]
         assert found["hooks"]["kind"] == "InputError"
-        assert found["bits"] == alone
+        assert found["bits"] == alone and found["beside"] == [alone] * 2
+        assert found["mesh"]["kind"] == "InputError" and "2 dimensions" in found["mesh"]["text"]
         assert found["closed"]["kind"] in ("ProcessError", "InputError")
     assert "said by process 1" in both[0]["hooks"]["text"]
 
@@ -58,3 +59,35 @@ def test_gone(tmp_path: Path) -> None:
             patience = 10 if moment == "coming" else 1
             assert told["seconds"] < patience * group_failures.DEADLINE + 8, (moment, told)
             assert told["again"] == alone, moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_kills_at_random(processes: int, tmp_path: Path) -> None:
+    """34 of each: whoever is left is told who went, at once, and goes on without it."""
+    seeds = [str(100 * processes + i) for i in range(34)]
+    found = run(group_failures.killed, processes, tmp_path, seeds)
+    drawn, wrong = set(), []
+    for i, seed in enumerate(seeds):
+        of_seed = found[processes * i : processes * (i + 1)]
+        left = [x for x in of_seed if x != -9]
+        assert len(left) == processes - 1, (seed, of_seed)
+        for told in left:
+            # Only while all come together is there no telling who lives.
+            limit = 12 if told["after"] < 0.5 else 3
+            if (
+                told["kind"] not in ("ProcessError", "RankError")
+                or told["rank"] != told["victim"]
+                or told["seconds"] > told["after"] + limit * group_failures.DEADLINE
+            ):
+                wrong.append((seed, told))
+        drawn |= {told.get("again") for told in left}
+    assert not wrong and len(drawn) == 1
+
+
+@pytest.mark.slow
+def test_changes_of_shape_leave_nothing(tmp_path: Path) -> None:
+    for before, after in run(group_failures.shapes, 2, tmp_path, ["60"]):
+        assert after["bytes"] < before["bytes"] + 20 * 2**20, (before, after)
+        for what in ("descriptors", "threads", "shared"):
+            assert after[what] <= before[what], (what, before, after)
