@@ -136,3 +136,12 @@ def qualities_alone(processes: int) -> list[list[str]]:
 def qualities(member: Member) -> list[list[str]]:
     """Digests of pipelines whose settings are picked, and what was picked."""
     return _qualities(group=member.group(), deadline=30)
+
+
+def first(member: Member) -> list[list[str]]:
+    """Digests of what process 0 draws, where it alone gets noise predictions."""
+    group, found = member.group(), []
+    for settings, _ in _cases(member.processes)[: len(SETTINGS[member.processes])]:
+        denoiser = AsyncDenoiser(toy(), group=group, results="first", deadline=20, **settings)
+        found.append(_three(denoiser))
+    return found

@@ -44,8 +44,11 @@ class AsyncDenoiser(Spread):
             DeviceMesh, or "env" (torchrun's variables). None: this process owns them all. Else the
             ranks of the plan are those of the group, each on the device of its process;
             ``devices`` are then those of this process's own ranks (None: the one device that it
-            uses). All processes make the same calls with the same arguments, and all get the
-            results (docs/guide/processes.md).
+            uses). All processes make the same calls with the same arguments
+            (docs/guide/processes.md).
+        results: of a group, who gets noise predictions: "all" processes, or the "first", which then
+            is the only one with a sampler that counts: latents of the others are not looked at, and
+            they get zeros.
         checkpoint: a safetensors file, or a folder of diffusers with those of the denoiser. Ranks
             read their components' weights from there, so that no process holds the whole denoiser:
             ``module`` may be on the meta device; what it has is freed until :meth:`close`, which
@@ -76,6 +79,7 @@ class AsyncDenoiser(Spread):
         example_kwargs: Mapping[str, Any] | None = None,
         *,
         group: Any = None,
+        results: str = "all",
         checkpoint: str | Path | None = None,
         config: ParallelConfig | None = None,
         **settings: Any,
@@ -87,7 +91,7 @@ class AsyncDenoiser(Spread):
         self._generation: Generation | None = None
         self._report: GenerationReport | None = None
         self._engine: Engine | Groups | None = None  # that of the inputs seen last
-        super().__init__(module, config, group, checkpoint)
+        super().__init__(module, config, group, results, checkpoint)
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
             undo.callback(self._team.close)
             undo.callback(self._weights.restore)

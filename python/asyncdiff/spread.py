@@ -34,11 +34,12 @@ class Spread(ReadOnlySettings, Locked):
         module: nn.Module,
         config: ParallelConfig,
         group: Any,
+        results: str,
         checkpoint: str | Path | None,
     ) -> None:
         super().__init__()  # the lock, held by whoever runs a generation
         self.module = module
-        self._team = Team.of(group, check_deadline(config.deadline))
+        self._team = Team.of(group, check_deadline(config.deadline), results)
         with contextlib.ExitStack() as undo:
             undo.callback(self._team.close)
             self._team.together("make a denoiser", lambda: self._look(checkpoint))
@@ -57,7 +58,8 @@ class Spread(ReadOnlySettings, Locked):
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
 
     def _given(self, config: ParallelConfig) -> dict[str, str]:
-        return {**of_program(self.module, self._checkpoint), **of_settings(config.to_dict())}
+        settings = of_settings(config.to_dict() | {"results": str(self._team.first_only)})
+        return {**of_program(self.module, self._checkpoint), **settings}
 
     def _taken(self, config: ParallelConfig) -> list[Place]:
         """The places that a configuration takes. Raises DeviceError where there are too few."""

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import asyncdiff_core as core
 
 from .. import errors
-from ..errors import AsyncDiffError, DeviceError, MismatchError, ProcessError, RankError
+from ..errors import (
+    AsyncDiffError,
+    DeviceError,
+    InputError,
+    MismatchError,
+    ProcessError,
+    RankError,
+)
 from ..memory import out_of_memory
 from .group import membership
 
@@ -34,8 +41,15 @@ class Team:
     come in time; from then on nothing is done together any more.
     """
 
-    def __init__(self, fabric: core.HostFabric | None = None, process: int = 0) -> None:
+    def __init__(
+        self,
+        fabric: core.HostFabric | None = None,
+        process: int = 0,
+        first_only: bool = False,
+    ) -> None:
         self._fabric = fabric
+        #: whether only process 0 gets noise predictions, of several
+        self.first_only = first_only
         #: this process, and how many there are
         self.process = process
         self.count = 1 if fabric is None else fabric.ranks
@@ -43,11 +57,14 @@ class Team:
         self._closed = False
 
     @classmethod
-    def of(cls, group: Any, deadline: float) -> Team:
+    def of(cls, group: Any, deadline: float, results: str = "all") -> Team:
         """The processes of ``group`` (None: this one alone; else see
         :func:`~asyncdiff.processes.group.membership`), which wait ``deadline`` seconds for each
-        other, and ten times as long to come together. Raises DeviceError where they are on several
-        hosts."""
+        other, and ten times as long to come together. ``results``: who gets noise predictions,
+        "all" or "first". Raises DeviceError where processes are on several hosts, InputError for
+        other ``results``."""
+        if results not in ("all", "first"):
+            raise InputError(f"results={results!r}: write 'all' or 'first'")
         if group is None:
             return cls()
         patience = _PATIENCE * deadline
@@ -59,7 +76,8 @@ class Team:
             raise DeviceError(f"the processes of the group cannot exchange: {e}") from e
         except core.errors.ProcessError as e:
             raise lost(e) from e
-        team = cls(fabric, member.process)
+        only = results == "first" and member.processes > 1
+        team = cls(fabric, member.process, only)
         # Who ends in good order is missed by those only that still need it.
         atexit.register(_close, weakref.ref(team))
         return team

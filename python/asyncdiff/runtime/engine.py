@@ -28,6 +28,7 @@ from ..schedule.actions import Tick
 from ..schedule.plan import Plan
 from .devices import Place
 from .exchange.channels import Channels
+from .exchange.inputs import SharedInputs
 from .executor import RankQueue
 from .input_cache import InputCache
 from .step import Caller, Earlier, Inputs, Times
@@ -95,7 +96,7 @@ class Engine:
             set[int]().union(*(w.row_conditioning for w in self.workers)),
         )
         self.channels = Channels(partition, self.places, seats, team, slots, deadline)
-        self.channels.connect(self.by_rank)
+        self.channels.connect(self.by_rank, [tensors[i] for i in self._latents])
         self.fabric = self.channels.fabric
         #: seconds that compiling took
         self.compile_s = 0.0
@@ -162,6 +163,8 @@ class Engine:
         for worker in self.workers:
             worker.rows.begin(steps)
         self.conditioning.begin(tensors)
+        if self.channels.inputs is not None:
+            self.channels.inputs.begin()
         with self.team.collective():
             self.fabric.reset()
         self._clean = False
@@ -187,8 +190,12 @@ class Engine:
         try:
             self.check()
             fresh = self.conditioning.changed(tensors)
+            home = tensors[self._latents[0]].device
+            if self.channels.inputs is not None:
+                tensors, earlier = self._shared(self.channels.inputs, tick, tensors, earlier)
+                caller = None
             if self.cuda:
-                caller = caller or Caller(tensors[self._latents[0]].device)
+                caller = caller or Caller(home)
             else:
                 # The ranks' threads may still read these after the caller went on to change them.
                 moving = {*self._latents, *fresh}
@@ -211,17 +218,38 @@ class Engine:
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
                         self._queue.submit(worker.rank, worker.feed, inputs)
-            results = {}
             # Only now those of other processes, which may wait for what this one has issued.
-            for run in tick.runs:
-                if run.step is not None and run.rank not in self.by_rank:
-                    results[run.step] = self.channels.arrivals[run.rank].take(caller)
+            arrivals = self.channels.arrivals
+            results = {
+                run.step: arrivals[run.rank].take(caller)
+                for run in tick.runs
+                if run.step is not None and run.rank in arrivals
+            }
             results |= {step: self._queue.result(s) for step, s in delivered.items()}
             self._queue.check()
+            if self.team.first_only and self.team.process != 0:
+                return {step: self.channels.nothing(home) for step in tick.delivers}
             return results
         except BaseException as e:
             error = self._failed(e)
             raise error from error.__cause__
+
+    def _shared(
+        self,
+        inputs: SharedInputs,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        earlier: Earlier,
+    ) -> tuple[list[torch.Tensor], Earlier]:
+        """The inputs of a tick with those that move of process 0, now and at earlier steps."""
+        out, step = list(tensors), tick.serves[0]
+        mine = [tensors[i] for i in self._latents]
+        caller = Caller(mine[0].device) if self.cuda else None
+        for i, tensor in zip(
+            self._latents, inputs.share(step, mine, tick.latents, caller), strict=True
+        ):
+            out[i] = tensor
+        return out, {k: inputs.earlier(k) for k in earlier}
 
     def check(self) -> None:
         """Raise RankError for what is known to have gone wrong, without waiting; on CUDA that is

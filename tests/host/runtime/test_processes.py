@@ -25,6 +25,17 @@ def test_settings(processes: int, tmp_path: Path) -> None:
         assert first == second != third
 
 
+@pytest.mark.parametrize(
+    "processes", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_only_the_first_gets_results(processes: int, tmp_path: Path) -> None:
+    """The others' latents are noise, and do no harm."""
+    mine, *others = run(group_bits.first, processes, tmp_path)
+    alone = group_bits.settings_alone(processes)[: len(mine)]
+    assert mine == alone
+    assert all(other[i] != mine[i] for other in others for i in range(len(mine)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_references(processes: int, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def parallelize(
     devices: Devices = None,
     *,
     group: Any = None,
+    results: str = "all",
     checkpoint: str | Path | None = None,
     quality: str | None = AUTO,
     config: ParallelConfig | None = None,
@@ -61,6 +62,8 @@ def parallelize(
             inputs and gets the same pictures: a torch.distributed ProcessGroup, a dimension of a
             DeviceMesh, or "env" (torchrun's variables); see :class:`asyncdiff.AsyncDenoiser`.
             ``devices`` are then those of this process's own ranks (None: the one that it uses).
+        results: of a group, who gets pictures: "all" processes, or the "first"; the others' are
+            noise, and the time for their VAE is theirs (``output_type="latent"`` saves it).
         checkpoint: where the denoiser's weights are (``folder/unet``), so that each process reads
             and holds those of its own ranks only; see :class:`asyncdiff.AsyncDenoiser`.
         quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
@@ -108,7 +111,9 @@ def parallelize(
     scheduler = getattr(pipe, "scheduler", None)
     if getattr(scheduler, "order", 1) != 1:
         check_scheduler(scheduler)
-    denoiser = AsyncDenoiser(twin(module), group=group, checkpoint=checkpoint, config=config)
+    denoiser = AsyncDenoiser(
+        twin(module), group=group, results=results, checkpoint=checkpoint, config=config
+    )
     try:
         places, me = denoiser.places, denoiser.team.process
         own = every or [p.device for p in places if p.process == me]

@@ -21,7 +21,8 @@ from ...processes.team import Team
 from ..devices import Place, fabric
 from ..worker import Worker
 from .buffers import layout_of, memory_of, tensors_in
-from .results import SLOTS, Arrivals, Result
+from .inputs import SharedInputs
+from .results import SLOTS, Arrivals, Result, among_constants
 
 #: A layout as plain data: element type, shape and strides of each tensor.
 _Specs = list[tuple[str, list[int], list[int]]]
@@ -65,17 +66,28 @@ class Channels:
         self.bundle_bytes: dict[_Edge, int] = {}
         #: by rank of another process
         self.arrivals: dict[int, Arrivals] = {}
+        #: where process 0 alone gets noise predictions, the inputs that it sends to the others
+        self.inputs: SharedInputs | None = None
+        #: the leaves of the denoiser's result, with constants where they are constant, and which of
+        #: them are tensors
+        self._outputs = partition.captured.outputs
+        leaves = enumerate(self._outputs)
+        self._positions = tuple(i for i, leaf in leaves if isinstance(leaf, fx.Node))
         self.fabric = fabric(self._places, deadline, team)
 
-    def connect(self, workers: Mapping[int, Worker]) -> None:
-        """Find out what crosses, and make all channels; ``workers`` are this process's, by rank."""
+    def connect(self, workers: Mapping[int, Worker], moving: Sequence[torch.Tensor]) -> None:
+        """Find out what crosses, and make all channels; ``workers`` are this process's, by rank.
+        ``moving``: inputs like those that change from step to step."""
         edges, outputs = self._first_run(workers)
+        self._specs = outputs
         with self._team.collective():
             for (i, j), layout in edges.items():
                 self._boundary(workers, i, j, layout)
             if self._team.several:
                 for rank in self._delivering:
                     self._result(workers, rank, outputs)
+            if self._team.first_only:
+                self._share(moving)
 
     def synchronize(self) -> None:
         """Wait until all that was to arrive here has."""
@@ -160,21 +172,41 @@ class Channels:
 
     def _result(self, workers: Mapping[int, Worker], rank: int, outputs: _Specs) -> None:
         """The channel of the noise predictions of a rank, to every other process."""
-        leaves = self._partition.captured.outputs
-        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node))
-        layout = _layout(outputs)
+        layout, leaves, positions = _layout(outputs), self._outputs, self._positions
         owner = self._places[rank].process
-        receivers = [seat for p, seat in enumerate(self._seats) if p != owner]
+        gets = range(1) if self._team.first_only else range(self._team.count)
+        receivers = [self._seats[p] for p in gets if p != owner]
+        if not receivers:
+            return
         channel = self.fabric.channel(
             rank, receivers, layout, slots=SLOTS, name=f"prediction of rank {rank}"
         )
         if rank in workers:
             workers[rank].result = Result(self.fabric, channel, layout, positions)
-        else:
+        elif self.own_rank in receivers:
             place = self._places[self.own_rank]
             self.arrivals[rank] = Arrivals(
                 channel, layout, self.own_rank, place, leaves, positions, self._stream
             )
+
+    def _share(self, moving: Sequence[torch.Tensor]) -> None:
+        """The channel of process 0's moving inputs to all others."""
+        alike = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in moving]
+        layout = _layout(_specs_of(alike))
+        others = self._seats[1:]
+        channel = self.fabric.channel(self._seats[0], others, layout, slots=SLOTS, name="inputs")
+        arrivals = None
+        if self._team.process != 0:
+            place, count = self._places[self.own_rank], len(moving)
+            arrivals = Arrivals(
+                channel, layout, self.own_rank, place, [None] * count, range(count), self._stream
+            )
+        self.inputs = SharedInputs(channel, arrivals, self._stream)
+
+    def nothing(self, device: torch.device) -> list[Any]:
+        """What a process is given in the place of a noise prediction that it does not get."""
+        zeros = [_zeros(*spec).to(device) for spec in self._specs]
+        return among_constants(self._outputs, self._positions, zeros)
 
 
 def _specs_of(values: Sequence[torch.Tensor]) -> _Specs:

@@ -83,7 +83,14 @@ class Arrivals:
         return self._among_constants(new)
 
     def _among_constants(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        leaves = list(self._outputs)
-        for position, tensor in zip(self._positions, tensors, strict=True):
-            leaves[position] = tensor
-        return leaves
+        return among_constants(self._outputs, self._positions, tensors)
+
+
+def among_constants(
+    outputs: Sequence[Any], positions: Sequence[int], tensors: Sequence[torch.Tensor]
+) -> list[Any]:
+    """The leaves ``outputs`` of a denoiser's result, with tensors where they belong."""
+    leaves = list(outputs)
+    for position, tensor in zip(positions, tensors, strict=True):
+        leaves[position] = tensor
+    return leaves
