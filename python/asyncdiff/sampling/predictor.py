@@ -251,6 +251,8 @@ class Predictor:
         newest = max(self._known)
         for k in [k for k in self._given if k <= newest]:
             given, paid = self._given.pop(k)
+            if self._owed is None:
+                continue
             before = max(j for j in self._known if j <= k)
             after = min(j for j in self._known if j >= k)
             error = None if paid is None else -paid
@@ -259,7 +261,7 @@ class Predictor:
                 if before < after:
                     x0 = torch.lerp(x0, self._known[after], (k - before) / (after - before))
                 error = x0 - given
-            if self._owed is not None and error is not None:
+            if error is not None:
                 # What swings dies away by itself.
                 self._owed.learn(k, error * (self._swings.trust / self._clean.of_output[k]))
 

@@ -8,7 +8,6 @@ been given, it is known by how much every later x_m is off.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ _MEMORY = 6
 _ALIKE = 1e-4
 #: Responses that are kept: of one model there are few.
 _KEPT = 32
-#: Options of schedulers that only bound what they are given.
-_BOUNDS = ("clip_sample", "thresholding")
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,9 @@ def respond(scheduler: Any, start: int = 0, options: Mapping[str, Any] | None = 
     """How a scheduler's steps from ``start`` on respond, when none of them was taken yet.
     ``options``: further arguments of its ``step``.
 
-    What it clips or thresholds is taken to be within bounds. Raises SchedulerError for one that is
-    not linear beyond that, or draws noise.
+    Raises SchedulerError for one that is not linear: that draws noise, or clips clean images. What
+    is beyond bounds can neither be weighed nor paid back, and a little error there is amplified:
+    DDIM clips the clean image of a prediction, but not its noise.
     """
     times = scheduler.timesteps[start:]
     key = (
@@ -62,26 +60,17 @@ def respond(scheduler: Any, start: int = 0, options: Mapping[str, Any] | None = 
         if len(_known) >= _KEPT:
             _known.clear()
         try:
-            _known[key] = _measure(_unbounded(scheduler), times, options)
+            _known[key] = _measure(scheduler, times, options)
         except SchedulerError as e:
             _known[key] = str(e)
-    found = _known[key]
-    if isinstance(found, str):
-        raise SchedulerError(found)
-    return found
+    known = _known[key]
+    if isinstance(known, str):
+        raise SchedulerError(known)
+    return known
 
 
-#: By scheduler, its configuration, timesteps and options: the response, or why there is none.
+#: By scheduler, its configuration, timesteps and options: its response, or what is wrong with it.
 _known: dict[Any, Response | str] = {}
-
-
-def _unbounded(scheduler: Any) -> Any:
-    bounds = {name: False for name in _BOUNDS if scheduler.config.get(name)}
-    if not bounds:
-        return scheduler
-    twin = copy.deepcopy(scheduler)
-    twin.register_to_config(**bounds)
-    return twin
 
 
 def _measure(scheduler: Any, times: torch.Tensor, options: Mapping[str, Any] | None) -> Response:

@@ -254,3 +254,15 @@ def test_what_is_given_by_hand_is_said_and_not_more(caplog: pytest.LogCaptureFix
     assert "warmup_mode='chain'" in handle.settings
     assert "a condition on each" not in handle.settings
     handle.restore()
+
+
+@pytest.mark.parametrize("bounds", [{"clip_sample": True}, {"thresholding": True}])
+def test_samplers_that_clip_are_exact(bounds: dict[str, bool]) -> None:
+    """What is compared are settings: with these even rounding is amplified to 1 %."""
+    pipe, call = sd()
+    pipe.scheduler = diffusers.DDIMScheduler(**{"clip_sample": False} | bounds)
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="high", split="estimate")
+    draw(pipe, call, num_inference_steps=20)
+    assert (handle.config.components, handle.config.guidance) == (1, "split")
+    assert "does it clip or threshold?" in handle.settings
+    handle.restore()

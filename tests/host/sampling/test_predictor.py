@@ -15,6 +15,7 @@ STEPS = 40
 
 
 def levels(name: str = "DDIMScheduler", steps: int = STEPS, **options: object) -> CleanImage:
+    options = {"clip_sample": False} | options if name == "DDIMScheduler" else options
     scheduler = getattr(diffusers, name)(**options)
     scheduler.set_timesteps(steps)
     return last_steps(scheduler, len(scheduler.timesteps))

@@ -14,18 +14,15 @@ from test_linear import LINEAR, NAMES, NEEDED, REFUSED, SD, make
 from asyncdiff import SchedulerError
 from asyncdiff.sampling.response import Owed, respond
 
-#: They clip, or threshold, which is no reason not to respond.
-BOUNDED = {n for n, why in REFUSED.items() if why == "not linear"}
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheduler_responds_or_says_why_not(name: str) -> None:
-    """What draws noise, or takes more than predictions, has no response."""
+    """What draws noise, clips, or takes more than predictions has no response."""
     try:
         scheduler = make(name, **NEEDED.get(name, {}))
     except Exception as e:  # see test_linear
         pytest.skip(f"{name} cannot be made: {e}"[:100])
-    if name in LINEAR | BOUNDED:
+    if name in LINEAR:
         response = respond(scheduler)
         assert len(response.weights) == len(scheduler.timesteps) + 1
         assert respond(scheduler) is response  # it is measured once
@@ -133,3 +130,12 @@ def test_paying_back_is_never_worse(
     numbers = {"delay": delay, "warmup": warmup, "tail": tail}
     paid, unpaid = (distance(draw(scheduler, **numbers, pay=pay), want) for pay in (True, False))
     assert paid < unpaid
+
+
+@pytest.mark.parametrize("bounds", [{"clip_sample": True}, {"thresholding": True}])
+def test_what_is_clipped_is_not_paid_back(bounds: dict[str, bool]) -> None:
+    """What is beyond bounds is felt otherwise than what is within."""
+    scheduler = diffusers.DDIMScheduler(**SD | bounds)
+    scheduler.set_timesteps(25)
+    numbers = {"delay": 1, "warmup": 3, "tail": 2}
+    assert torch.equal(draw(scheduler, **numbers), draw(scheduler, **numbers, pay=False))

@@ -331,8 +331,8 @@ class Handle(ReadOnlySettings):
             clean = self._clean_image(times)
         except SchedulerError:
             return "waves do not know this sampler's noise levels"
-        if clean.response is None:
-            assert self._response is not None
+        assert self._response is not None
+        if isinstance(self._response[1], SchedulerError):
             return str(self._response[1])
         return clean
 
