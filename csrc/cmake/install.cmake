@@ -6,7 +6,7 @@ set(pc_dir ${lib_dir}/pkgconfig)
 set(configured ${PROJECT_BINARY_DIR}/install)
 
 install(DIRECTORY csrc/include/ ${PROJECT_BINARY_DIR}/include/ DESTINATION ${include_dir}
-  FILES_MATCHING PATTERN "*.hpp")
+  FILES_MATCHING PATTERN "*.hpp" PATTERN "*.h")
 install(TARGETS asyncdiff EXPORT asyncdiff_core
   ARCHIVE DESTINATION ${lib_dir} LIBRARY DESTINATION ${lib_dir})
 install(EXPORT asyncdiff_core NAMESPACE asyncdiff:: DESTINATION ${cmake_dir}

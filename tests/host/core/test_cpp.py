@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,6 +97,33 @@ def test_find_package_from_the_wheel(tmp_path: Path) -> None:
         assert "fused get (kernel): 10 bundles" in fused and "fused get (copy)" in fused
 
 
+def exchange_in_c(program: Path) -> None:
+    """Two processes of the C example, with what a launcher sets."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [program],
+            env=os.environ | world | {"RANK": str(rank), "ASYNCDIFF_AUTHKEY": "test"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert said == ["", f"1000 bundles with asyncdiff {VERSION}\n"]
+
+
+def test_c_from_the_wheel(tmp_path: Path) -> None:
+    cmake = f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}"
+    build(ROOT / "examples" / "c", tmp_path, cmake, env=without_nvcc())
+    exchange_in_c(tmp_path / "exchange_c")
+
+
 def test_the_host_alone_needs_no_toolkit(tmp_path: Path) -> None:
     """Also from a package that was built with CUDA."""
     build(EXAMPLE, tmp_path, f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}", env=without_nvcc())
@@ -163,6 +193,8 @@ def test_static_install(tmp_path: Path, compiler: str, program: Path) -> None:
     assert not list(prefix.rglob("*.so*")) and not list(prefix.rglob("*.in"))
     build(EXAMPLE, tmp_path / "example", f"-DCMAKE_PREFIX_PATH={prefix}", env=without_nvcc())
     assert "host: 10 bundles" in run(tmp_path / "example" / "exchange")
+    build(ROOT / "examples" / "c", tmp_path / "c", f"-DCMAKE_PREFIX_PATH={prefix}")
+    exchange_in_c(tmp_path / "c" / "exchange_c")
 
     if shutil.which("pkg-config") is None:
         pytest.skip("pkg-config is not installed")
@@ -197,6 +229,8 @@ def test_shared_library(tmp_path: Path, compiler: str, program: Path) -> None:
     (library,) = (tmp_path / "prefix").rglob(f"libasyncdiff.so.{VERSION}")
     build(EXAMPLE, tmp_path / "example", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
     assert "host: 10 bundles" in run(tmp_path / "example" / "exchange")
+    build(ROOT / "examples" / "c", tmp_path / "c", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    exchange_in_c(tmp_path / "c" / "exchange_c")
 
     where = {"PKG_CONFIG_PATH": str(library.parent / "pkgconfig")}
     if shutil.which("pkg-config") is None:
