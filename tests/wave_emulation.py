@@ -61,7 +61,6 @@ def generate(
     end = steps - exact_tail
     levels = [*zip(alphas, sigmas, strict=True), (1.0, 0.0)]
     given: dict[int, torch.Tensor] = {}  # x0 of asynchronous steps
-    believed: dict[int, torch.Tensor] = {}  # how far their errors count
     known: dict[int, torch.Tensor] = {}
     noises: dict[int, torch.Tensor] = {}  # of all steps, the known ones and those under way
     waves: dict[int, tuple[int, torch.Tensor]] = {}  # by the tick that finishes them
@@ -86,7 +85,7 @@ def generate(
                 a = max(k for k in known if k <= j)
                 b = min(k for k in known if k >= j)
                 best = known[a] + (known[b] - known[a]) * ((j - a) / (b - a) if b > a else 0)
-                total = total + believed.get(j, 1.0) * gain(j) * (best - given[j])
+                total = total + gain(j) * (best - given[j])
         return total
 
     def moved(k: int, end: int) -> float:
@@ -114,12 +113,6 @@ def generate(
             worst = torch.maximum(0.9 * worst, back.clamp(0, 1))
         return (1 - worst / 0.2).clamp(min=0)
 
-    def arrive(k: int, x0: torch.Tensor) -> None:
-        known[k] = x0
-        for j in given:
-            if j <= k:  # whose error becomes known
-                believed.setdefault(j, trust())
-
     def walk(first: int, last: int) -> None:
         for j in range(first, last):
             x0 = predict(known, noises, j, path[j]) if predict else None
@@ -138,16 +131,15 @@ def generate(
         noises[k] = (wave or denoise)(start, k)
         waves[tick + delay] = k, (start - sigmas[k] * noises[k]) / alphas[k]
         if tick in waves:
-            arrive(*waves.pop(tick))
+            arrived, x0 = waves.pop(tick)
+            known[arrived] = x0
         walk(k, min(k + stride, end))
     # What is under way arrives with the first exact step, which pays all that is owed by then.
-    for wave in list(waves.values()):
-        arrive(*wave)
+    known |= dict(waves.values())
     for k in range(end, steps):
         noises[k] = denoise(path[k], k)
-        x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
-        arrive(k, x0)
+        known[k] = x0 = (path[k] - sigmas[k] * noises[k]) / alphas[k]
         if not predict:
-            x0 = given[k] = x0 + trust() * payment(k, 1)
+            x0 = given[k] = x0 + payment(k, 1)
         path.append(step(path[k], (path[k] - alphas[k] * x0) / sigmas[k], k))
     return path[-1]

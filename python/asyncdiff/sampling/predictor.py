@@ -238,7 +238,6 @@ class Predictor:
         payment = self._payment(step, 1)
         if payment is None:
             return prediction
-        payment = payment * self._swings.trust
         x0 = self._known[step] + payment
         self._given[step] = x0, payment
         z = latents_in(z, prediction.shape)
@@ -262,8 +261,7 @@ class Predictor:
                     x0 = torch.lerp(x0, self._known[after], (k - before) / (after - before))
                 error = x0 - given
             if error is not None:
-                # What swings dies away by itself.
-                self._owed.learn(k, error * (self._swings.trust / self._clean.of_output[k]))
+                self._owed.learn(k, error / self._clean.of_output[k])
 
     def _payment(self, step: int, steps: int) -> torch.Tensor | None:
         """What to add to x0 in so many steps, so that after them nothing is owed.
