@@ -9,6 +9,7 @@ from . import _core
 from ._core import Layout
 from .channel import Channel, Stream, pointer_of
 from .errors import DeviceError, InvalidArgument
+from .process_group import current_device, rendezvous_of
 from .rendezvous import Rendezvous
 
 
@@ -168,6 +169,14 @@ class HostFabric(Fabric):
             native = _core.HostFabric(processes, deadline, rendezvous)
         super().__init__(native, None)
 
+    @classmethod
+    def from_group(cls, group: Any = None, *, deadline: float | None = None) -> HostFabric:
+        """Rank r is process r of a ``torch.distributed`` group (None: of all processes), whose
+        store is the rendezvous. Collective in the group. Raises InvalidArgument where this process
+        is in no such group, and as making a fabric does."""
+        rendezvous = rendezvous_of(group)
+        return cls(rendezvous.processes, deadline=deadline, rendezvous=rendezvous)
+
 
 class CudaFabric(Fabric):
     """GPUs: ``devices[r]`` is the CUDA device index of rank r, and may repeat.
@@ -179,7 +188,7 @@ class CudaFabric(Fabric):
     With a ``rendezvous``, ranks run in several processes, as with :class:`HostFabric`;
     ``devices[r]`` is the index in rank r's own process, and :meth:`close` is collective too. Device
     memory is shared by CUDA IPC, so nothing that others may have mapped is given back before
-    :meth:`close`: make channels once, and close the fabric.
+    the channel, or the fabric, is closed.
     """
 
     def __init__(
@@ -202,6 +211,28 @@ class CudaFabric(Fabric):
         else:
             native = _core.CudaFabric(list(devices), processes, deadline, transport, rendezvous)
         super().__init__(native, devices)
+
+    @classmethod
+    def from_group(
+        cls,
+        group: Any = None,
+        *,
+        device: int | None = None,
+        deadline: float | None = None,
+        transport: str | None = None,
+    ) -> CudaFabric:
+        """Rank r is process r of a ``torch.distributed`` group (None: of all processes), whose
+        store is the rendezvous, on its CUDA device ``device`` (None: torch's current one).
+        Collective in the group. Raises InvalidArgument where this process is in no such group, and
+        as making a fabric does."""
+        rendezvous = rendezvous_of(group)
+        mine = current_device() if device is None else device
+        said = rendezvous.all_gather(str(mine).encode())
+        try:
+            devices = [int(one) for one in said]
+        except ValueError:
+            raise InvalidArgument(f"processes name no devices: {said}") from None
+        return cls(devices, deadline=deadline, transport=transport, rendezvous=rendezvous)
 
 
 def _owners(ranks: int, owners: Sequence[int] | None, rendezvous: Rendezvous | None) -> list[int]:

@@ -315,5 +315,32 @@ def store(process: int, processes: int, folder: Path) -> Any:
     return float(read(channel, 1, 0)[0][0])
 
 
+def group(process: int, processes: int, folder: Path) -> Any:
+    """Fabrics from groups of torch.distributed: of all processes, twice, and of the last two."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=process, world_size=processes
+    )
+    heard = []
+    for mark in (b"first", b"second"):
+        fabric = core.HostFabric.from_group(deadline=20)
+        heard.append([x.decode() for x in fabric.all_gather(mark + b"%d" % process)])
+        fabric.close()
+    last = dist.new_group([processes - 2, processes - 1])
+    text = ""
+    if process < processes - 2:
+        try:
+            core.HostFabric.from_group(last)
+        except core.InvalidArgument as e:
+            text = str(e)
+    else:
+        fabric = core.HostFabric.from_group(last)
+        heard.append([x.decode() for x in fabric.all_gather(b"%d" % process)])
+    dist.barrier()
+    dist.destroy_process_group()
+    return heard, text
+
+
 if __name__ == "__main__":
     main(globals())

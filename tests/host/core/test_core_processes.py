@@ -133,6 +133,23 @@ def test_over_a_torch_store(tmp_path: Path) -> None:
     assert run("store", 2, tmp_path) == [7.0, 7.0]
 
 
+def test_from_a_process_group(tmp_path: Path) -> None:
+    results = run("group", 3, tmp_path)
+    all_ = [[f"{mark}{p}" for p in range(3)] for mark in ("first", "second")]
+    assert [heard for heard, _ in results] == [all_, [*all_, ["1", "2"]], [*all_, ["1", "2"]]]
+    assert "pass a ProcessGroup that this process is in" in results[0][1]
+
+
+def test_from_no_process_group() -> None:
+    with pytest.raises(core.InvalidArgument, match=r"before torch\.distributed\.init"):
+        core.HostFabric.from_group()
+
+
+def test_the_core_imports_no_torch() -> None:
+    code = "import sys, asyncdiff_core; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 class Alone:
     """A rendezvous of one process that gathers what a test wants."""
 
