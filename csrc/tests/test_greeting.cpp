@@ -1,0 +1,155 @@
+// Whom a process takes for one of its own: hosts, versions, names of memory; and when one is gone.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../src/board.hpp"
+#include "../src/greeting.hpp"
+#include "../src/identity.hpp"
+#include "../src/watcher.hpp"
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/memory.hpp"
+#include "asyncdiff/shared_memory.hpp"
+#include "check.hpp"
+
+using namespace asyncdiff;
+
+namespace {
+
+// A rendezvous whose other process says the same.
+class Echo final : public Rendezvous {
+ public:
+  int process() const override { return 1; }
+  int processes() const override { return 2; }
+  std::vector<std::string> all_gather(const std::string& mine) override {
+    if (said.empty()) said = mine;  // the greeting
+    return {mine, mine};
+  }
+  std::string said;
+};
+
+template <class Call>
+std::string message_of(Call call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+void another_host_is_named() {
+  const Identity own = own_identity();
+  CHECK(own.pid == getpid() && own.start != 0 && own.host[0] != '\0');
+  Echo echo;
+  message_of([&] { greet(echo, 4096); });
+  const std::string greeting = echo.said;
+  CHECK(identity_in(greeting, 0, own).pid == getpid());
+  CHECK_THROWS(identity_in("", 0, own), InvalidArgument);
+  CHECK(has(message_of([&] { identity_in("something else, long enough", 0, own); }),
+            "process 0 does not greet as a fabric does"));
+  if (own.boot[0] == '\0') return;
+  Identity far = own;
+  far.boot[0] = own.boot[0] == 'x' ? 'y' : 'x';
+  const std::string text = message_of([&] { identity_in(greeting, 0, far); });
+  CHECK(has(text, "process 0 runs on another host, '" + std::string(own.host) + "'"));
+  CHECK(has(text, "share the memory of one machine"));
+}
+
+// What a handle with this name says when it is opened.
+std::string opening(const std::string& handle, const std::string& name) {
+  std::string changed = handle;
+  std::memset(changed.data() + handle.find('/'), 0, handle.size() - handle.find('/'));
+  changed.replace(handle.find('/'), name.size(), name);
+  return message_of([&] { open_shared(changed, 100); });
+}
+
+void only_our_memory_is_opened() {
+  const SharedSegment segment(100);
+  const std::string handle = segment.handle();
+  CHECK(open_shared(handle, 100).nbytes == 100);
+  const std::string name = handle.c_str() + handle.find('/');
+  const std::string digits(32, '0');
+  // Another program's memory, which this user may open.
+  const std::string other = "/somebody-elses-" + std::to_string(getpid());
+  const int descriptor = shm_open(other.c_str(), O_CREAT | O_RDWR, 0600);
+  CHECK(descriptor >= 0 && ftruncate(descriptor, 4096) == 0);
+  close(descriptor);
+  for (const std::string& wrong :
+       {other, std::string("/asyncdiff-1-2-") + digits + "0", std::string("/asyncdiff-1-2-") + "0",
+        std::string("/asyncdiff-../2-") + digits, std::string("/asyncdiff-1--") + digits,
+        std::string("/asyncdiff-1-2-") + "/" + digits.substr(1), std::string("/")}) {
+    CHECK(has(opening(handle, wrong), "names what is none of asyncdiff's"));
+  }
+  shm_unlink(other.c_str());
+  CHECK(opening(handle, name).empty());
+  const std::string missing = name.substr(0, name.size() - 32) + digits;
+  CHECK(has(opening(handle, missing), "is not in this one's /dev/shm"));
+}
+
+void who_lives_is_known() {
+  CHECK(lives(getpid()));
+  const pid_t child = fork();
+  if (child == 0) _exit(0);
+  for (int i = 0; i < 500 && lives(child); ++i) usleep(10000);
+  CHECK(!lives(child));  // nobody has waited for it yet
+  waitpid(child, nullptr, 0);
+  CHECK(!lives(child));
+}
+
+// A child that is killed: known at once by its descriptor, and by its beats where there is none.
+void an_end_is_noticed(bool by_beats) {
+  const Buffer memory = allocate_host(Board::nbytes(2));
+  const Board board(memory.data, 2);
+  const pid_t child = fork();
+  if (child == 0) {
+    while (true) pause();
+  }
+  Identity other = own_identity();
+  other.pid = child;
+  other.start = start_of(child);
+  if (by_beats) other.pid_namespace += 1;
+  std::atomic<int> gone{-1};
+  Watcher watcher(board, {own_identity(), other}, 0, 0.5, [&](int p) { gone = p; });
+  watcher.start();
+  watcher.all_there();
+  CHECK((board.beats_wanted().load() != 0) == by_beats);
+  const auto begun = std::chrono::steady_clock::now();
+  const auto seconds = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+  };
+  while (seconds() < 1) {  // longer than its patience
+    if (by_beats) board.member(1).beats.fetch_add(1);
+    usleep(20000);
+  }
+  CHECK(gone == -1);
+  CHECK(!by_beats || board.member(0).beats.load() > 3);
+  kill(child, SIGKILL);
+  while (gone == -1 && seconds() < 5) usleep(1000);
+  CHECK(gone == 1);
+  CHECK(by_beats || seconds() < 1.3);
+  waitpid(child, nullptr, 0);
+}
+
+}  // namespace
+
+int main() {
+  another_host_is_named();
+  only_our_memory_is_opened();
+  who_lives_is_known();
+  an_end_is_noticed(false);
+  an_end_is_noticed(true);
+}
