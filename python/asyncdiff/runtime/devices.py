@@ -106,7 +106,9 @@ def own_device() -> torch.device:
 def _unit(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
-    return str(torch.cuda.get_device_properties(device).uuid)
+    properties = torch.cuda.get_device_properties(device)
+    # Where torch does not tell, processes have to see the same GPUs under the same names.
+    return str(getattr(properties, "uuid", device))
 
 
 def devices_of(config: ParallelConfig) -> list[torch.device]:

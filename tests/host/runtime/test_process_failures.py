@@ -45,8 +45,15 @@ def test_differences(tmp_path: Path) -> None:
     assert "said by process 1" in both[0]["hooks"]["text"]
 
 
-def test_gone(tmp_path: Path) -> None:
-    moments = list(group_failures.GONE)
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ("preparing", "in", "between"),
+        pytest.param(("coming", "making", "first", "late"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
     found, alone = run(group_failures.gone, 3, tmp_path, moments), group_failures.alone()
     for i, moment in enumerate(moments):
         three = found[3 * i : 3 * i + 3]

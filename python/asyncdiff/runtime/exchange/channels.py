@@ -22,7 +22,7 @@ from ..devices import Place, fabric
 from ..worker import Worker
 from .buffers import layout_of, memory_of, tensors_in
 from .inputs import SharedInputs
-from .results import SLOTS, Arrivals, Result, among_constants
+from .results import MODE, SLOTS, Arrivals, Result, among_constants
 
 #: A layout as plain data: element type, shape and strides of each tensor.
 _Specs = list[tuple[str, list[int], list[int]]]
@@ -179,7 +179,7 @@ class Channels:
         if not receivers:
             return
         channel = self.fabric.channel(
-            rank, receivers, layout, slots=SLOTS, name=f"prediction of rank {rank}"
+            rank, receivers, layout, slots=SLOTS, name=f"prediction of rank {rank}", mode=MODE
         )
         if rank in workers:
             workers[rank].result = Result(self.fabric, channel, layout, positions)
@@ -194,7 +194,9 @@ class Channels:
         alike = [torch.empty(t.shape, dtype=t.dtype, device="meta") for t in moving]
         layout = _layout(_specs_of(alike))
         others = self._seats[1:]
-        channel = self.fabric.channel(self._seats[0], others, layout, slots=SLOTS, name="inputs")
+        channel = self.fabric.channel(
+            self._seats[0], others, layout, slots=SLOTS, name="inputs", mode=MODE
+        )
         arrivals = None
         if self._team.process != 0:
             place, count = self._places[self.own_rank], len(moving)

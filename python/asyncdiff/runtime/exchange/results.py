@@ -21,6 +21,8 @@ from .buffers import as_laid_out, memory_of, tensors_in
 #: Slots of such a channel. One will do: a prediction is taken long before the next one is there.
 #: So a rank's CUDA graphs do not depend on it.
 SLOTS = 1
+#: How it moves between GPUs: one launch stores it to all of its receivers.
+MODE = "kernel"
 
 
 @dataclass(frozen=True)
