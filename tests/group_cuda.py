@@ -7,7 +7,7 @@ from typing import Any
 import reference
 import torch
 from group import Member
-from group_bits import digest
+from group_bits import CIRCLE, digest
 from group_failures import SPLIT, THREE, loop, told
 from toys import toy, toy_call
 
@@ -33,7 +33,7 @@ def _toys(home: str, ranks: int, **where: Any) -> list[str]:
     settings: dict[int, list[dict[str, Any]]] = {
         2: [
             {"components": 2, "split": SPLIT},
-            {"components": 2, "split": [*reversed(SPLIT)]},  # a circle
+            {"components": 2, "split": CIRCLE},
             {"components": 1, "stride": 2},
         ],
         3: [
