@@ -21,12 +21,18 @@ def rendezvous_of(group: Any) -> StoreRendezvous:
         raise InvalidArgument(
             f"group is a {type(group).__name__}: pass a ProcessGroup that this process is in"
         )
-    try:
-        store = group.get_group_store()
-    except (AttributeError, RuntimeError):  # torch before 2.6, or a backend without
-        store = dist.distributed_c10d._get_process_group_store(group)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    return StoreRendezvous(store, rank, size, prefix="asyncdiff_core")
+    return StoreRendezvous(store_of(group), rank, size, prefix="asyncdiff_core")
+
+
+def store_of(group: Any) -> Any:
+    """The store that a ProcessGroup was made over; its keys are the group's own."""
+    import torch.distributed as dist
+
+    try:
+        return group.get_group_store()
+    except (AttributeError, RuntimeError):  # torch before 2.6, or a backend without
+        return dist.distributed_c10d._get_process_group_store(group)
 
 
 def current_device() -> int:

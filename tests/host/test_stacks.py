@@ -48,6 +48,8 @@ with denoiser.generation(times):
             os.kill(os.getpid(), signal.SIGKILL)
         (noise,) = denoiser(latents, t, call["encoder_hidden_states"])
         latents = latents - 0.1 * noise
+# Another one over the same store, which waits for other times.
+AsyncDenoiser(toy(), group="env", split=split, deadline=30).close()
 os.write(1, f"drawn {'at first' if first else 'again'}: {float(latents.mean())}\\n".encode())
 denoiser.close()
 """

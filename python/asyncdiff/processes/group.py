@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from asyncdiff_core.process_group import store_of
 
 from ..errors import InputError
 
@@ -64,16 +65,8 @@ def membership(group: Any, patience: float) -> Membership:
             f"group is a {type(group).__name__}: pass a ProcessGroup that this process is in "
             "(dist.group.WORLD, after init_process_group), a dimension of a DeviceMesh, or 'env'"
         )
-    store = Patient(_store_of(group), patience)
+    store = Patient(store_of(group), patience)
     return Membership(store, dist.get_rank(group), dist.get_world_size(group))
-
-
-def _store_of(group: Any) -> Any:
-    """The store that a group was made over; its keys are the group's own."""
-    try:
-        return group.get_group_store()
-    except (AttributeError, RuntimeError):  # torch before 2.6, or a backend without
-        return dist.distributed_c10d._get_process_group_store(group)
 
 
 def _of_environment(patience: float) -> Membership:
@@ -84,18 +77,25 @@ def _of_environment(patience: float) -> Membership:
             "or pass a ProcessGroup"
         )
     who = tuple(os.environ.get(n, "") for n in (*_VARIABLES, "TORCHELASTIC_RESTART_COUNT"))
-    return _met(who, patience)
+    if who not in _met:
+        _met[who] = _meet(patience)
+    store, process, processes = _met[who]
+    return Membership(Patient(store, patience), process, processes)
 
 
-@functools.cache  # whose process 0 listens on the port, which it can do once
-def _met(who: tuple[str, ...], patience: float) -> Membership:
+#: Stores by what the environment said: process 0 can listen on its port once.
+_met: dict[tuple[str, ...], tuple[Any, int, int]] = {}
+
+
+def _meet(patience: float) -> tuple[Any, int, int]:
     try:
-        found = rendezvous("env://", timeout=timedelta(seconds=patience))
-        store, process, processes = next(iter(found))
+        found: tuple[Any, int, int] = next(
+            iter(rendezvous("env://", timeout=timedelta(seconds=patience)))
+        )
+        return found
     except (ValueError, RuntimeError) as e:
         raise InputError(
             f"group='env': the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"is not there, or not all of {os.environ['WORLD_SIZE']} processes came within "
             f"{patience:g} s ({type(e).__name__}: {str(e).splitlines()[0]})"
         ) from e
-    return Membership(Patient(store, patience), process, processes)
