@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 QUALITY = ROOT / "docs" / "guide" / "quality.md"
+PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
 
 #: The README's table: title, key of a model and mode of all runs in a row.
 _GLANCE = {
@@ -40,7 +41,12 @@ _GLANCE = {
 
 def main() -> None:
     stale = []
-    pages = ((README, {"glance": glance}), (PAGE, TABLES), (QUALITY, {"qualities": qualities}))
+    pages = (
+        (README, {"glance": glance}),
+        (PAGE, TABLES),
+        (QUALITY, {"qualities": qualities}),
+        (PIPELINE, {"pictures": pictures}),
+    )
     for path, tables in pages:
         text = old = path.read_text()
         for name, table in tables.items():
@@ -184,6 +190,18 @@ def few_steps() -> str:
 def delays() -> str:
     """What the delay of waves does."""
     return fidelity_table.delays(RESULTS)
+
+
+def pictures() -> str:
+    """Several pictures in turn on all GPUs, beside the same batch on one."""
+    document = json.loads((RESULTS / "pictures_2gpu.json").read_text())
+    table = [["", "pictures", "one GPU, ms a step", "two GPUs", "times one GPU"]]
+    for row in document["figures"]["rows"]:
+        one, two = (row["ms_a_step"][way]["median"] for way in ("one", "pipeline"))
+        times = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["times_one_gpu"])
+        title = row["title"] + (", compiled" if row["mode"] == "compiled" else "")
+        table.append([title, str(row["pictures"]), f"{one:.1f}", f"{two:.1f}", times])
+    return markdown(table)
 
 
 TABLES = {

@@ -6,8 +6,8 @@
 - *Fréchet distance* between the features of samples and of CIFAR-10's test pictures (Heusel et al.,
   arXiv 1706.08500), and of the training pictures beside it: what a perfect model would have. The
   weights of the Inception network are not to be had here, so the features are those of a small
-  residual network that is trained on CIFAR-10's classes first (its accuracy is reported). The figures
-  are therefore no FID, and may only be compared with each other.
+  residual network that is trained on CIFAR-10's classes first (its accuracy is reported). So the
+  figures are no FID, and may only be compared with each other.
 - *Class accuracy*: how often that network sees the class that was asked for.
 - *Nearest training picture*: the distance (root mean square over pixels in 0 … 1) from each sample
   to the closest training picture or its mirror image, beside the same for test pictures, which
