@@ -57,8 +57,8 @@ class ParallelConfig:
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
             straight line); None for what measured best for N and S; or what ``calibrate()`` or
             ``Calibration.load`` returned.
-        exact_tail: the last so many steps are run exactly, like the first w. Of waves, the first of
-            two or more also pays back all that late predictions have misled the sampler by.
+        exact_tail: the last so many steps are run exactly, like the first w. Of waves, they pay
+            back all that late predictions have misled the sampler by.
         extrapolate: of ``"asyncdiff"`` only: by how much of their last change (0 to 2) the values
             of other components are moved on before they are used.
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the

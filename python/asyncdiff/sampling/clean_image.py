@@ -21,6 +21,8 @@ from .scheduler import check_scheduler
 
 #: Below this share of the prediction in x0, or above its inverse, the two cannot be told apart.
 _TINY = 1e-8
+#: By so much a sampler's noise levels may be others than its timesteps say, for these are rounded.
+_OFF = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,34 @@ class CleanImage:
         of_input, of_output, alpha, sigma = (values[start : start + steps] for values in each)
         response = self.response and self.response.of_steps(start, steps)
         return CleanImage(of_input, of_output, alpha, sigma, self.sampler, response)
+
+    def check_levels(self, response: Response) -> None:
+        """Raise SchedulerError for a sampler whose latents have other noise levels than its
+        timesteps say: given one clean image and noise all the time, they are no mix of these.
+        Some that begin in the middle of their schedule are: PNDM takes its second step for a
+        repetition of the first, LMS weighs steps that there were not."""
+        paths = []
+        for image, noise in ((1.0, 0.0), (0.0, 1.0)):
+            inputs = [a * image + s * noise for a, s in zip(self.alpha, self.sigma, strict=True)]
+            given = [
+                (image - w * z) / v
+                for w, v, z in zip(self.of_input, self.of_output, inputs, strict=True)
+            ]
+            first = inputs[0] / response.scale
+            paths.append(
+                [
+                    start * first + sum(w * p for w, p in zip(row[:k], given, strict=False))
+                    for k, (row, start) in enumerate(
+                        zip(response.weights[:-1], response.start, strict=False)
+                    )
+                ]
+            )
+        for x, y, alpha, sigma in zip(*paths, self.alpha, self.sigma, strict=True):
+            if abs(x * sigma - y * alpha) > _OFF * (abs(x) * sigma + abs(y) * alpha):
+                raise SchedulerError(
+                    f"{self.sampler['class']} has other noise levels than its timesteps say, where "
+                    "it begins in the middle of its schedule"
+                )
 
     def x0(self, step: int, z: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """The clean image; same shape as both, in float32 (float64 if one of them is)."""

@@ -35,12 +35,14 @@ class Response:
     weights: tuple[tuple[float, ...], ...]
     start: tuple[float, ...]
     memory: int
+    #: what the first latents are multiplied by for the denoiser
+    scale: float
 
     def of_steps(self, start: int, steps: int) -> Response:
         """The same of ``steps`` steps from ``start`` on."""
         end = start + steps
         rows = tuple(row[start:end] for row in self.weights[start : end + 1])
-        return Response(rows, self.start[start : end + 1], self.memory)
+        return Response(rows, self.start[start : end + 1], self.memory, self.scale)
 
 
 def respond(scheduler: Any, start: int = 0, options: Mapping[str, Any] | None = None) -> Response:
@@ -74,13 +76,13 @@ _known: dict[Any, Response | str] = {}
 
 
 def _measure(scheduler: Any, times: torch.Tensor, options: Mapping[str, Any] | None) -> Response:
-    found = linearize(scheduler, times, options).weights
-    start, weights = found[:, 0], found[:, 1:]
+    sampler = linearize(scheduler, times, options)
+    start, weights = sampler.weights[:, 0], sampler.weights[:, 1:]
     memory = 1
     while memory < _MEMORY and not _carried(weights, start, memory):
         memory += 1
     rows = tuple(tuple(row) for row in weights.tolist())
-    return Response(rows, tuple(start.tolist()), memory)
+    return Response(rows, tuple(start.tolist()), memory, float(sampler.scales[0]))
 
 
 def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int) -> bool:

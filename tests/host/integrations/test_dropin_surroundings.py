@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import statistics
 import threading
 from typing import Any
 
@@ -16,8 +18,9 @@ from tiny_pipelines import tiny_flux
 from toys import toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, InputError
+from asyncdiff import AsyncDenoiser, InputError, quality
 from asyncdiff.graph.signature import Role, parse
+from asyncdiff.sampling.clean_image import clean_image
 
 SPEC = reference.case("sd21_ddim_n2s1w1")
 XL = reference.case("sdxl_euler_n2s1w1")
@@ -48,6 +51,47 @@ def test_any_strength(name: str, steps: int, strength: float) -> None:
     handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, warmup=count, split=SPEC["split"])
     assert reference.distance(run(), want) < 1e-3  # of rounding, which some schedules amplify
     assert handle.report().steps == pipe.num_timesteps < len(pipe.scheduler.timesteps)
+    handle.restore()
+
+
+def test_levels_that_are_not_those_of_the_timesteps_are_exact() -> None:
+    """PNDM's in image to image."""
+    results = []
+    for parallel in (False, True):
+        base = reference.pipeline(SPEC)
+        pipe = diffusers.StableDiffusionImg2ImgPipeline(
+            **base.components, requires_safety_checker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+        pipe.vae_scale_factor = 8
+        call = {k: v for k, v in reference.inputs(SPEC).items() if k.endswith("embeds")}
+        image = torch.rand(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        if parallel:
+            handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, split="estimate")
+        results.append(
+            pipe(**call, image=image, strength=0.6, num_inference_steps=30, output_type="latent",
+                 generator=torch.Generator().manual_seed(2)).images
+        )  # fmt: skip
+    assert "PNDMScheduler has other noise levels than its timesteps say" in handle.settings
+    assert reference.distance(results[1], results[0]) < 1e-3
+    handle.restore()
+
+
+def test_settings_are_for_the_steps_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the end of the schedule, where another pipeline takes that."""
+    pipe = reference.pipeline(XL)
+    handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, split="estimate")
+    lengths = []
+
+    def pick(_: str, task: quality.Task, *given: Any) -> quality.Picked:
+        lengths.append(task.step)
+        return quality.pick("exact", task, *given)
+
+    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto.pick", pick)
+    reference.run(pipe, XL, num_inference_steps=10, denoising_end=0.7)
+    levels = clean_image(pipe.scheduler).of_steps(0, 7).log_snr
+    assert lengths == [statistics.median(b - a for a, b in itertools.pairwise(levels))]
     handle.restore()
 
 

@@ -12,6 +12,7 @@ from mixture import distance, draw
 from test_linear import LINEAR, NAMES, NEEDED, REFUSED, SD, make
 
 from asyncdiff import SchedulerError
+from asyncdiff.sampling.clean_image import clean_image
 from asyncdiff.sampling.response import Owed, respond
 
 
@@ -139,3 +140,30 @@ def test_what_is_clipped_is_not_paid_back(bounds: dict[str, bool]) -> None:
     scheduler.set_timesteps(25)
     numbers = {"delay": 1, "warmup": 3, "tail": 2}
     assert torch.equal(draw(scheduler, **numbers), draw(scheduler, **numbers, pay=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "right"),
+    [
+        ("DDIMScheduler", SD, True),
+        ("EulerDiscreteScheduler", {}, True),
+        ("DPMSolverMultistepScheduler", {}, True),
+        ("UniPCMultistepScheduler", {}, True),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, True),
+        ("PNDMScheduler", {"skip_prk_steps": True}, False),
+        ("LMSDiscreteScheduler", {}, False),
+    ],
+)
+def test_noise_levels_of_schedules_from_the_middle(
+    name: str, config: dict[str, Any], right: bool
+) -> None:
+    scheduler = make(name, 30, config)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(12)
+    response = respond(scheduler, 12)
+    clean = clean_image(scheduler).of_steps(12, len(response.start) - 1)
+    if right:
+        clean.check_levels(response)
+    else:
+        with pytest.raises(SchedulerError, match=f"{name} has other noise levels"):
+            clean.check_levels(response)

@@ -317,13 +317,16 @@ class Handle(ReadOnlySettings):
         clean = every.of_steps(times.start, len(times.values))
         if self._response is None:
             try:
-                self._response = times.start, respond(scheduler, times.start, self._options)
+                response = respond(scheduler, times.start, self._options)
+                if times.start:
+                    every.of_steps(times.start, len(response.start) - 1).check_levels(response)
+                self._response = times.start, response
             except SchedulerError as e:
                 self._response = times.start, e
-        first, response = self._response
-        if isinstance(response, SchedulerError):
+        first, found = self._response
+        if isinstance(found, SchedulerError):
             return clean
-        return replace(clean, response=response.of_steps(times.start - first, len(times.values)))
+        return replace(clean, response=found.of_steps(times.start - first, len(times.values)))
 
     def _served(self, times: TimestepTracker) -> CleanImage | str:
         """The clean images of steps that waves serve well, or why they do not."""
