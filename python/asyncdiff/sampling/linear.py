@@ -82,11 +82,26 @@ def linearize(
     return replace(sampler, error=_check(scheduler, sampler, known))
 
 
-class _InDouble(TorchFunctionMode):
-    """Lets schedulers that compute in float32 do it in float64: weights without rounding."""
+#: Functions that draw, by which a scheduler makes noise.
+_DRAWING = {
+    torch.rand, torch.rand_like, torch.randint, torch.randn, torch.randn_like, torch.normal,
+    torch.multinomial, torch.bernoulli, torch.Tensor.uniform_, torch.Tensor.normal_,
+}  # fmt: skip
+
+
+class _Measured(TorchFunctionMode):
+    """Lets schedulers that compute in float32 do it in float64, which gives weights without
+    rounding, and draw from a generator of their own: torch's is the user's, in all threads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _DRAWING and kwargs.get("generator") is None:
+            kwargs["generator"] = self._generator
+        result = func(*args, **kwargs)
         if func not in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type):
             return result
         value = args[0]
@@ -112,8 +127,7 @@ def _own_loop(
     scale = getattr(twin, "scale_model_input", lambda x, t: x)
     path, inputs = [given[0]], []
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _InDouble():
-            torch.manual_seed(seed)
+        with torch.no_grad(), _Measured(seed):
             for t, prediction in zip(times.cpu(), given[1:], strict=True):
                 inputs.append(scale(path[-1].clone(), t).clone())
                 out = twin.step(

@@ -230,3 +230,21 @@ def test_nothing_is_changed() -> None:
     assert {k: repr(v) for k, v in before.items()} == {
         k: repr(v) for k, v in vars(scheduler).items()
     }
+
+
+def test_the_users_random_numbers_are_left_alone() -> None:
+    """Also meanwhile: other threads may draw from them."""
+    torch.manual_seed(1234)
+    state, seen = torch.get_rng_state(), []
+
+    class Watched(diffusers.DDPMScheduler):  # type: ignore[misc]
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().step(*args, **kwargs)
+            seen.append(torch.equal(torch.get_rng_state(), state))
+            return made
+
+    scheduler = Watched()
+    scheduler.set_timesteps(12)
+    with pytest.raises(SchedulerError, match="stochastic"):
+        linearize(scheduler)
+    assert seen and all(seen)
