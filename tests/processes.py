@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+#: The processes that tests of this process have started.
+STARTED: set[int] = {os.getpid()}
+
 
 def left_behind() -> set[str]:
-    """Names of shared memory whose process has ended. Tests that run beside this one have some for
-    moments."""
-    until = time.monotonic() + 3
-    while True:
-        names = {p.name for p in Path("/dev/shm").glob("asyncdiff-*")}
-        names = {n for n in names if not Path(f"/proc/{n.split('-')[2]}").exists()}
-        if not names or time.monotonic() > until:
-            return names
-        time.sleep(0.05)
+    """Names of shared memory that processes of this process's tests have left."""
+    names = {p.name for p in Path("/dev/shm").glob("asyncdiff-*")}
+    return {name for name in names if int(name.split("-")[2]) in STARTED}
 
 
 def run(scenario: str, processes: int, folder: Path, *options: object) -> list[Any]:
@@ -44,6 +41,7 @@ def run(scenario: str, processes: int, folder: Path, *options: object) -> list[A
         )
         for p in range(processes)
     ]
+    STARTED.update(child.pid for child in started)
     results: list[Any] = []
     try:
         for child in started:
