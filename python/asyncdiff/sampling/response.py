@@ -22,6 +22,8 @@ from .linear import linearize
 _MEMORY = 6
 #: Weights that agree so closely are alike.
 _ALIKE = 1e-4
+#: Where they still differ by so much, a sampler goes back to latents of much earlier steps.
+_UNLIKE = 0.2
 #: Responses that are kept: of one model there are few.
 _KEPT = 32
 
@@ -79,17 +81,22 @@ def _measure(scheduler: Any, times: torch.Tensor, options: Mapping[str, Any] | N
     sampler = linearize(scheduler, times, options)
     start, weights = sampler.weights[:, 0], sampler.weights[:, 1:]
     memory = 1
-    while memory < _MEMORY and not _carried(weights, start, memory):
+    while memory < _MEMORY and not _carried(weights, start, memory, _ALIKE):
         memory += 1
+    if not _carried(weights, start, memory, _UNLIKE):
+        raise SchedulerError(
+            f"{type(scheduler).__name__} goes back to latents of much earlier steps (as PNDM does "
+            "in Runge-Kutta steps: take skip_prk_steps=True)"
+        )
     rows = tuple(tuple(row) for row in weights.tolist())
     return Response(rows, tuple(start.tolist()), memory, float(sampler.scales[0]))
 
 
-def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int) -> bool:
-    """Whether all weights are in proportion to ``start`` from so many steps on."""
+def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int, apart: float) -> bool:
+    """Whether all weights are in proportion to ``start`` from so many steps on, but for so much."""
     for j in range(weights.shape[1] - memory):
         felt, carried = weights[j + memory :, j], start[j + memory :]
-        if not carried[0] or (felt - felt[0] * carried / carried[0]).abs().max() > _ALIKE * float(
+        if not carried[0] or (felt - felt[0] * carried / carried[0]).abs().max() > apart * float(
             weights[:, j].abs().max()
         ):
             return False
