@@ -94,7 +94,6 @@ class Assembly::Call {
                                              std::chrono::duration<double>(seconds));
     Signal& changed = all_.board_.member(all_.process_).changed;
     while (true) {
-      all_.check();
       bool moved = false;
       bool done = true;
       for (Peer& peer : peers_) {
@@ -102,6 +101,7 @@ class Assembly::Call {
         if (!peer.complete(out_.size())) done = false;
       }
       if (done) return;
+      all_.check();  // only now: who is done may have ended
       if (moved) continue;
       if (!changed.wait([this] { return ready(); }, deadline)) late(seconds);
       check_left();
