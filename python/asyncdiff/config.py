@@ -280,11 +280,11 @@ class GenerationSpec:
     @property
     def split_steps(self) -> tuple[int, int]:
         """Exact steps at both ends that run split over two devices. The last one of the warm-up
-        fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first of
-        several at the end of waves, with which the waves under way arrive."""
+        fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first one at
+        the end of waves, with which the waves under way arrive."""
         if self.config.warmup_mode == "chain":
             return 0, 0
         if self.all_exact:
             return self.steps, 0
-        waits = self.config.schedule == "wavefront" and self.exact_tail > 1
+        waits = self.config.schedule == "wavefront" and self.exact_tail > 0
         return self.warmup - 1, self.exact_tail - waits
