@@ -135,8 +135,11 @@ def _caption(path: Path, document: dict[str, Any]) -> str:
 
 
 def _compared(run: Run, rows: Sequence[Row]) -> bool:
-    """Whether there is more than what qualities pick, which have a table of their own."""
-    return run.steps > _FEW and any("tail" in r["method"] or "Dist" in r["method"] for r in rows)
+    """Whether there is more than beside what qualities pick, which have a table of their own."""
+    beside = ("quality ", "fewer ", "guidance ")
+    names = [r["method"] for r in rows]
+    more = any(not n.startswith(beside) and not n.endswith(" w=1") for n in names)
+    return run.steps > _FEW and (more or not any(n.startswith("quality ") for n in names))
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:

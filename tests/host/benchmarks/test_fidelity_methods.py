@@ -302,7 +302,7 @@ def test_a_quality_is_what_it_picks(pipe: Any, plain: torch.Tensor) -> None:
     assert (settings["components"], settings["guidance"]) == (2, "split")
     exact = Chosen("exact", 4, "cpu", guided=True).work(pipe, {}, 12).critical
     assert four.work(pipe, {}, 12).critical < exact == pytest.approx(float(total(pipe)) * 6)
-    longer, two = draw(pipe, steps=12), Chosen("fast", 2, "cpu", guided=True)
+    longer, two = draw(pipe, steps=12), Chosen("balanced", 2, "cpu", guided=True)
     assert 0 < distance(draw(pipe, two, 12), longer) < 0.2
     # Exact steps that are split cost less than those that are run one component after another.
     chain = two._method(two._picked(pipe, 12))
