@@ -453,6 +453,7 @@ open(f"{sys.argv[1]}/came back {rank} {attempt}", "w")
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again(tmp_path: Path) -> None:
     """A rank is killed; the second attempt meets on a store that still has the keys of the
     first."""

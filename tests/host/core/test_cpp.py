@@ -81,6 +81,7 @@ def test_paths_on_the_command_line() -> None:
     assert any(line.startswith("version: ") for line in info)
 
 
+@pytest.mark.slow
 def test_find_package_from_the_wheel(tmp_path: Path) -> None:
     needs_toolkit()
     cmake = f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}"

@@ -43,5 +43,6 @@ def test_references(processes: int, tmp_path: Path) -> None:
     alike(in_group, group_bits.references_alone(processes))
 
 
+@pytest.mark.slow
 def test_qualities(tmp_path: Path) -> None:
     alike(run(group_bits.qualities, 2, tmp_path), group_bits.qualities_alone(2))

@@ -143,6 +143,7 @@ def test_the_benchmark_writes_and_continues(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["figures"]["rows"] == rows  # kept, not drawn again
 
 
+@pytest.mark.slow
 def test_tune_takes_the_fastest_that_is_good_enough(pipe: Any) -> None:
     kind = type(pipe)
     settings: dict[str, Any] = {"devices": ["cpu"], "num_inference_steps": 6}
@@ -225,6 +226,7 @@ def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
         assert predicted_speedup(handle, 20) is None
 
 
+@pytest.mark.slow
 def test_tune_calibrates_waves_on_other_prompts(pipe: Any) -> None:
     settings: dict[str, Any] = {"devices": ["cpu"], "num_inference_steps": 5, "psnr_db": 5}
     found = tune(pipe, PROMPTS[:1], calibrate_on=["house", "dog"] * 4, **settings)
