@@ -27,9 +27,9 @@ FEW = 10
 SMALL_STEP, LARGE_STEP = 0.12, 0.23
 #: By quality, exact steps of two components: the share of the first ones where a device runs each
 #: condition, for small and for large steps; the same where they are run one component after
-#: another; and how many of the last ones. The speeds that they leave: at least 1.8 times one
-#: device's for "balanced" and 1.7 for "high" on two devices with guidance, 3.4 for "balanced" on
-#: four.
+#: another; and how many of the last ones. The speeds that they leave of 25 steps or more, by the
+#: plans of the yardsticks: at least 1.8 times one device's for "balanced" and 1.7 for "high" on two
+#: devices with guidance, 3.4 for "balanced" on four.
 _EXACT = {
     "high": ((0.25, 0.40), (0.16, 0.20), 2),
     "balanced": ((0.12, 0.28), (0.08, 0.10), 1),
