@@ -244,6 +244,58 @@ def cuda_contexts(process: int, processes: int, folder: Path, transport: str) ->
     return out
 
 
+def cuda_abort_beside(process: int, processes: int, folder: Path, gpus: int, what: str) -> Any:
+    """Process 0 aborts while a call of another thread waits for process 1, which makes that call
+    only once the abort has returned. Returns whether it was told of the abort, and a bundle."""
+    import threading
+
+    import torch
+
+    devices = [p % gpus for p in range(processes)]
+    torch.cuda.set_device(devices[process])
+    fabric = core.CudaFabric(devices, deadline=20.0, rendezvous=meet(folder, process, processes))
+    layout = core.Layout([core.TensorSpec("uint8", (8,))])
+    channel = fabric.channel(0, [1], layout, mode="kernel")
+
+    def call() -> None:
+        if what == "reset":
+            fabric.reset()
+        else:
+            fabric.channel(0, [1], layout, mode="copy")
+
+    aborted = folder / "aborted"
+    told = ""
+    if process == 0:
+        waiting = threading.Thread(target=call)
+        waiting.start()
+        time.sleep(0.5)
+        fabric.abort(0, "enough")
+        try:
+            fabric.check()
+        except core.Aborted as e:
+            told = str(e)
+        aborted.touch()
+        waiting.join()
+    else:
+        until = time.monotonic() + 15
+        while not aborted.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        call()
+    fabric.reset()
+    sent = torch.arange(8, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    got = []
+    if process == 0:
+        channel.put([sent], 0)
+    else:
+        channel.get(1, 0)
+        got = torch.as_tensor(channel.slot(1, 0), device="cuda")[:8].tolist()
+    torch.cuda.synchronize()
+    fabric.check()
+    fabric.close()
+    return told, got
+
+
 class Cut:
     """A rendezvous that fails after so many gathers, in all processes at once."""
 

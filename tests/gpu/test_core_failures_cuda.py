@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -188,54 +187,6 @@ def test_what_copies_have_overwritten_passes_no_check(
         reading.world.fabric.check()
     reading.world.fabric.reset()
     reading.world.check_delivery()
-
-
-class Held:
-    """A rendezvous of one process in which another one lets it wait."""
-
-    process, processes = 0, 1
-
-    def __init__(self) -> None:
-        self.hold = False
-        self.came, self.go_on = threading.Event(), threading.Event()
-
-    def all_gather(self, mine: bytes) -> list[bytes]:
-        if self.hold:
-            self.came.set()
-            assert self.go_on.wait(10)
-        return [mine]
-
-
-@pytest.mark.parametrize("what", ["reset", "channel"])
-def test_an_abort_waits_for_no_lock(what: str) -> None:
-    rendezvous = Held()
-    fabric = core.CudaFabric([0, 0], owners=[0, 0], rendezvous=rendezvous)
-    layout = core.Layout([core.TensorSpec("uint8", (8,))])
-    channel = fabric.channel(0, [1], layout, mode="kernel")
-    rendezvous.hold = True
-    calls: dict[str, Callable[[], object]] = {
-        "reset": fabric.reset,
-        "channel": lambda: fabric.channel(0, [1], layout, mode="copy"),
-    }
-    waiting = threading.Thread(target=calls[what])
-    waiting.start()
-    assert rendezvous.came.wait(10)
-    aborting = threading.Thread(target=fabric.abort, args=(1, "enough"))
-    aborting.start()
-    aborting.join(2)
-    ended = not aborting.is_alive()
-    if ended:
-        with pytest.raises(core.Aborted, match="enough"):
-            fabric.check()
-    rendezvous.go_on.set()
-    waiting.join(30)
-    aborting.join(30)
-    assert ended
-    fabric.reset()
-    channel.put([torch.zeros(8, dtype=torch.uint8, device="cuda:0")], 0)
-    torch.cuda.synchronize()
-    fabric.check()
-    fabric.close()
 
 
 def test_mistakes_on_the_host_are_refused() -> None:

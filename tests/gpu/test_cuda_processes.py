@@ -73,3 +73,12 @@ def test_a_fabric_that_fails_half_made_harms_nobody(place: str, tmp_path: Path) 
     for failed, bundle in run("cuda_cut", 2, tmp_path, gpus):
         assert failed == 2  # after that the rendezvous is not needed
         assert bundle == [1, 2, 3]
+
+
+@pytest.mark.parametrize("what", ["reset", "channel"])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_abort_waits_for_no_call(place: str, what: str, tmp_path: Path) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    (told, _), (_, got) = run("cuda_abort_beside", 2, tmp_path, gpus, what)
+    assert "enough" in told
+    assert got == list(range(8))
