@@ -32,6 +32,7 @@ from .errors import (
     DeviceError,
     ExchangeTimeout,
     InvalidArgument,
+    NcclError,
     ProcessLost,
     SlotOrderError,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "HostFabric",
     "InvalidArgument",
     "Layout",
+    "NcclError",
     "ProcessLost",
     "PutCosts",
     "Rendezvous",

@@ -22,6 +22,10 @@ class CudaError(CoreError, RuntimeError):
     """A call of the CUDA runtime failed."""
 
 
+class NcclError(CoreError, RuntimeError):
+    """NCCL, which GPUs of several hosts need, is missing or too old, or a call of it failed."""
+
+
 class Aborted(CoreError, RuntimeError):
     """A rank aborted the fabric. ``rank`` says which (-1: unknown)."""
 

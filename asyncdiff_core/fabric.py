@@ -9,6 +9,7 @@ from . import _core
 from ._core import Layout
 from .channel import Channel, Stream, pointer_of
 from .errors import DeviceError, InvalidArgument
+from .nccl import find_in_wheel
 from .process_group import current_device, rendezvous_of
 from .rendezvous import Rendezvous
 
@@ -209,6 +210,7 @@ class CudaFabric(Fabric):
         if rendezvous is None:
             native = _core.CudaFabric(list(devices), deadline, transport)
         else:
+            find_in_wheel()
             native = _core.CudaFabric(list(devices), processes, deadline, transport, rendezvous)
         super().__init__(native, devices)
 

@@ -14,6 +14,7 @@ void register_rendezvous(pybind11::module_& m);
 void register_fabric(pybind11::module_& m);
 void register_put_costs(pybind11::module_& m);
 void register_cuda_graph(pybind11::module_& m);
+void register_nccl(pybind11::module_& m);
 void register_nvtx(pybind11::module_& m);
 void register_build(pybind11::module_& m);
 

@@ -28,9 +28,11 @@ struct Classes {
         authentication(errors.attr("AuthenticationError")),
         device(errors.attr("DeviceError")),
         cuda(errors.attr("CudaError")),
+        nccl(errors.attr("NcclError")),
         core(errors.attr("CoreError")) {}
 
-  py::object timeout, lost, late, slot_order, aborted, argument, authentication, device, cuda, core;
+  py::object timeout, lost, late, slot_order, aborted, argument, authentication, device, cuda, nccl,
+      core;
 };
 
 const Classes* classes = nullptr;
@@ -74,6 +76,8 @@ void raise_like(const std::exception_ptr& pointer) {
     raise(classes->device, e);
   } catch (const CudaError& e) {
     raise(classes->cuda, e);
+  } catch (const NcclError& e) {
+    raise(classes->nccl, e);
   } catch (const Error& e) {
     raise(classes->core, e);
   }

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_core, m) {
   register_fabric(m);
   register_put_costs(m);
   register_cuda_graph(m);
+  register_nccl(m);
   register_nvtx(m);
   register_build(m);
 }

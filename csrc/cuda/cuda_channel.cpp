@@ -12,6 +12,7 @@
 
 #include "agreement.hpp"
 #include "blocks.hpp"
+#include "bundle.hpp"
 #include "check.hpp"
 #include "cuda_memory.hpp"
 #include "device_guard.hpp"
@@ -269,7 +270,7 @@ void CudaChannel::push(std::size_t index, const void* data, int slot, Stream str
   const std::size_t at = start_of(slot) + layout().offsets[index];
   const DeviceGuard guard(sender_device());
   if (mode() != Mode::kCopy) {
-    launch_push(handle_, piece_of(index, data), slot, as_stream(stream));
+    launch_push(handle_, piece_of(layout(), index, data), slot, as_stream(stream));
     return;
   }
   const auto copy = [&](std::byte* target) {
@@ -286,32 +287,11 @@ void CudaChannel::commit(int slot, Stream stream) {
   launch_commit(handle_, slot, as_stream(stream));
 }
 
-Piece CudaChannel::piece_of(std::size_t index, const void* data) const {
-  return {static_cast<const std::byte*>(data), layout().offsets[index],
-          layout().specs[index].nbytes};
-}
-
-template <class P>
-bool CudaChannel::add_to(P& puts, const std::vector<const void*>& tensors, int slot) const {
+bool CudaChannel::add_to(ManyPuts& puts, const std::vector<const void*>& tensors, int slot) const {
   check_count(tensors.size());
   check_end(sender(), slot);
-  const int c = puts.count;
-  int last = puts.first_piece[c];
-  if (c == P::kMaxChannels || static_cast<std::size_t>(last) + tensors.size() > P::kMaxPieces) {
-    return false;
-  }
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    if (layout().specs[i].nbytes > 0) puts.pieces[last++] = piece_of(i, tensors[i]);
-  }
-  puts.sender[c] = handle_;
-  puts.slot[c] = slot;
-  puts.first_piece[c + 1] = last;
-  puts.first_block[c + 1] = puts.first_block[c] + handle_.flags;
-  puts.count = c + 1;
-  return true;
+  return add_bundle(puts, handle_, layout(), tensors, slot);
 }
-
-template bool CudaChannel::add_to(ManyPuts&, const std::vector<const void*>&, int) const;
 
 void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   const nvtx::Range range("put", *this, sender(), slot);
@@ -319,13 +299,11 @@ void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
     Channel::put(tensors, slot, stream);
     return;
   }
+  check_count(tensors.size());
+  check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
-  const auto launched = [&](auto puts) {
-    if (!add_to(puts, tensors, slot)) return false;
-    launch_put(puts, shared_->topology.launch_of(sender()), as_stream(stream));
-    return true;
-  };
-  if (!launched(SmallPut()) && !launched(OnePut())) launched(ManyPuts());
+  launch_bundle(handle_, layout(), tensors, slot, shared_->topology.launch_of(sender()),
+                as_stream(stream));
 }
 
 void CudaChannel::get(int rank, int slot, Stream stream) {

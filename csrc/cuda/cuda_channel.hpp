@@ -36,8 +36,7 @@ class CudaChannel final : public Channel {
   const ReceiverDevice& receiver_device(int receiver) const;
   bool of(const CudaFabric::Shared& fabric) const { return shared_.get() == &fabric; }
   // Adds this channel's next bundle to a fused put. False, and nothing added, without room.
-  template <class P>
-  bool add_to(P& puts, const std::vector<const void*>& tensors, int slot) const;
+  bool add_to(ManyPuts& puts, const std::vector<const void*>& tensors, int slot) const;
 
  private:
   struct Receiver {
@@ -76,7 +75,6 @@ class CudaChannel final : public Channel {
   void check_open() const;
   std::size_t start_of(int slot) const { return layout().nbytes * static_cast<std::size_t>(slot); }
   int sender_device() const;
-  Piece piece_of(std::size_t index, const void* data) const;
 
   std::shared_ptr<CudaFabric::Shared> shared_;
   Party ends_;

@@ -44,6 +44,13 @@ void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cud
 void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
                  cudaStream_t stream);
 
+// nccl_publish.cu
+
+// Sets two words, one in device memory (unless null) and one in host memory, after what comes
+// before in the stream.
+void launch_publish(std::uint64_t* device, std::uint64_t* host, std::uint64_t value,
+                    cudaStream_t stream);
+
 // Loads all kernels onto the current device. Loading one lazily may wait for running kernels,
 // which may be waiting for the one to be loaded.
 void preload_kernels();
@@ -52,5 +59,6 @@ void preload_put();
 void preload_get();
 void preload_fill();
 void preload_memsets();
+void preload_publish();
 
 }  // namespace asyncdiff

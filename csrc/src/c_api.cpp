@@ -55,6 +55,8 @@ std::pair<asyncdiff_code, int> kind_of(const std::exception_ptr& error) {
     return {ASYNCDIFF_DEVICE, -1};
   } catch (const CudaError&) {
     return {ASYNCDIFF_CUDA, -1};
+  } catch (const NcclError&) {
+    return {ASYNCDIFF_NCCL, -1};
   } catch (...) {
     return {ASYNCDIFF_ERROR, -1};
   }

@@ -51,6 +51,8 @@ double deadline() {
 
 std::string transport() { return text_of("ASYNCDIFF_TRANSPORT", "auto"); }
 
+std::string nccl() { return text_of("ASYNCDIFF_NCCL", ""); }
+
 std::string cache() {
   const std::string folder = text_of("ASYNCDIFF_CACHE", "");
   if (!folder.empty()) return folder == "off" ? "" : folder;

@@ -31,7 +31,8 @@ typedef enum {
   ASYNCDIFF_COLLECTIVE_TIMEOUT = 7, /* the rank's process lives, and does not come */
   ASYNCDIFF_AUTHENTICATION = 8,     /* processes do not know the same key */
   ASYNCDIFF_DEVICE = 9,             /* a device that does not exist, or cannot do it */
-  ASYNCDIFF_CUDA = 10               /* a call of CUDA failed */
+  ASYNCDIFF_CUDA = 10,              /* a call of CUDA failed */
+  ASYNCDIFF_NCCL = 11               /* NCCL is missing, or a call of it failed */
 } asyncdiff_code;
 
 /* The version that the linked library was built as, like "1.2.3". */

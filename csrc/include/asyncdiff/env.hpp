@@ -17,6 +17,10 @@ ASYNCDIFF_EXPORT std::string transport();
 // to be kept ("off", or no home). Default $XDG_CACHE_HOME/asyncdiff, else ~/.cache/asyncdiff.
 ASYNCDIFF_EXPORT std::string cache();
 
+// ASYNCDIFF_NCCL: the file of NCCL's library, for GPUs of several hosts. Empty where it is not set:
+// the one that the process has loaded, as torch does, or that the loader or Python finds.
+ASYNCDIFF_EXPORT std::string nccl();
+
 // Where the processes of a launcher meet: RANK and WORLD_SIZE, MASTER_ADDR, ASYNCDIFF_PORT or else
 // MASTER_PORT, and ASYNCDIFF_AUTHKEY, the secret that all of them know. Throws InvalidArgument
 // where one is missing or means nothing, and where torchrun itself listens at MASTER_PORT.

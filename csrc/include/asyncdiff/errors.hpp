@@ -29,6 +29,11 @@ class ASYNCDIFF_EXPORT CudaError : public Error {
   using Error::Error;
 };
 
+// NCCL is missing or too old, or could not do what it was to do between hosts.
+class ASYNCDIFF_EXPORT NcclError : public Error {
+  using Error::Error;
+};
+
 // Somebody aborted the fabric; whoever waits on it gets this.
 class ASYNCDIFF_EXPORT Aborted : public Error {
  public:

@@ -1,0 +1,393 @@
+#include "nccl_courier.hpp"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/interrupt.hpp"
+
+namespace asyncdiff {
+
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+// Between two looks at what kernels write: nothing wakes a thread for that. Short for a while after
+// there was something to do, as in a generation.
+constexpr microseconds kSoon{10};
+constexpr milliseconds kLater{1};
+constexpr milliseconds kWhile{200};
+// While there is no channel.
+constexpr milliseconds kIdle{100};
+// Between two looks at a link that is carrying something.
+constexpr milliseconds kLinkLooks{20};
+
+// Kinds of messages: so many bundles are committed, or released; this courier ends.
+constexpr char kCommitted = 'c', kReleased = 'r', kGoodbye = 'g';
+
+struct Message {
+  std::uint64_t generation;
+  std::uint64_t count;
+  std::uint32_t channel;
+};
+
+std::string bytes_of(const Message& message) {
+  std::string out(sizeof message, '\0');
+  std::memcpy(out.data(), &message, sizeof message);
+  return out;
+}
+
+Message message_in(const std::string& bytes) {
+  Message out{};
+  if (bytes.size() != sizeof out) throw NcclError("another courier says what nobody can read");
+  std::memcpy(&out, bytes.data(), sizeof out);
+  return out;
+}
+
+// Of counts that another process tells.
+void check_step(std::uint64_t from, std::uint64_t to, const NcclEnd& end) {
+  if (to - from <= static_cast<std::uint64_t>(end.slots)) return;
+  throw NcclError("channel '" + end.name + "': process " + std::to_string(end.process) +
+                  " counts " + std::to_string(to) + " bundles after " + std::to_string(from));
+}
+
+ExchangeTimeout timeout_of(const NcclEnd& end, const char* operation, std::uint64_t expected,
+                           std::uint64_t seen, double deadline) {
+  return {{end.rank, end.peer, end.name, end.slot(expected), expected, seen, operation, end.peer},
+          deadline};
+}
+
+}  // namespace
+
+NcclCourier::NcclCourier(std::map<int, Wire> connections, FailureLog& failures,
+                         double deadline_seconds, Events events)
+    : failures_(failures),
+      deadline_(deadline_seconds),
+      events_(std::move(events)),
+      wake_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+  if (wake_ < 0) throw Error(std::string("making an event descriptor: ") + std::strerror(errno));
+  for (auto& [process, wire] : connections) peers_.try_emplace(process, std::move(wire));
+}
+
+NcclCourier::~NcclCourier() {
+  stop();
+  ::close(wake_);
+}
+
+void NcclCourier::stop() {
+  if (thread_ == nullptr) return;
+  stop_ = true;
+  wake();
+  thread_->join();
+  delete std::exchange(thread_, nullptr);
+  const std::lock_guard lock(mutex_);
+  for (auto& [process, peer] : peers_) {
+    if (!peer.open) continue;
+    peer.wire.put(kGoodbye, "");
+    peer.wire.write();
+  }
+  peers_.clear();
+  outgoing_.clear();
+  incoming_.clear();
+}
+
+void NcclCourier::start() {
+  thread_ = new std::thread([this] { run(); });
+}
+
+void NcclCourier::forget() { thread_ = nullptr; }
+
+void NcclCourier::add(std::shared_ptr<NcclOutgoing> end) {
+  const std::lock_guard lock(mutex_);
+  outgoing_[end->channel] = std::move(end);
+  wake();
+}
+
+void NcclCourier::add(std::shared_ptr<NcclIncoming> end) {
+  const std::lock_guard lock(mutex_);
+  const std::pair key(end->process, end->channel);
+  incoming_[key] = std::move(end);
+  wake();
+}
+
+void NcclCourier::remove(const NcclEnd& end) {
+  const std::lock_guard lock(mutex_);
+  const auto mine = outgoing_.find(end.channel);
+  if (mine != outgoing_.end() && mine->second.get() == &end) outgoing_.erase(mine);
+  const auto theirs = incoming_.find({end.process, end.channel});
+  if (theirs != incoming_.end() && theirs->second.get() == &end) incoming_.erase(theirs);
+}
+
+void NcclCourier::wake() {
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = ::write(wake_, &one, sizeof one);
+}
+
+void NcclCourier::wait(const NcclEnd& end, const char* operation,
+                       const std::function<bool()>& done) {
+  wake();
+  const auto limit = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                        std::chrono::duration<double>(deadline_));
+  for (int looks = 1;; ++looks) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (done()) return;
+    }
+    if (looks % 1000 == 0) check_interrupt();
+    if (const auto failed = error()) std::rethrow_exception(failed);
+    if (failures_.failed()) throw Error("the exchange has failed or was aborted");
+    if (Clock::now() > limit) {
+      throw timeout_of(end, operation, end.posted, load_word(end.carried), deadline_);
+    }
+    std::this_thread::sleep_for(microseconds(50));
+  }
+}
+
+std::uint64_t NcclCourier::wait_until_sent(const NcclOutgoing& end) {
+  std::uint64_t sent = 0;
+  wait(end, "commit", [&] {
+    sent = end.posted;
+    return !end.is_committed(sent + 1) && end.idle();
+  });
+  return sent;
+}
+
+void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t count) {
+  wait(end, "get", [&] { return end.posted == count && end.idle(); });
+}
+
+void NcclCourier::reset(std::uint64_t first) {
+  const std::lock_guard lock(mutex_);
+  ++generation_;
+  for (const auto& [channel, end] : outgoing_) {
+    end->posted = end->seen = first;
+    store_word(end->carried, first);
+    store_word(end->credit, first);
+  }
+  for (const auto& [key, end] : incoming_) {
+    end->posted = end->seen = end->told = first;
+    store_word(end->carried, first);
+  }
+}
+
+std::exception_ptr NcclCourier::error() const {
+  const std::lock_guard lock(error_mutex_);
+  return error_;
+}
+
+void NcclCourier::fail(const std::exception_ptr& error) {
+  {
+    const std::lock_guard lock(error_mutex_);
+    if (!failures_.failed()) error_ = error;
+  }
+  failures_.end_waits();
+}
+
+void NcclCourier::run() {
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // ns; else waits are 50 us longer
+  if (events_.starting) events_.starting();
+  bool ended = false;
+  auto last = Clock::now();
+  while (!stop_) {
+    bool worked = false;
+    if (!ended) {
+      try {
+        const std::lock_guard lock(mutex_);
+        worked = work();
+      } catch (const NcclError&) {
+        fail(cause_of(std::current_exception()));
+      } catch (...) {
+        fail(std::current_exception());
+      }
+      if (events_.over()) failures_.end_waits();
+      if (failures_.failed()) {
+        ended = true;
+        events_.failed();
+      }
+    }
+    if (worked) last = Clock::now();
+    if (pause(!ended && Clock::now() - last < kWhile)) last = Clock::now();
+  }
+}
+
+std::exception_ptr NcclCourier::cause_of(const std::exception_ptr& error) {
+  // Where a process is killed, its links and its connections end in any order.
+  const auto until = Clock::now() + std::chrono::seconds(1);
+  while (Clock::now() < until && !stop_) {
+    if (events_.over()) return nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& [process, peer] : peers_) {
+        pollfd one{peer.wire.socket().descriptor(), POLLRDHUP, 0};
+        if (peer.open && !peer.left && poll(&one, 1, 0) > 0) return events_.lost(process);
+      }
+    }
+    std::this_thread::sleep_for(milliseconds(5));
+  }
+  return error;
+}
+
+bool NcclCourier::work() {
+  bool worked = false;
+  for (const auto& [channel, end] : outgoing_) worked = post(*end) || worked;
+  for (const auto& [key, end] : incoming_) worked = tell(*end) || worked;
+  for (auto& [process, peer] : peers_) worked = listen(process, peer) || worked;
+  for (auto& [process, peer] : peers_) write(process, peer);
+  const auto now = Clock::now();
+  const bool look = now - looked_ > kLinkLooks;
+  if (look) looked_ = now;
+  for (const auto& [channel, end] : outgoing_) watch(*end, "commit", now, look);
+  for (const auto& [key, end] : incoming_) watch(*end, "get", now, look);
+  return worked;
+}
+
+bool NcclCourier::post(NcclOutgoing& end) {
+  bool worked = false;
+  // Whoever has left receives nothing any more: begins will wait in vain.
+  const auto peer = peers_.find(end.process);
+  if (peer == peers_.end() || !peer->second.open) return false;
+  while (!failures_.failed() && end.is_committed(end.posted + 1)) {
+    const std::uint64_t n = end.posted + 1;
+    // Said first: the other side has a way to go.
+    say(end.process, kCommitted, end.channel, n);
+    end.link->send(end.staging + end.place(n), end.nbytes, {nullptr, end.carried, n});
+    if (end.posted == end.seen) end.since = Clock::now();
+    end.posted = n;
+    worked = true;
+  }
+  return worked;
+}
+
+bool NcclCourier::tell(NcclIncoming& end) {
+  const std::uint64_t released = load_word(end.released);
+  if (released == end.told) return false;
+  end.told = released;
+  say(end.process, kReleased, end.channel, released);
+  return true;
+}
+
+bool NcclCourier::listen(int process, Peer& peer) {
+  bool worked = false;
+  while (peer.open) {
+    const Progress progress = peer.wire.read();
+    if (peer.wire.there()) {
+      worked = true;
+      const Frame frame = peer.wire.take();
+      if (frame.kind == kGoodbye) {
+        peer.left = true;
+      } else {
+        heard(process, frame);
+      }
+    } else if (progress == Progress::kEnded) {
+      ended(process, peer);
+    } else {
+      break;
+    }
+  }
+  return worked;
+}
+
+void NcclCourier::heard(int process, const Frame& frame) {
+  const Message message = message_in(frame.payload);
+  if (message.generation < generation_) return;  // said before the last reset
+  const auto known = [&](bool so) {
+    if (so) return;
+    throw NcclError("process " + std::to_string(process) + " speaks of a channel that is not here");
+  };
+  if (frame.kind == kCommitted) {
+    const auto found = incoming_.find({process, message.channel});
+    known(found != incoming_.end());
+    arriving(*found->second, message.count);
+  } else if (frame.kind == kReleased) {
+    const auto found = outgoing_.find(message.channel);
+    // A channel is closed once all has arrived, released or not.
+    if (found == outgoing_.end()) return;
+    known(found->second->process == process);
+    NcclOutgoing& end = *found->second;
+    check_step(load_word(end.credit), message.count, end);
+    store_word(end.credit, message.count);
+  } else {
+    throw NcclError("process " + std::to_string(process) + " says what nobody can read");
+  }
+}
+
+void NcclCourier::arriving(NcclIncoming& end, std::uint64_t count) {
+  check_step(end.posted, count, end);
+  check_step(load_word(end.released), count, end);
+  while (end.posted != count) {
+    const std::uint64_t n = end.posted + 1;
+    end.link->receive(end.mailbox + end.place(n), end.nbytes, {end.arrived, end.carried, n});
+    if (end.posted == end.seen) end.since = Clock::now();
+    end.posted = n;
+  }
+}
+
+void NcclCourier::watch(NcclEnd& end, const char* operation, Clock::time_point now, bool look) {
+  const std::uint64_t carried = load_word(end.carried);
+  if (carried != end.seen) {
+    end.seen = carried;
+    end.since = now;
+  }
+  if (carried == end.posted) return;
+  if (look) end.link->check();
+  if (now - end.since > std::chrono::duration<double>(deadline_)) {
+    throw timeout_of(end, operation, carried + 1, carried, deadline_);
+  }
+}
+
+void NcclCourier::say(int process, char kind, std::uint32_t channel, std::uint64_t count) {
+  const auto found = peers_.find(process);
+  if (found == peers_.end() || !found->second.open) return;
+  found->second.wire.put(kind, bytes_of({generation_, count, channel}));
+  write(process, found->second);
+}
+
+void NcclCourier::write(int process, Peer& peer) {
+  if (peer.open && peer.wire.write() == Progress::kEnded) ended(process, peer);
+}
+
+void NcclCourier::ended(int process, Peer& peer) {
+  peer.open = false;
+  if (!peer.left) std::rethrow_exception(events_.lost(process));
+}
+
+bool NcclCourier::pause(bool busy) {
+  std::vector<pollfd> all{{wake_, POLLIN, 0}};
+  std::chrono::nanoseconds longest = busy ? std::chrono::nanoseconds(kSoon) : kLater;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [process, peer] : peers_) {
+      if (!peer.open) continue;
+      const int events = POLLIN | (peer.wire.written() ? 0 : POLLOUT);
+      all.push_back({peer.wire.socket().descriptor(), static_cast<short>(events), 0});
+    }
+    if (outgoing_.empty() && incoming_.empty()) longest = kIdle;
+  }
+  // After a failure nobody reads any more: what comes does not wake.
+  if (failures_.failed()) {
+    all.resize(1);
+    longest = kIdle;
+  }
+  const timespec time{0, static_cast<long>(longest.count())};
+  ppoll(all.data(), all.size(), &time, nullptr);
+  std::uint64_t count = 0;
+  return ::read(wake_, &count, sizeof count) > 0;
+}
+
+}  // namespace asyncdiff

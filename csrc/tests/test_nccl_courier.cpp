@@ -1,0 +1,395 @@
+// Couriers of two processes, in threads of one: kernels are played by the test, NCCL by a queue.
+#include <sys/socket.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../cuda/nccl_courier.hpp"
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/memory.hpp"
+#include "check.hpp"
+
+using namespace asyncdiff;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+bool soon(const std::function<bool()>& so) {
+  const auto limit = Clock::now() + std::chrono::seconds(20);
+  while (Clock::now() < limit) {
+    if (so()) return true;
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+  return false;
+}
+
+// Carries a message once both sides have enqueued their part.
+class Queue {
+ public:
+  std::atomic<bool> broken{false}, stuck{false};
+  std::atomic<int> aborts{0};
+
+  void send(const std::byte* from, std::size_t nbytes, const Publication& then) {
+    const std::lock_guard lock(mutex_);
+    sends_.push_back({const_cast<std::byte*>(from), nbytes, then});
+    carry();
+  }
+  void receive(std::byte* to, std::size_t nbytes, const Publication& then) {
+    const std::lock_guard lock(mutex_);
+    receives_.push_back({to, nbytes, then});
+    carry();
+  }
+  std::size_t waiting() {
+    const std::lock_guard lock(mutex_);
+    return sends_.size() + receives_.size();
+  }
+
+ private:
+  struct Part {
+    std::byte* memory;
+    std::size_t nbytes;
+    Publication then;
+  };
+  static void publish(const Publication& then) {
+    if (then.device != nullptr) store_word(then.device, then.value);
+    store_word(then.host, then.value);
+  }
+  void carry() {
+    while (!stuck && !sends_.empty() && !receives_.empty()) {
+      CHECK(sends_.front().nbytes == receives_.front().nbytes);
+      std::memcpy(receives_.front().memory, sends_.front().memory, sends_.front().nbytes);
+      publish(receives_.front().then);
+      publish(sends_.front().then);
+      sends_.pop_front();
+      receives_.pop_front();
+    }
+  }
+
+  std::mutex mutex_;
+  std::deque<Part> sends_, receives_;
+};
+
+class FakeLink final : public NcclLink {
+ public:
+  explicit FakeLink(std::shared_ptr<Queue> queue) : queue_(std::move(queue)) {}
+  void send(const std::byte* from, std::size_t nbytes, const Publication& then) override {
+    check();
+    queue_->send(from, nbytes, then);
+  }
+  void receive(std::byte* to, std::size_t nbytes, const Publication& then) override {
+    check();
+    queue_->receive(to, nbytes, then);
+  }
+  void check() override {
+    if (queue_->broken) throw NcclError("the cable is out");
+  }
+  void abort() noexcept override { ++queue_->aborts; }
+
+ private:
+  std::shared_ptr<Queue> queue_;
+};
+
+// One process.
+struct Side {
+  Side(int process, std::map<int, Wire> connections, double deadline)
+      : failures(allocate_host(FailureLog::nbytes(1)), 0, 1, deadline),
+        courier(
+            std::move(connections), failures, deadline,
+            {[] {}, [this] { return over.load(); },
+             [](int which) { return std::make_exception_ptr(ProcessLost(which, {which}, "gone")); },
+             [this] { ++failed; }}) {
+    static_cast<void>(process);
+    courier.start();
+  }
+
+  std::atomic<bool> over{false};
+  std::atomic<int> failed{0};
+  FailureLog failures;
+  NcclCourier courier;
+};
+
+Wire wire_of(int descriptor, char mine, char theirs) {
+  return Wire(Socket(descriptor), "a key", mine, theirs);
+}
+
+struct Two {
+  explicit Two(double deadline = 10) {
+    int ends[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0);
+    descriptor = ends[1];
+    std::map<int, Wire> first, second;
+    first.emplace(1, wire_of(ends[0], 'a', 'b'));
+    second.emplace(0, wire_of(ends[1], 'b', 'a'));
+    sides[0] = std::make_unique<Side>(0, std::move(first), deadline);
+    sides[1] = std::make_unique<Side>(1, std::move(second), deadline);
+  }
+  std::unique_ptr<Side> sides[2];
+  int descriptor;
+};
+
+// A channel, and what its kernels do.
+struct TestChannel {
+  static constexpr int kFlags = 3;
+
+  TestChannel(Two& two, int sender, std::uint32_t number, int slots, std::size_t nbytes,
+              std::shared_ptr<Queue> carried_by)
+      : queue(std::move(carried_by)),
+        staging(nbytes * static_cast<std::size_t>(slots)),
+        mailbox(staging.size()),
+        out(std::make_shared<NcclOutgoing>()),
+        in(std::make_shared<NcclIncoming>()),
+        both(two),
+        from(sender) {
+    const auto link = std::make_shared<FakeLink>(queue);
+    for (NcclEnd* end : {static_cast<NcclEnd*>(out.get()), static_cast<NcclEnd*>(in.get())}) {
+      end->channel = number;
+      end->name = "up";
+      end->link = link;
+      end->nbytes = nbytes;
+      end->slots = slots;
+    }
+    out->process = out->peer = 1 - sender;
+    out->rank = in->process = in->peer = sender;
+    in->rank = 1 - sender;
+    out->committed = words;
+    out->flags = kFlags;
+    out->credit = &credit;
+    out->carried = &sent;
+    out->staging = staging.data();
+    in->mailbox = mailbox.data();
+    in->released = &released;
+    in->arrived = &arrived;
+    in->carried = &arrived_on_host;
+    two.sides[sender]->courier.add(out);
+    two.sides[1 - sender]->courier.add(in);
+  }
+
+  void commit(std::uint64_t n, int value) {
+    std::memset(staging.data() + out->place(n), value, out->nbytes);
+    for (int i = 0; i < kFlags; ++i) store_word(words + i * kFlagStride, n);
+  }
+  bool holds(std::uint64_t n, int value) const {
+    for (std::size_t i = 0; i < in->nbytes; ++i) {
+      if (mailbox[in->place(n) + i] != static_cast<std::byte>(value)) return false;
+    }
+    return true;
+  }
+  // Bundles first + 1 to first + count.
+  void run(std::uint64_t first, int count) {
+    const auto ring = static_cast<std::uint64_t>(out->slots);
+    std::thread receiving([&] {
+      for (int i = 1; i <= count; ++i) {
+        const std::uint64_t n = first + static_cast<std::uint64_t>(i);
+        CHECK(soon([&] { return reached(load_word(&arrived), n); }));
+        CHECK(holds(n, i % 251));
+        store_word(&released, n);
+      }
+    });
+    for (int i = 1; i <= count; ++i) {
+      const std::uint64_t n = first + static_cast<std::uint64_t>(i);
+      CHECK(soon([&] { return reached(load_word(&credit), n - ring); }));
+      commit(n, i % 251);
+    }
+    receiving.join();
+  }
+  void reset_words(std::uint64_t first) {
+    for (int i = 0; i < kFlags; ++i) store_word(words + i * kFlagStride, first);
+    store_word(&released, first);
+    store_word(&arrived, first);
+  }
+  std::uint64_t wait_until_all_arrived() const {
+    const std::uint64_t count = both.sides[from]->courier.wait_until_sent(*out);
+    both.sides[1 - from]->courier.wait_until_arrived(*in, count);
+    return count;
+  }
+
+  std::shared_ptr<Queue> queue;
+  std::vector<std::byte> staging, mailbox;
+  alignas(128) std::uint64_t words[kFlags * kFlagStride] = {};
+  std::uint64_t credit = 0, sent = 0, released = 0, arrived = 0, arrived_on_host = 0;
+  std::shared_ptr<NcclOutgoing> out;
+  std::shared_ptr<NcclIncoming> in;
+  Two& both;
+  int from;
+};
+
+void bundles_arrive_in_their_slots() {
+  Two two;
+  TestChannel channel(two, 0, 5, 2, 1000, std::make_shared<Queue>());
+  channel.run(0, 300);
+  CHECK(channel.wait_until_all_arrived() == 300);
+  CHECK(two.sides[0]->courier.error() == nullptr && two.sides[1]->courier.error() == nullptr);
+}
+
+void channels_share_a_link_in_both_directions() {
+  Two two;
+  const auto up = std::make_shared<Queue>(), down = std::make_shared<Queue>();
+  TestChannel a(two, 0, 0, 2, 100, up), b(two, 0, 1, 3, 5000, up), c(two, 1, 0, 1, 1, down),
+      d(two, 1, 1, 2, 0, down);
+  std::vector<std::thread> all;
+  for (TestChannel* one : {&a, &b, &c, &d}) all.emplace_back([one] { one->run(0, 100); });
+  for (std::thread& one : all) one.join();
+  for (const auto& side : two.sides) CHECK(!side->failures.failed());
+}
+
+// A bundle is in its mailbox whether it is asked for or not, and no further one is sent.
+void a_bundle_needs_no_receiver() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.commit(1, 1);
+  channel.commit(2, 2);
+  CHECK(channel.wait_until_all_arrived() == 2);
+  CHECK(channel.holds(1, 1) && channel.holds(2, 2) && channel.queue->waiting() == 0);
+  CHECK(load_word(&channel.credit) == 0);
+  store_word(&channel.released, 1);
+  CHECK(soon([&] { return load_word(&channel.credit) == 1; }));
+}
+
+void a_reset_begins_anew() {
+  Two two;
+  TestChannel channel(two, 0, 0, 3, 64, std::make_shared<Queue>());
+  channel.run(0, 10);
+  for (std::uint64_t first : {std::uint64_t{0}, std::uint64_t{7}, ~std::uint64_t{0} - 5}) {
+    channel.commit(load_word(channel.words) + 1, 9);  // nobody reads it
+    channel.wait_until_all_arrived();
+    for (const auto& side : two.sides) side->courier.reset(first);
+    channel.reset_words(first);
+    CHECK(channel.credit == first && channel.sent == first);
+    channel.run(first, 20);
+    channel.wait_until_all_arrived();
+  }
+}
+
+void channels_come_and_go() {
+  Two two;
+  const auto queue = std::make_shared<Queue>();
+  for (std::uint32_t number = 0; number < 50; ++number) {
+    TestChannel channel(two, 0, number, 2, 64, queue);
+    channel.run(0, 3);
+    channel.wait_until_all_arrived();
+    two.sides[0]->courier.remove(*channel.out);
+    two.sides[1]->courier.remove(*channel.in);
+    CHECK(channel.out.use_count() == 1 && channel.in.use_count() == 1);
+  }
+  for (const auto& side : two.sides) CHECK(!side->failures.failed());
+}
+
+void one_that_leaves_is_no_failure() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.run(0, 3);
+  channel.wait_until_all_arrived();
+  two.sides[1]->courier.stop();
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  CHECK(!two.sides[0]->failures.failed());
+  channel.commit(4, 4);  // nobody is there: it is not sent
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  CHECK(!two.sides[0]->failures.failed() && channel.queue->waiting() == 0);
+}
+
+template <class Kind>
+bool is(const std::exception_ptr& error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const Kind&) {
+    return true;
+  } catch (...) {
+  }
+  return false;
+}
+
+void one_that_dies_is_named_at_once() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  shutdown(two.descriptor, SHUT_RDWR);
+  CHECK(soon([&] { return two.sides[0]->failed == 1; }));
+  CHECK(is<ProcessLost>(two.sides[0]->courier.error()) && two.sides[0]->failures.failed());
+}
+
+// Where its link fails first, too.
+void a_death_is_the_cause_of_what_nccl_says() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.queue->stuck = true;
+  channel.commit(1, 1);
+  CHECK(soon([&] { return channel.queue->waiting() == 2; }));
+  two.sides[0]->over = true;
+  channel.queue->broken = true;
+  CHECK(soon([&] { return two.sides[0]->failed == 1; }));
+  CHECK(two.sides[0]->courier.error() == nullptr);  // told elsewhere
+  // The other one knows of nobody who has gone.
+  CHECK(soon([&] { return two.sides[1]->failed == 1; }));
+  CHECK(is<NcclError>(two.sides[1]->courier.error()));
+}
+
+void a_link_that_carries_nothing_passes_the_deadline() {
+  Two two(0.2);
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));
+  CHECK(!two.sides[0]->failures.failed());  // nothing is under way
+  channel.run(0, 4);
+  channel.queue->stuck = true;
+  channel.commit(5, 5);
+  CHECK(soon([&] { return two.sides[0]->failed == 1 && two.sides[1]->failed == 1; }));
+  try {
+    std::rethrow_exception(two.sides[0]->courier.error());
+  } catch (const ExchangeTimeout& error) {
+    const Incident& what = error.incident;
+    CHECK(what.rank == 0 && what.peer == 1 && what.channel == "up" && what.slot == 0);
+    CHECK(what.expected == 5 && what.seen == 4 && what.operation == "commit");
+  }
+  CHECK(is<ExchangeTimeout>(two.sides[1]->courier.error()));
+  CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), ExchangeTimeout);
+}
+
+void an_abort_ends_waits() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.queue->stuck = true;
+  channel.commit(1, 1);
+  CHECK(soon([&] { return channel.queue->waiting() == 2; }));
+  two.sides[0]->failures.abort(0, "enough");
+  two.sides[0]->courier.wake();
+  CHECK(soon([&] { return two.sides[0]->failed == 1; }));
+  CHECK(two.sides[0]->courier.error() == nullptr);
+  CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), Error);
+  CHECK(!two.sides[1]->failures.failed());  // the fabric tells it
+}
+
+void nonsense_is_refused() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.commit(1000, 1);  // not in turn
+  CHECK(soon([&] { return two.sides[1]->failed == 1; }));
+  CHECK(is<NcclError>(two.sides[1]->courier.error()));
+}
+
+}  // namespace
+
+int main() {
+  bundles_arrive_in_their_slots();
+  channels_share_a_link_in_both_directions();
+  a_bundle_needs_no_receiver();
+  a_reset_begins_anew();
+  channels_come_and_go();
+  one_that_leaves_is_no_failure();
+  one_that_dies_is_named_at_once();
+  a_death_is_the_cause_of_what_nccl_says();
+  a_link_that_carries_nothing_passes_the_deadline();
+  an_abort_ends_waits();
+  nonsense_is_refused();
+}
