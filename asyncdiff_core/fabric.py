@@ -33,6 +33,11 @@ class Fabric:
         return self._native.kind
 
     @property
+    def recovers(self) -> bool:
+        """Whether :meth:`reset` helps after a failure; else close the fabric and make another."""
+        return self._native.recovers
+
+    @property
     def deadline(self) -> float:
         """Seconds that a wait may last."""
         return self._native.deadline
@@ -40,7 +45,8 @@ class Fabric:
     def links(self) -> dict[tuple[int, int], str]:
         """How the first rank of a pair writes memory of the second.
 
-        "memory" (the same memory), "peer" (device to device) or "staged" (pinned host memory).
+        "memory" (the same memory), "peer" (device to device) or "staged" (pinned host memory); what
+        connects two hosts, "sockets" or "nccl".
         """
         return self._native.links()
 
@@ -141,7 +147,8 @@ class Fabric:
 
 
 class HostFabric(Fabric):
-    """Threads of one process, or processes of one machine that share memory.
+    """Threads of one process, or processes, of one host (sharing memory) or several (over
+    TCP).
 
     ``deadline`` in seconds (None: ASYNCDIFF_DEADLINE, else 10). With a ``rendezvous``,
     ``owners[r]`` is the process that runs rank r (None: rank r is process r). Making the fabric,
@@ -151,7 +158,7 @@ class HostFabric(Fabric):
     its own ranks only (InvalidArgument), and none of its parent's (CoreError).
 
     Raises InvalidArgument for no ranks, a deadline that is not positive or longer than a day,
-    owners that do not exist, processes of several machines, and where processes differ; ProcessLost
+    owners that do not exist, and where processes differ; ProcessLost
     and CollectiveTimeout as :meth:`all_gather` does.
     """
 
@@ -165,9 +172,9 @@ class HostFabric(Fabric):
     ) -> None:
         processes = _owners(ranks, owners, rendezvous)
         if rendezvous is None:
-            native = _core.HostFabric(ranks, deadline)
+            native: _core.Fabric = _core.HostFabric(ranks, deadline)
         else:
-            native = _core.HostFabric(processes, deadline, rendezvous)
+            native = _core.make_host_fabric(processes, deadline, rendezvous)
         super().__init__(native, None)
 
     @classmethod

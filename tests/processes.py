@@ -19,8 +19,16 @@ def left_behind() -> set[str]:
     return {name for name in names if int(name.split("-")[2]) in STARTED}
 
 
-def run(scenario: str, processes: int, folder: Path, *options: object) -> list[Any]:
-    """What each process returned; minus the signal where one was killed."""
+def on_host(name: str) -> dict[str, str]:
+    """The environment of a process that counts as being on another host."""
+    return os.environ | {"ASYNCDIFF_HOST": name, "ASYNCDIFF_INTERFACE": "lo"}
+
+
+def run(
+    scenario: str, processes: int, folder: Path, *options: object, hosts: str = ""
+) -> list[Any]:
+    """What each process returned; minus the signal where one was killed. ``hosts``: a letter for
+    each process, its host's; else they are all on one."""
     more = [str(o) for o in options]
     name = "core_worker_cuda.py" if scenario.startswith("cuda_") else "core_worker.py"
     worker = str(Path(__file__).with_name(name))
@@ -38,6 +46,7 @@ def run(scenario: str, processes: int, folder: Path, *options: object) -> list[A
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=on_host(hosts[p]) if hosts else None,
         )
         for p in range(processes)
     ]

@@ -39,6 +39,7 @@ void register_fabric(py::module_& m) {
   py::class_<Fabric, std::shared_ptr<Fabric>>(m, "Fabric")
       .def_property_readonly("ranks", &Fabric::ranks)
       .def_property_readonly("kind", &Fabric::kind)
+      .def_property_readonly("recovers", &Fabric::recovers)
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
       .def("link_reasons",
@@ -90,14 +91,16 @@ void register_fabric(py::module_& m) {
       .def(py::init([](int ranks, std::optional<double> deadline) {
              return std::make_shared<HostFabric>(ranks, deadline_or_default(deadline));
            }),
-           py::arg("ranks"), py::arg("deadline"))
-      .def(py::init([](std::vector<int> owners, std::optional<double> deadline, py::object r) {
-             std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
-             const double seconds = deadline_or_default(deadline);
-             const py::gil_scoped_release unlocked;
-             return std::make_shared<HostFabric>(std::move(owners), seconds, std::move(rendezvous));
-           }),
-           py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"));
+           py::arg("ranks"), py::arg("deadline"));
+  m.def(
+      "make_host_fabric",
+      [](std::vector<int> owners, std::optional<double> deadline, py::object r) {
+        std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
+        const double seconds = deadline_or_default(deadline);
+        const py::gil_scoped_release unlocked;
+        return make_host_fabric(std::move(owners), seconds, std::move(rendezvous));
+      },
+      py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"));
 
 #ifdef ASYNCDIFF_WITH_CUDA
   py::class_<CudaFabric, Fabric, std::shared_ptr<CudaFabric>>(m, "CudaFabric")

@@ -41,9 +41,12 @@ CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double
   if (owners.size() != devices.size()) {
     throw InvalidArgument("devices and owners differ in length: both have one entry a rank");
   }
-  shared_ =
-      std::make_shared<Shared>(Processes(std::move(owners), std::move(rendezvous), deadline()),
-                               std::move(devices), deadline(), transport);
+  Processes all(std::move(owners), std::move(rendezvous), deadline());
+  if (all.hosts() > 1) {
+    throw InvalidArgument("the processes are on " + std::to_string(all.hosts()) +
+                          " hosts: the GPUs of a CudaFabric are of one");
+  }
+  shared_ = std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport);
 }
 
 CudaFabric::~CudaFabric() = default;

@@ -1,8 +1,11 @@
 #include "assembly.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <cstdlib>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -17,6 +20,14 @@
 
 namespace asyncdiff {
 
+namespace {
+
+// Seconds for which a process of another host may say nothing, whatever the deadline is: a thread
+// may have to wait for a core.
+constexpr double kLeastPatience = 2;
+
+}  // namespace
+
 Assembly::Assembly(Rendezvous& rendezvous, std::vector<int> owners, double deadline)
     : owners_(std::move(owners)),
       process_(rendezvous.process()),
@@ -24,11 +35,14 @@ Assembly::Assembly(Rendezvous& rendezvous, std::vector<int> owners, double deadl
       deadline_(deadline),
       forks_(forks()) {
   try {
-    Greeting greeting = greet(rendezvous, Board::nbytes(count_));
+    Greeting greeting = greet(rendezvous, Board::nbytes(count_), deadline_ / 2);
     memory_ = std::move(greeting.memory);
+    hosts_ = std::move(greeting.hosts);
     board_ = Board(memory_.data, count_);
     watcher_ = std::make_unique<Watcher>(board_, std::move(greeting.identities), process_,
                                          deadline / 2, [this](int p) { process_ended(p); });
+    relay_ = relay_to(std::move(greeting.connections));
+    relay_->start();
     watcher_->start();
     std::vector<int> everybody;
     for (int p = 0; p < count_; ++p) everybody.push_back(p);
@@ -49,9 +63,48 @@ Assembly::Assembly(Rendezvous& rendezvous, std::vector<int> owners, double deadl
 Assembly::~Assembly() {
   if (!own()) {
     watcher_->forget();
+    relay_->forget();
     return;
   }
   leave();
+}
+
+std::unique_ptr<Relay> Assembly::relay_to(std::map<int, Wire> connections) {
+  Relay::Events events;
+  events.ended = [this](int p, const std::string& why) { lost(p, why); };
+  events.left = [this](int p) {
+    board_.member(p).left.store(1);
+    wake();
+  };
+  events.noted = [this](const std::string& bytes) {
+    const std::vector<std::string> parts = unpacked(bytes);
+    if (parts.size() != 3) return;
+    note(static_cast<BoardNote::Kind>(std::atoi(parts[0].c_str())), std::atoi(parts[1].c_str()),
+         parts[2]);
+    wake();
+  };
+  events.told = [this](const std::string& text) {
+    const std::lock_guard lock(wake_mutex_);
+    if (heard_) heard_(text);
+  };
+  const double patience = std::max(deadline_ / 2, kLeastPatience);
+  return std::make_unique<Relay>(board_, process_, std::move(connections), patience,
+                                 std::move(events));
+}
+
+void Assembly::on_told(std::function<void(const std::string&)> heard) {
+  const std::lock_guard lock(wake_mutex_);
+  heard_ = std::move(heard);
+}
+
+void Assembly::tell(const std::string& text) { relay_->tell(text); }
+
+void Assembly::ring_changed(int process) {
+  if (relay_->reaches(process)) {
+    relay_->ring_changed();
+  } else {
+    board_.member(process).changed.notify();
+  }
 }
 
 void Assembly::on_end(std::function<void()> wake) {
@@ -76,25 +129,43 @@ std::string Assembly::name_of(int process) const {
   return out + ")";
 }
 
-void Assembly::end(BoardNote::Kind kind, int process, const std::string& text) {
+// Whether it is the first.
+bool Assembly::note(BoardNote::Kind kind, int process, const std::string& text) {
   BoardNote& note = board_.note();
   std::uint32_t none = BoardNote::kNone;
-  if (note.state.compare_exchange_strong(none, BoardNote::kBeingWritten)) {
-    note.kind = kind;
-    note.process = process;
-    copy_text(note.text, text);
-    note.state.store(BoardNote::kThere, std::memory_order_release);
-  }
+  if (!note.state.compare_exchange_strong(none, BoardNote::kBeingWritten)) return false;
+  note.kind = kind;
+  note.process = process;
+  copy_text(note.text, text);
+  note.state.store(BoardNote::kThere, std::memory_order_release);
+  return true;
+}
+
+void Assembly::wake() {
   for (int p = 0; p < count_; ++p) board_.member(p).changed.notify();
   const std::lock_guard lock(wake_mutex_);
   if (wake_) wake_();
 }
 
+void Assembly::end(BoardNote::Kind kind, int process, const std::string& text) {
+  const bool first = note(kind, process, text);
+  if (first) say_note();
+  wake();
+}
+
+void Assembly::say_note() {
+  const BoardNote& note = board_.note();
+  if (note.state.load(std::memory_order_acquire) != BoardNote::kThere) return;
+  relay_->say_note(packed({std::to_string(note.kind), std::to_string(note.process), note.text}));
+}
+
+void Assembly::lost(int process, const std::string& why) {
+  if (!left(process)) end(BoardNote::kEnded, process, name_of(process) + " " + why);
+}
+
 void Assembly::process_ended(int process) {
   remove_leftovers();
-  if (left(process)) return;
-  end(BoardNote::kEnded, process,
-      name_of(process) + " has ended without closing the fabric: it was killed, or crashed");
+  lost(process, "has ended without closing the fabric: it was killed, or crashed");
 }
 
 void Assembly::lost_because_left(int process) {
@@ -104,9 +175,10 @@ void Assembly::lost_because_left(int process) {
 
 void Assembly::leave() {
   if (!own() || board_.member(process_).left.exchange(1) != 0) return;
-  for (int p = 0; p < count_; ++p) board_.member(p).changed.notify();
-  const std::lock_guard lock(wake_mutex_);
-  if (wake_) wake_();
+  wake();
+  say_note();  // another process of this host may not have said it yet: it comes before what
+               // follows
+  relay_->say_left();
 }
 
 void Assembly::check() const {

@@ -69,8 +69,8 @@ std::vector<int> from_zero(int count) {
 }
 
 asyncdiff_fabric* over(const std::shared_ptr<Rendezvous>& rendezvous, double deadline) {
-  return new asyncdiff_fabric{std::make_shared<HostFabric>(from_zero(rendezvous->processes()),
-                                                           seconds(deadline), rendezvous)};
+  return new asyncdiff_fabric{
+      make_host_fabric(from_zero(rendezvous->processes()), seconds(deadline), rendezvous)};
 }
 
 TensorSpec spec_of(const asyncdiff_tensor& tensor) {

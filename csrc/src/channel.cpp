@@ -31,6 +31,12 @@ std::string name_of(Mode mode) {
   return "unknown mode";
 }
 
+std::string channel_name(int sender, const std::vector<int>& receivers) {
+  std::string out = std::to_string(sender) + " to";
+  for (int receiver : receivers) out += " " + std::to_string(receiver);
+  return out;
+}
+
 void Channel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   check_count(tensors.size());
   begin(slot, stream);
@@ -46,10 +52,7 @@ Channel::Channel(std::string name, int sender, std::vector<int> receivers, Layou
       layout_(std::move(layout)),
       slots_(slots),
       mode_(mode) {
-  if (name_.empty()) {
-    name_ = std::to_string(sender_) + " to";
-    for (int receiver : receivers_) name_ += " " + std::to_string(receiver);
-  }
+  if (name_.empty()) name_ = channel_name(sender_, receivers_);
   // Of all mailboxes; inline words take twice the memory.
   const std::size_t bundles = 2 * static_cast<std::size_t>(slots_) * receivers_.size();
   if (bundles > 0 && layout_.nbytes > kMostBytes / bundles) {

@@ -62,6 +62,18 @@ std::string cache() {
   return home.empty() ? "" : home + "/.cache/asyncdiff";
 }
 
+std::string host() {
+  const std::string name = text_of("ASYNCDIFF_HOST", "");
+  if (name.size() > 63) {
+    throw InvalidArgument("ASYNCDIFF_HOST='" + name + "' is longer than 63 characters");
+  }
+  return name;
+}
+
+std::string network_interface() { return text_of("ASYNCDIFF_INTERFACE", ""); }
+
+std::string first_machine() { return text_of("MASTER_ADDR", ""); }
+
 World world() {
   World out;
   out.process = number("RANK", "the number of this process, from 0");

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -12,6 +11,8 @@
 
 #include "assembly.hpp"
 #include "asyncdiff/errors.hpp"
+#include "relay.hpp"
+#include "ring.hpp"
 
 namespace asyncdiff {
 
@@ -20,46 +21,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kMost = std::size_t{1} << 30;  // bytes of a message
-
-// As many bytes as fit. Returns how many.
-std::size_t write_some(BoardRing& ring, const char* from, std::size_t nbytes) {
-  const std::uint64_t written = ring.written.load(std::memory_order_relaxed);
-  const std::uint64_t read = ring.read.load(std::memory_order_acquire);
-  const std::size_t count =
-      std::min<std::size_t>(nbytes, BoardRing::kBytes - static_cast<std::size_t>(written - read));
-  for (std::size_t done = 0; done < count;) {
-    const auto at = static_cast<std::size_t>((written + done) % BoardRing::kBytes);
-    const std::size_t part = std::min(count - done, BoardRing::kBytes - at);
-    std::memcpy(ring.data + at, from + done, part);
-    done += part;
-  }
-  ring.written.store(written + count, std::memory_order_release);
-  return count;
-}
-
-// At most nbytes of those that are there.
-std::size_t read_some(BoardRing& ring, char* to, std::size_t nbytes) {
-  const std::uint64_t read = ring.read.load(std::memory_order_relaxed);
-  const std::uint64_t written = ring.written.load(std::memory_order_acquire);
-  const std::size_t count = std::min<std::size_t>(nbytes, static_cast<std::size_t>(written - read));
-  for (std::size_t done = 0; done < count;) {
-    const auto at = static_cast<std::size_t>((read + done) % BoardRing::kBytes);
-    const std::size_t part = std::min(count - done, BoardRing::kBytes - at);
-    std::memcpy(to + done, ring.data + at, part);
-    done += part;
-  }
-  ring.read.store(read + count, std::memory_order_release);
-  return count;
-}
-
-bool can_write(const BoardRing& ring) {
-  return ring.written.load(std::memory_order_relaxed) - ring.read.load(std::memory_order_acquire) <
-         BoardRing::kBytes;
-}
-
-bool can_read(const BoardRing& ring) {
-  return ring.written.load(std::memory_order_acquire) != ring.read.load(std::memory_order_relaxed);
-}
 
 std::string list_of(const std::vector<int>& numbers) {
   std::string out;
@@ -178,7 +139,7 @@ class Assembly::Call {
       peer.received += count;
       moved += count;
     }
-    if (moved > 0) all_.board_.member(peer.process).changed.notify();
+    if (moved > 0) all_.ring_changed(peer.process);
     return moved > 0;
   }
 
@@ -186,8 +147,8 @@ class Assembly::Call {
     if (all_.over()) return true;
     return std::any_of(peers_.begin(), peers_.end(), [this](const Peer& peer) {
       if (peer.complete(out_.size())) return false;
-      return (peer.sent < out_.size() && can_write(to(peer))) ||
-             (!peer.whole() && can_read(from(peer))) || all_.left(peer.process);
+      return (peer.sent < out_.size() && room_in(to(peer)) > 0) ||
+             (!peer.whole() && bytes_in(from(peer)) > 0) || all_.left(peer.process);
     });
   }
 
@@ -195,8 +156,8 @@ class Assembly::Call {
   void check_left() {
     for (const Peer& peer : peers_) {
       if (peer.complete(out_.size()) || !all_.left(peer.process)) continue;
-      if (!peer.whole() && can_read(from(peer))) continue;
-      if (peer.whole() && can_write(to(peer))) continue;
+      if (!peer.whole() && bytes_in(from(peer)) > 0) continue;
+      if (peer.whole() && room_in(to(peer)) > 0) continue;
       all_.lost_because_left(peer.process);
     }
   }

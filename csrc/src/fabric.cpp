@@ -9,11 +9,15 @@
 
 namespace asyncdiff {
 
-Fabric::Fabric(int ranks, double deadline_seconds) : ranks_(ranks), deadline_(deadline_seconds) {
+void check_fabric(int ranks, double deadline) {
   if (ranks < 1) throw InvalidArgument("a fabric has at least one rank");
-  if (!std::isfinite(deadline_) || deadline_ <= 0 || deadline_ > 86400) {
+  if (!std::isfinite(deadline) || deadline <= 0 || deadline > 86400) {
     throw InvalidArgument("the deadline is a positive number of seconds, at most a day");
   }
+}
+
+Fabric::Fabric(int ranks, double deadline_seconds) : ranks_(ranks), deadline_(deadline_seconds) {
+  check_fabric(ranks_, deadline_);
 }
 
 void Fabric::check_endpoints(int sender, const std::vector<int>& receivers, int slots) const {

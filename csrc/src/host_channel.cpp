@@ -21,24 +21,44 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 
+// Before so much of the deadline is left, other hosts do not learn that a rank waits.
+constexpr double kLong = 0.75;
+
+std::chrono::steady_clock::duration limit_of(std::chrono::duration<double> seconds) {
+  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(seconds);
+}
+
 std::size_t round_up(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-// Says whom a rank waits for, while it does.
+// Says whom a rank waits for, while it does; to other hosts where it takes long.
 class Waiting {
  public:
-  Waiting(std::atomic<std::int32_t>& word, int peer) : word_(word) { word_.store(peer + 1); }
-  ~Waiting() { word_.store(0); }
+  Waiting(HostFabric::Shared& fabric, int rank, int peer) : fabric_(fabric), rank_(rank) {
+    fabric_.control->waits_for(rank_).store(peer + 1);
+  }
+  ~Waiting() {
+    fabric_.control->waits_for(rank_).store(0);
+    if (long_) fabric_.tell_waits(rank_);
+  }
   Waiting(const Waiting&) = delete;
   Waiting& operator=(const Waiting&) = delete;
 
+  void is_long() {
+    long_ = true;
+    fabric_.tell_waits(rank_);
+  }
+
  private:
-  std::atomic<std::int32_t>& word_;
+  HostFabric::Shared& fabric_;
+  int rank_;
+  bool long_ = false;
 };
 
 }  // namespace
 
 HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends, std::string label,
-                         int from, std::vector<int> ranks, Layout bundle, int ring, Mode how)
+                         int from, std::vector<int> ranks, Layout bundle, int ring, Mode how,
+                         Memory whose)
     : Channel(std::move(label), from, std::move(ranks), std::move(bundle), ring,
               how == Mode::kAuto ? Mode::kCopy : how),
       shared_(std::move(shared)),
@@ -48,7 +68,10 @@ HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends,
   const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
   counts_nbytes_ = round_up(counts);
   const std::size_t slots_nbytes = count * static_cast<std::size_t>(slots()) * layout().nbytes;
-  memory_ = shared_->allocate(ends_, sender(), counts_nbytes_ + slots_nbytes);
+  const std::size_t nbytes = counts_nbytes_ + slots_nbytes;
+  memory_ = whose == Memory::kOwn
+                ? allocate_host(nbytes)
+                : shared_->allocate(ends_, shared_->processes.owner(sender()), nbytes);
   sent_ = reinterpret_cast<HostSenderCounts*>(memory_.data);
   received_ = reinterpret_cast<HostReceiverCounts*>(memory_.data + sizeof(HostSenderCounts));
   const std::lock_guard lock(shared_->mutex);
@@ -109,13 +132,16 @@ void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t ne
   const Processes& processes = shared_->processes;
   const auto done = [&] {
     return there() || shared_->failed() || shared_->closed.load() || processes.over() ||
-           processes.left(incident.peer);
+           gone(incident.peer);
   };
   const auto limit = std::chrono::duration<double>(shared_->deadline);
-  const auto deadline = std::chrono::steady_clock::now() +
-                        std::chrono::duration_cast<std::chrono::steady_clock::duration>(limit);
-  const Waiting waiting(shared_->control->waits_for(incident.rank), incident.peer);
-  const bool in_time = shared_->control->changed.wait(done, deadline);
+  const auto deadline = std::chrono::steady_clock::now() + limit_of(limit);
+  Waiting waiting(*shared_, incident.rank, incident.peer);
+  Signal& changed = shared_->control->changed;
+  if (processes.hosts() > 1 && !changed.wait(done, deadline - limit_of(limit * kLong))) {
+    waiting.is_long();
+  }
+  const bool in_time = changed.wait(done, deadline);
   if (there()) return;
   shared_->check();
   if (!in_time) {

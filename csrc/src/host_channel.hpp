@@ -12,11 +12,16 @@
 
 namespace asyncdiff {
 
-class HostChannel final : public Channel {
+class HostChannel : public Channel {
  public:
+  // Whose memory mailboxes and counts are: that of all ends, or of this process alone, where
+  // something else carries what changes.
+  enum class Memory { kShared, kOwn };
+
   // Collective among the ends, where this process has one.
   HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends, std::string name, int sender,
-              std::vector<int> receivers, Layout layout, int slots, Mode mode);
+              std::vector<int> receivers, Layout layout, int slots, Mode mode,
+              Memory memory = Memory::kShared);
 
   Buffer slot(int receiver, int slot) override;
   void begin(int slot, Stream stream) override;
@@ -28,8 +33,15 @@ class HostChannel final : public Channel {
 
   bool of(const HostFabric::Shared& fabric) const { return shared_.get() == &fabric; }
 
- private:
+ protected:
   std::byte* start_of(std::size_t place, int slot) const;
+  const Buffer& memory() const { return memory_; }
+  HostSenderCounts& sent() const { return *sent_; }
+  HostReceiverCounts& received(std::size_t place) const { return received_[place]; }
+  // Whether the process of this rank has left, and all that it sent has come.
+  virtual bool gone(int rank) const { return shared_->processes.left(rank); }
+
+ private:
   // Throws unless this process owns the rank, all is open and nothing has failed.
   void check_end(int rank, int slot) const;
   void check_open() const;

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -17,8 +18,11 @@
 #include "agreement.hpp"
 #include "asyncdiff/shared_memory.hpp"
 #include "copy_text.hpp"
+#include "frames.hpp"
 #include "host_channel.hpp"
 #include "host_shared.hpp"
+#include "socket_network.hpp"
+#include "spanning_fabric.hpp"
 
 namespace asyncdiff {
 
@@ -26,21 +30,24 @@ HostFabric::Shared::Shared(Processes all, double deadline_seconds)
     : processes(std::move(all)), deadline(deadline_seconds) {
   agree_on_fabric(processes, "host", "");
   const std::size_t ranks = processes.owners().size();
-  memory = allocate(processes.everybody(), 0,
+  memory = allocate(processes.neighbours(), processes.neighbours().members().front(),
                     sizeof(HostControl) + ranks * sizeof(std::atomic<std::int32_t>));
   control = reinterpret_cast<HostControl*>(memory.data);
+  processes.on_told([this](const std::string& text) { told(text); });
   processes.on_end([this] { control->changed.notify(); });
+  if (processes.hosts() > 1) processes.everybody().barrier();  // all can be told
 }
 
 HostFabric::Shared::~Shared() {
   if (processes.forked()) return;
   processes.leave();
   processes.on_end({});
+  processes.on_told({});
 }
 
-Buffer HostFabric::Shared::allocate(const Party& party, int creator_rank, std::size_t nbytes) {
+Buffer HostFabric::Shared::allocate(const Party& party, int creator, std::size_t nbytes) {
   if (!processes.several()) return allocate_host(nbytes);
-  return share(party, processes.owner(creator_rank), nbytes);
+  return share(party, creator, nbytes);
 }
 
 int HostFabric::Shared::straggler_from(int rank) const {
@@ -53,23 +60,54 @@ int HostFabric::Shared::straggler_from(int rank) const {
   return rank;
 }
 
-void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
+bool HostFabric::Shared::note(HostFailure::Kind kind, const Incident& incident,
                               const std::string& reason) {
   HostFailure& failure = control->failure;
   std::uint32_t none = HostFailure::kNone;
-  if (failure.state.compare_exchange_strong(none, HostFailure::kBeingWritten)) {
-    failure.kind = kind;
-    failure.rank = incident.rank;
-    failure.peer = incident.peer;
-    failure.straggler = incident.straggler;
-    failure.slot = incident.slot;
-    failure.expected = incident.expected;
-    failure.seen = incident.seen;
-    copy_text(failure.operation, incident.operation);
-    copy_text(failure.channel, incident.channel);
-    copy_text(failure.reason, reason);
-    failure.state.store(HostFailure::kThere, std::memory_order_release);
+  if (!failure.state.compare_exchange_strong(none, HostFailure::kBeingWritten)) return false;
+  failure.kind = kind;
+  failure.rank = incident.rank;
+  failure.peer = incident.peer;
+  failure.straggler = incident.straggler;
+  failure.slot = incident.slot;
+  failure.expected = incident.expected;
+  failure.seen = incident.seen;
+  copy_text(failure.operation, incident.operation);
+  copy_text(failure.channel, incident.channel);
+  copy_text(failure.reason, reason);
+  failure.state.store(HostFailure::kThere, std::memory_order_release);
+  return true;
+}
+
+void HostFabric::Shared::fail(HostFailure::Kind kind, const Incident& incident,
+                              const std::string& reason) {
+  const bool first = note(kind, incident, reason);
+  control->changed.notify();
+  if (!first || processes.hosts() == 1) return;
+  const auto text = [](auto number) { return std::to_string(number); };
+  processes.tell_other_hosts(
+      packed({text(kind), text(incident.rank), text(incident.peer), text(incident.straggler),
+              text(incident.slot), text(incident.expected), text(incident.seen), incident.operation,
+              incident.channel, reason}));
+}
+
+void HostFabric::Shared::tell_waits(int rank) const {
+  const std::int32_t waits_for = control->waits_for(rank).load();
+  processes.tell_other_hosts(packed({std::to_string(rank), std::to_string(waits_for)}));
+}
+
+void HostFabric::Shared::told(const std::string& bytes) {
+  const std::vector<std::string> parts = unpacked(bytes);
+  const auto number = [&](std::size_t i) { return std::atoi(parts[i].c_str()); };
+  if (parts.size() == 2 && number(0) >= 0 &&
+      number(0) < static_cast<int>(processes.owners().size())) {
+    control->waits_for(number(0)).store(number(1));
   }
+  if (parts.size() != 10) return;
+  const auto count = [&](std::size_t i) { return std::strtoull(parts[i].c_str(), nullptr, 10); };
+  const Incident incident{number(1), number(2), parts[8], number(4),
+                          count(5),  count(6),  parts[7], number(3)};
+  note(static_cast<HostFailure::Kind>(number(0)), incident, parts[9]);
   control->changed.notify();
 }
 
@@ -109,9 +147,28 @@ HostFabric::HostFabric(int ranks, double deadline_seconds)
 
 HostFabric::HostFabric(std::vector<int> owners, double deadline_seconds,
                        std::shared_ptr<Rendezvous> rendezvous)
-    : Fabric(static_cast<int>(owners.size()), deadline_seconds),
-      shared_(std::make_shared<Shared>(
-          Processes(std::move(owners), std::move(rendezvous), deadline()), deadline())) {}
+    : Fabric(static_cast<int>(owners.size()), deadline_seconds) {
+  Processes all(std::move(owners), std::move(rendezvous), deadline());
+  if (all.hosts() > 1) {
+    throw InvalidArgument("the processes are on " + std::to_string(all.hosts()) +
+                          " hosts, and a HostFabric is of one: make_host_fabric() spans them");
+  }
+  shared_ = std::make_shared<Shared>(std::move(all), deadline());
+}
+
+HostFabric::HostFabric(Processes all, double deadline_seconds)
+    : Fabric(static_cast<int>(all.owners().size()), deadline_seconds),
+      shared_(std::make_shared<Shared>(std::move(all), deadline())) {}
+
+std::shared_ptr<Fabric> make_host_fabric(std::vector<int> owners, double deadline_seconds,
+                                         std::shared_ptr<Rendezvous> rendezvous) {
+  check_fabric(static_cast<int>(owners.size()), deadline_seconds);
+  Processes all(std::move(owners), std::move(rendezvous), deadline_seconds);
+  const auto here = std::make_shared<HostFabric>(all, deadline_seconds);
+  if (all.hosts() == 1) return here;
+  auto network = std::make_shared<SocketNetwork>(here->shared());
+  return std::make_shared<SpanningFabric>(here, std::move(network), std::move(all));
+}
 
 std::map<std::pair<int, int>, std::string> HostFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
@@ -154,7 +211,7 @@ void HostFabric::reset(std::uint64_t first_bundle) {
   agree_on_reset(shared_->processes, first_bundle, [&] {
     if (shared_->closed.load()) throw Error("the fabric is closed");
   });
-  if (shared_->processes.mine(0)) {
+  if (shared_->processes.first_here()) {
     shared_->control->failure.state.store(HostFailure::kNone, std::memory_order_release);
   }
   {

@@ -36,7 +36,8 @@ struct HostFailure {
   char reason[512];  // of an abort
 };
 
-// One for each fabric; behind it, a word for each rank: the rank that it waits for, plus one.
+// One for each fabric on each of its hosts; behind it, a word for each rank: the rank that it waits
+// for, plus one.
 struct HostControl {
   Signal changed;  // some count or the failure has changed, or a process has gone
   HostFailure failure;
@@ -74,17 +75,25 @@ struct HostFabric::Shared {
   std::vector<std::pair<std::weak_ptr<void>, std::pair<std::byte*, std::size_t>>> counts;
 
   // Zeroed memory that all of the party see; collective where they are several processes.
-  Buffer allocate(const Party& party, int creator_rank, std::size_t nbytes);
+  Buffer allocate(const Party& party, int creator, std::size_t nbytes);
 
-  // Notes the first failure and wakes everybody.
+  // Notes the first failure and wakes everybody, on all hosts.
   void fail(HostFailure::Kind kind, const Incident& incident, const std::string& reason = "");
   bool failed() const {
     return control->failure.state.load(std::memory_order_acquire) != HostFailure::kNone;
   }
+  // Tells other hosts for whom a rank waits now.
+  void tell_waits(int rank) const;
   // The end of the chain of ranks that wait for each other, from this one.
   int straggler_from(int rank) const;
   // Throws if the fabric is closed or something has failed.
   void check() const;
+
+ private:
+  // Whether it is the first.
+  bool note(HostFailure::Kind kind, const Incident& incident, const std::string& reason);
+  // Notes what another host tells: a failure, or for whom a rank waits.
+  void told(const std::string& text);
 };
 
 }  // namespace asyncdiff

@@ -14,6 +14,7 @@
 #include <sstream>
 #include <string>
 
+#include "asyncdiff/env.hpp"
 #include "copy_text.hpp"
 
 namespace asyncdiff {
@@ -72,8 +73,13 @@ Identity own_identity() {
   out.pid = getpid();
   out.start = start_of(out.pid);
   out.pid_namespace = pid_namespace();
-  copy_text(out.boot, first_line("/proc/sys/kernel/random/boot_id"));
   gethostname(out.host, sizeof out.host - 1);
+  const std::string boot = first_line("/proc/sys/kernel/random/boot_id");  // this run of a kernel
+  copy_text(out.machine, boot.empty() ? "host " + std::string(out.host) : "boot " + boot);
+  const std::string named = env::host();
+  if (named.empty()) return out;
+  copy_text(out.host, named);
+  copy_text(out.machine, "named " + named);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Who a process is, for the others on its machine.
+// Who a process is, and on which host, for the others of its fabric.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ struct Identity {
   std::uint32_t reserved;
   std::uint64_t start;          // when the process began, in ticks since boot; 0 unknown
   std::uint64_t pid_namespace;  // 0 unknown
-  char boot[40];                // of this run of the machine's kernel; empty where unknown
-  char host[64];
+  char machine[72];             // the same for all processes of a host, and of no other
+  char host[64];                // its name, for messages
 };
 
 Identity own_identity();

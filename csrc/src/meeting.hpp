@@ -4,7 +4,7 @@
 #include <map>
 #include <string>
 
-#include "frames.hpp"
+#include "door.hpp"
 
 namespace asyncdiff {
 
@@ -14,8 +14,5 @@ std::map<int, Wire> wait_for_others(const SocketAddress& address, int processes,
 // Another process: its connection to process 0.
 std::map<int, Wire> join_first(const SocketAddress& address, int process, int processes,
                                const std::string& key, double timeout);
-
-Clock::time_point after(double seconds);
-std::string seconds_text(double seconds);
 
 }  // namespace asyncdiff

@@ -174,7 +174,9 @@ void Party::agree(const std::string& what, const std::function<Values()>& descri
 }
 
 Processes::Processes(int ranks)
-    : owners_(static_cast<std::size_t>(ranks), 0), everybody_(nullptr, {0}, 0) {}
+    : owners_(static_cast<std::size_t>(ranks), 0),
+      everybody_(nullptr, {0}, 0),
+      neighbours_(everybody_) {}
 
 Processes::Processes(std::vector<int> owners, std::shared_ptr<Rendezvous> rendezvous,
                      double deadline)
@@ -182,7 +184,16 @@ Processes::Processes(std::vector<int> owners, std::shared_ptr<Rendezvous> rendez
       count_(rendezvous->processes()),
       owners_(checked(std::move(owners), *rendezvous)),
       assembly_(std::make_shared<Assembly>(*rendezvous, owners_, deadline)),
-      everybody_(assembly_, from_zero(count_), process_) {}
+      everybody_(assembly_, from_zero(count_), process_),
+      neighbours_(everybody_) {
+  neighbours_.members_.clear();
+  for (int p = 0; p < count_; ++p) {
+    hosts_ = std::max(hosts_, assembly_->host(p) + 1);
+    if (assembly_->host(p) == assembly_->host(process_)) neighbours_.members_.push_back(p);
+  }
+}
+
+int Processes::host_of(int process) const { return assembly_ ? assembly_->host(process) : 0; }
 
 void Processes::check_mine(int rank) const {
   if (!mine(rank)) {
@@ -214,6 +225,14 @@ std::vector<std::string> Processes::all_gather(const std::string& mine, double s
   return all;
 }
 
+void Processes::tell_other_hosts(const std::string& text) const {
+  if (assembly_) assembly_->tell(text);
+}
+
+void Processes::on_told(std::function<void(const std::string&)> heard) const {
+  if (assembly_) assembly_->on_told(std::move(heard));
+}
+
 void Processes::on_end(std::function<void()> wake) const {
   if (assembly_) assembly_->on_end(std::move(wake));
 }
@@ -227,6 +246,10 @@ void Processes::check() const {
 bool Processes::left(int rank) const { return assembly_ && assembly_->left(owner(rank)); }
 
 void Processes::lost_because_left(int rank) const { assembly_->lost_because_left(owner(rank)); }
+
+void Processes::lost(int process, const std::string& why) const {
+  if (assembly_) assembly_->lost(process, why);
+}
 
 void Processes::leave() const {
   if (assembly_) assembly_->leave();

@@ -74,12 +74,15 @@ std::vector<Way> ways_to(const SocketAddress& address, bool listening, std::stri
   return out;
 }
 
+// What is said is sent at once (of a Unix socket it always is).
+void send_at_once(const Socket& socket) {
+  const int on = 1;
+  setsockopt(socket.descriptor(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+}
+
 Socket make(int family) {
   Socket out(socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  if (out.open() && family != AF_UNIX) {
-    const int on = 1;
-    setsockopt(out.descriptor(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  }
+  if (out.open() && family != AF_UNIX) send_at_once(out);
   return out;
 }
 
@@ -132,6 +135,7 @@ Socket listen_at(const SocketAddress& address, int backlog) {
 
 Socket accept_from(const Socket& listener) {
   Socket out(accept4(listener.descriptor(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+  if (out.open()) send_at_once(out);
   return out;
 }
 

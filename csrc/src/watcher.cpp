@@ -66,7 +66,8 @@ Watcher::Watcher(Board board, std::vector<Identity> all, int own, double patienc
   for (std::size_t p = 0; p < all_.size(); ++p) {
     // A thread of this process may play another one, in tests.
     const bool same = all_[p].pid == self.pid && all_[p].pid_namespace == self.pid_namespace;
-    watched_[p] = static_cast<int>(p) != own_ && !same;
+    const bool here = std::strcmp(all_[p].machine, self.machine) == 0;
+    watched_[p] = static_cast<int>(p) != own_ && !same && here;
     if (!watched_[p]) continue;
     const bool known = self.pid_namespace != 0 && all_[p].pid_namespace == self.pid_namespace;
     if (known) descriptors_[p] = descriptor_of(all_[p]);

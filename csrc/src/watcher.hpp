@@ -17,7 +17,8 @@ namespace asyncdiff {
 // this kind wake up ten times a second and beat.
 class Watcher {
  public:
-  // all[p] is process p, `own` is this one. gone(p) is called by the thread, once for each.
+  // all[p] is process p, `own` is this one; those of other hosts are not watched. gone(p) is called
+  // by the thread, once for each.
   Watcher(Board board, std::vector<Identity> all, int own, double patience,
           std::function<void(int)> gone);
   ~Watcher();

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -28,7 +29,7 @@ namespace {
 // A rendezvous whose other process says the same.
 class Echo final : public Rendezvous {
  public:
-  int process() const override { return 1; }
+  int process() const override { return 0; }
   int processes() const override { return 2; }
   std::vector<std::string> all_gather(const std::string& mine) override {
     if (said.empty()) said = mine;  // the greeting
@@ -51,22 +52,27 @@ bool has(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-void another_host_is_named() {
+void hosts_are_told_apart() {
   const Identity own = own_identity();
   CHECK(own.pid == getpid() && own.start != 0 && own.host[0] != '\0');
   Echo echo;
-  message_of([&] { greet(echo, 4096); });
+  const Greeting met = greet(echo, 4096, 1);
+  CHECK(met.hosts == std::vector<int>({0, 0}) && met.connections.empty());
   const std::string greeting = echo.said;
-  CHECK(identity_in(greeting, 0, own).pid == getpid());
-  CHECK_THROWS(identity_in("", 0, own), InvalidArgument);
-  CHECK(has(message_of([&] { identity_in("something else, long enough", 0, own); }),
+  CHECK(identity_in(greeting, 0).pid == getpid());
+  CHECK_THROWS(identity_in("", 0), InvalidArgument);
+  CHECK(has(message_of([&] { identity_in("something else, long enough", 0); }),
             "process 0 does not greet as a fabric does"));
-  if (own.boot[0] == '\0') return;
   Identity far = own;
-  far.boot[0] = own.boot[0] == 'x' ? 'y' : 'x';
-  const std::string text = message_of([&] { identity_in(greeting, 0, far); });
-  CHECK(has(text, "process 0 runs on another host, '" + std::string(own.host) + "'"));
-  CHECK(has(text, "share the memory of one machine"));
+  far.machine[0] = own.machine[0] == 'x' ? 'y' : 'x';
+  CHECK(hosts_of({far, own, own, far}) == std::vector<int>({0, 1, 1, 0}));
+  setenv("ASYNCDIFF_HOST", "left", 1);
+  const Identity named = own_identity();
+  CHECK(named.host == std::string("left"));
+  CHECK(hosts_of({own, named}) == std::vector<int>({0, 1}));
+  setenv("ASYNCDIFF_HOST", std::string(64, 'n').c_str(), 1);
+  CHECK(has(message_of([] { own_identity(); }), "longer than 63 characters"));
+  unsetenv("ASYNCDIFF_HOST");
 }
 
 // What a handle with this name says when it is opened.
@@ -148,7 +154,7 @@ void an_end_is_noticed(bool by_beats) {
 }  // namespace
 
 int main() {
-  another_host_is_named();
+  hosts_are_told_apart();
   only_our_memory_is_opened();
   who_lives_is_known();
   an_end_is_noticed(false);

@@ -20,6 +20,16 @@ ASYNCDIFF_EXPORT std::string cache();
 // ASYNCDIFF_NCCL: the file of NCCL's library, for GPUs of several hosts. Empty where it is not set:
 // the one that the process has loaded, as torch does, or that the loader or Python finds.
 ASYNCDIFF_EXPORT std::string nccl();
+// ASYNCDIFF_HOST: the name of the host that this process counts as being on, 63 characters at most;
+// processes of different names share no memory. Empty where it is not set: the machine tells.
+ASYNCDIFF_EXPORT std::string host();
+
+// ASYNCDIFF_INTERFACE: the network interface, or the address of one, by which processes of other
+// hosts reach this one. Empty where it is not set: the one that reaches MASTER_ADDR, or all.
+ASYNCDIFF_EXPORT std::string network_interface();
+
+// MASTER_ADDR, the machine of process 0 as a launcher tells it; empty where none does.
+ASYNCDIFF_EXPORT std::string first_machine();
 
 // Where the processes of a launcher meet: RANK and WORLD_SIZE, MASTER_ADDR, ASYNCDIFF_PORT or else
 // MASTER_PORT, and ASYNCDIFF_AUTHKEY, the secret that all of them know. Throws InvalidArgument

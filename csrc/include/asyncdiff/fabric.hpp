@@ -14,6 +14,9 @@
 
 namespace asyncdiff {
 
+// Throws InvalidArgument for numbers of ranks or seconds that no fabric has.
+ASYNCDIFF_EXPORT void check_fabric(int ranks, double deadline_seconds);
+
 class ASYNCDIFF_EXPORT Fabric {
  public:
   Fabric(int ranks, double deadline_seconds);
@@ -27,7 +30,8 @@ class ASYNCDIFF_EXPORT Fabric {
   virtual std::string kind() const = 0;
 
   // How memory of the second rank is written by the first, for every pair: "memory" (the same),
-  // "peer" (device to device) or "staged" (through pinned host memory).
+  // "peer" (device to device), "staged" (through pinned host memory), or what connects two hosts,
+  // "sockets" or "nccl".
   virtual std::map<std::pair<int, int>, std::string> links() const = 0;
   // Why a link is not better than it is, where there is a reason.
   virtual std::map<std::pair<int, int>, std::string> link_reasons() const { return {}; }
@@ -50,8 +54,11 @@ class ASYNCDIFF_EXPORT Fabric {
   // was read from slots by work that is done is whole, where nothing is thrown.
   virtual void check() = 0;
   // Empties all channels and forgets failures. Nothing may be in flight. The next bundle of every
-  // channel counts as the first_bundle-th, so it uses slot first_bundle % slots.
+  // channel counts as the first_bundle-th, so it uses slot first_bundle % slots. Throws the failure
+  // where it helps nothing after one (recovers()).
   virtual void reset(std::uint64_t first_bundle = 0) = 0;
+  // Whether reset() helps after a failure or an abort; else close the fabric and make another one.
+  virtual bool recovers() const { return true; }
   // Everybody's bytes, by process; collective among all processes. Waits at most so many seconds
   // for a process that lives. Throws ProcessLost and CollectiveTimeout; then the fabric is over in
   // all processes: close it and make another one.
@@ -70,6 +77,8 @@ class ASYNCDIFF_EXPORT Fabric {
   void check_own(const Channel& channel) const;
 
  private:
+  friend class SpanningFabric;  // asks the fabric of its host
+
   virtual bool made(const Channel& channel) const = 0;
   virtual const Processes& processes() const = 0;
 

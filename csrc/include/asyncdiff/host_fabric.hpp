@@ -1,4 +1,4 @@
-// The fabric of threads of one process, or of processes of one machine: mailboxes are host memory.
+// The fabric of threads of one process, or of processes of one host: mailboxes are host memory.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,14 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
   // collective among all processes, making and closing a channel among those that run its ends: all
   // of them do it, with the same arguments (else InvalidArgument in all of them), and any two
   // processes do in the same order what both have to do. The rendezvous is used while the fabric is
-  // made. Mailboxes are POSIX shared memory.
+  // made. Mailboxes are POSIX shared memory. Throws InvalidArgument where processes are on several
+  // hosts: make_host_fabric() makes what spans them.
   HostFabric(std::vector<int> owners, double deadline_seconds,
              std::shared_ptr<Rendezvous> rendezvous);
+
+  // The same for processes that have met, of which those on other hosts have no part in it: their
+  // ranks are ends of no channel.
+  HostFabric(Processes processes, double deadline_seconds);
 
   std::string kind() const override { return "host"; }
   std::map<std::pair<int, int>, std::string> links() const override;
@@ -39,6 +44,7 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
 
   // What channels share with their fabric and outlive it with.
   struct Shared;
+  const std::shared_ptr<Shared>& shared() const { return shared_; }
 
  private:
   bool made(const Channel& channel) const override;
@@ -46,5 +52,11 @@ class ASYNCDIFF_EXPORT HostFabric final : public Fabric {
 
   std::shared_ptr<Shared> shared_;
 };
+
+// The same, whatever hosts the processes are on: a HostFabric where it is one; else a fabric of
+// which ranks of one host exchange as those of a HostFabric, and the others over sockets.
+ASYNCDIFF_EXPORT std::shared_ptr<Fabric> make_host_fabric(std::vector<int> owners,
+                                                          double deadline_seconds,
+                                                          std::shared_ptr<Rendezvous> rendezvous);
 
 }  // namespace asyncdiff

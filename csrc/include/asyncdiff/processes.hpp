@@ -73,7 +73,7 @@ class ASYNCDIFF_EXPORT Processes {
   // One process that runs all ranks.
   explicit Processes(int ranks);
   // Rank r runs in process owners[r]. Collective; the rendezvous is used here and not again. Throws
-  // InvalidArgument for a process that does not exist, and for processes of several machines.
+  // InvalidArgument for a process that does not exist.
   Processes(std::vector<int> owners, std::shared_ptr<Rendezvous> rendezvous, double deadline);
 
   bool several() const { return assembly_ != nullptr; }
@@ -85,12 +85,31 @@ class ASYNCDIFF_EXPORT Processes {
   // Throws InvalidArgument where a rank belongs to another process, Error in a forked child.
   void check_mine(int rank) const;
 
+  // Processes on one host share memory; those of several have connections of their own.
+
+  // How many hosts there are, and the number of that of a process, and of a rank's.
+  int hosts() const { return hosts_; }
+  int host_of(int process) const;
+  int host(int rank) const { return host_of(owner(rank)); }
+  // Whether a rank is on this process's host.
+  bool here(int rank) const { return host(rank) == host_of(process_); }
+  // Whether this process is the first of its host.
+  bool first_here() const { return neighbours_.members().front() == process_; }
+
   const Party& everybody() const { return everybody_; }
+  // Those on this host.
+  const Party& neighbours() const { return neighbours_; }
   // Those that run these ranks.
   Party party_of(const std::vector<int>& ranks) const;
   // Everybody's bytes, by process; collective. Waits at most so many seconds for a process that
   // lives. Throws InvalidArgument where another call is made elsewhere.
   std::vector<std::string> all_gather(const std::string& mine, double seconds) const;
+
+  // Tells something to all processes of other hosts, which get it, in on_told()'s heard(), before
+  // any call that this process makes with them later. heard() is called by one thread; empty:
+  // nobody is called any more.
+  void tell_other_hosts(const std::string& text) const;
+  void on_told(std::function<void(const std::string&)> heard) const;
 
   // Liveness, where there are several processes.
 
@@ -104,6 +123,9 @@ class ASYNCDIFF_EXPORT Processes {
   bool left(int rank) const;
   // Ends everything because the process of this rank has.
   void lost_because_left(int rank) const;
+  // Ends everything because of a process, unless that has closed its fabric: `why` says what it
+  // did.
+  void lost(int process, const std::string& why) const;
   // This process has closed its fabric.
   void leave() const;
   // Whether this is a child that was forked from the process whose fabric this is.
@@ -114,7 +136,9 @@ class ASYNCDIFF_EXPORT Processes {
   int count_ = 1;
   std::vector<int> owners_;
   std::shared_ptr<Assembly> assembly_;
+  int hosts_ = 1;
   Party everybody_;
+  Party neighbours_;
 };
 
 }  // namespace asyncdiff

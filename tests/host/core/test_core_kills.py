@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import STARTED, left_behind
+from processes import STARTED, left_behind, on_host
 
 DEADLINE = 2.5
 WORKER = str(Path(__file__).parents[2] / "kill_worker.py")
@@ -22,7 +22,7 @@ WORKER = str(Path(__file__).parents[2] / "kill_worker.py")
 class World:
     """Several processes, and what they say."""
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, hosts: str = "") -> None:
         self.count = count
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
         self.processes = [
@@ -31,6 +31,7 @@ class World:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                env=on_host(hosts[p]) if hosts else None,
             )
             for p in range(count)
         ]
@@ -61,9 +62,9 @@ class World:
         return "\n".join(str(process.communicate()[1]) for process in self.processes)
 
 
-def kill_all_but_one(count: int, rng: random.Random, folder: Path) -> list[str]:
-    """Returns the errors by which the others learned of it."""
-    world = World(count, folder)
+def kill_all_but_one(count: int, rng: random.Random, folder: Path, hosts: str = "") -> list[str]:
+    """Returns the errors by which the others learned of it. ``hosts``: as :func:`processes.run`."""
+    world = World(count, folder, hosts)
     errors = []
     try:
         world.hear("up", count, 30)

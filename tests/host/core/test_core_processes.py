@@ -66,7 +66,7 @@ class Garbled:
         return [mine, mine if self.good >= 0 else self.bytes]
 
 
-@pytest.mark.parametrize("good", range(2))
+@pytest.mark.parametrize("good", range(3))
 @pytest.mark.parametrize(
     "sent", [b"!\xff\xfe", b"=\xff", b"\xff\xfe", b"=99999999999:\xff", b"=-1:"]
 )
