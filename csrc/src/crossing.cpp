@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <utility>
@@ -126,6 +127,20 @@ std::map<int, Wire> Crossing::connect(const std::vector<std::string>& offers, do
             "that they share by ASYNCDIFF_INTERFACE");
   }
   out.merge(door.in());
+  return out;
+}
+
+std::map<int, Wire> connect_hosts(const Processes& processes, double seconds) {
+  const Party& everybody = processes.everybody();
+  std::vector<int> hosts;
+  for (int p = 0; p < processes.count(); ++p) hosts.push_back(processes.host_of(p));
+  std::unique_ptr<Crossing> crossing;
+  everybody.together("listen to other hosts",
+                     [&] { crossing = std::make_unique<Crossing>(processes.process(), hosts); });
+  const std::vector<std::string> offers = everybody.all_gather(crossing->offer());
+  std::map<int, Wire> out;
+  everybody.together("connect to other hosts",
+                     [&] { out = crossing->connect(offers, seconds, [&] { processes.check(); }); });
   return out;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "asyncdiff/interrupt.hpp"
+#include "asyncdiff/processes.hpp"
 #include "frames.hpp"
 
 namespace asyncdiff {
@@ -38,5 +39,9 @@ class Crossing {
   std::string secret_;
   Socket listener_;
 };
+
+// The same among processes that have met; collective among all. Throws what a failure of the fabric
+// throws, too.
+std::map<int, Wire> connect_hosts(const Processes& processes, double seconds);
 
 }  // namespace asyncdiff

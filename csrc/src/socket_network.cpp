@@ -1,11 +1,9 @@
 #include "socket_network.hpp"
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "crossing.hpp"
 #include "host_channel.hpp"
@@ -66,21 +64,9 @@ class SocketChannel final : public HostChannel {
 }  // namespace
 
 SocketNetwork::SocketNetwork(std::shared_ptr<HostFabric::Shared> shared)
-    : shared_(std::move(shared)) {
-  const Processes& processes = shared_->processes;
-  const Party& everybody = processes.everybody();
-  std::vector<int> hosts;
-  for (int p = 0; p < processes.count(); ++p) hosts.push_back(processes.host_of(p));
-  std::unique_ptr<Crossing> crossing;
-  everybody.together("listen to other hosts",
-                     [&] { crossing = std::make_unique<Crossing>(processes.process(), hosts); });
-  const std::vector<std::string> offers = everybody.all_gather(crossing->offer());
-  std::map<int, Wire> connections;
-  everybody.together("connect to other hosts", [&] {
-    connections = crossing->connect(offers, shared_->deadline, [&] { shared_->check(); });
-  });
-  pump_ = std::make_shared<SocketPump>(shared_, std::move(connections));
-}
+    : shared_(std::move(shared)),
+      pump_(std::make_shared<SocketPump>(shared_,
+                                         connect_hosts(shared_->processes, shared_->deadline))) {}
 
 std::shared_ptr<Channel> SocketNetwork::channel(int sender, int receiver, const Layout& layout,
                                                 int slots, const std::string& name,

@@ -20,6 +20,7 @@ ASYNCDIFF_EXPORT std::string cache();
 // ASYNCDIFF_NCCL: the file of NCCL's library, for GPUs of several hosts. Empty where it is not set:
 // the one that the process has loaded, as torch does, or that the loader or Python finds.
 ASYNCDIFF_EXPORT std::string nccl();
+
 // ASYNCDIFF_HOST: the name of the host that this process counts as being on, 63 characters at most;
 // processes of different names share no memory. Empty where it is not set: the machine tells.
 ASYNCDIFF_EXPORT std::string host();
