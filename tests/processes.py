@@ -1,4 +1,4 @@
-"""Starts the processes of core_worker.py and core_worker_cuda.py."""
+"""Starts the processes of core_worker.py, core_worker_cuda.py and nccl_worker.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+#: Where scenarios lie, by how they begin; those of others in core_worker.py.
+WORKERS = {"cuda": "core_worker_cuda.py", "nccl": "nccl_worker.py"}
 
 #: The processes that tests of this process have started.
 STARTED: set[int] = {os.getpid()}
@@ -25,12 +29,17 @@ def on_host(name: str) -> dict[str, str]:
 
 
 def run(
-    scenario: str, processes: int, folder: Path, *options: object, hosts: str = ""
+    scenario: str,
+    processes: int,
+    folder: Path,
+    *options: object,
+    hosts: str = "",
+    env: Callable[[str], dict[str, str]] = on_host,
 ) -> list[Any]:
     """What each process returned; minus the signal where one was killed. ``hosts``: a letter for
-    each process, its host's; else they are all on one."""
+    each process, its host's, of which ``env`` makes its environment; else they are all on one."""
     more = [str(o) for o in options]
-    name = "core_worker_cuda.py" if scenario.startswith("cuda_") else "core_worker.py"
+    name = WORKERS.get(scenario.split("_")[0], "core_worker.py")
     worker = str(Path(__file__).with_name(name))
     started = [
         subprocess.Popen(
@@ -46,7 +55,7 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=on_host(hosts[p]) if hosts else None,
+            env=env(hosts[p]) if hosts else None,
         )
         for p in range(processes)
     ]

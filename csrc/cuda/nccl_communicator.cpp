@@ -17,9 +17,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Blocks of a kernel that carries a bundle: a receiver takes as many multiprocessors from what
-// computes beside it. Between hosts more are not faster: a few saturate the network.
-constexpr int kMostBlocks = 4;
+// Most blocks of a kernel that carries a bundle, each of which takes a multiprocessor from what
+// computes beside it. Over a network NCCL takes a few anyway, which saturate it; more are of use
+// where hosts share an NVLink domain.
+constexpr int kMostBlocks = 16;
 constexpr int kBytes = 1;  // NCCL's number for unsigned bytes
 
 Clock::time_point after(double seconds) {

@@ -57,7 +57,7 @@ void it_is_made_as_asked_for() {
   NcclConfig config;
   std::memcpy(&config, fake().config, sizeof config);
   CHECK(config.size == 48 && config.magic == 0xcafebeefu && config.version == 21800);
-  CHECK(config.blocking == 0 && config.fewest_blocks == 1 && config.most_blocks == 4);
+  CHECK(config.blocking == 0 && config.fewest_blocks == 1 && config.most_blocks == 16);
   CHECK(config.network == nullptr && config.cluster_size == NcclConfig::kUndefined);
   fake().polls = 3;
   int data = 0, stream = 0;

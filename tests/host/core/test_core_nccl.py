@@ -1,4 +1,4 @@
-"""Where Python finds NCCL. What the core makes of it is tested in C++ (`csrc/tests/test_nccl_*`)."""
+"""Where Python finds NCCL. What the core makes of it is tested in C++."""
 
 from __future__ import annotations
 
