@@ -46,10 +46,14 @@ class CudaWorld:
         self.gate = Gate(self._streams.get((0, 0)))
 
     def fabric(self, ranks: int) -> core.Fabric:
+        if self._rendezvous is not None:
+            ranks = len(self.devices)  # all processes make it together
         # One of its own for each number of ranks: those that share a GPU are launched otherwise.
         if ranks not in self._fabrics:
             devices = [d.index for d in self.devices[:ranks]]
-            self._fabrics[ranks] = core.CudaFabric(devices, deadline=_DEADLINE)
+            self._fabrics[ranks] = core.CudaFabric(
+                devices, deadline=_DEADLINE, rendezvous=self._rendezvous
+            )
         return self._fabrics[ranks]
 
     def launches(self) -> Sequence[str]:

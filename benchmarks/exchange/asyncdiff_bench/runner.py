@@ -119,6 +119,8 @@ class _Group:
             "CUDA_DEVICE_MAX_CONNECTIONS": "32",
             **os.environ,
             **ENVIRONMENT,
+            # Several processes are the hosts of the way between hosts.
+            **({"ASYNCDIFF_HOST": f"host{rank}"} if self._processes else {}),
             # As we were found.
             "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
         }

@@ -76,6 +76,10 @@ def _nccl(machine: Machine) -> str | None:
     return None
 
 
+def _hosts(machine: Machine) -> str | None:
+    return _on_gpus(machine) or _nccl(machine)  # its process group, too
+
+
 def _symmetric(machine: Machine) -> str | None:
     if not machine.cuda:
         return "needs a GPU"
@@ -133,6 +137,10 @@ _WAYS = (
     Way("kernel", "asyncdiff, kernel", _on_gpus, _channel("kernel"), least_slots=2),
     Way("copy", "asyncdiff, copy", _on_gpus, _channel("copy"), least_slots=2),
     Way("push", "asyncdiff, tensor by tensor", _on_any, _push, least_slots=2),
+    Way(
+        "hosts", "asyncdiff, between hosts", _hosts, _channel("auto"), distributed=True,
+        least_slots=2,
+    ),
     Way("memcpy", "memcpy and event", _memcpy, _memcpy_link, joint=True),
     Way("nccl", "NCCL send/recv", _nccl, _send_receive, distributed=True),
     Way(

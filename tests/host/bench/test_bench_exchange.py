@@ -158,6 +158,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         "needs two GPUs: NCCL cannot put two ranks on one GPU"
     )
     assert "needs two GPUs" in (reason("latency", "symmetric", ONE_GPU) or "")
+    assert reason("latency", "hosts", ONE_GPU) == reason("latency", "nccl", ONE_GPU)
     assert reason("fan-out", "nccl", TWO_GPUS) == "needs 3 GPUs: one for each of 3 ranks"
     assert reason("bidirectional", "nccl-broadcast", TWO_GPUS) == "a broadcast has one direction"
     assert "needs a GPU" in (reason("latency", "kernel", HOST) or "")
@@ -165,7 +166,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     for way in ("auto", "inline", "kernel", "copy", "memcpy"):
         for case in cases.CASES:
             assert case.left_out(ONE_GPU, ways.known()[way]) is None
-    for way in ("nccl", "symmetric"):
+    for way in ("nccl", "symmetric", "hosts"):
         for case in cases.CASES:
             assert case.left_out(FOUR_GPUS, ways.known()[way]) is None
     monkeypatch.setattr(core, "cuda_built", lambda: False)
