@@ -159,8 +159,14 @@ void SpanningFabric::abort(int rank, const std::string& reason) {
 }
 
 void SpanningFabric::check() {
+  // Where one has failed, the other was aborted: what comes of that is not the reason.
+  try {
+    network_->check();
+  } catch (const Aborted&) {
+    here_->check();
+    throw;
+  }
   here_->check();
-  network_->check();
 }
 
 void SpanningFabric::reset(std::uint64_t first_bundle) {

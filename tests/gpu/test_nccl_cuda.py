@@ -7,29 +7,24 @@ from typing import Any
 
 import pytest
 from conftest import devices_for
-from processes import run
+from processes import on_host, run
 
 #: NCCL takes processes with other host ids for processes of other hosts, also on one GPU, and then
 #: goes through sockets. Otherwise it sees two GPUs of one machine, and goes from one to the other.
 WAYS = ("sockets, one GPU", "sockets, two GPUs", "direct, two GPUs")
 
 
-def hosts(way: str) -> tuple[int, list[dict[str, str]]]:
-    """How many GPUs there are, and the environment of each process."""
-    gpus = len(set(devices_for("one GPU" if "one GPU" in way else "several GPUs", 2)))
-    out = []
-    for process in range(2):
-        env = {"ASYNCDIFF_HOST": f"host{process}", "NCCL_SOCKET_IFNAME": "lo"}
-        if way.startswith("sockets"):
-            env |= {"NCCL_HOSTID": f"host{process}", "NCCL_IB_DISABLE": "1"}
-            env |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-        out.append(env)
-    return gpus, out
-
-
 def run_between_hosts(way: str, scenario: str, folder: Path, *options: object) -> list[Any]:
-    gpus, env = hosts(way)
-    return run(scenario, 2, folder, gpus, *options, env=env)
+    gpus = len(set(devices_for("one GPU" if "one GPU" in way else "several GPUs", 2)))
+
+    def env(host: str) -> dict[str, str]:
+        out = on_host(host) | {"NCCL_SOCKET_IFNAME": "lo"}
+        if way.startswith("sockets"):
+            out |= {"NCCL_HOSTID": host, "NCCL_IB_DISABLE": "1"}
+            out |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+        return out
+
+    return run(scenario, 2, folder, gpus, *options, hosts="ab", env=env)
 
 
 @pytest.mark.parametrize("way", WAYS)
