@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
@@ -114,8 +113,7 @@ def main() -> None:
                 figures[f"{name} {args.setting.name} {mode}"] = found
                 print(f"{name}, {args.setting.name}, {mode}: {found}", flush=True)
     if dist.get_rank() == 0:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        results_file.write(args.out, figures)
     dist.destroy_process_group()
 
 

@@ -220,8 +220,9 @@ class Engine:
                         self._queue.submit(worker.rank, worker.feed, inputs)
             # Only now those of other processes, which may wait for what this one has issued.
             arrivals = self.channels.arrivals
+            busy = [w.stream for w in self.workers if w.stream is not None]
             results = {
-                run.step: arrivals[run.rank].take(caller)
+                run.step: arrivals[run.rank].take(caller, busy)
                 for run in tick.runs
                 if run.step is not None and run.rank in arrivals
             }

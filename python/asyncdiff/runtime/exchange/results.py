@@ -64,9 +64,10 @@ class Arrivals:
         memory = memory_of(channel.slot(seat, 0), place.device)
         self._values = tensors_in(memory, layout)
 
-    def take(self, caller: Caller | None) -> list[Any]:
+    def take(self, caller: Caller | None, busy: Sequence[torch.cuda.Stream] = ()) -> list[Any]:
         """The next outputs, as new tensors on the caller's device, ready in order of its stream; on
-        the CPU the caller's thread waits. Raises what the core does."""
+        the CPU the caller's thread waits. ``busy``: streams of this GPU that compute meanwhile.
+        Raises what the core does."""
         if caller is None or self._stream is None:
             self._channel.get(self._seat, 0)
             new = [v.clone() for v in self._values]
@@ -75,7 +76,10 @@ class Arrivals:
         main, mine = caller.stream, self._stream
         with torch.cuda.stream(main):  # whose memory they are
             new = [torch.empty_like(v, device=main.device) for v in self._values]
-        mine.wait_stream(main)
+        # A kernel that waits takes a place of a multiprocessor: enough that kernels which fill all
+        # of them take two turns. So it begins to wait when this GPU has nothing else to do.
+        for stream in (main, *busy):
+            mine.wait_stream(stream)
         self._channel.get(self._seat, 0, mine)
         with torch.cuda.stream(mine):
             for there, here in zip(new, self._values, strict=True):
