@@ -17,8 +17,8 @@ from scenarios import main, meet
 
 import asyncdiff_core as core
 
-#: A bundle that no buffer of NCCL holds.
-LARGE = [core.TensorSpec("float16", (60 << 20,))]
+#: A bundle that no buffer of NCCL holds, and that goes in parts.
+LARGE = [core.TensorSpec("float16", (30 << 20,))] * 2
 SMALL = [core.TensorSpec("int32", (1000,))]
 
 
@@ -96,7 +96,7 @@ def nccl_sizes(process: int, processes: int, folder: Path, gpus: int) -> Any:
         [spec("float16", (3, 5, 7)), spec("float16", (0,)), spec("float16", (1,))],
         [spec("float16", (n + 1,)) for n in range(40)],
         [spec("int64", (n,)) for n in range(330)],  # more than one launch takes
-        [spec("float16", (2, 320, 96, 96)), spec("int8", (4097,))],
+        [spec("float16", (2, 320, 96, 96)), spec("int8", (4097,)), spec("float16", (5 << 20,))],
         LARGE,
     ]
     wrong = []
@@ -143,9 +143,10 @@ def nccl_crossing(process: int, processes: int, folder: Path, gpus: int) -> Any:
         source.fill_(1).mul_(count)
         mine.begin(0, stream)
         mine.push(0, source, 0, stream)
+        mine.push(1, source, 0, stream)
         mine.commit(0, stream)
         theirs.get(process, 0, stream)
-        got = host.view(theirs, 0).view(torch.float16)[: source.numel()]
+        got = host.view(theirs, 0).view(torch.float16)[: 2 * source.numel()]
         wrong.add_((got != count).sum())
         theirs.release(process, 0, stream)
 
@@ -285,7 +286,7 @@ def nccl_traffic(process: int, processes: int, folder: Path, gpus: int, kills: i
 
     def work() -> None:
         for n in range(1_000_000):
-            mine.put([source], n % 2)
+            mine.put([source, source], n % 2)
             theirs.get(process, n % 2)
             theirs.release(process, n % 2)
             torch.cuda.synchronize()

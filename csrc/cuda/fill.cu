@@ -27,7 +27,7 @@ void preload_kernels() {
   preload_get();
   preload_fill();
   preload_memsets();
-  preload_publish();
+  preload_nccl_signals();
 }
 
 }  // namespace asyncdiff

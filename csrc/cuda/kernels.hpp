@@ -9,6 +9,7 @@
 
 #include "asyncdiff/channel_device.hpp"
 #include "launch.hpp"
+#include "nccl_link.hpp"
 #include "piece.hpp"
 #include "puts.hpp"
 
@@ -44,12 +45,12 @@ void launch_get_inline(const ReceiverDevice& receiver, int slot, Launch how, cud
 void launch_fill(std::uint32_t* memory, std::uint32_t count, std::uint32_t seed,
                  cudaStream_t stream);
 
-// nccl_publish.cu
+// nccl_signals.cu
 
-// Sets two words, one in device memory (unless null) and one in host memory, after what comes
-// before in the stream.
-void launch_publish(std::uint64_t* device, std::uint64_t* host, std::uint64_t value,
-                    cudaStream_t stream);
+// Sets words after what comes before in the stream.
+void launch_publish(const Publication& what, cudaStream_t stream);
+// Sets a word to the number of the bundle that the push before it in the stream belongs to.
+void launch_pushed(const SenderDevice& sender, int slot, std::uint64_t* word, cudaStream_t stream);
 
 // Loads all kernels onto the current device. Loading one lazily may wait for running kernels,
 // which may be waiting for the one to be loaded.
@@ -59,6 +60,6 @@ void preload_put();
 void preload_get();
 void preload_fill();
 void preload_memsets();
-void preload_publish();
+void preload_nccl_signals();
 
 }  // namespace asyncdiff

@@ -81,13 +81,23 @@ void NcclChannel::make_sender(std::uint32_t channel, std::shared_ptr<NcclLink> l
   const int peer = receivers().front();
   allocate(sender(), 1);
   const int flags = flags_for(layout().nbytes, kMaxFlags);
-  memory_->words = static_cast<std::size_t>(flags) + 2;
+  constexpr std::size_t kWords = FlagPool::kLine / sizeof(std::uint64_t);
+  const std::size_t tensors = layout().specs.size();
+  // A word for each tensor, a line for each of the others.
+  memory_->words = static_cast<std::size_t>(flags) + 2 + (tensors + kWords - 1) / kWords;
   std::uint64_t* const words = shared_->take_words(memory_->words, memory_->first);
   auto end = make_end<NcclOutgoing>(sender(), peer, channel, std::move(link));
   end->credit = words;
   end->carried = words + kFlagStride;
   end->committed = words + 2 * kFlagStride;
   end->flags = flags;
+  pushed_ = words + (flags + 2) * kFlagStride;
+  end->pushed = pushed_;
+  end->ends.assign(layout().offsets.begin(), layout().offsets.end());
+  if (!end->ends.empty()) {
+    end->ends.erase(end->ends.begin());
+    end->ends.push_back(layout().nbytes);
+  }
   end->staging = memory_->device.data + memory_->lines;
   auto* const counters = line<SenderCounters>(memory_->device, 0);
   from_.counters = counters;
@@ -105,6 +115,7 @@ void NcclChannel::make_sender(std::uint32_t channel, std::shared_ptr<NcclLink> l
   memory_->device_counts = {offsetof(SenderCounters, begun), offsetof(SenderCounters, committed)};
   for (int i = 0; i < flags; ++i)
     memory_->host_counts.push_back(from_.arrived[0] + i * kFlagStride);
+  for (std::size_t i = 0; i < tensors; ++i) memory_->host_counts.push_back(pushed_ + i);
   memory_->end = end;
   shared_->keep(memory_);
   shared_->courier().add(std::move(end));
@@ -201,6 +212,8 @@ void NcclChannel::push(std::size_t index, const void* data, int slot, Stream str
   if (layout().specs[index].nbytes == 0) return;
   const DeviceGuard guard(shared_->device(sender()));
   launch_push(from_, piece_of(layout(), index, data), slot, as_stream(stream));
+  // Not for bundles that go as a whole.
+  if (in_parts()) launch_pushed(from_, slot, pushed_ + index, as_stream(stream));
 }
 
 void NcclChannel::commit(int slot, Stream stream) {
@@ -215,7 +228,7 @@ void NcclChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
   const nvtx::Range range("put", *this, sender(), slot);
   check_count(tensors.size());
   check_end(sender(), slot);
-  {
+  if (!in_parts()) {
     const DeviceGuard guard(shared_->device(sender()));
     if (launch_bundle(from_, layout(), tensors, slot, Launch::kOrdinary, as_stream(stream))) {
       shared_->courier().wake();

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -40,6 +41,8 @@ class NcclChannel final : public Channel {
                                 std::shared_ptr<NcclLink> link) const;
   // Device memory of an end: so many lines, then all slots.
   void allocate(int rank, std::size_t lines);
+  // Whether a part of a bundle may be on its way before the rest is pushed.
+  bool in_parts() const { return layout().specs.size() > 1 && layout().nbytes >= 2 * kPieceBytes; }
   void check_open() const;
   // Throws unless this process runs the rank and all is open.
   void check_end(int rank, int slot) const;
@@ -50,6 +53,7 @@ class NcclChannel final : public Channel {
   std::shared_ptr<NcclEndMemory> memory_;
   SenderDevice from_{};
   ReceiverDevice to_{};
+  std::uint64_t* pushed_ = nullptr;  // a word for each tensor
 };
 
 }  // namespace asyncdiff

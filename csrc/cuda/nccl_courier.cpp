@@ -23,6 +23,14 @@
 
 namespace asyncdiff {
 
+struct NcclMessage {
+  std::uint64_t generation;  // of resets
+  std::uint64_t count;       // the bundle's number; or how many
+  std::uint64_t to;
+  std::uint32_t channel;
+  std::uint32_t unused;
+};
+
 namespace {
 
 using std::chrono::microseconds;
@@ -38,23 +46,18 @@ constexpr milliseconds kIdle{100};
 // Between two looks at a link that is carrying something.
 constexpr milliseconds kLinkLooks{20};
 
-// Kinds of messages: so many bundles are committed, or released; this courier ends.
-constexpr char kCommitted = 'c', kReleased = 'r', kGoodbye = 'g';
+// Kinds of messages: a bundle is on its way, up to a byte or all of it; so many are released; this
+// courier ends.
+constexpr char kPart = 'p', kWhole = 'w', kReleased = 'r', kGoodbye = 'g';
 
-struct Message {
-  std::uint64_t generation;
-  std::uint64_t count;
-  std::uint32_t channel;
-};
-
-std::string bytes_of(const Message& message) {
+std::string bytes_of(const NcclMessage& message) {
   std::string out(sizeof message, '\0');
   std::memcpy(out.data(), &message, sizeof message);
   return out;
 }
 
-Message message_in(const std::string& bytes) {
-  Message out{};
+NcclMessage message_in(const std::string& bytes) {
+  NcclMessage out{};
   if (bytes.size() != sizeof out) throw NcclError("another courier says what nobody can read");
   std::memcpy(&out, bytes.data(), sizeof out);
   return out;
@@ -67,10 +70,11 @@ void check_step(std::uint64_t from, std::uint64_t to, const NcclEnd& end) {
                   " counts " + std::to_string(to) + " bundles after " + std::to_string(from));
 }
 
-ExchangeTimeout timeout_of(const NcclEnd& end, const char* operation, std::uint64_t expected,
-                           std::uint64_t seen, double deadline) {
-  return {{end.rank, end.peer, end.name, end.slot(expected), expected, seen, operation, end.peer},
-          deadline};
+// The oldest bundle that is not carried as a whole is not known: messages may be parts. It is one
+// of the last.
+ExchangeTimeout timeout_of(const NcclEnd& end, const char* operation, double deadline) {
+  const std::uint64_t n = end.part > 0 ? end.bundles + 1 : end.bundles;
+  return {{end.rank, end.peer, end.name, end.slot(n), n, n - 1, operation, end.peer}, deadline};
 }
 
 }  // namespace
@@ -153,7 +157,7 @@ void NcclCourier::wait(const NcclEnd& end, const char* operation,
     if (const auto failed = error()) std::rethrow_exception(failed);
     if (failures_.failed()) throw Error("the exchange has failed or was aborted");
     if (Clock::now() > limit) {
-      throw timeout_of(end, operation, end.posted, load_word(end.carried), deadline_);
+      throw timeout_of(end, operation, deadline_);
     }
     std::this_thread::sleep_for(microseconds(50));
   }
@@ -162,27 +166,27 @@ void NcclCourier::wait(const NcclEnd& end, const char* operation,
 std::uint64_t NcclCourier::wait_until_sent(const NcclOutgoing& end) {
   std::uint64_t sent = 0;
   wait(end, "commit", [&] {
-    sent = end.posted;
-    return !end.is_committed(sent + 1) && end.idle();
+    sent = end.messages;
+    return !end.is_committed(end.bundles + 1) && end.idle();
   });
   return sent;
 }
 
-void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t count) {
-  wait(end, "get", [&] { return end.posted == count && end.idle(); });
+void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t messages) {
+  wait(end, "get", [&] { return end.messages == messages && end.idle(); });
 }
 
 void NcclCourier::reset(std::uint64_t first) {
   const std::lock_guard lock(mutex_);
   ++generation_;
   for (const auto& [channel, end] : outgoing_) {
-    end->posted = end->seen = first;
-    store_word(end->carried, first);
+    end->reset(first);
+    end->tensor = 0;
     store_word(end->credit, first);
   }
   for (const auto& [key, end] : incoming_) {
-    end->posted = end->seen = end->told = first;
-    store_word(end->carried, first);
+    end->reset(first);
+    end->told = first;
   }
 }
 
@@ -262,13 +266,17 @@ bool NcclCourier::post(NcclOutgoing& end) {
   // Whoever has left receives nothing any more: begins will wait in vain.
   const auto peer = peers_.find(end.process);
   if (peer == peers_.end() || !peer->second.open) return false;
-  while (!failures_.failed() && end.is_committed(end.posted + 1)) {
-    const std::uint64_t n = end.posted + 1;
+  while (!failures_.failed()) {
+    const std::uint64_t n = end.bundles + 1;
+    const bool whole = end.is_committed(n);
+    const std::size_t to = whole ? end.nbytes : end.packed();
+    if (!whole && to - end.part < kPieceBytes) break;
     // Said first: the other side has a way to go.
-    say(end.process, kCommitted, end.channel, n);
-    end.link->send(end.staging + end.place(n), end.nbytes, {nullptr, end.carried, n});
-    if (end.posted == end.seen) end.since = Clock::now();
-    end.posted = n;
+    say(end.process, whole ? kWhole : kPart, {generation_, n, to, end.channel, 0});
+    end.link->send(end.staging + end.place(n) + end.part, to - end.part,
+                   {nullptr, 0, end.carried, end.messages + 1});
+    end.gave(to, whole);
+    if (whole) end.tensor = 0;
     worked = true;
   }
   return worked;
@@ -278,7 +286,7 @@ bool NcclCourier::tell(NcclIncoming& end) {
   const std::uint64_t released = load_word(end.released);
   if (released == end.told) return false;
   end.told = released;
-  say(end.process, kReleased, end.channel, released);
+  say(end.process, kReleased, {generation_, released, 0, end.channel, 0});
   return true;
 }
 
@@ -304,16 +312,16 @@ bool NcclCourier::listen(int process, Peer& peer) {
 }
 
 void NcclCourier::heard(int process, const Frame& frame) {
-  const Message message = message_in(frame.payload);
+  const NcclMessage message = message_in(frame.payload);
   if (message.generation < generation_) return;  // said before the last reset
   const auto known = [&](bool so) {
     if (so) return;
     throw NcclError("process " + std::to_string(process) + " speaks of a channel that is not here");
   };
-  if (frame.kind == kCommitted) {
+  if (frame.kind == kWhole || frame.kind == kPart) {
     const auto found = incoming_.find({process, message.channel});
     known(found != incoming_.end());
-    arriving(*found->second, message.count);
+    arriving(*found->second, message.count, message.to, frame.kind == kWhole);
   } else if (frame.kind == kReleased) {
     const auto found = outgoing_.find(message.channel);
     // A channel is closed once all has arrived, released or not.
@@ -327,15 +335,17 @@ void NcclCourier::heard(int process, const Frame& frame) {
   }
 }
 
-void NcclCourier::arriving(NcclIncoming& end, std::uint64_t count) {
-  check_step(end.posted, count, end);
-  check_step(load_word(end.released), count, end);
-  while (end.posted != count) {
-    const std::uint64_t n = end.posted + 1;
-    end.link->receive(end.mailbox + end.place(n), end.nbytes, {end.arrived, end.carried, n});
-    if (end.posted == end.seen) end.since = Clock::now();
-    end.posted = n;
+void NcclCourier::arriving(NcclIncoming& end, std::uint64_t n, std::uint64_t to, bool whole) {
+  check_step(load_word(end.released), n, end);
+  if (n != end.bundles + 1 || to < end.part || to > end.nbytes || (whole && to != end.nbytes)) {
+    throw NcclError("channel '" + end.name + "': process " + std::to_string(end.process) +
+                    " sends bundle " + std::to_string(n) + " after " + std::to_string(end.bundles) +
+                    ", up to byte " + std::to_string(to));
   }
+  const auto last = static_cast<std::size_t>(to);
+  end.link->receive(end.mailbox + end.place(n) + end.part, last - end.part,
+                    {whole ? end.arrived : nullptr, n, end.carried, end.messages + 1});
+  end.gave(last, whole);
 }
 
 void NcclCourier::watch(NcclEnd& end, const char* operation, Clock::time_point now, bool look) {
@@ -344,17 +354,17 @@ void NcclCourier::watch(NcclEnd& end, const char* operation, Clock::time_point n
     end.seen = carried;
     end.since = now;
   }
-  if (carried == end.posted) return;
+  if (carried == end.messages) return;
   if (look) end.link->check();
   if (now - end.since > std::chrono::duration<double>(deadline_)) {
-    throw timeout_of(end, operation, carried + 1, carried, deadline_);
+    throw timeout_of(end, operation, deadline_);
   }
 }
 
-void NcclCourier::say(int process, char kind, std::uint32_t channel, std::uint64_t count) {
+void NcclCourier::say(int process, char kind, const NcclMessage& message) {
   const auto found = peers_.find(process);
   if (found == peers_.end() || !found->second.open) return;
-  found->second.wire.put(kind, bytes_of({generation_, count, channel}));
+  found->second.wire.put(kind, bytes_of(message));
   write(process, found->second);
 }
 

@@ -27,6 +27,9 @@
 
 namespace asyncdiff {
 
+// What couriers tell each other.
+struct NcclMessage;
+
 class NcclCourier {
  public:
   struct Events {
@@ -60,10 +63,10 @@ class NcclCourier {
   // Looks at everything now, and often for a while: something was or will be enqueued.
   void wake();
 
-  // Waits until all that was committed has been carried; how many bundles that are.
+  // Waits until all that was committed has been carried; in how many messages.
   std::uint64_t wait_until_sent(const NcclOutgoing& end);
   // Waits until so many have arrived. Both throw what has failed meanwhile, or ExchangeTimeout.
-  void wait_until_arrived(const NcclIncoming& end, std::uint64_t count);
+  void wait_until_arrived(const NcclIncoming& end, std::uint64_t messages);
   // All counts become `first`, and what is still on its way from before counts no more. Nothing may
   // be under way; nobody may commit or release before all processes have done it.
   void reset(std::uint64_t first);
@@ -87,9 +90,10 @@ class NcclCourier {
   bool tell(NcclIncoming& end);
   bool listen(int process, Peer& peer);
   void heard(int process, const Frame& frame);
-  void arriving(NcclIncoming& end, std::uint64_t count);
+  // The n-th bundle is on its way, up to a byte or as a whole.
+  void arriving(NcclIncoming& end, std::uint64_t n, std::uint64_t to, bool whole);
   void watch(NcclEnd& end, const char* operation, Clock::time_point now, bool look);
-  void say(int process, char kind, std::uint32_t channel, std::uint64_t count);
+  void say(int process, char kind, const NcclMessage& message);
   void write(int process, Peer& peer);
   void ended(int process, Peer& peer);
   void fail(const std::exception_ptr& error);

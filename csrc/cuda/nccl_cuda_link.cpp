@@ -41,9 +41,9 @@ void NcclCudaLink::exchange_first(int place, std::uint64_t* word,
   store_word(word, 0);
   try {
     if (place == NcclCommunicator::kSender) {
-      send(memory.data, memory.nbytes, {nullptr, word, 1});
+      send(memory.data, memory.nbytes, {nullptr, 0, word, 1});
     } else {
-      receive(memory.data, memory.nbytes, {nullptr, word, 1});
+      receive(memory.data, memory.nbytes, {nullptr, 0, word, 1});
     }
     const auto limit =
         std::chrono::steady_clock::now() + std::chrono::duration<double>(limits.seconds);
@@ -76,9 +76,7 @@ void NcclCudaLink::receive(std::byte* to, std::size_t nbytes, const Publication&
   publish(then);
 }
 
-void NcclCudaLink::publish(const Publication& then) {
-  launch_publish(then.device, then.host, then.value, stream_);
-}
+void NcclCudaLink::publish(const Publication& then) { launch_publish(then, stream_); }
 
 void NcclCudaLink::check() { communicator_->check(); }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "asyncdiff/channel_device.hpp"
 #include "nccl_link.hpp"
@@ -24,7 +25,12 @@ inline bool reached(std::uint64_t count, std::uint64_t needed) {
   return static_cast<std::int64_t>(count - needed) >= 0;
 }
 
-// What both have. Counts are of bundles since the last reset.
+// A bundle goes as one message once it is committed; before that, so much of it as is packed
+// already if that is as large as this: most of it is then on its way while the rest is still
+// computed. Few and large ones, because each takes the courier tens of microseconds.
+constexpr std::size_t kPieceBytes = std::size_t{4} << 20;
+
+// What both have.
 struct NcclEnd {
   virtual ~NcclEnd() = default;
 
@@ -36,8 +42,10 @@ struct NcclEnd {
   std::shared_ptr<NcclLink> link;
   std::size_t nbytes;
   int slots;
-  std::uint64_t* carried;    // set by the link
-  std::uint64_t posted = 0;  // given to the link
+  std::uint64_t* carried;      // messages since the last reset, set by the link
+  std::uint64_t messages = 0;  // given to it
+  std::uint64_t bundles = 0;   // given to it as a whole
+  std::size_t part = 0;        // bytes of the next bundle that were
 
   // When the link last was idle or got something done, for the deadline.
   std::chrono::steady_clock::time_point since{};
@@ -50,14 +58,32 @@ struct NcclEnd {
   int slot(std::uint64_t n) const {
     return static_cast<int>((n - 1) % static_cast<std::uint64_t>(slots));
   }
-  bool idle() const { return load_word(carried) == posted; }
+  bool idle() const { return load_word(carried) == messages; }
+  // The next bundle was given to the link up to this byte.
+  void gave(std::size_t to, bool whole) {
+    if (idle()) since = std::chrono::steady_clock::now();
+    ++messages;
+    part = whole ? 0 : to;
+    if (whole) ++bundles;
+  }
+  void reset(std::uint64_t first) {
+    bundles = first;
+    messages = seen = 0;
+    part = 0;
+    store_word(carried, 0);
+  }
 };
 
 struct NcclOutgoing : NcclEnd {
   const std::byte* staging;        // slots in which bundles are packed
   const std::uint64_t* committed;  // by the sender's kernels: `flags` words, each on its line
   int flags;
-  std::uint64_t* credit;  // for the sender's kernels: what the receiver has released
+  // By the sender's kernels: in which bundle each tensor was pushed last. Where each ends in a
+  // slot.
+  const std::uint64_t* pushed;
+  std::vector<std::size_t> ends;
+  std::size_t tensor = 0;  // of the next bundle, the first that is not packed
+  std::uint64_t* credit;   // for the sender's kernels: what the receiver has released
 
   // Whether the n-th bundle is packed.
   bool is_committed(std::uint64_t n) const {
@@ -66,6 +92,17 @@ struct NcclOutgoing : NcclEnd {
     }
     return true;
   }
+  // Up to which byte the next bundle is packed, which is not committed.
+  std::size_t packed() {
+    while (tensor < ends.size() &&
+           (ends[tensor] == start_of(tensor) || load_word(pushed + tensor) == bundles + 1)) {
+      ++tensor;
+    }
+    return start_of(tensor);
+  }
+
+ private:
+  std::size_t start_of(std::size_t index) const { return index == 0 ? 0 : ends[index - 1]; }
 };
 
 struct NcclIncoming : NcclEnd {

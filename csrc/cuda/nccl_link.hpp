@@ -6,11 +6,12 @@
 
 namespace asyncdiff {
 
-// Words that are set once a bundle has been carried, after its bytes.
+// Words that are set once a message has been carried, after its bytes.
 struct Publication {
   std::uint64_t* device;  // in device memory, for kernels that wait; null where none does
+  std::uint64_t bundle;   // what it is set to
   std::uint64_t* host;    // in host memory
-  std::uint64_t value;
+  std::uint64_t message;  // what it is set to
 };
 
 // One side of it. Both sides enqueue the same messages in the same order, at about the same time,

@@ -10,6 +10,7 @@
 #include "device_on_cpu.hpp"
 // After it.
 #include "../cuda/get.cuh"
+#include "../cuda/nccl_signals.cuh"
 #include "../cuda/put.cuh"
 #include "../cuda/signals.cuh"
 
@@ -296,6 +297,31 @@ void one_failure_is_recorded_whole() {
   CHECK(record.expected == 9);
 }
 
+// Only of a bundle that has begun, and in its slot.
+void pushes_between_hosts_are_told() {
+  World world(Protocol::kFlagged, kSizes);
+  std::uint64_t word = 0;
+  const auto pushed = [&](int slot) {
+    on_cpu::machine.run(1, 1, [&] { pushed_kernel(world.sender, slot, &word); });
+    return word;
+  };
+  CHECK(pushed(0) == 0);
+  world.begin(0);
+  world.push(0, 0);
+  CHECK(pushed(1) == 0 && pushed(0) == 1);
+  world.commit(0);
+  world.begin(1);
+  CHECK(pushed(0) == 1 && pushed(1) == 2);
+  world.commit(1);
+  CHECK(pushed(0) == 2 && pushed(1) == 2);
+
+  std::uint64_t device = 0, host = 0;
+  on_cpu::machine.run(1, 1, [&] { publish_kernel({&device, 7, &host, 9}); });
+  CHECK(device == 7 && host == 9);
+  on_cpu::machine.run(1, 1, [&] { publish_kernel({nullptr, 8, &host, 10}); });
+  CHECK(device == 7 && host == 10);
+}
+
 }  // namespace
 
 int main() {
@@ -307,4 +333,5 @@ int main() {
     a_get_that_failed_gives_nothing_back(protocol);
   }
   one_failure_is_recorded_whole();
+  pushes_between_hosts_are_told();
 }

@@ -65,8 +65,8 @@ class Queue {
     Publication then;
   };
   static void publish(const Publication& then) {
-    if (then.device != nullptr) store_word(then.device, then.value);
-    store_word(then.host, then.value);
+    if (then.device != nullptr) store_word(then.device, then.bundle);
+    store_word(then.host, then.message);
   }
   void carry() {
     while (!stuck && !sends_.empty() && !receives_.empty()) {
@@ -166,6 +166,7 @@ struct TestChannel {
     out->rank = in->process = in->peer = sender;
     in->rank = 1 - sender;
     out->committed = words;
+    out->pushed = pushed;
     out->flags = kFlags;
     out->credit = &credit;
     out->carried = &sent;
@@ -220,6 +221,7 @@ struct TestChannel {
   std::shared_ptr<Queue> queue;
   std::vector<std::byte> staging, mailbox;
   alignas(128) std::uint64_t words[kFlags * kFlagStride] = {};
+  std::uint64_t pushed[8] = {};
   std::uint64_t credit = 0, sent = 0, released = 0, arrived = 0, arrived_on_host = 0;
   std::shared_ptr<NcclOutgoing> out;
   std::shared_ptr<NcclIncoming> in;
@@ -268,10 +270,63 @@ void a_reset_begins_anew() {
     channel.wait_until_all_arrived();
     for (const auto& side : two.sides) side->courier.reset(first);
     channel.reset_words(first);
-    CHECK(channel.credit == first && channel.sent == first);
+    CHECK(channel.credit == first && channel.sent == 0);
     channel.run(first, 20);
     channel.wait_until_all_arrived();
   }
+}
+
+// Of a large bundle, what is packed goes while the rest is not.
+void a_large_bundle_goes_in_parts() {
+  Two two;
+  const std::vector<std::size_t> ends = {kPieceBytes + 256, kPieceBytes + 256, kPieceBytes + 512,
+                                         2 * kPieceBytes + 1024, 2 * kPieceBytes + 1280};
+  TestChannel channel(two, 0, 0, 2, ends.back(), std::make_shared<Queue>());
+  channel.out->ends = ends;
+  const auto push = [&](std::size_t i, std::uint64_t n, int value) {
+    const std::size_t from = i == 0 ? 0 : ends[i - 1];
+    std::memset(channel.staging.data() + channel.out->place(n) + from, value, ends[i] - from);
+    store_word(channel.pushed + i, n);
+  };
+  const auto landed = [&](std::size_t last, std::uint64_t n, int value) {
+    const std::size_t at = channel.in->place(n) + last - 1;
+    return channel.mailbox[at] == static_cast<std::byte>(value);
+  };
+  std::uint64_t messages = 0;
+  for (std::uint64_t first : {std::uint64_t{0}, std::uint64_t{5}}) {
+    for (std::uint64_t n = first + 1; n <= first + 4; ++n) {
+      const int value = static_cast<int>(n);
+      CHECK(soon([&] { return reached(load_word(&channel.credit), n - 2); }));
+      push(3, n, value);  // out of order: it waits for those before it
+      push(2, n, value);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      CHECK(load_word(&channel.arrived_on_host) == messages);
+      push(0, n, value);
+      messages += 1;
+      CHECK(soon([&] { return load_word(&channel.arrived_on_host) == messages; }));
+      // Nothing has to be pushed of a tensor without bytes, and so all but the last one is there.
+      CHECK(landed(ends[3], n, value) && load_word(&channel.arrived) == n - 1);
+      push(4, n, value);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      CHECK(load_word(&channel.arrived_on_host) == messages);  // too small to go by itself
+      for (int i = 0; i < TestChannel::kFlags; ++i) {
+        store_word(channel.words + i * kFlagStride, n);
+      }
+      messages += 1;
+      CHECK(soon([&] { return load_word(&channel.arrived) == n; }));
+      CHECK(channel.holds(n, value));
+      store_word(&channel.released, n);
+    }
+    // One that has begun is dropped by a reset, also what has arrived of it.
+    push(0, first + 5, 99);
+    CHECK(soon([&] { return load_word(&channel.arrived_on_host) == messages + 1; }));
+    CHECK(channel.wait_until_all_arrived() == messages + 1);
+    for (const auto& side : two.sides) side->courier.reset(5);
+    channel.reset_words(5);
+    for (std::uint64_t& word : channel.pushed) store_word(&word, 5);
+    messages = 0;
+  }
+  for (const auto& side : two.sides) CHECK(!side->failures.failed());
 }
 
 void channels_come_and_go() {
@@ -385,6 +440,7 @@ int main() {
   channels_share_a_link_in_both_directions();
   a_bundle_needs_no_receiver();
   a_reset_begins_anew();
+  a_large_bundle_goes_in_parts();
   channels_come_and_go();
   one_that_leaves_is_no_failure();
   one_that_dies_is_named_at_once();
