@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 from .rendezvous import Rendezvous
 
@@ -81,6 +81,8 @@ class Fabric:
     @property
     def kind(self) -> str: ...
     @property
+    def hosts(self) -> tuple[int, ...]: ...
+    @property
     def recovers(self) -> bool: ...
     @property
     def deadline(self) -> float: ...
@@ -132,18 +134,16 @@ def make_host_fabric(
 ) -> Fabric: ...
 
 class CudaFabric(Fabric):
-    @overload
     def __init__(
         self, devices: Sequence[int], deadline: float | None, transport: str | None
     ) -> None: ...
-    @overload
-    def __init__(
-        self,
-        devices: Sequence[int],
-        owners: Sequence[int],
-        deadline: float | None,
-        transport: str | None,
-        rendezvous: Rendezvous,
-    ) -> None: ...
     @property
     def devices(self) -> tuple[int, ...]: ...
+
+def make_cuda_fabric(
+    devices: Sequence[int],
+    owners: Sequence[int],
+    deadline: float | None,
+    transport: str | None,
+    rendezvous: Rendezvous,
+) -> Fabric: ...

@@ -33,6 +33,11 @@ class Fabric:
         return self._native.kind
 
     @property
+    def hosts(self) -> tuple[int, ...]:
+        """The number of each rank's host, from 0."""
+        return self._native.hosts
+
+    @property
     def recovers(self) -> bool:
         """Whether :meth:`reset` helps after a failure; else close the fabric and make another."""
         return self._native.recovers
@@ -215,10 +220,12 @@ class CudaFabric(Fabric):
             )
         processes = _owners(len(devices), owners, rendezvous)
         if rendezvous is None:
-            native = _core.CudaFabric(list(devices), deadline, transport)
+            native: _core.Fabric = _core.CudaFabric(list(devices), deadline, transport)
         else:
             find_in_wheel()
-            native = _core.CudaFabric(list(devices), processes, deadline, transport, rendezvous)
+            native = _core.make_cuda_fabric(
+                list(devices), processes, deadline, transport, rendezvous
+            )
         super().__init__(native, devices)
 
     @classmethod

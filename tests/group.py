@@ -27,6 +27,8 @@ import torch.distributed as dist
 from export_cache import ExportCache
 
 SECONDS = 100
+#: In the environment: a letter for each process, its host's.
+HOSTS = "ASYNCDIFF_TEST_HOSTS"
 #: In the environment: that processes are not forked, and which one this is.
 SPAWN, SPAWNED = "ASYNCDIFF_TEST_SPAWN", "ASYNCDIFF_TEST_PROCESS"
 
@@ -61,10 +63,11 @@ def run(
     folder: Path,
     options: Sequence[str] = ("",),
     fork: bool = True,
+    hosts: str = "",
 ) -> list[Any]:
     """What ``function``, of a module beside this one, returned in each process (JSON); minus the
     signal where one was killed; for each option, one after another. ``fork``: not for CUDA, which
-    no child inherits."""
+    no child inherits. ``hosts``: a letter for each process, its host's; else they are on one."""
     command = [sys.executable, __file__, function.__module__, function.__name__]
     done = subprocess.run(
         [*command, str(processes), str(folder), *options],
@@ -73,6 +76,7 @@ def run(
         timeout=SECONDS * (1 + len(options)),
         env=os.environ
         | ({} if fork else {SPAWN: "1"})
+        | ({HOSTS: hosts} if hosts else {})
         | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
     )
     hangs = [p.read_text() for p in sorted(folder.glob("*/hangs-*"))]
@@ -85,6 +89,9 @@ def _child(function: Callable[[Member], Any], member: Member) -> None:
     said = (member.folder / f"hangs-{member.process}").open("w")
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=said)
     torch.export.export = ExportCache()
+    if HOSTS in os.environ:
+        os.environ["ASYNCDIFF_HOST"] = os.environ[HOSTS][member.process]
+        os.environ["ASYNCDIFF_INTERFACE"] = "lo"
     try:
         result = function(member)
         (member.folder / f"result-{member.process}").write_text(json.dumps(result))

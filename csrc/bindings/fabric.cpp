@@ -39,6 +39,7 @@ void register_fabric(py::module_& m) {
   py::class_<Fabric, std::shared_ptr<Fabric>>(m, "Fabric")
       .def_property_readonly("ranks", &Fabric::ranks)
       .def_property_readonly("kind", &Fabric::kind)
+      .def_property_readonly("hosts", [](const Fabric& f) { return py::tuple(py::cast(f.hosts())); })
       .def_property_readonly("recovers", &Fabric::recovers)
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
@@ -112,20 +113,21 @@ void register_fabric(py::module_& m) {
              return std::make_shared<CudaFabric>(std::move(devices), seconds, how);
            }),
            py::arg("devices"), py::arg("deadline"), py::arg("transport"))
-      .def(py::init([](std::vector<int> devices, std::vector<int> owners,
-                       std::optional<double> deadline, std::optional<std::string> transport,
-                       py::object r) {
-             std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
-             const Transport how = transport_from(transport ? *transport : env::transport());
-             const double seconds = deadline_or_default(deadline);
-             const py::gil_scoped_release unlocked;
-             return std::make_shared<CudaFabric>(std::move(devices), std::move(owners), seconds,
-                                                 how, std::move(rendezvous));
-           }),
-           py::arg("devices"), py::arg("owners"), py::arg("deadline"), py::arg("transport"),
-           py::arg("rendezvous"))
       .def_property_readonly("devices",
                              [](const CudaFabric& f) { return py::tuple(py::cast(f.devices())); });
+  m.def(
+      "make_cuda_fabric",
+      [](std::vector<int> devices, std::vector<int> owners, std::optional<double> deadline,
+         std::optional<std::string> transport, py::object r) {
+        std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
+        const Transport how = transport_from(transport ? *transport : env::transport());
+        const double seconds = deadline_or_default(deadline);
+        const py::gil_scoped_release unlocked;
+        return make_cuda_fabric(std::move(devices), std::move(owners), seconds, how,
+                                std::move(rendezvous));
+      },
+      py::arg("devices"), py::arg("owners"), py::arg("deadline"), py::arg("transport"),
+      py::arg("rendezvous"));
 #endif
 }
 

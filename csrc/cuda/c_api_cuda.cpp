@@ -19,9 +19,9 @@ asyncdiff_fabric* over(const std::shared_ptr<Rendezvous>& rendezvous, int device
   const auto ranks = static_cast<std::size_t>(rendezvous->processes());
   std::vector<int> owners(ranks);
   std::iota(owners.begin(), owners.end(), 0);
-  return new asyncdiff_fabric{std::make_shared<CudaFabric>(
-      std::vector<int>(ranks, device), std::move(owners), seconds(deadline),
-      transport_from(env::transport()), rendezvous)};
+  return new asyncdiff_fabric{make_cuda_fabric(std::vector<int>(ranks, device), std::move(owners),
+                                               seconds(deadline), transport_from(env::transport()),
+                                               rendezvous)};
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ ControlMemory::ControlMemory(const Topology& topology)
     }
   });
   const std::size_t lines = static_cast<std::size_t>(processes.count()) * FlagPool::kBytes;
-  host_ = share_pinned(processes.everybody(), 0, topology.home(),
+  const Party& here = processes.neighbours();
+  host_ = share_pinned(here, here.members().front(), topology.home(),
                        lines + FailureLog::nbytes(processes.count()));
 }
 

@@ -9,12 +9,26 @@
 #include <vector>
 
 #include "agreement.hpp"
+#include "crossing.hpp"
 #include "cuda_channel.hpp"
 #include "cuda_shared.hpp"
 #include "device_guard.hpp"
+#include "frames.hpp"
 #include "kernels.hpp"
+#include "nccl_network.hpp"
+#include "spanning_fabric.hpp"
 
 namespace asyncdiff {
+
+namespace {
+
+void check_lengths(const std::vector<int>& devices, const std::vector<int>& owners) {
+  if (owners.size() != devices.size()) {
+    throw InvalidArgument("devices and owners differ in length: both have one entry a rank");
+  }
+}
+
+}  // namespace
 
 Transport transport_from(const std::string& name) {
   if (name == "auto") return Transport::kAuto;
@@ -38,15 +52,32 @@ CudaFabric::CudaFabric(std::vector<int> devices, double deadline_seconds, Transp
 CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
                        Transport transport, std::shared_ptr<Rendezvous> rendezvous)
     : Fabric(static_cast<int>(devices.size()), deadline_seconds) {
-  if (owners.size() != devices.size()) {
-    throw InvalidArgument("devices and owners differ in length: both have one entry a rank");
-  }
+  check_lengths(devices, owners);
   Processes all(std::move(owners), std::move(rendezvous), deadline());
   if (all.hosts() > 1) {
     throw InvalidArgument("the processes are on " + std::to_string(all.hosts()) +
-                          " hosts: the GPUs of a CudaFabric are of one");
+                          " hosts, and a CudaFabric is of one: make_cuda_fabric() spans them");
   }
   shared_ = std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport);
+}
+
+CudaFabric::CudaFabric(Processes all, std::vector<int> devices, double deadline_seconds,
+                       Transport transport)
+    : Fabric(static_cast<int>(devices.size()), deadline_seconds),
+      shared_(std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport)) {
+}
+
+std::shared_ptr<Fabric> make_cuda_fabric(std::vector<int> devices, std::vector<int> owners,
+                                         double deadline, Transport transport,
+                                         std::shared_ptr<Rendezvous> rendezvous) {
+  check_fabric(static_cast<int>(devices.size()), deadline);
+  check_lengths(devices, owners);
+  Processes all(std::move(owners), std::move(rendezvous), deadline);
+  auto here = std::make_shared<CudaFabric>(all, devices, deadline, transport);
+  if (all.hosts() == 1) return here;
+  auto network = make_nccl_network(all, std::move(devices), deadline, connect_hosts(all, deadline));
+  return std::make_shared<SpanningFabric>(std::move(here), std::move(network), std::move(all),
+                                          true);
 }
 
 CudaFabric::~CudaFabric() = default;
@@ -126,6 +157,9 @@ ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver)
 void CudaFabric::abort(int rank, const std::string& reason) {
   if (processes().forked()) throw Error("a forked process does not abort its parent's fabric");
   shared_->failures.abort(rank, reason);  // without the lock, which waits are made under
+  if (processes().hosts() > 1) {
+    processes().tell_other_hosts(packed({std::to_string(rank), reason}));
+  }
 }
 
 void CudaFabric::check() {

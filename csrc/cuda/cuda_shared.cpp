@@ -1,11 +1,14 @@
 #include "cuda_shared.hpp"
 
 #include <cstddef>
+#include <cstdlib>
 #include <exception>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "agreement.hpp"
+#include "frames.hpp"
 
 namespace asyncdiff {
 
@@ -36,7 +39,7 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadl
       reclaimer(topology),
       control(topology),
       failures(control.for_failures(), topology.processes().process(), topology.processes().count(),
-               deadline_seconds) {
+               deadline_seconds, topology.processes().neighbours().members().front()) {
   try {
     topology.find_links(control, how);
   } catch (...) {
@@ -50,6 +53,13 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadl
   topology.processes().on_end([this] {
     if (topology.processes().over()) failures.end_waits();
   });
+  topology.processes().on_told([this](const std::string& bytes) {
+    const std::vector<std::string> parts = unpacked(bytes);
+    if (parts.size() == 2) failures.abort(std::atoi(parts[0].c_str()), parts[1]);
+  });
+  if (topology.processes().hosts() > 1) {
+    topology.processes().everybody().barrier();  // all can be told
+  }
 }
 
 CudaFabric::Shared::~Shared() {
@@ -57,6 +67,7 @@ CudaFabric::Shared::~Shared() {
   if (processes.forked()) return;
   processes.leave();
   processes.on_end({});
+  processes.on_told({});
   if (!closed) reclaimer.leave(control.take_exported(), control.take_local());
 }
 

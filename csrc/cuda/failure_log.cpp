@@ -62,10 +62,12 @@ std::size_t FailureLog::nbytes(int processes) {
   return kHeadBytes + static_cast<std::size_t>(processes) * kMostEnds * sizeof(Line);
 }
 
-FailureLog::FailureLog(Buffer memory, int process, int processes, double deadline_seconds)
+FailureLog::FailureLog(Buffer memory, int process, int processes, double deadline_seconds,
+                       int first)
     : deadline_(deadline_seconds),
       process_(process),
       processes_(processes),
+      first_(first),
       memory_(std::move(memory)),
       own_lines_(kMostEnds * sizeof(Line)) {
   static_assert(sizeof(Line) == sizeof(FailureRecord) && sizeof(Line) == FlagPool::kLine);
@@ -169,7 +171,7 @@ void FailureLog::check(const std::function<void(int)>& why) const {
 void FailureLog::reset() {
   const std::lock_guard lock(mutex_);
   if (memory_.data == nullptr) return;
-  if (process_ == 0) std::memset(memory_.data, 0, sizeof(Head));
+  if (process_ == first_) std::memset(memory_.data, 0, sizeof(Head));
   Line* lines = lines_of(process_);
   for (std::size_t i = 0; i < own_lines_.used() / sizeof(Line); ++i) {
     std::memset(&lines[i], 0, offsetof(Line, rank));

@@ -23,17 +23,17 @@ struct AbortNote {
   char reason[504];
 };
 
-// Lies in host memory that all processes and devices see: the abort word, the abort note, and for
-// each end of a channel a line with its record and what it belongs to. A process has lines of its
-// own for the ends that it runs, and reads those of all. The lock is held for moments only, so that
-// abort() ends waits whatever else is under way.
+// Lies in host memory that all processes of a host and its devices see: the abort word, the abort
+// note, and for each end of a channel a line with its record and what it belongs to. A process has
+// lines of its own for the ends that it runs, and reads those of all. The lock is held for moments
+// only, so that abort() ends waits whatever else is under way.
 class FailureLog {
  public:
   static constexpr std::size_t kMostEnds = 8192;  // of a process
   static std::size_t nbytes(int processes);
 
-  // In zeroed memory, the same for all.
-  FailureLog(Buffer memory, int process, int processes, double deadline_seconds);
+  // In zeroed memory, the same for all; `first` is the first of the processes that share it.
+  FailureLog(Buffer memory, int process, int processes, double deadline_seconds, int first = 0);
 
   bool failed() const;
   // Ends all waits. Nothing after close().
@@ -65,6 +65,7 @@ class FailureLog {
   double deadline_;
   int process_;
   int processes_;
+  int first_;
   mutable std::mutex mutex_;  // guards all below
   Buffer memory_;
   FlagPool own_lines_;

@@ -89,7 +89,7 @@ void Topology::find_links(ControlMemory& control, Transport how) {
     for (int a = 0; a < ranks(); ++a) {
       if (!mine(a)) continue;
       for (int b = 0; b < ranks(); ++b) {
-        if (a == b) continue;
+        if (a == b || !processes_.here(b)) continue;
         std::string& reason = tried[{a, b}];
         const std::string& theirs = uuids_[static_cast<std::size_t>(b)];
         if (mine(b)) {
@@ -133,7 +133,7 @@ void Topology::find_links(ControlMemory& control, Transport how) {
 
   for (int a = 0; a < ranks(); ++a) {
     for (int b = 0; b < ranks(); ++b) {
-      if (a == b) continue;
+      if (a == b || processes_.host(a) != processes_.host(b)) continue;
       Link& link = links_[{a, b}];
       link.same = uuids_[static_cast<std::size_t>(a)] == uuids_[static_cast<std::size_t>(b)];
       if (how == Transport::kStaged) {

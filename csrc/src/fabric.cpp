@@ -42,6 +42,12 @@ void Fabric::check_endpoints(int sender, const std::vector<int>& receivers, int 
   if (slots < 1 || slots > 1024) throw InvalidArgument("a channel has 1 to 1024 slots");
 }
 
+std::vector<int> Fabric::hosts() const {
+  std::vector<int> out;
+  for (int rank = 0; rank < ranks_; ++rank) out.push_back(processes().host(rank));
+  return out;
+}
+
 Party Fabric::ends_of(int sender, const std::vector<int>& receivers) const {
   std::vector<int> all = receivers;
   all.push_back(sender);

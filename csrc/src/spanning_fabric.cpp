@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -66,7 +67,7 @@ void SpanningFabric::watch() {
     try {
       here_->check();
     } catch (const Error& error) {
-      failed_ = true;
+      if (failed_.exchange(true)) continue;
       network_->abort(rank_of(error), error.what());
       here_->abort(rank_of(error), error.what());
     }
@@ -183,8 +184,14 @@ void SpanningFabric::reset(std::uint64_t first_bundle) {
 void SpanningFabric::close() {
   if (closed_.exchange(true)) return;
   end_watch();
-  network_->close();
+  std::exception_ptr failure;
+  try {
+    network_->close();
+  } catch (...) {
+    failure = std::current_exception();
+  }
   here_->close();
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace asyncdiff

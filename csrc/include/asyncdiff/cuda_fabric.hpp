@@ -1,5 +1,4 @@
-// The fabric of GPUs: of one process, or of several processes of one machine. Ranks may share a
-// GPU.
+// The fabric of GPUs: of one process, or of several processes of one host. Ranks may share a GPU.
 #pragma once
 
 #include <cstdint>
@@ -42,9 +41,15 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   // is what HostFabric says, and close() of the fabric, too, among all processes. Device memory is
   // shared by CUDA IPC. What others may have mapped stays until the channel is closed, or the
   // fabric, also where channels are dropped without it; and for good, where the fabric is dropped
-  // without it.
+  // without it. Throws InvalidArgument where processes are on several hosts: make_cuda_fabric()
+  // makes what spans them.
   CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
              Transport transport, std::shared_ptr<Rendezvous> rendezvous);
+
+  // The same for processes that have met, of which those on other hosts have no part in it: their
+  // ranks are ends of no channel.
+  CudaFabric(Processes processes, std::vector<int> devices, double deadline_seconds,
+             Transport transport);
   ~CudaFabric() override;
 
   const std::vector<int>& devices() const;
@@ -78,5 +83,14 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
 
   std::shared_ptr<Shared> shared_;
 };
+
+// The same, whatever hosts the processes are on: a CudaFabric where it is one; else a fabric of
+// which ranks of one host exchange as those of a CudaFabric, and the others by NCCL. Throws
+// NcclError where that is needed and missing.
+ASYNCDIFF_EXPORT std::shared_ptr<Fabric> make_cuda_fabric(std::vector<int> devices,
+                                                          std::vector<int> owners,
+                                                          double deadline_seconds,
+                                                          Transport transport,
+                                                          std::shared_ptr<Rendezvous> rendezvous);
 
 }  // namespace asyncdiff

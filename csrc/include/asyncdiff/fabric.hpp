@@ -28,6 +28,8 @@ class ASYNCDIFF_EXPORT Fabric {
   // No wait lasts longer, in seconds.
   double deadline() const { return deadline_; }
   virtual std::string kind() const = 0;
+  // The number of each rank's host, from 0.
+  std::vector<int> hosts() const;
 
   // How memory of the second rank is written by the first, for every pair: "memory" (the same),
   // "peer" (device to device), "staged" (through pinned host memory), or what connects two hosts,

@@ -36,9 +36,9 @@ class Team:
     """The processes that own a denoiser's ranks. All methods but :meth:`check` and :meth:`busy` are
     collective: every process calls them, in the same order.
 
-    What is exchanged is plain data (JSON), through shared memory, where a process that ends is
-    noticed at once. Raise ProcessError, which names the process, where one has ended or does not
-    come in time; from then on nothing is done together any more.
+    What is exchanged is plain data (JSON), through shared memory or, between hosts, connections of
+    the core's; a process that ends is noticed at once. Raise ProcessError, which names the process,
+    where one has ended or does not come in time; from then on nothing is done together any more.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Team:
         #: this process, and how many there are
         self.process = process
         self.count = 1 if fabric is None else fabric.ranks
+        #: the number of each process's host, from 0
+        self.hosts = (0,) if fabric is None else fabric.hosts
         self._busy = 0
         self._closed = False
 
@@ -61,8 +63,8 @@ class Team:
         """The processes of ``group`` (None: this one alone; else see
         :func:`~asyncdiff.processes.group.membership`), which wait ``deadline`` seconds for each
         other, and ten times as long to come together. ``results``: who gets noise predictions,
-        "all" or "first". Raises DeviceError where processes are on several hosts, InputError for
-        other ``results``."""
+        "all" or "first". Raises InputError for other ``results``, DeviceError for processes that
+        cannot exchange."""
         if results not in ("all", "first"):
             raise InputError(f"results={results!r}: write 'all' or 'first'")
         if group is None:

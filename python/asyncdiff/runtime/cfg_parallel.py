@@ -112,6 +112,21 @@ class Groups:
             for step in results[0]
         }
 
+    @property
+    def recovers(self) -> bool:
+        """See :meth:`asyncdiff.runtime.engine.Engine.recovers`."""
+        return all(engine.recovers for engine in self.engines)
+
+    @property
+    def over(self) -> bool:
+        """See :meth:`asyncdiff.runtime.engine.Engine.over`."""
+        return any(engine.over for engine in self.engines)
+
+    def give_up(self) -> None:
+        """See :meth:`asyncdiff.runtime.engine.Engine.give_up`."""
+        for engine in self.engines:
+            engine.give_up()
+
     def finish(self) -> None:
         """Wait for the generation's last work and raise what went wrong."""
         try:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import statistics
+import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
-
-import asyncdiff_core as core
 
 from ..config import ParallelConfig
 from ..graph.capture import Captured, capture
@@ -19,13 +16,12 @@ from ..partition.cost import fused, link_speed, measure
 from ..partition.partition import Partition, partition
 from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
-from .devices import Place, fabric
+from .devices import Place
+from .link_speed import between_processes
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
 #: A cut, and the milliseconds of its components.
 Timed = tuple[Partition, list[float]]
-#: Bytes by which a link to another process is measured, and how often.
-_LINK_BYTES, _LINK_PUTS = 1 << 26, 6
 
 
 class Cutter:
@@ -110,52 +106,21 @@ class Cutter:
     def _speed(self) -> float:
         """Bytes a millisecond of a link, measured once."""
         if self._bytes_per_ms is None:
-            first = self._places[0]
-            other = next((p for p in self._places if p.unit != first.unit), None)
+            first, other = _ends(self._places)
             if other is None or other.process == first.process:
                 devices = [p.device for p in (first, other) if p is not None]
                 self._bytes_per_ms = self._team.by(0, "measure links", lambda: link_speed(devices))
             else:
-                self._bytes_per_ms = _between_processes(first, other, self._team)
+                self._bytes_per_ms = between_processes(first, other, self._team)
         return self._bytes_per_ms
 
 
-def _between_processes(first: Place, other: Place, team: Team) -> float:
-    """:func:`~asyncdiff.partition.cost.link_speed` to a device of another process, through a
-    channel. Collective."""
-    link = fabric([first, other], None, team)
-    layout = core.Layout([core.TensorSpec("uint8", (_LINK_BYTES,))])
-    with team.collective():
-        channel = link.channel(0, [1], layout, slots=1, name="a link", mode="copy")
-
-    def receive() -> None:
-        stream = torch.cuda.Stream(other.device)
-        for _ in range(_LINK_PUTS):
-            channel.get(1, 0, stream)
-            channel.release(1, 0, stream)
-        stream.synchronize()
-
-    def send() -> float:
-        stream = torch.cuda.Stream(first.device)
-        data = torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=first.device)
-        torch.cuda.synchronize(first.device)
-        speeds = []
-        with torch.cuda.device(first.device), torch.cuda.stream(stream):
-            for _ in range(_LINK_PUTS):
-                begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begun.record()
-                channel.put([data], 0, stream)
-                ended.record()
-                ended.synchronize()
-                speeds.append(_LINK_BYTES / begun.elapsed_time(ended))
-        return statistics.median(speeds[1:])
-
-    works = {first.process: send, other.process: receive}
-    try:
-        found = team.together("measure links", works.get(team.process, lambda: None))
-        link.check()
-    finally:
-        with team.collective():
-            link.close()
-    speed: float = found[first.process]
-    return speed
+def _ends(places: Sequence[Place]) -> tuple[Place, Place | None]:
+    """The ends of the slowest kind of link between neighbours: to another host, if there is one,
+    else to another device; None where all ranks share one."""
+    pairs = list(itertools.pairwise(places))
+    for a, b in pairs:
+        if a.host != b.host:
+            return a, b
+    first = places[0]
+    return first, next((p for p in places if p.unit != first.unit), None)

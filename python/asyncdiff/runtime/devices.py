@@ -21,12 +21,14 @@ from ..processes.team import Team
 class Place:
     """Where a rank is: on ``device`` of a process of the group, whose name for it that is.
 
-    ``unit`` is the piece of hardware, by a name that is the same in all processes.
+    ``unit`` is the piece of hardware, by a name that is the same in all processes; ``host`` the
+    number of the process's host.
     """
 
     process: int
     device: torch.device
     unit: str
+    host: int = 0
 
     def __str__(self) -> str:
         return str(self.device)
@@ -50,11 +52,12 @@ def places_of(config: ParallelConfig, team: Team) -> list[Place]:
 
     def mine() -> list[list[str]]:
         found = [own_device()] if config.devices is None else every_device(config.devices)
-        return [[str(d), _unit(d)] for d in found]
+        here = team.hosts[team.process]
+        return [[str(d), _unit(d, here)] for d in found]
 
     said = team.together(what, mine)
     places = [
-        Place(process, torch.device(device), unit)
+        Place(process, torch.device(device), unit, team.hosts[process])
         for process, all_of_it in enumerate(said)
         for device, unit in all_of_it
     ]
@@ -103,12 +106,13 @@ def own_device() -> torch.device:
     return torch.device("cuda", current)
 
 
-def _unit(device: torch.device) -> str:
+def _unit(device: torch.device, host: int) -> str:
+    by_name = f"{device} of host {host}"
     if device.type == "cpu":
-        return "cpu"
+        return by_name
     properties = torch.cuda.get_device_properties(device)
-    # Where torch does not tell, processes have to see the same GPUs under the same names.
-    return str(getattr(properties, "uuid", device))
+    # Where torch does not tell, processes of a host have to see the same GPUs under the same names.
+    return str(getattr(properties, "uuid", by_name))
 
 
 def devices_of(config: ParallelConfig) -> list[torch.device]:
@@ -165,7 +169,7 @@ def fabric(places: Sequence[Place], deadline: float | None, team: Team) -> core.
 
     ``deadline`` in seconds; None takes ``ASYNCDIFF_DEADLINE``, else 10. Raises DeviceError for what
     the core says of devices, such as GPUs that do not reach each other as ``ASYNCDIFF_TRANSPORT``
-    wants, and for processes on several hosts.
+    wants.
     """
     together: dict[str, Any] = {}
     if team.several:

@@ -261,6 +261,27 @@ class Engine:
         except core.CoreError as e:
             raise self._blamed(e) from e
 
+    @property
+    def recovers(self) -> bool:
+        """Whether the exchange goes on after a failure, in the next generation."""
+        return self.fabric.recovers
+
+    @property
+    def over(self) -> bool:
+        """Whether the exchange has failed for good, so that another engine has to be made."""
+        if self.recovers:
+            return False
+        try:
+            self.fabric.check()
+        except core.CoreError:
+            return True
+        return False
+
+    def give_up(self) -> None:
+        """See to it that closing waits for no other process: all of them give this engine up."""
+        with contextlib.suppress(core.CoreError):
+            self.fabric.abort(self.channels.own_rank, "the exchange is made anew")
+
     def finish(self) -> None:
         """Wait for the generation's last work, in all processes, and raise what went wrong:
         RankError, or InputError where conditioning was written to in a way that nothing shows."""

@@ -57,6 +57,11 @@ class _Prepared:
     whole: Engine | Groups | None = None
 
     @property
+    def recovers(self) -> bool:
+        """Whether the exchange goes on after a failure."""
+        return all(engine.recovers for engine in self.engines)
+
+    @property
     def engines(self) -> list[Engine | Groups]:
         return [self.engine] if self.whole is None else [self.engine, self.whole]
 
@@ -123,6 +128,7 @@ class EngineCache:
             return self._get(call, kind)
 
     def _get(self, call: Call, kind: _Kind) -> Engine | Groups:
+        self._drop_what_is_over(kind)
         self._renew(kind)
         if kind not in self._kept:
             config = self._config
@@ -138,6 +144,18 @@ class EngineCache:
         self._kept.move_to_end(kind)
         self._number = kind[1]
         return self._kept[kind].engine
+
+    def _drop_what_is_over(self, kind: _Kind) -> None:
+        """Drop the engines of a kind whose exchange a failure has ended for good, as between GPUs
+        of several hosts: they are made anew."""
+        kept = self._kept.get(kind)
+        if kept is None or kept.recovers:
+            return
+        if self._team.every("look at the exchange", lambda: not any(e.over for e in kept.engines)):
+            return
+        for engine in kept.engines:
+            engine.give_up()
+        self._drop([kind])
 
     def _renew(self, kind: _Kind) -> None:
         """Give the engines of a kind what its weights are now, if they were written to; drop the

@@ -1,0 +1,54 @@
+"""A denoiser whose ranks are on several hosts, which processes say they are on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import group_hosts
+import pytest
+from group import run
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        "ab",
+        pytest.param("abb", marks=pytest.mark.slow),
+        pytest.param("abc", marks=pytest.mark.slow),
+    ],
+)
+def test_the_bits_are_those_of_one_process(hosts: str, tmp_path: Path) -> None:
+    """With the noise predictions for all, and for process 0 alone."""
+    count = len(hosts)
+    found = run(group_hosts.settings, count, tmp_path, ["all", "first"], hosts=hosts)
+    alone = group_hosts.settings_alone(count)
+    assert found[:count] == [alone] * count
+    assert found[count] == alone  # the others' latents are noise
+
+
+def test_what_links_between_hosts_carry_is_measured(tmp_path: Path) -> None:
+    for one in run(group_hosts.links, 3, tmp_path, hosts="aab"):
+        assert one["hosts"] == [0, 0, 1]
+        assert one["links"] == ["memory", "sockets"]
+        assert one["units"] == ["cpu of host 0", "cpu of host 1"]
+        (speed,) = one["speeds"]
+        assert speed > 0
+
+
+def test_a_process_that_is_killed_on_another_host_is_named(tmp_path: Path) -> None:
+    first, second, killed = run(group_hosts.killed, 3, tmp_path, hosts="aba")
+    assert killed == -9
+    assert first["again"] == second["again"]
+    for one in (first, second):
+        assert one["kind"] == "ProcessError" and one["rank"] == 2
+        assert one["seconds"] < 5
+
+
+def test_a_failed_rank_stops_all_hosts_and_the_next_generation_works(tmp_path: Path) -> None:
+    """The engine is the same, and a new one where its fabric is over after a failure."""
+    *goes_on, a, b = run(group_hosts.failed, 2, tmp_path, ["recovers", "over"], hosts="ab")
+    for one in (*goes_on, a, b):
+        assert one["kind"] == "RankError" and one["rank"] == 1
+        assert one["same"] == [True, True]
+    assert all(one["kept"] == [True] for one in goes_on)
+    assert all(one["kept"] == [False] for one in (a, b))
