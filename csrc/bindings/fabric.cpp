@@ -39,7 +39,8 @@ void register_fabric(py::module_& m) {
   py::class_<Fabric, std::shared_ptr<Fabric>>(m, "Fabric")
       .def_property_readonly("ranks", &Fabric::ranks)
       .def_property_readonly("kind", &Fabric::kind)
-      .def_property_readonly("hosts", [](const Fabric& f) { return py::tuple(py::cast(f.hosts())); })
+      .def_property_readonly("hosts",
+                             [](const Fabric& f) { return py::tuple(py::cast(f.hosts())); })
       .def_property_readonly("recovers", &Fabric::recovers)
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
