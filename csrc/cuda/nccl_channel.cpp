@@ -190,8 +190,9 @@ void NcclChannel::check_end(int rank, int slot) const {
 }
 
 Buffer NcclChannel::slot(int receiver, int slot) {
-  const std::size_t place = place_of(receiver);
-  check_end(receivers()[place], slot);
+  check_slot(slot);
+  shared_->processes().check_mine(receivers()[place_of(receiver)]);
+  if (closed_) throw Error("channel '" + name() + "' is closed");
   Buffer out = memory_->device;
   out.data += memory_->lines + layout().nbytes * static_cast<std::size_t>(slot);
   out.nbytes = layout().nbytes;

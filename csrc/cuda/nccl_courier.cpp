@@ -38,7 +38,7 @@ using std::chrono::milliseconds;
 
 // Between two looks at what kernels write: nothing wakes a thread for that. Short for a while after
 // there was something to do, as in a generation.
-constexpr microseconds kSoon{10};
+constexpr microseconds kSoon{20};
 constexpr milliseconds kLater{1};
 constexpr milliseconds kWhile{200};
 // While there is no channel.
@@ -251,7 +251,9 @@ bool NcclCourier::work() {
   bool worked = false;
   for (const auto& [channel, end] : outgoing_) worked = post(*end) || worked;
   for (const auto& [key, end] : incoming_) worked = tell(*end) || worked;
-  for (auto& [process, peer] : peers_) worked = listen(process, peer) || worked;
+  for (auto& [process, peer] : peers_) {
+    if (peer.speaks) worked = listen(process, peer) || worked;
+  }
   for (auto& [process, peer] : peers_) write(process, peer);
   const auto now = Clock::now();
   const bool look = now - looked_ > kLinkLooks;
@@ -292,6 +294,7 @@ bool NcclCourier::tell(NcclIncoming& end) {
 
 bool NcclCourier::listen(int process, Peer& peer) {
   bool worked = false;
+  peer.speaks = false;
   while (peer.open) {
     const Progress progress = peer.wire.read();
     if (peer.wire.there()) {
@@ -380,24 +383,26 @@ void NcclCourier::ended(int process, Peer& peer) {
 bool NcclCourier::pause(bool busy) {
   std::vector<pollfd> all{{wake_, POLLIN, 0}};
   std::chrono::nanoseconds longest = busy ? std::chrono::nanoseconds(kSoon) : kLater;
+  // After a failure nobody reads any more, and what comes does not wake.
+  const bool failed = failures_.failed();
   {
     const std::lock_guard lock(mutex_);
     for (const auto& [process, peer] : peers_) {
-      if (!peer.open) continue;
       const int events = POLLIN | (peer.wire.written() ? 0 : POLLOUT);
-      all.push_back({peer.wire.socket().descriptor(), static_cast<short>(events), 0});
+      const int descriptor = peer.open && !failed ? peer.wire.socket().descriptor() : -1;
+      all.push_back({descriptor, static_cast<short>(events), 0});
     }
-    if (outgoing_.empty() && incoming_.empty()) longest = kIdle;
-  }
-  // After a failure nobody reads any more: what comes does not wake.
-  if (failures_.failed()) {
-    all.resize(1);
-    longest = kIdle;
+    if (failed || (outgoing_.empty() && incoming_.empty())) longest = kIdle;
   }
   const timespec time{0, static_cast<long>(longest.count())};
-  ppoll(all.data(), all.size(), &time, nullptr);
+  if (ppoll(all.data(), all.size(), &time, nullptr) <= 0) return false;
+  {
+    const std::lock_guard lock(mutex_);
+    std::size_t place = 1;
+    for (auto& [process, peer] : peers_) peer.speaks = all[place++].revents != 0;
+  }
   std::uint64_t count = 0;
-  return ::read(wake_, &count, sizeof count) > 0;
+  return all[0].revents != 0 && ::read(wake_, &count, sizeof count) > 0;
 }
 
 }  // namespace asyncdiff

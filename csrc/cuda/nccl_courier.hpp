@@ -80,6 +80,7 @@ class NcclCourier {
     Wire wire;
     bool open = true;
     bool left = false;
+    bool speaks = true;  // may have something to read
   };
   using Clock = std::chrono::steady_clock;
 

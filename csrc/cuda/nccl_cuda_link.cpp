@@ -37,13 +37,13 @@ NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::u
 
 void NcclCudaLink::exchange_first(int place, std::uint64_t* word,
                                   const NcclCommunicator::Limits& limits) {
-  const Buffer memory = allocate_device(device_, sizeof(std::uint64_t));
+  first_ = allocate_device(device_, sizeof(std::uint64_t));
   store_word(word, 0);
   try {
     if (place == NcclCommunicator::kSender) {
-      send(memory.data, memory.nbytes, {nullptr, 0, word, 1});
+      send(first_.data, first_.nbytes, {nullptr, 0, word, 1});
     } else {
-      receive(memory.data, memory.nbytes, {nullptr, 0, word, 1});
+      receive(first_.data, first_.nbytes, {nullptr, 0, word, 1});
     }
     const auto limit =
         std::chrono::steady_clock::now() + std::chrono::duration<double>(limits.seconds);
@@ -59,7 +59,7 @@ void NcclCudaLink::exchange_first(int place, std::uint64_t* word,
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
   } catch (...) {
-    communicator_->abort();  // before the memory is freed, which waits for the device
+    communicator_->abort();  // before the memory is freed
     throw;
   }
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "asyncdiff/memory.hpp"
 #include "nccl_communicator.hpp"
 #include "nccl_link.hpp"
 
@@ -33,6 +34,7 @@ class NcclCudaLink final : public NcclLink {
   void exchange_first(int place, std::uint64_t* word, const NcclCommunicator::Limits& limits);
 
   int device_;
+  Buffer first_;  // of the first message; to free it would wait for the device
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<NcclCommunicator> communicator_;
 };

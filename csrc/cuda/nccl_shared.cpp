@@ -84,7 +84,13 @@ Buffer prepared(const Processes& processes, const std::vector<int>& devices) {
       const DeviceGuard guard(device);
       preload_kernels();
     }
-    out = allocate_pinned(own.empty() ? 0 : *own.begin(), FlagPool::kBytes + FailureLog::nbytes(1));
+    int device = 0;
+    if (own.empty()) {
+      check_cuda(cudaGetDevice(&device), "reading the current device");
+    } else {
+      device = *own.begin();
+    }
+    out = allocate_pinned(device, FlagPool::kBytes + FailureLog::nbytes(1));
   };
   processes.everybody().together("prepare NCCL", work);
   processes.everybody().agree("prepare NCCL", [] {
@@ -218,8 +224,9 @@ std::exception_ptr NcclShared::lost(int process) const {
 void NcclShared::failed() {
   abort_links();
   if (aborted_by_caller_ || processes_.over()) return;
-  int mine = 0;
-  while (!processes_.mine(mine)) ++mine;
+  const auto& owners = processes_.owners();
+  const auto own = std::find(owners.begin(), owners.end(), processes_.process());
+  const int mine = own == owners.end() ? -1 : static_cast<int>(own - owners.begin());
   std::string reason = "what crosses hosts has failed";
   try {
     check();

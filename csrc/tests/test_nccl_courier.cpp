@@ -146,7 +146,7 @@ struct TestChannel {
   static constexpr int kFlags = 3;
 
   TestChannel(Two& two, int sender, std::uint32_t number, int slots, std::size_t nbytes,
-              std::shared_ptr<Queue> carried_by)
+              std::shared_ptr<Queue> carried_by, std::vector<std::size_t> ends = {})
       : queue(std::move(carried_by)),
         staging(nbytes * static_cast<std::size_t>(slots)),
         mailbox(staging.size()),
@@ -167,6 +167,7 @@ struct TestChannel {
     in->rank = 1 - sender;
     out->committed = words;
     out->pushed = pushed;
+    out->ends = std::move(ends);
     out->flags = kFlags;
     out->credit = &credit;
     out->carried = &sent;
@@ -281,8 +282,7 @@ void a_large_bundle_goes_in_parts() {
   Two two;
   const std::vector<std::size_t> ends = {kPieceBytes + 256, kPieceBytes + 256, kPieceBytes + 512,
                                          2 * kPieceBytes + 1024, 2 * kPieceBytes + 1280};
-  TestChannel channel(two, 0, 0, 2, ends.back(), std::make_shared<Queue>());
-  channel.out->ends = ends;
+  TestChannel channel(two, 0, 0, 2, ends.back(), std::make_shared<Queue>(), ends);
   const auto push = [&](std::size_t i, std::uint64_t n, int value) {
     const std::size_t from = i == 0 ? 0 : ends[i - 1];
     std::memset(channel.staging.data() + channel.out->place(n) + from, value, ends[i] - from);
