@@ -173,7 +173,8 @@ Buffer open_shared(const std::string& bytes, std::size_t nbytes) {
     throw Error("the shared memory " + name +
                 " of another process is not in this one's /dev/shm: the processes run in "
                 "containers that have a /dev/shm each. Give them one (docker run --ipc=host, or "
-                "--ipc=container:NAME), or the process that made it has ended");
+                "--ipc=container:NAME), or say that they are different hosts (ASYNCDIFF_HOST); or "
+                "the process that made it has ended");
   }
   if (descriptor < 0) fail("opening the shared memory " + name);
   struct stat status{};
