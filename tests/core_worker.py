@@ -301,48 +301,5 @@ def foreign(process: int, processes: int, folder: Path) -> Any:
     return "no error"
 
 
-def store(process: int, processes: int, folder: Path) -> Any:
-    """The same over a torch.distributed store."""
-    from torch.distributed import FileStore
-
-    rendezvous = core.StoreRendezvous(
-        FileStore(str(folder / "store"), processes), process, processes
-    )
-    fabric = core.HostFabric(processes, rendezvous=rendezvous)
-    channel = fabric.channel(0, [1], LAYOUT)
-    if process == 0:
-        channel.put([np.full(257, 7, np.float32), np.zeros(3, np.int64)], 0)
-        return 7.0
-    channel.get(1, 0)
-    return float(read(channel, 1, 0)[0][0])
-
-
-def group(process: int, processes: int, folder: Path) -> Any:
-    """Fabrics from groups of torch.distributed: of all processes, twice, and of the last two."""
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=process, world_size=processes
-    )
-    heard = []
-    for mark in (b"first", b"second"):
-        fabric = core.HostFabric.from_group(deadline=20)
-        heard.append([x.decode() for x in fabric.all_gather(mark + b"%d" % process)])
-        fabric.close()
-    last = dist.new_group([processes - 2, processes - 1])
-    text = ""
-    if process < processes - 2:
-        try:
-            core.HostFabric.from_group(last)
-        except core.InvalidArgument as e:
-            text = str(e)
-    else:
-        fabric = core.HostFabric.from_group(last)
-        heard.append([x.decode() for x in fabric.all_gather(b"%d" % process)])
-    dist.barrier()
-    dist.destroy_process_group()
-    return heard, text
-
-
 if __name__ == "__main__":
     main(globals())

@@ -2,17 +2,25 @@
 
     python group.py MODULE FUNCTION PROCESSES FOLDER [OPTION ...]
 
-imports MODULE once, then forks: function(member) of each process returns what the test gets; once
-for each option, in new processes. Nothing is computed before: torch's kernels may hang in a child
-of a process that has used them.
+makes the processes: function(member) of each returns what the test gets; once for each option, in
+new processes. They are forked from one that has imported what they need, by
+
+    python group.py
+
+which reads such arguments from its input, a line of JSON each, for as long as tests run. Nothing is
+computed before the fork: torch's kernels may hang in a child of a process that has used them.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
+import functools
+import gc
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from export_cache import ExportCache
+from processes import STARTED
 
 SECONDS = 100
 #: In the environment: a letter for each process, its host's.
@@ -68,20 +77,91 @@ def run(
     """What ``function``, of a module beside this one, returned in each process (JSON); minus the
     signal where one was killed; for each option, one after another. ``fork``: not for CUDA, which
     no child inherits. ``hosts``: a letter for each process, its host's; else they are on one."""
-    command = [sys.executable, __file__, function.__module__, function.__name__]
-    done = subprocess.run(
-        [*command, str(processes), str(folder), *options],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS * (1 + len(options)),
-        env=os.environ
-        | ({} if fork else {SPAWN: "1"})
-        | ({HOSTS: hosts} if hosts else {})
-        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-    )
+    arguments = [function.__module__, function.__name__, str(processes), str(folder), *options]
+    said = {HOSTS: hosts} if hosts else {}
+    seconds = SECONDS * (1 + len(options))
+    code = (_server().run if fork else _spawn)(arguments, said, seconds)
     hangs = [p.read_text() for p in sorted(folder.glob("*/hangs-*"))]
-    assert done.returncode == 0, "\n".join([*filter(None, hangs), done.stderr[-8000:]])
-    return json.loads(done.stdout.splitlines()[-1])
+    errors = (folder / "stderr").read_text()
+    assert code == 0, "\n".join([*filter(None, hangs), errors[-8000:]])
+    started, results = json.loads((folder / "stdout").read_text().splitlines()[-1])
+    STARTED.update(started)
+    return list(results)
+
+
+def _environment() -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def _spawn(arguments: Sequence[str], said: dict[str, str], seconds: float) -> int:
+    folder = Path(arguments[3])
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as errors:
+        return subprocess.run(
+            [sys.executable, __file__, *arguments],
+            stdout=out,
+            stderr=errors,
+            timeout=seconds,
+            env=os.environ | _environment() | said | {SPAWN: "1"},
+        ).returncode
+
+
+class _Server:
+    """The process that those of a test are forked from."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | _environment(),
+            start_new_session=True,  # so that all can be ended
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it: its input ends."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, arguments: Sequence[str], said: dict[str, str], seconds: float) -> int:
+        """The exit code of main() with these arguments, in a process of its own that has ``said``
+        in its environment, too."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([arguments, said]).encode() + b"\n")
+        self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+        if not ready:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            _server.cache_clear()
+            raise TimeoutError(f"{arguments} took more than {seconds} s")
+        return int(self._process.stdout.readline())
+
+
+@functools.cache
+def _server() -> _Server:
+    return _Server()
+
+
+def serve() -> None:
+    """Fork for each line of the input, and print the exit code."""
+    # What exporting imports when it is used first.
+    for name in ("torch._export.non_strict_utils", "torch._inductor.codecache", "networkx"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        arguments, said = json.loads(line)
+        importlib.import_module(arguments[0])
+        gc.freeze()
+        child = os.fork()
+        if child == 0:
+            folder = Path(arguments[3])
+            for stream, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream)
+            os.environ.update(said)
+            code = main(*arguments)
+            sys.stdout.flush()
+            os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def _child(function: Callable[[Member], Any], member: Member) -> None:
@@ -103,14 +183,13 @@ def _child(function: Callable[[Member], Any], member: Member) -> None:
         os._exit(1)
 
 
-def main() -> int:
-    module, name, processes, folder, *options = sys.argv[1:]
+def main(module: str, name: str, processes: str, folder: str, *options: str) -> int:
     function = getattr(importlib.import_module(module), name)
     if SPAWNED in os.environ:
         process = int(os.environ[SPAWNED])
         place = Path(folder) / f"of-{options[0]}"
         _child(function, Member(process, int(processes), place, options[0]))
-    results, codes = [], []
+    results, codes, started = [], [], []
     for option in options:
         place = Path(folder) / f"of-{option}"
         place.mkdir()
@@ -125,14 +204,15 @@ def main() -> int:
             if child == 0:
                 _child(function, Member(process, int(processes), place, option))
             children.append(child)
+        started += children
         codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         results += [
             json.loads((place / f"result-{p}").read_text()) if code == 0 else code
             for p, code in enumerate(codes[-len(children) :])
         ]
-    print(json.dumps(results))
+    print(json.dumps([started, results]))
     return 1 if any(code > 0 for code in codes) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]) if sys.argv[1:] else serve())

@@ -13,7 +13,7 @@ def _no_text(encoders: int) -> dict[str, None]:
     return dict.fromkeys(f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ends)
 
 
-def tiny_unet(seed: int = 0) -> Any:
+def tiny_unet(seed: int = 0, **config: Any) -> Any:
     """A UNet with attention that is exported in less than a second."""
     torch.manual_seed(seed)
     unet = diffusers.UNet2DConditionModel(
@@ -25,6 +25,7 @@ def tiny_unet(seed: int = 0) -> Any:
         cross_attention_dim=32,
         attention_head_dim=8,
         norm_num_groups=4,
+        **config,
     )
     return unet.eval().requires_grad_(False)
 

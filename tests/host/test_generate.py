@@ -15,7 +15,7 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, PlanError, RankError, SchedulerError
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+SPEC = reference.SMALL
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 #: The largest relative L2 distance between the two ways, and to the pipeline.
 TOLERANCE = 1e-5

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import core_torch
+import group
 import pytest
 from processes import left_behind, run
 
@@ -129,11 +131,11 @@ def test_ends_of_other_processes_are_refused(tmp_path: Path) -> None:
 
 
 def test_over_a_torch_store(tmp_path: Path) -> None:
-    assert run("store", 2, tmp_path) == [7.0, 7.0]
+    assert group.run(core_torch.store, 2, tmp_path) == [7.0, 7.0]
 
 
 def test_from_a_process_group(tmp_path: Path) -> None:
-    results = run("group", 3, tmp_path)
+    results = group.run(core_torch.group, 3, tmp_path)
     all_ = [[f"{mark}{p}" for p in range(3)] for mark in ("first", "second")]
     assert [heard for heard, _ in results] == [all_, [*all_, ["1", "2"]], [*all_, ["1", "2"]]]
     assert "pass a ProcessGroup that this process is in" in results[0][1]

@@ -25,8 +25,8 @@ def kinds(program: fx.GraphModule) -> list[str]:
 
 
 def tiny() -> tuple[Any, dict[str, Any]]:
-    unet = reference.denoiser("sd_seed1")
-    return unet, example_inputs(unet, height=128, width=128)
+    unet = reference.denoiser("small")
+    return unet, example_inputs(unet, height=64, width=64)
 
 
 def same_bits(
@@ -81,7 +81,7 @@ def test_text_and_time_leave_the_loop() -> None:
 
 
 def test_rows_may_depend_on_the_conditioning_too() -> None:
-    unet = reference.denoiser("sdxl_seed2")
+    unet = reference.denoiser("small_xl")
     kwargs = example_inputs(unet)
     captured = capture(unet, call := parse(unet, (), kwargs))
     parts = partition(captured, 2, "estimate")
@@ -143,7 +143,7 @@ def test_kept_values_stay_where_they_are() -> None:
 
 def test_a_prompt_is_worked_on_once_a_generation() -> None:
     unet, kwargs = tiny()
-    denoiser = AsyncDenoiser(unet, (), kwargs, devices=["cpu"] * 2, split="estimate")
+    denoiser = AsyncDenoiser(unet, (), kwargs, devices=["cpu"] * 2, split=reference.SMALL["split"])
     workers = denoiser._engine.workers  # type: ignore[union-attr]
     runs = [0, 0]
     for i, worker in enumerate(workers):

@@ -16,7 +16,7 @@ import asyncdiff
 from asyncdiff import InputError
 
 CALL = tiny_sd()[1] | {"num_inference_steps": 10}
-XL = reference.case("sdxl_euler_n2s1w1")
+XL = reference.SMALL_XL
 SCHEDULERS = [
     "DDIMScheduler",
     "DDPMScheduler",

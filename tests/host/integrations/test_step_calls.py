@@ -15,7 +15,7 @@ import reference
 import asyncdiff
 import asyncdiff_core
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+SPEC = reference.SMALL
 OURS = tuple(str(Path(str(m.__file__)).parent) for m in (asyncdiff, asyncdiff_core))
 #: Calls of one step with two components, published schedule. Each costs a GPU's host a microsecond.
 MOST = 120

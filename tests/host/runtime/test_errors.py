@@ -27,7 +27,7 @@ from asyncdiff.processes.team import Team
 from asyncdiff.runtime.devices import Place, fabric
 from asyncdiff.runtime.engine import Engine
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+SPEC = reference.SMALL
 
 
 def test_an_error_of_a_rank_keeps_it() -> None:
@@ -191,7 +191,7 @@ def test_a_scheduler_changed_to_one_that_calls_twice() -> None:
 def test_a_pipeline_that_calls_twice_a_step() -> None:
     pipe, handle = parallel(split=SPEC["split"])
     pipe.scheduler.set_timesteps(5)
-    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
     with pytest.raises(SchedulerError, match="more or less often than once a step"):
         for t in pipe.scheduler.timesteps:
             pipe.unet(sample, t, text)
@@ -204,7 +204,7 @@ def test_timesteps_from_nowhere() -> None:
     pipe, handle = parallel(split=SPEC["split"])
     pipe.scheduler.set_timesteps(5)
     with pytest.raises(SchedulerError, match="AsyncDenoiser"):
-        pipe.unet(torch.randn(2, 4, 16, 16), torch.tensor(437), torch.randn(2, 7, 32))
+        pipe.unet(torch.randn(2, 4, 8, 8), torch.tensor(437), torch.randn(2, 7, 32))
     handle.restore()
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import group_failures
 import pytest
 from group import run
+from processes import left_behind
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[None]:
-    before = set(Path("/dev/shm").glob("asyncdiff-*"))
     yield
-    assert set(Path("/dev/shm").glob("asyncdiff-*")) <= before
+    assert not left_behind()
 
 
 def test_differences(tmp_path: Path) -> None:

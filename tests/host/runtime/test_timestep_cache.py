@@ -139,10 +139,10 @@ def test_the_same_bits_in_every_mode(settings: dict[str, Any]) -> None:
     denoiser.close()
 
 
-@pytest.mark.parametrize("name", ["sd21_ddim_n2s2w1", "sdxl_euler_n3s2w1"])
-def test_the_same_bits_of_a_pipeline(name: str, computed: list[int]) -> None:
-    spec = reference.case(name)
-    ranks = spec["components"] + spec["stride"] - 1
+@pytest.mark.parametrize("spec", [reference.SMALL, reference.SMALL_XL], ids=lambda s: s["name"])
+def test_the_same_bits_of_a_pipeline(spec: dict[str, Any], computed: list[int]) -> None:
+    spec = spec | {"stride": 2}
+    ranks = spec["components"] + 1
 
     def parallel() -> tuple[Any, Any]:
         pipe = reference.pipeline(spec)
@@ -270,7 +270,7 @@ def test_the_same_bits_on_the_ranks(
     assert not torch.equal(*want)
 
 
-@pytest.mark.parametrize("name", ["sd_seed1", "sdxl_seed2"])
+@pytest.mark.parametrize("name", ["small", "small_xl"])
 def test_the_same_bits_of_a_unet_in_whole_generations(
     name: str, monkeypatch: pytest.MonkeyPatch, computed: list[int]
 ) -> None:

@@ -27,7 +27,7 @@ from asyncdiff.sampling.fit import fit, wins
 from asyncdiff.sampling.linear import linearize
 from asyncdiff.sampling.predictor import Line, Predictor
 
-SPEC = reference.case("sd21_ddim_n2s1w1")
+SPEC = reference.SMALL
 SPLITS = {
     2: [["enter", "down"], ["mix", "up", "leave"]],
     3: [["enter", "down.0"], ["down.1", "down.2", "mix"], ["up", "leave"]],
