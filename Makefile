@@ -150,7 +150,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@index=()
 	version='$(TORCH)'; version="$${version##*=}"
 	if ! nvidia-smi -L >/dev/null 2>&1 &&
-		! $(PIP) index versions torch 2>/dev/null | grep -qF "$$version+cpu"; then
+		! $(BIN)/python -m pip index versions torch 2>/dev/null | grep -qF "$$version+cpu"; then
 		index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 	fi
 	echo "installing $(TORCH) $${index[*]}"
