@@ -113,9 +113,8 @@ void NcclChannel::make_sender(std::uint32_t channel, std::shared_ptr<NcclLink> l
   from_.target[0] = memory_->device.data + memory_->lines;
   memory_->record = from_.context.record;
   memory_->device_counts = {offsetof(SenderCounters, begun), offsetof(SenderCounters, committed)};
-  for (int i = 0; i < flags; ++i)
-    memory_->host_counts.push_back(from_.arrived[0] + i * kFlagStride);
-  for (std::size_t i = 0; i < tensors; ++i) memory_->host_counts.push_back(pushed_ + i);
+  for (int i = 0; i < flags; ++i) end->counts.push_back(from_.arrived[0] + i * kFlagStride);
+  for (std::size_t i = 0; i < tensors; ++i) end->counts.push_back(pushed_ + i);
   memory_->end = end;
   shared_->keep(memory_);
   shared_->courier().add(std::move(end));
@@ -145,7 +144,7 @@ void NcclChannel::make_receiver(std::uint32_t channel, std::shared_ptr<NcclLink>
   memory_->record = to_.context.record;
   memory_->device_counts = {offsetof(ReceiverCounters, got), offsetof(ReceiverCounters, released),
                             FlagPool::kLine};
-  memory_->host_counts = {words};
+  end->counts = {words};
   memory_->end = end;
   shared_->keep(memory_);
   shared_->courier().add(std::move(end));

@@ -67,8 +67,9 @@ class NcclCourier {
   std::uint64_t wait_until_sent(const NcclOutgoing& end);
   // Waits until so many have arrived. Both throw what has failed meanwhile, or ExchangeTimeout.
   void wait_until_arrived(const NcclIncoming& end, std::uint64_t messages);
-  // All counts become `first`, and what is still on its way from before counts no more. Nothing may
-  // be under way; nobody may commit or release before all processes have done it.
+  // All counts, those of kernels in host memory included, become `first`, and what is still on its
+  // way from before counts no more. Nothing may be under way; nobody may commit or release before
+  // all processes have done it.
   void reset(std::uint64_t first);
 
   // What failed first in here; null where nothing has, or where it was told elsewhere.

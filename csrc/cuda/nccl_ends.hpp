@@ -42,10 +42,11 @@ struct NcclEnd {
   std::shared_ptr<NcclLink> link;
   std::size_t nbytes;
   int slots;
-  std::uint64_t* carried;      // messages since the last reset, set by the link
-  std::uint64_t messages = 0;  // given to it
-  std::uint64_t bundles = 0;   // given to it as a whole
-  std::size_t part = 0;        // bytes of the next bundle that were
+  std::vector<std::uint64_t*> counts;  // all words in host memory that kernels count in
+  std::uint64_t* carried;              // messages since the last reset, set by the link
+  std::uint64_t messages = 0;          // given to it
+  std::uint64_t bundles = 0;           // given to it as a whole
+  std::size_t part = 0;                // bytes of the next bundle that were
 
   // When the link last was idle or got something done, for the deadline.
   std::chrono::steady_clock::time_point since{};
@@ -67,6 +68,7 @@ struct NcclEnd {
     if (whole) ++bundles;
   }
   void reset(std::uint64_t first) {
+    for (std::uint64_t* word : counts) store_word(word, first);
     bundles = first;
     messages = seen = 0;
     part = 0;

@@ -126,7 +126,6 @@ Buffer for_failures(Buffer memory) {
 
 void NcclEndMemory::reset(std::uint64_t count) const {
   clear(device, lines);
-  for (std::uint64_t* word : host_counts) store_word(word, count);
   const DeviceGuard guard(device.device);
   for (std::size_t at : device_counts) {
     check_cuda(cudaMemcpy(device.data + at, &count, sizeof count, cudaMemcpyHostToDevice),

@@ -26,15 +26,14 @@ namespace asyncdiff {
 // What an end of a channel has of this process. Kept until the channel is closed, or the network:
 // the other side may send as long as it has not been told.
 struct NcclEndMemory {
-  Buffer device;                            // lines of the end's kernels, then all slots
-  std::size_t lines;                        // bytes of them
-  std::vector<std::size_t> device_counts;   // where in the lines bundles are counted
-  std::size_t first, words;                 // lines in pinned memory
-  std::vector<std::uint64_t*> host_counts;  // those of them that kernels count in
+  Buffer device;                           // lines of the end's kernels, then all slots
+  std::size_t lines;                       // bytes of them
+  std::vector<std::size_t> device_counts;  // where in the lines bundles are counted
+  std::size_t first, words;                // lines in pinned memory
   const FailureRecord* record;
   std::shared_ptr<NcclEnd> end;
 
-  // All counts of kernels become `count`. Nothing may be in flight.
+  // All counts of kernels on the device become `count`. Nothing may be in flight.
   void reset(std::uint64_t count) const;
 };
 

@@ -172,6 +172,9 @@ struct TestChannel {
     out->credit = &credit;
     out->carried = &sent;
     out->staging = staging.data();
+    for (int i = 0; i < kFlags; ++i) out->counts.push_back(words + i * kFlagStride);
+    for (std::uint64_t& word : pushed) out->counts.push_back(&word);
+    in->counts = {&released};
     in->mailbox = mailbox.data();
     in->released = &released;
     in->arrived = &arrived;
@@ -207,11 +210,6 @@ struct TestChannel {
       commit(n, i % 251);
     }
     receiving.join();
-  }
-  void reset_words(std::uint64_t first) {
-    for (int i = 0; i < kFlags; ++i) store_word(words + i * kFlagStride, first);
-    store_word(&released, first);
-    store_word(&arrived, first);
   }
   std::uint64_t wait_until_all_arrived() const {
     const std::uint64_t count = both.sides[from]->courier.wait_until_sent(*out);
@@ -270,8 +268,10 @@ void a_reset_begins_anew() {
     channel.commit(load_word(channel.words) + 1, 9);  // nobody reads it
     channel.wait_until_all_arrived();
     for (const auto& side : two.sides) side->courier.reset(first);
-    channel.reset_words(first);
-    CHECK(channel.credit == first && channel.sent == 0);
+    store_word(&channel.arrived, first);  // in device memory
+    CHECK(load_word(&channel.credit) == first && load_word(&channel.released) == first);
+    std::this_thread::sleep_for(std::chrono::milliseconds(first == 7 ? 20 : 0));
+    CHECK(load_word(&channel.sent) == 0 && load_word(&channel.arrived) == first);
     channel.run(first, 20);
     channel.wait_until_all_arrived();
   }
@@ -322,8 +322,7 @@ void a_large_bundle_goes_in_parts() {
     CHECK(soon([&] { return load_word(&channel.arrived_on_host) == messages + 1; }));
     CHECK(channel.wait_until_all_arrived() == messages + 1);
     for (const auto& side : two.sides) side->courier.reset(5);
-    channel.reset_words(5);
-    for (std::uint64_t& word : channel.pushed) store_word(&word, 5);
+    store_word(&channel.arrived, 5);
     messages = 0;
   }
   for (const auto& side : two.sides) CHECK(!side->failures.failed());
