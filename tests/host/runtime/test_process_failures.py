@@ -69,11 +69,12 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_kills_at_random(processes: int, tmp_path: Path) -> None:
+def test_kills_at_random(processes: int, part: int, tmp_path: Path) -> None:
     """Whoever is left is told who went, at once, and goes on without it. More kills are the
     core's (test_core_kills.py)."""
-    seeds = [str(100 * processes + i) for i in range(8)]
+    seeds = [str(100 * processes + 4 * part + i) for i in range(4)]
     found = run(group_failures.killed, processes, tmp_path, seeds)
     drawn, wrong = set(), []
     for i, seed in enumerate(seeds):
