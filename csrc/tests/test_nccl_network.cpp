@@ -1,0 +1,295 @@
+// The network of GPUs between two processes that say they are on two hosts: all of it but CUDA and
+// NCCL, which are played on the CPU.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cuda/nccl_network.hpp"
+#include "../src/crossing.hpp"
+#include "asyncdiff/errors.hpp"
+#include "asyncdiff/socket_rendezvous.hpp"
+#include "check.hpp"
+
+using namespace asyncdiff;
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// One process, with a rank.
+struct Host {
+  Host(const std::string& path, int rank, double deadline)
+      : mine(rank),
+        processes(
+            {0, 1},
+            std::make_shared<SocketRendezvous>(SocketAddress{"", 0, path}, rank, 2, "key", 20),
+            deadline),
+        network(
+            make_nccl_network(processes, {0, 0}, deadline, connect_hosts(processes, deadline))) {}
+
+  std::shared_ptr<Channel> channel(int from, const Layout& layout, int slots) {
+    const std::string name = "from " + std::to_string(from);
+    return network->channel(from, 1 - from, layout, slots, name, processes.party_of({0, 1}));
+  }
+  void together() const { processes.everybody().barrier(); }
+
+  int mine;
+  Processes processes;
+  std::shared_ptr<Network> network;
+};
+
+// Runs it in two processes. What each ended with, as waitpid tells.
+std::vector<int> on_two_hosts(const std::function<void(Host&)>& work, double deadline = 20) {
+  static int runs = 0;
+  const std::string path =
+      "/tmp/asyncdiff-nccl-" + std::to_string(getpid()) + "-" + std::to_string(++runs);
+  pid_t children[2];
+  for (int p = 0; p < 2; ++p) {
+    children[p] = fork();
+    if (children[p] != 0) continue;
+    alarm(100);
+    setenv("ASYNCDIFF_HOST", p == 0 ? "a" : "b", 1);
+    setenv("ASYNCDIFF_INTERFACE", "lo", 1);
+    try {
+      Host host(path, p, deadline);
+      work(host);
+      host.network->close();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "process %d: %s\n", p, error.what());
+      _exit(2);
+    }
+    _exit(0);
+  }
+  std::vector<int> out(2);
+  for (int p = 0; p < 2; ++p) waitpid(children[p], &out[static_cast<std::size_t>(p)], 0);
+  return out;
+}
+
+void both_well(const std::vector<int>& statuses) { CHECK(statuses[0] == 0 && statuses[1] == 0); }
+
+using Bytes = std::vector<unsigned char>;
+
+std::vector<Bytes> tensors_of(const Layout& layout, int value) {
+  std::vector<Bytes> out;
+  for (const TensorSpec& spec : layout.specs) {
+    out.emplace_back(spec.nbytes, static_cast<unsigned char>(value++));
+  }
+  return out;
+}
+
+void put(Channel& channel, int slot, int value) {
+  const std::vector<Bytes> tensors = tensors_of(channel.layout(), value);
+  std::vector<const void*> pointers;
+  for (const Bytes& tensor : tensors) pointers.push_back(tensor.data());
+  channel.put(pointers, slot, 0);
+}
+
+void expect(Channel& channel, int rank, int slot, int value) {
+  channel.get(rank, slot, 0);
+  const Buffer memory = channel.slot(rank, slot);
+  const std::vector<Bytes> tensors = tensors_of(channel.layout(), value);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::byte* there = memory.data + channel.layout().offsets[i];
+    if (tensors[i].empty()) continue;
+    CHECK(std::memcmp(there, tensors[i].data(), tensors[i].size()) == 0);
+  }
+}
+
+Layout layout_of(const std::vector<std::int64_t>& sizes) {
+  std::vector<TensorSpec> specs;
+  for (std::int64_t size : sizes) specs.emplace_back("int8", std::vector<std::int64_t>{size});
+  return Layout(specs);
+}
+
+const std::vector<Layout>& layouts() {
+  static const std::vector<Layout> all = {
+      layout_of({1}),
+      layout_of({}),
+      layout_of({0, 5}),
+      layout_of(std::vector<std::int64_t>(330, 3)),
+      layout_of({5'000'000, 0, 3, 5'000'000, 700}),
+  };
+  return all;
+}
+
+void bundles_cross_both_ways() {
+  both_well(on_two_hosts([](Host& host) {
+    for (std::size_t which = 0; which < layouts().size(); ++which) {
+      const int slots = static_cast<int>(which % 3) + 1;
+      const auto up = host.channel(0, layouts()[which], slots);
+      const auto down = host.channel(1, layouts()[which], slots);
+      CHECK(up->mode() == Mode::kKernel);
+      Channel& mine = host.mine == 0 ? *up : *down;
+      Channel& theirs = host.mine == 0 ? *down : *up;
+      for (int n = 0; n < 8; ++n) {
+        put(mine, n % slots, n + host.mine);
+        expect(theirs, host.mine, n % slots, n + 1 - host.mine);
+        theirs.release(host.mine, n % slots, 0);
+      }
+      host.network->check();
+      up->close();
+      down->close();
+      up->close();
+      CHECK_THROWS(up->slot(1, 0), Error);
+    }
+  }));
+}
+
+// Nobody has asked for what was sent, and nobody does any more.
+void a_reset_drops_what_was_not_read() {
+  both_well(on_two_hosts([](Host& host) {
+    const auto up = host.channel(0, layouts()[4], 3);
+    for (const std::uint64_t first : {std::uint64_t{4}, std::uint64_t{0}, ~std::uint64_t{0} - 2}) {
+      host.network->reset(first);
+      for (std::uint64_t n = first; n != first + 6; ++n) {
+        const int slot = static_cast<int>(n % 3);
+        const int value = static_cast<int>(n % 100);
+        if (host.mine == 0) put(*up, slot, value);
+        if (host.mine == 1) expect(*up, 1, slot, value);
+        if (host.mine == 1 && n != first + 5) up->release(1, slot, 0);
+      }
+      if (host.mine == 0) {
+        // Begun, and partly there.
+        const int slot = static_cast<int>((first + 6) % 3);
+        const Bytes tensor(5'000'000, 1);
+        up->begin(slot, 0);
+        up->push(0, tensor.data(), slot, 0);
+      }
+      host.together();
+      host.network->check();
+    }
+    const auto dropped = host.channel(0, layouts()[0], 1);
+    if (host.mine == 0) put(*dropped, 0, 1);
+  }));
+}
+
+void changes_of_shape_leave_nothing_behind() {
+  both_well(on_two_hosts([](Host& host) {
+    // More lines of control memory than there are: 16384.
+    for (int n = 0; n < 600; ++n) {
+      const auto one = host.channel(n % 2, layout_of({200'000}), 1);
+      if (host.mine == n % 2) {
+        put(*one, 0, n % 100);
+      } else if (n % 3 != 0) {
+        expect(*one, host.mine, 0, n % 100);
+      }
+      one->close();
+    }
+    host.network->check();
+  }));
+}
+
+template <class Kind>
+void fails_with(Host& host, double seconds) {
+  const auto begun = Clock::now();
+  while (true) {
+    try {
+      host.network->check();
+    } catch (const Kind&) {
+      break;
+    }
+    CHECK(Clock::now() - begun < std::chrono::duration<double>(seconds));
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+void one_that_never_sends_is_named() {
+  both_well(on_two_hosts(
+      [](Host& host) {
+        const auto up = host.channel(0, layouts()[0], 2);
+        std::string told;
+        host.network->on_failure(
+            [&](int rank, const std::string& why) { told = std::to_string(rank) + " " + why; });
+        host.together();
+        if (host.mine == 1) {
+          up->get(1, 0, 0);
+          CHECK_THROWS(host.network->check(), ExchangeTimeout);
+          CHECK(!host.network->recovers());
+          CHECK_THROWS(host.network->reset(0), ExchangeTimeout);
+          std::this_thread::sleep_for(std::chrono::milliseconds(300));
+          host.network->on_failure({});
+          CHECK(told.find("1 rank 1, channel 'from 0', get of slot 0") == 0);
+        } else {
+          std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+          host.network->abort(1, "the other one has failed");
+          CHECK_THROWS(host.network->check(), Aborted);
+        }
+      },
+      1.0));
+}
+
+void an_abort_ends_a_wait() {
+  both_well(on_two_hosts([](Host& host) {
+    const auto up = host.channel(0, layouts()[0], 1);
+    std::thread aborting([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      host.network->abort(host.mine, "enough");
+    });
+    if (host.mine == 0) {
+      put(*up, 0, 1);
+      put(*up, 0, 2);  // nobody has released the slot
+    } else {
+      up->get(1, 0, 0);
+      up->get(1, 0, 0);
+    }
+    CHECK_THROWS(host.network->check(), Aborted);
+    aborting.join();
+  }));
+}
+
+void one_that_is_killed_is_named_at_once() {
+  const auto statuses = on_two_hosts([](Host& host) {
+    const auto up = host.channel(0, layouts()[4], 2);
+    const auto down = host.channel(1, layouts()[4], 2);
+    Channel& mine = host.mine == 0 ? *up : *down;
+    Channel& theirs = host.mine == 0 ? *down : *up;
+    std::thread killing;
+    if (host.mine == 1) {
+      killing = std::thread([] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(150));
+        kill(getpid(), SIGKILL);
+      });
+    }
+    const auto begun = Clock::now();
+    bool lost = false;
+    for (int n = 0; !lost; ++n) {
+      put(mine, n % 2, n % 100);
+      theirs.get(host.mine, n % 2, 0);
+      theirs.release(host.mine, n % 2, 0);
+      try {
+        host.network->check();
+      } catch (const ProcessLost& error) {
+        CHECK(error.process == 1 && error.ranks == std::vector<int>{1});
+        lost = true;
+      }
+    }
+    CHECK(Clock::now() - begun < std::chrono::seconds(8));
+    const auto closing = Clock::now();
+    host.network->close();
+    CHECK(Clock::now() - closing < std::chrono::seconds(4));
+  });
+  CHECK(statuses[0] == 0 && WIFSIGNALED(statuses[1]));
+}
+
+}  // namespace
+
+int main() {
+  setenv("ASYNCDIFF_NCCL", CARRYING_NCCL, 1);
+  bundles_cross_both_ways();
+  a_reset_drops_what_was_not_read();
+  changes_of_shape_leave_nothing_behind();
+  one_that_never_sends_is_named();
+  an_abort_ends_a_wait();
+  one_that_is_killed_is_named_at_once();
+}
