@@ -135,6 +135,37 @@ def qualities(member: Member) -> list[str]:
     return _qualities(group=member.group(), deadline=30)
 
 
+def _calibrated(**where: Any) -> list[str]:
+    settings = {"schedule": "wavefront", **ESTIMATE, **where}
+    denoiser = AsyncDenoiser(toy(), components=2, **settings)
+    call = toy_call(batch=8)
+    found = denoiser.calibrate(
+        call["sample"],
+        {"encoder_hidden_states": call["encoder_hidden_states"]},
+        DDIMScheduler(clip_sample=False),
+        num_inference_steps=6,
+    )
+    assert found.taken and denoiser.config.order == found
+    drawn = denoiser.generate(
+        call["sample"],
+        {"encoder_hidden_states": call["encoder_hidden_states"]},
+        DDIMScheduler(clip_sample=False),
+        num_inference_steps=6,
+    )
+    denoiser.close()
+    return [found.fingerprint(), digest(drawn)]
+
+
+def calibrated_alone() -> list[str]:
+    """What :func:`calibrated` returns, by one process."""
+    return _calibrated(devices=["cpu"] * 2)
+
+
+def calibrated(member: Member) -> list[str]:
+    """A calibration, and what is drawn with it. The option: who gets noise predictions."""
+    return _calibrated(group=member.group(), results=member.option, deadline=30)
+
+
 def first(member: Member) -> list[list[str]]:
     """Digests of what process 0 draws, where it alone gets noise predictions."""
     group, found = member.group(), []

@@ -19,6 +19,7 @@ from toys import Toy, toy, toy_call
 from asyncdiff import AsyncDenoiser
 from asyncdiff.errors import AsyncDiffError
 from asyncdiff.runtime.worker import Worker
+from asyncdiff.sampling.calibration import Calibration, Shape
 
 TIMES = torch.tensor([900 - 100 * k for k in range(6)])
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
@@ -75,6 +76,9 @@ def differences(member: Member) -> dict[str, Any]:
     out["weights"] = told(lambda: make(toy(seed=member.process)))
     other = Toy(depth=4 if one else 3).double().eval().requires_grad_(False)
     out["model"] = told(lambda: make(other))
+    shape = Shape(2, 1, 1, 1, 0)
+    found = Calibration(shape, (1.0,), (0.0,), (0,), ((0.1 * member.process,),))
+    out["calibration"] = told(lambda: make(schedule="wavefront", order=found))
     out["ranks"] = told(lambda: make(components=3, split=THREE))
     denoiser = make()
     call, small = toy_call(), toy_call(batch=1)

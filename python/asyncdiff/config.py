@@ -227,6 +227,14 @@ class ParallelConfig:
             values["split"] = [s if isinstance(s, str) else list(s) for s in self.split]
         return values
 
+    def compared(self) -> dict[str, Any]:
+        """:meth:`to_dict`, with a calibration by what is in it: what processes of a group have to
+        have alike."""
+        values = self.to_dict()
+        if isinstance(self.order, Calibration) and self.order.taken:
+            values["order"] = f"calibration {self.order.fingerprint()}"
+        return values
+
 
 #: What may change between generations.
 CHANGEABLE = ("warmup", "warmup_mode", "exact_tail", "order")

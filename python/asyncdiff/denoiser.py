@@ -250,7 +250,7 @@ class AsyncDenoiser(Spread):
 
     def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
         """What all processes have to be given alike for a generation."""
-        settings = of_settings(self._config.to_dict())
+        settings = of_settings(self._config.compared())
         steps = {"the timesteps": digest([generation.timesteps])}
         return {**settings, **steps, **of_call(call)}
 
@@ -343,6 +343,9 @@ class AsyncDenoiser(Spread):
         with self.lock, self.own_modes():
             self.stop()
             found = calibrate(self, request)
+            if self._team.several:  # one for all, whatever processors they compute on
+                data = self._team.by(0, "calibrate", found.to_dict)
+                found = Calibration.from_dict(data)
             self.configure(order=found if found.taken else None)
             return found
 

@@ -58,7 +58,7 @@ class Spread(ReadOnlySettings, Locked):
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
 
     def _given(self, config: ParallelConfig) -> dict[str, str]:
-        settings = of_settings(config.to_dict() | {"results": str(self._team.first_only)})
+        settings = of_settings(config.compared() | {"results": str(self._team.first_only)})
         return {**of_program(self.module, self._checkpoint), **settings}
 
     def _taken(self, config: ParallelConfig) -> list[Place]:

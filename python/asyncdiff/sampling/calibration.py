@@ -12,6 +12,7 @@ own, fitted on a few (:mod:`asyncdiff.sampling.fit`), for
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -119,23 +120,37 @@ class Calibration:
                 "steps, or set order=None"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, which JSON can hold."""
+        return {"version": _VERSION, **asdict(self), "terms": TERMS}
+
+    def fingerprint(self) -> str:
+        """A word that no other calibration has."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        data = {"version": _VERSION, **asdict(self), "terms": TERMS}
-        Path(path).write_text(json.dumps(data, indent=1))
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """What :meth:`to_dict` made. Raises ValueError, KeyError, TypeError or AttributeError where
+        it is something else."""
+        rest = dict(data)
+        if rest.pop("version") != _VERSION or tuple(rest.pop("terms")) != TERMS:
+            raise ValueError("it is of another version")
+        rest["shape"] = Shape(**rest["shape"])
+        for name in ("alpha", "sigma", "newest", "gains"):
+            rest[name] = tuple(rest[name])
+        rest["coefficients"] = tuple(tuple(row) for row in rest["coefficients"])
+        return cls(**rest)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what :meth:`save` wrote. Raises PlanError where it is something else."""
         try:
-            data: dict[str, Any] = json.loads(Path(path).read_text())
-            if data.pop("version") != _VERSION or tuple(data.pop("terms")) != TERMS:
-                raise ValueError("it is of another version")
-            data["shape"] = Shape(**data["shape"])
-            for name in ("alpha", "sigma", "newest", "gains"):
-                data[name] = tuple(data[name])
-            data["coefficients"] = tuple(tuple(row) for row in data["coefficients"])
-            return cls(**data)
+            return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise PlanError(
                 f"{path} is no calibration of this version of asyncdiff ({e}): make one with "

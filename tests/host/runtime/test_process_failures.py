@@ -24,6 +24,7 @@ def test_differences(tmp_path: Path) -> None:
         "settings": "the setting warmup",
         "weights": "the values of the denoiser's weights",
         "model": "the number of the denoiser's weights",
+        "calibration": "the setting order",
         "sample": "sample",
         "text": "encoder_hidden_states",
         "shape": "the shape of sample",

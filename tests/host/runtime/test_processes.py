@@ -36,6 +36,13 @@ def test_only_the_first_gets_results(processes: int, tmp_path: Path) -> None:
     assert all(other[i] != mine[i] for other in others for i in range(len(mine)))
 
 
+def test_calibrations(tmp_path: Path) -> None:
+    """Process 0's is that of all, also where it alone gets noise predictions."""
+    found = run(group_bits.calibrated, 2, tmp_path, ["all", "first"])
+    alone = group_bits.calibrated_alone()
+    assert found[:3] == [alone] * 3 and found[3][0] == alone[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_references(processes: int, tmp_path: Path) -> None:
