@@ -69,7 +69,7 @@ lint: $(STAMPS)/lint
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python benchmarks/figures.py --check
-	find csrc examples/cpp examples/c \( -name '*.c' -o -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
+	find csrc examples/cpp examples/c examples/stacks \( -name '*.c' -o -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
 		-print0 | xargs -0 -r $(BIN)/clang-format --dry-run --Werror
 
 # What a page links to and does not find is an error.

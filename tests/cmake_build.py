@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -44,6 +46,16 @@ def build(source: Path, folder: Path, *options: str, env: dict[str, str] | None 
     run("cmake", "--build", folder, env=env)
 
 
+def nccl_folder() -> Path | None:
+    """Where NVIDIA's wheel has NCCL's header and library, if it is installed."""
+    try:
+        found = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return None
+    folders = [Path(x) for x in (found.submodule_search_locations or [])] if found else []
+    return next((x for x in folders if (x / "include" / "nccl.h").exists()), None)
+
+
 def without_nvcc() -> dict[str, str]:
     """An environment in which no CUDA compiler is found. Its PATH keeps cmake and ninja; where
     nvcc lies in /usr/bin it cannot be hidden, and is found all the same."""
@@ -51,3 +63,24 @@ def without_nvcc() -> dict[str, str]:
     kept = [str(folder) for folder in folders if not (folder / "nvcc").exists()]
     hidden = {"CUDACXX": "", "CUDA_PATH": "", "CUDA_HOME": "", "CUDA_ROOT": ""}
     return {"PATH": ":".join([*kept, "/usr/bin", "/bin"]), **hidden}
+
+
+def two_processes(program: Path, **environment: str) -> list[str]:
+    """What each of two processes of an example says, with what a launcher sets, and more."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [program],
+            env=os.environ | world | environment | {"RANK": str(rank), "ASYNCDIFF_AUTHKEY": "test"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return said

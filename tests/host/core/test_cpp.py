@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cmake_build import EXAMPLE, ROOT, attempt, build, generator, run, without_nvcc
+from cmake_build import (
+    EXAMPLE,
+    ROOT,
+    attempt,
+    build,
+    generator,
+    nccl_folder,
+    run,
+    two_processes,
+    without_nvcc,
+)
 
 import asyncdiff_core as core
 
@@ -99,30 +106,26 @@ def test_find_package_from_the_wheel(tmp_path: Path) -> None:
 
 
 def exchange_in_c(program: Path) -> None:
-    """Two processes of the C example, with what a launcher sets."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [program],
-            env=os.environ | world | {"RANK": str(rank), "ASYNCDIFF_AUTHKEY": "test"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=60)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert said == ["", f"1000 bundles with asyncdiff {VERSION}\n"]
+    assert two_processes(program) == ["", f"1000 bundles with asyncdiff {VERSION}\n"]
 
 
 def test_c_from_the_wheel(tmp_path: Path) -> None:
     cmake = f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}"
     build(ROOT / "examples" / "c", tmp_path, cmake, env=without_nvcc())
     exchange_in_c(tmp_path / "exchange_c")
+
+
+def test_over_what_a_stack_has(tmp_path: Path) -> None:
+    """A key-value store of the caller's; a communicator of NCCL, where its header is, is compiled
+    (tests/gpu/test_cpp_cuda.py runs it)."""
+    needs_toolkit()
+    nccl = nccl_folder()
+    where = [f"-Dasyncdiff_core_DIR={core.get_cmake_dir()}"]
+    where += [f"-DNCCL_ROOT={nccl}"] if nccl else []
+    build(ROOT / "examples" / "stacks" / "cpp", tmp_path, *where)
+    said = two_processes(tmp_path / "over_a_store")
+    assert said == ["1000 bundles in a ring of 2 processes\n", ""]
+    assert (tmp_path / "over_nccl").exists() or not (nccl and core.cuda_built())
 
 
 def test_the_host_alone_needs_no_toolkit(tmp_path: Path) -> None:
