@@ -161,7 +161,7 @@ void NcclChannel::close() {
   shared_->settle();
   std::uint64_t sent = 0;
   ends_.together("send what is left", [&] {
-    const auto* const out = dynamic_cast<const NcclOutgoing*>(memory_->end.get());
+    auto* const out = dynamic_cast<NcclOutgoing*>(memory_->end.get());
     if (out != nullptr) sent = shared_->courier().wait_until_sent(*out);
   });
   std::string told(reinterpret_cast<const char*>(&sent), sizeof sent);

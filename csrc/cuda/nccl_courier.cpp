@@ -163,11 +163,13 @@ void NcclCourier::wait(const NcclEnd& end, const char* operation,
   }
 }
 
-std::uint64_t NcclCourier::wait_until_sent(const NcclOutgoing& end) {
+std::uint64_t NcclCourier::wait_until_sent(NcclOutgoing& end) {
   std::uint64_t sent = 0;
   wait(end, "commit", [&] {
+    std::size_t to = 0;
+    bool whole = false;
     sent = end.messages;
-    return !end.is_committed(end.bundles + 1) && end.idle();
+    return !end.next(to, whole) && end.idle();
   });
   return sent;
 }
@@ -268,11 +270,10 @@ bool NcclCourier::post(NcclOutgoing& end) {
   // Whoever has left receives nothing any more: begins will wait in vain.
   const auto peer = peers_.find(end.process);
   if (peer == peers_.end() || !peer->second.open) return false;
-  while (!failures_.failed()) {
+  std::size_t to = 0;
+  bool whole = false;
+  while (!failures_.failed() && end.next(to, whole)) {
     const std::uint64_t n = end.bundles + 1;
-    const bool whole = end.is_committed(n);
-    const std::size_t to = whole ? end.nbytes : end.packed();
-    if (!whole && to - end.part < kPieceBytes) break;
     // Said first: the other side has a way to go.
     say(end.process, whole ? kWhole : kPart, {generation_, n, to, end.channel, 0});
     end.link->send(end.staging + end.place(n) + end.part, to - end.part,

@@ -63,8 +63,9 @@ class NcclCourier {
   // Looks at everything now, and often for a while: something was or will be enqueued.
   void wake();
 
-  // Waits until all that was committed has been carried; in how many messages.
-  std::uint64_t wait_until_sent(const NcclOutgoing& end);
+  // Waits until all that was committed, and what was to go before, has been carried; in how many
+  // messages.
+  std::uint64_t wait_until_sent(NcclOutgoing& end);
   // Waits until so many have arrived. Both throw what has failed meanwhile, or ExchangeTimeout.
   void wait_until_arrived(const NcclIncoming& end, std::uint64_t messages);
   // All counts, those of kernels in host memory included, become `first`, and what is still on its

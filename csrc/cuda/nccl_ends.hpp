@@ -94,6 +94,15 @@ struct NcclOutgoing : NcclEnd {
     }
     return true;
   }
+  // Up to which byte of the next bundle there is something to give to the link, and whether that is
+  // all of it. False where there is nothing, yet.
+  bool next(std::size_t& to, bool& whole) {
+    whole = is_committed(bundles + 1);
+    to = whole ? nbytes : packed();
+    return whole || to - part >= kPieceBytes;
+  }
+
+ private:
   // Up to which byte the next bundle is packed, which is not committed.
   std::size_t packed() {
     while (tensor < ends.size() &&
@@ -102,8 +111,6 @@ struct NcclOutgoing : NcclEnd {
     }
     return start_of(tensor);
   }
-
- private:
   std::size_t start_of(std::size_t index) const { return index == 0 ? 0 : ends[index - 1]; }
 };
 

@@ -303,7 +303,7 @@ void NcclShared::settle() const { synchronize(own_devices(processes_, devices_))
 template <class End, class Work>
 void NcclShared::for_each_end(Work work) const {
   for (const auto& one : ends_) {
-    if (const auto* const end = dynamic_cast<const End*>(one->end.get())) work(*end);
+    if (auto* const end = dynamic_cast<End*>(one->end.get())) work(*end);
   }
 }
 
@@ -313,7 +313,7 @@ void NcclShared::reset(std::uint64_t first) {
   std::string counts;
   processes_.everybody().together("empty its channels", [&] {
     settle();
-    for_each_end<NcclOutgoing>([&](const NcclOutgoing& end) {
+    for_each_end<NcclOutgoing>([&](NcclOutgoing& end) {
       add_to(counts, {courier_.wait_until_sent(end), end.channel, end.process});
     });
   });
@@ -341,7 +341,7 @@ void NcclShared::close() {
   }
   try {
     if (together) {
-      for_each_end<NcclOutgoing>([&](const NcclOutgoing& end) { courier_.wait_until_sent(end); });
+      for_each_end<NcclOutgoing>([&](NcclOutgoing& end) { courier_.wait_until_sent(end); });
       processes_.everybody().barrier();
     }
   } catch (...) {

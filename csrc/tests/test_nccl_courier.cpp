@@ -262,7 +262,7 @@ void a_bundle_needs_no_receiver() {
 
 void a_reset_begins_anew() {
   Two two;
-  TestChannel channel(two, 0, 0, 3, 64, std::make_shared<Queue>());
+  TestChannel channel(two, 0, 0, 4, 64, std::make_shared<Queue>());
   channel.run(0, 10);
   for (std::uint64_t first : {std::uint64_t{0}, std::uint64_t{7}, ~std::uint64_t{0} - 5}) {
     channel.commit(load_word(channel.words) + 1, 9);  // nobody reads it
@@ -319,7 +319,6 @@ void a_large_bundle_goes_in_parts() {
     }
     // One that has begun is dropped by a reset, also what has arrived of it.
     push(0, first + 5, 99);
-    CHECK(soon([&] { return load_word(&channel.arrived_on_host) == messages + 1; }));
     CHECK(channel.wait_until_all_arrived() == messages + 1);
     for (const auto& side : two.sides) side->courier.reset(5);
     store_word(&channel.arrived, 5);
