@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include "../src/crossing.hpp"
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/host_fabric.hpp"
+#include "asyncdiff/interrupt.hpp"
 #include "asyncdiff/socket_rendezvous.hpp"
 #include "check.hpp"
 
@@ -178,6 +180,50 @@ void who_ends_is_lost_on_all_hosts(int how) {
   CHECK(statuses[0] == 0 && statuses[1] == 0);
 }
 
+// What an interrupt throws, where one was asked for.
+struct Interrupted {};
+std::atomic<bool> interrupting{false};
+
+// A begin that waits for another host, and has begun on its own, is none when it is interrupted.
+void an_interrupted_begin_can_be_repeated() {
+  all_well(on_hosts("aab", [](Fabric& fabric, int process) {
+    const auto way = fabric.channel(0, {1, 2}, numbers(10), 1, "way");
+    const auto go_on = fabric.channel(0, {2}, numbers(1), 1, "go on");
+    const auto interrupted = [&](const std::vector<std::int32_t>& data) {
+      interrupting = true;
+      try {
+        way->put({data.data()}, 0, 0);
+      } catch (const Interrupted&) {
+        interrupting = false;
+        return true;
+      }
+      return false;
+    };
+    set_interrupt_check([] {
+      if (interrupting) throw Interrupted();
+    });
+    const int one = 1;
+    if (process == 0) {
+      way->put({bundle(10, 1).data()}, 0, 0);
+      CHECK(interrupted(bundle(10, 2)) && interrupted(bundle(10, 2)));
+      go_on->put({&one}, 0, 0);
+      way->put({bundle(10, 2).data()}, 0, 0);
+      CHECK(interrupted(bundle(10, 3)));
+    } else {
+      if (process == 2) expect(*go_on, 2, 0, 1);
+      expect(*way, process, 0, 1);
+      if (process == 1) expect(*way, 1, 0, 2);
+      if (process == 2) way->get(2, 0, 0);  // held until the reset
+    }
+    fabric.reset();
+    if (process == 0) {
+      way->put({bundle(10, 4).data()}, 0, 0);
+    } else {
+      expect(*way, process, 0, 4);
+    }
+  }));
+}
+
 // Somebody else on the port: it is let alone, and keeps nobody out.
 void strangers_are_refused() {
   setenv("ASYNCDIFF_INTERFACE", "lo", 1);
@@ -230,6 +276,7 @@ int main() {
   for (bool later : {false, true}) what_was_sent_before_a_close_arrives(later);
   who_ends_is_lost_on_all_hosts(SIGKILL);
   who_ends_is_lost_on_all_hosts(SIGSTOP);
+  an_interrupted_begin_can_be_repeated();
   strangers_are_refused();
   an_interface_that_is_not_there_is_named();
 }

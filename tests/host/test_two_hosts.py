@@ -51,7 +51,7 @@ def ended(programs: list[subprocess.Popen[str]]) -> list[str]:
     return [out for out, _ in said]
 
 
-@pytest.mark.parametrize("until", ["end", "cut"])
+@pytest.mark.parametrize("until", ["end", pytest.param("cut", marks=pytest.mark.slow)])
 def test_the_core(until: str, two_hosts: TwoHosts, tmp_path: Path) -> None:
     """Addresses are found without being told; a cable that is pulled is a host that is gone."""
     (tmp_path / "core.py").write_text(CORE)

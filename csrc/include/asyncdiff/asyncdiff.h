@@ -47,8 +47,8 @@ ASYNCDIFF_API int asyncdiff_last_error_rank(void);
 /* Ranks are threads of this process. */
 ASYNCDIFF_API asyncdiff_code asyncdiff_host_fabric_make(int ranks, double deadline,
                                                         asyncdiff_fabric** fabric);
-/* Rank r is process r, one of `processes` of this machine. They meet at host and port, where
- * process 0 listens, within `timeout` seconds; all know the key. Collective. */
+/* Rank r is process r, one of `processes`, on one host or several. They meet at host and port,
+ * where process 0 listens, within `timeout` seconds; all know the key. Collective. */
 ASYNCDIFF_API asyncdiff_code asyncdiff_host_fabric_meet(const char* host, int port, int process,
                                                         int processes, const void* key,
                                                         size_t key_nbytes, double timeout,

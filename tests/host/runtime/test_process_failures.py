@@ -71,12 +71,14 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_kills_at_random(processes: int, part: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "hosts"), [(2, ""), (3, ""), (4, ""), (2, "ab"), (3, "aba"), (4, "aabb")]
+)
+def test_kills_at_random(processes: int, hosts: str, part: int, tmp_path: Path) -> None:
     """Whoever is left is told who went, at once, and goes on without it. More kills are the
     core's (test_core_kills.py)."""
     seeds = [str(100 * processes + 4 * part + i) for i in range(4)]
-    found = run(group_failures.killed, processes, tmp_path, seeds)
+    found = run(group_failures.killed, processes, tmp_path, seeds, hosts=hosts)
     drawn, wrong = set(), []
     for i, seed in enumerate(seeds):
         of_seed = found[processes * i : processes * (i + 1)]
@@ -96,8 +98,9 @@ def test_kills_at_random(processes: int, part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_changes_of_shape_leave_nothing(tmp_path: Path) -> None:
-    for before, after in run(group_failures.shapes, 2, tmp_path, ["60"]):
+@pytest.mark.parametrize("hosts", ["", "ab"])
+def test_changes_of_shape_leave_nothing(hosts: str, tmp_path: Path) -> None:
+    for before, after in run(group_failures.shapes, 2, tmp_path, ["60"], hosts=hosts):
         assert after["bytes"] < before["bytes"] + 20 * 2**20, (before, after)
         for what in ("descriptors", "threads", "shared"):
             assert after[what] <= before[what], (what, before, after)
