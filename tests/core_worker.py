@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -299,6 +300,24 @@ def foreign(process: int, processes: int, folder: Path) -> Any:
     except core.InvalidArgument as e:
         return str(e)
     return "no error"
+
+
+def stopped(process: int, processes: int, folder: Path, deadline: int) -> Any:
+    """The last process is stopped; the others would wait for its work for a minute."""
+    fabric = core.HostFabric(
+        processes, deadline=deadline, rendezvous=meet(folder, process, processes)
+    )
+    pids = fabric.all_gather(str(os.getpid()).encode())
+    if process == processes - 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        fabric.all_gather(b"", timeout=60)
+    except core.CollectiveTimeout as e:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pids[-1]), signal.SIGKILL)
+        return e.process, str(e), time.monotonic() - begun
+    raise AssertionError("it came")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -109,7 +112,10 @@ def differences(member: Member) -> dict[str, Any]:
 
 
 #: Which process goes, by when.
-GONE = {"coming": 1, "making": 0, "preparing": 2, "in": 1, "first": 0, "between": 2, "late": 1}
+GONE = {
+    **{"coming": 1, "making": 0, "preparing": 2, "in": 1, "first": 0, "between": 2, "late": 1},
+    "stopped": 2,  # while it prepares
+}
 DEADLINE = 1.0
 
 
@@ -120,6 +126,8 @@ def gone(member: Member) -> Any:
     made: list[AsyncDenoiser] = []
 
     def die(*_: Any, **__: Any) -> None:
+        if mine and moment == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if mine:
             member.die()
 
@@ -128,7 +136,7 @@ def gone(member: Member) -> Any:
             die()
         if moment == "making" and mine:
             AsyncDenoiser._given = die  # type: ignore[method-assign]
-        if moment == "preparing" and mine:
+        if moment in ("preparing", "stopped") and mine:
             Worker.warm_up = die  # type: ignore[method-assign]
         made.append(AsyncDenoiser(toy(), group=whole, components=3, split=THREE, deadline=DEADLINE))
 
@@ -146,7 +154,13 @@ def gone(member: Member) -> Any:
                 return
         loop(made[0], call)
 
+    pid = member.folder / f"pid-{GONE[moment]}"
+    if mine:
+        pid.write_text(str(os.getpid()))
     found = told(work)
+    if moment == "stopped":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
     for denoiser in made:
         denoiser.close()
     if moment == "late" and mine:

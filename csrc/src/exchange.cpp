@@ -20,7 +20,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::size_t kMost = std::size_t{1} << 30;  // bytes of a message
+constexpr auto kLook = std::chrono::milliseconds(250);  // between looks at who is stopped
+constexpr std::size_t kMost = std::size_t{1} << 30;     // bytes of a message
 
 std::string list_of(const std::vector<int>& numbers) {
   std::string out;
@@ -64,7 +65,11 @@ class Assembly::Call {
       if (done) return;
       all_.check();  // only now: who is done may have ended
       if (moved) continue;
-      if (!changed.wait([this] { return ready(); }, deadline)) late(seconds);
+      const auto look = std::min<Clock::time_point>(deadline, Clock::now() + kLook);
+      if (!changed.wait([this] { return ready(); }, look)) {
+        if (look == deadline) late(seconds);
+        find_stopped();
+      }
       check_left();
     }
   }
@@ -105,6 +110,7 @@ class Assembly::Call {
     std::size_t size_bytes = 0;  // of `size` that have come
     std::size_t received = 0;
     std::string text;
+    int looks = 0;  // in a row at which it was stopped
 
     bool whole() const { return size_bytes == sizeof size && received == size; }
     bool complete(std::size_t to_send) const { return sent == to_send && whole(); }
@@ -159,6 +165,22 @@ class Assembly::Call {
       if (!peer.whole() && bytes_in(from(peer)) > 0) continue;
       if (peer.whole() && room_in(to(peer)) > 0) continue;
       all_.lost_because_left(peer.process);
+    }
+  }
+
+  // Whoever is stopped will not come, however long the others are willing to wait for work. (On
+  // another host a process that is stopped says nothing any more, which the relay notices.)
+  void find_stopped() {
+    for (Peer& peer : peers_) {
+      if (peer.complete(out_.size()) || !all_.watcher_->is_stopped(peer.process)) {
+        peer.looks = 0;
+      } else if (std::chrono::duration<double>(++peer.looks * kLook).count() > all_.deadline_) {
+        all_.end(BoardNote::kLate, peer.process,
+                 all_.name_of(peer.process) + " is stopped, by a signal (SIGSTOP, Ctrl-Z) or a " +
+                     "debugger, while " + all_.name_of(all_.process_) + " waits at '" + what_ +
+                     "' for it");
+        all_.check();
+      }
     }
   }
 

@@ -83,6 +83,11 @@ Identity own_identity() {
   return out;
 }
 
+bool stopped(std::int32_t pid) {
+  const char state = stat_in(folder_of(pid)).state;
+  return state == 'T' || state == 't';
+}
+
 bool lives(std::int32_t pid) {
   if (kill(pid, 0) != 0 && errno == ESRCH) return false;
   const std::string threads = folder_of(pid) + "/task";

@@ -23,6 +23,8 @@ std::uint64_t pid_namespace();
 
 // Whether a process of this PID namespace has not ended; one that nobody has waited for yet has.
 bool lives(std::int32_t pid);
+// Whether a process of this PID namespace is stopped, by a signal or a debugger.
+bool stopped(std::int32_t pid);
 // When a process of this PID namespace began; 0 unknown.
 std::uint64_t start_of(std::int32_t pid);
 

@@ -104,6 +104,11 @@ Watcher::~Watcher() {
   close(stop_);
 }
 
+bool Watcher::is_stopped(int process) const {
+  const auto p = static_cast<std::size_t>(process);
+  return descriptors_[p] >= 0 && stopped(all_[p].pid);
+}
+
 void Watcher::forget() { thread_ = nullptr; }  // not deleted: a thread that is not cannot be joined
 
 void Watcher::run() {

@@ -27,6 +27,8 @@ class Watcher {
   void start();
   // All processes have made theirs.
   void all_there() { all_there_ = true; }
+  // Whether a process is stopped, by a signal or a debugger; false where nobody can tell.
+  bool is_stopped(int process) const;
   // In a forked child, where the thread is not.
   void forget();
 

@@ -25,7 +25,8 @@ from .group import membership
 
 #: Deadlines that coming together may last: processes load their models before.
 _PATIENCE = 10
-#: Seconds that a process which has much to do is waited for, as long as it lives.
+#: Seconds that a process which has much to do is waited for, as long as it lives and nobody has
+#: stopped it (SIGSTOP).
 _BUSY = 3600.0
 #: What differs where processes do not make the same call.
 _CALL = "the call"
@@ -183,7 +184,7 @@ class Team:
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Around what takes long in all processes, maybe in some longer than in others: they are
-        waited for as long as they live."""
+        waited for as long as they live and are not stopped."""
         self._busy += 1
         try:
             yield

@@ -36,6 +36,15 @@ def test_a_killed_process_is_an_error_for_all_others(tmp_path: Path) -> None:
         assert result["seconds"] < 3
 
 
+def test_who_is_stopped_is_not_waited_for(tmp_path: Path) -> None:
+    """By SIGSTOP, say: it is found after the deadline, whatever the call's own timeout is."""
+    first, second, killed = run("stopped", 3, tmp_path, 1)
+    assert killed == -9
+    for process, text, seconds in (first, second):
+        assert process == 2 and "process 2 (rank 2) is stopped, by a signal" in text
+        assert 0.9 < seconds < 10
+
+
 def test_an_abort_reaches_all_processes(tmp_path: Path) -> None:
     for result in run("abort", 3, tmp_path):
         assert result["rank"] == 0

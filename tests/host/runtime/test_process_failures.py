@@ -49,7 +49,7 @@ def test_differences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "moments",
     [
-        ("preparing", "in", "between"),
+        ("preparing", "stopped", "in", "between"),
         pytest.param(("coming", "making", "first", "late"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -64,7 +64,7 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
         for told in left:
             assert told["kind"] in ("ProcessError", "RankError"), (moment, told)
             assert told["rank"] == gone, (moment, told)
-            patience = 10 if moment == "coming" else 1
+            patience = 10 if moment == "coming" else 1  # of deadlines
             assert told["seconds"] < patience * group_failures.DEADLINE + 8, (moment, told)
             assert told["again"] == alone, moment
 
