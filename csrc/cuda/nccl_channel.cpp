@@ -161,6 +161,7 @@ void NcclChannel::close() {
   shared_->settle();
   std::uint64_t sent = 0;
   ends_.together("send what is left", [&] {
+    shared_->check();
     auto* const out = dynamic_cast<NcclOutgoing*>(memory_->end.get());
     if (out != nullptr) sent = shared_->courier().wait_until_sent(*out);
   });

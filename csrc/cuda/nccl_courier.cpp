@@ -20,16 +20,9 @@
 
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/interrupt.hpp"
+#include "nccl_message.hpp"
 
 namespace asyncdiff {
-
-struct NcclMessage {
-  std::uint64_t generation;  // of resets
-  std::uint64_t count;       // the bundle's number; or how many
-  std::uint64_t to;
-  std::uint32_t channel;
-  std::uint32_t unused;
-};
 
 namespace {
 
@@ -45,23 +38,6 @@ constexpr milliseconds kWhile{200};
 constexpr milliseconds kIdle{100};
 // Between two looks at a link that is carrying something.
 constexpr milliseconds kLinkLooks{20};
-
-// Kinds of messages: a bundle is on its way, up to a byte or all of it; so many are released; this
-// courier ends.
-constexpr char kPart = 'p', kWhole = 'w', kReleased = 'r', kGoodbye = 'g';
-
-std::string bytes_of(const NcclMessage& message) {
-  std::string out(sizeof message, '\0');
-  std::memcpy(out.data(), &message, sizeof message);
-  return out;
-}
-
-NcclMessage message_in(const std::string& bytes) {
-  NcclMessage out{};
-  if (bytes.size() != sizeof out) throw NcclError("another courier says what nobody can read");
-  std::memcpy(&out, bytes.data(), sizeof out);
-  return out;
-}
 
 // Of counts that another process tells.
 void check_step(std::uint64_t from, std::uint64_t to, const NcclEnd& end) {

@@ -27,7 +27,6 @@
 
 namespace asyncdiff {
 
-// What couriers tell each other.
 struct NcclMessage;
 
 class NcclCourier {

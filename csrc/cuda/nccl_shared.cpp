@@ -141,7 +141,10 @@ NcclShared::NcclShared(const Processes& processes, std::vector<int> devices,
       pinned_(prepared(processes_, devices_)),
       failures_(for_failures(pinned_), 0, 1, deadline_),
       courier_(std::move(connections), failures_, deadline_,
-               {[] {
+               {[this] {
+                  // A thread without a context can launch nothing.
+                  const std::set<int> own = own_devices(processes_, devices_);
+                  if (!own.empty()) cudaSetDevice(*own.begin());
                   // So that whoever captures a graph in another thread is not disturbed.
                   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
                   cudaThreadExchangeStreamCaptureMode(&mode);
