@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/interrupt.hpp"
 #include "asyncdiff/processes.hpp"
 #include "frames.hpp"
@@ -42,6 +43,6 @@ class Crossing {
 
 // The same among processes that have met; collective among all. Throws what a failure of the fabric
 // throws, too.
-std::map<int, Wire> connect_hosts(const Processes& processes, double seconds);
+ASYNCDIFF_EXPORT std::map<int, Wire> connect_hosts(const Processes& processes, double seconds);
 
 }  // namespace asyncdiff

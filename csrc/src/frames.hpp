@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "socket.hpp"
 
 namespace asyncdiff {
@@ -17,9 +18,9 @@ namespace asyncdiff {
 constexpr char kSaid = 's', kLost = 'l', kLate = 't';
 
 // Texts as bytes, each after its length.
-std::string packed(const std::vector<std::string>& texts);
+ASYNCDIFF_EXPORT std::string packed(const std::vector<std::string>& texts);
 // Throws Error where they cannot be read.
-std::vector<std::string> unpacked(const std::string& bytes);
+ASYNCDIFF_EXPORT std::vector<std::string> unpacked(const std::string& bytes);
 
 struct Frame {
   char kind = 0;
@@ -27,7 +28,7 @@ struct Frame {
 };
 
 // One side of a connection.
-class Wire {
+class ASYNCDIFF_EXPORT Wire {
  public:
   // The two sides have different roles, so that nobody is sent back what it said.
   Wire(Socket socket, std::string key, char role, char their_role)

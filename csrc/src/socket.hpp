@@ -7,13 +7,14 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/export.hpp"
 #include "asyncdiff/socket_rendezvous.hpp"
 
 namespace asyncdiff {
 
 using Clock = std::chrono::steady_clock;
 
-class Socket {
+class ASYNCDIFF_EXPORT Socket {
  public:
   Socket() = default;
   explicit Socket(int descriptor) : descriptor_(descriptor) {}

@@ -41,9 +41,9 @@ def test_bundles_arrive_in_order_eagerly_and_in_graphs(way: str, tmp_path: Path)
 
 @pytest.mark.parametrize("way", WAYS)
 def test_both_may_send_first_in_one_graph(way: str, tmp_path: Path) -> None:
-    """201 bundles of 120 MB each way, which NCCL alone would not send before they are asked for."""
+    """61 bundles of 120 MB each way, which NCCL alone would not send before they are asked for."""
     for result in run_between_hosts(way, "nccl_crossing", tmp_path):
-        assert result == [0, 201]
+        assert result == [0, 61]
 
 
 @pytest.mark.parametrize("way", WAYS)
