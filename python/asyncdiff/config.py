@@ -252,6 +252,20 @@ class ReadOnlySettings:
         super().__setattr__(name, value)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """Which of the denoiser's calls in a step of the sampler this is: the ``index``-th of
+    ``count``, as far as that is known. Guidance in one batch is one call; where each condition is
+    a call of its own, each is a branch, with ranks' memory of the steps before of its own."""
+
+    index: int = 0
+    count: int = 1
+
+
+#: The only call in a step.
+ONLY = Branch()
+
+
 @dataclass(frozen=True, eq=False)
 class GenerationSpec:
     """What one generation is, fixed when it starts.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import GenerationSpec, ParallelConfig
+from .branches import Branches
+from .config import ONLY, Branch, GenerationSpec, ParallelConfig
 from .errors import InputError, SchedulerError
 from .generate import Callback, Request, calibrate, generate
 from .generation import Generation, GenerationReport, predictor_of
@@ -88,8 +89,10 @@ class AsyncDenoiser(Spread):
         check_split_argument(module, config.split, config.components)
         #: takes a call's positional and keyword arguments apart; InputError where they do not fit
         self.parse = Parser(module, config.latents, config.timestep)
-        self._generation: Generation | None = None
+        self._branches = Branches(self._take_report)
         self._report: GenerationReport | None = None
+        #: the branch that the caller says the next calls are of
+        self._said: int | None = None
         self._engine: Engine | Groups | None = None  # that of the inputs seen last
         super().__init__(module, config, group, results, checkpoint)
         with contextlib.ExitStack() as undo:  # the user's module, should any of this fail
@@ -135,7 +138,7 @@ class AsyncDenoiser(Spread):
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"
                 )
-            self._engine = self._engines.get(call)
+            self._engine = self._engines.get(call, beside=self._branches.engines(-1))
             if steps is not None:
                 phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
 
@@ -148,12 +151,14 @@ class AsyncDenoiser(Spread):
 
     @contextlib.contextmanager
     def generation(
-        self, timesteps: Sequence[Any] | torch.Tensor, scheduler: Any = None
+        self, timesteps: Sequence[Any] | torch.Tensor, scheduler: Any = None, branches: int = 1
     ) -> Iterator[Generation]:
         """A generation whose k-th call has ``timesteps[k]`` as the denoiser's timestep argument.
 
         ``scheduler``: the diffusers scheduler that takes the steps, its timesteps set; the last
-        step is its last. Waves need it, to tell clean images.
+        step is its last. Waves need it, to tell clean images. ``branches``: so many calls in each
+        step, in turns (for guidance in two calls, 2), or as :meth:`branch` says; each may have
+        inputs of its own shapes. With guidance="split" every second one has ranks of its own.
 
         Raises PlanError where warmup exceeds the number of steps, SchedulerError where waves have
         no scheduler, or one whose α and σ cannot be had.
@@ -168,65 +173,98 @@ class AsyncDenoiser(Spread):
                     )
                 clean = last_steps(scheduler, len(timesteps))
             try:
-                yield self.start(self._config.spec(timesteps), clean)
+                spec = self._config.spec(timesteps)
+                every = [
+                    self.start(spec, clean, branch=Branch(index, branches))
+                    for index in range(branches)
+                ]
+                yield every[0]
+                self.settle()
             finally:
                 self.stop()
+
+    @contextlib.contextmanager
+    def branch(self, index: int) -> Iterator[None]:
+        """Says that the calls inside are of this branch of a generation, from 0."""
+        with self.lock:
+            before, self._said = self._said, index
+            try:
+                yield
+            finally:
+                self._said = before
 
     def start(
         self,
         spec: GenerationSpec,
         clean: CleanImage | None = None,
         predict: Callable[[Plan], LatePredictor] | None = None,
+        branch: Branch = ONLY,
     ) -> Generation:
         """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
 
         ``clean`` tells the clean images of these steps; waves need it, or ``predict``, which makes
-        what says what a step is given before its prediction arrives.
+        what says what a step is given before its prediction arrives. ``branch``: of several that
+        are called in a step; those of others go on.
         """
         with self.lock:
-            self.stop()
+            if branch.count == 1:
+                self.stop()
             if predict is None and spec.config.schedule == "wavefront" and not spec.all_exact:
                 assert clean is not None
                 predict = functools.partial(predictor_of, spec, clean)
-            self._generation = Generation(spec, predict)
-            return self._generation
+            generation = Generation(spec, predict, branch)
+            self._branches.begin(generation)
+            return generation
+
+    def settle(self) -> None:
+        """Wait for branches that have had all of their steps, and raise what went wrong."""
+        with self.lock:
+            self._branches.finish()
 
     def stop(self) -> None:
         """Give up the current generation, if one is unfinished."""
         with self.lock:
-            if self._generation is not None:
-                self._generation.abandon()
-                self._generation = None
+            self._branches.stop()
+
+    def under_way(self, branch: int = 0) -> Generation | None:
+        """The generation of a branch, whether or not it has steps left."""
+        return self._branches.get(branch)
 
     @property
     def active(self) -> bool:
         """Whether a generation has steps left."""
-        return self._generation is not None and not self._generation.done
+        generation = self._branches.get(0)
+        return generation is not None and not generation.done
 
     @property
     def step(self) -> int:
         """Index of the next step of the current generation; 0 without one."""
-        return 0 if self._generation is None else self._generation.next_step
+        generation = self._branches.get(0)
+        return 0 if generation is None else generation.next_step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the current generation: what ``module(*args, **kwargs)`` returns."""
-        return self.call(self.parse(args, kwargs))
+        with self.lock:
+            branch = self._branches.next() if self._said is None else self._said
+            return self.call(self.parse(args, kwargs), branch)
 
-    def fits(self, call: Call, *, options: bool = True) -> bool:
+    def fits(self, call: Call, *, options: bool = True, branch: int = 0) -> bool:
         """Whether the generation under way can go on with this call: inputs of the same shapes,
         dtypes and constants as before and, with ``options``, of a denoiser whose options are what
         they were when it began."""
         with self.lock:
-            engine = None if self._generation is None else self._generation.engine
+            generation = self._branches.get(branch)
+            engine = None if generation is None else generation.engine
             if engine is None:
                 return True
             return call.signature == engine.signature and not (options and self._engines.changed())
 
-    def call(self, call: Call) -> Any:
-        """:meth:`__call__` for a call that :func:`asyncdiff.graph.signature.parse` took apart."""
+    def call(self, call: Call, branch: int = 0) -> Any:
+        """:meth:`__call__` for a call that :func:`asyncdiff.graph.signature.parse` took apart, of a
+        branch."""
         with self.lock, self.own_modes():
             self._check(call)
-            generation = self._generation
+            generation = self._branches.get(branch)
             if generation is None or generation.done:
                 raise InputError(
                     "no generation has steps left: call the denoiser inside "
@@ -236,17 +274,15 @@ class AsyncDenoiser(Spread):
                 started = time.perf_counter()
                 call = joined(call)
                 given = functools.partial(self._given_to, generation, call)
-                self._engine = self._engines.get(call, "begin a generation", given)
-                phases = phases_of(generation.spec, self._engines, self._engine, call)
+                which, others = generation.branch, self._branches.engines(branch)
+                self._engine = self._engines.get(call, "begin a generation", given, which, others)
+                phases = phases_of(generation.spec, self._engines, self._engine, call, which)
                 generation.begin(phases, call, time.perf_counter() - started)
-            try:
-                result = generation.step(call)
-            except BaseException:
-                self._generation = None
-                raise
-            if generation.done:
-                self._report = generation.report()
+            result = self._branches.step(branch, call)
         return in_this_mode(result)
+
+    def _take_report(self, report: GenerationReport) -> None:
+        self._report = report
 
     def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
         """What all processes have to be given alike for a generation."""
@@ -361,6 +397,6 @@ class AsyncDenoiser(Spread):
             if not self.forked:  # whose ranks are the parent's
                 self.stop()
                 self._engines.close()
-            self._generation = self._engine = None
+            self._engine = None
             self._team.close()
             self._weights.restore()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .config import GenerationSpec
+from .config import ONLY, Branch, GenerationSpec
 from .errors import InputError
 from .graph.signature import RESIDUALS, Call, Role, Signature
 from .graph.writes import Seen, Writes
@@ -18,7 +18,7 @@ from .phases import Phase, plan_of
 from .processes.team import Team
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
-from .runtime.step import Time
+from .runtime.step import Caller, Time
 from .sampling.auto_warmup import Drift
 from .sampling.calibration import Calibration, Shape
 from .sampling.clean_image import CleanImage
@@ -37,7 +37,8 @@ class GenerationReport:
     ``exchange_bytes`` is all that ranks sent to others,
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
     the part of the exchange that computation did not hide (None if not measured). ``settings`` are
-    those of :class:`asyncdiff.ParallelConfig`.
+    those of :class:`asyncdiff.ParallelConfig`. ``branches`` are the denoiser's calls in a step:
+    ticks and bytes are those of all of them.
     """
 
     components: int
@@ -56,6 +57,7 @@ class GenerationReport:
     compiled: bool
     compile_s: float
     settings: dict[str, Any]
+    branches: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -63,8 +65,11 @@ class GenerationReport:
 
     def __str__(self) -> str:
         exposed = "not measured" if self.exposed_ms is None else f"{self.exposed_ms:.2f} ms"
+        steps = f"{self.steps} steps"
+        if self.branches > 1:
+            steps += f" of {self.branches} calls"
         return (
-            f"{self.steps} steps in {self.ticks} ticks on {len(self.devices)} ranks "
+            f"{steps} in {self.ticks} ticks on {len(self.devices)} ranks "
             f"({', '.join(self.devices)}): {self.total_ms:.1f} ms, "
             f"{self.total_ms / self.steps:.2f} ms a step; "
             f"exchanged {self.exchange_bytes / 2**20:.1f} MiB "
@@ -77,22 +82,30 @@ class Generation:
     """Serves the steps of one generation, in order, from the ticks of its phases' plans.
 
     With ``predict`` the plans are of waves: their predictions come late, and what it makes for the
-    main plan says what the sampler is given until then.
+    main plan says what the sampler is given until then. ``branch``: which call in a step of the
+    sampler is meant by a step.
     """
 
     def __init__(
-        self, spec: GenerationSpec, predict: Callable[[Plan], LatePredictor] | None = None
+        self,
+        spec: GenerationSpec,
+        predict: Callable[[Plan], LatePredictor] | None = None,
+        branch: Branch = ONLY,
     ) -> None:
         self.spec = spec
+        self.branch = branch
         self.timesteps = timesteps = spec.timesteps
         #: the same, known to the host: to a GPU's it has to wait once, before a generation begins
         self._known = timesteps.detach().cpu()
         self._seen, self._writes = Seen(timesteps), Writes()
         self.steps = spec.steps
         self.engine: Engine | Groups | None = None
+        self._phases: list[Phase] = []
         self.next_step = 0
         #: whether every step was served, or given up
         self.done = False
+        #: whether that has been waited for
+        self.finished = False
         self._held: dict[int, list[Any]] = {}
         self._predict = predict
         self._predictor: LatePredictor | None = None
@@ -109,7 +122,7 @@ class Generation:
             self._predictor = self._predict(self._main.plan)
         self.engine = self._main.engine
         self._prepare_s = prepare_s
-        for engine in self._engines:
+        for engine in self.engines:
             engine.begin(self.steps, call.tensors)
         self._started = time.perf_counter()
 
@@ -122,8 +135,9 @@ class Generation:
                     self._ticks.setdefault(step + phase.first, (phase, []))[1].append(tick)
         self._main = next(p for p in phases if p.main)
 
-    def step(self, call: Call) -> Any:
-        """The denoiser's result for the next step."""
+    def step(self, call: Call, ready: Caller | None = None) -> Any:
+        """The denoiser's result for the next step. ``ready``: since when what moves has been ready
+        on the caller's stream, if not only now. Call :meth:`finish` after the last one."""
         assert self.engine is not None
         if call.signature != self.engine.signature:
             step = self.next_step
@@ -137,21 +151,24 @@ class Generation:
         if self._drift is not None:
             self._settle(step, self._drift)
         if self._predictor is not None:
-            leaves = self._by_waves(step, call, self._predictor)
+            leaves = self._by_waves(step, call, self._predictor, ready)
         else:
             if step not in self._held:
-                self._held = self._tick(step, call)
+                self._held = self._tick(step, call, ready)
             leaves = self._held.pop(step)
         if self._drift is not None:
             self._drift.saw(step, leaves[0])
         self.next_step += 1
-        if self.next_step == self.steps:
-            self.done = True
-            for engine in self._engines:
-                engine.finish()
-            self._writes.check()
-            self._total_ms = (time.perf_counter() - self._started) * 1e3
+        self.done = self.next_step == self.steps
         return self.engine.partition.captured.unflatten(leaves)
+
+    def finish(self) -> None:
+        """Wait for the last step, and raise what went wrong."""
+        for engine in self.engines:
+            engine.finish()
+        self._writes.check()
+        self._total_ms = (time.perf_counter() - self._started) * 1e3
+        self.finished = True
 
     def _settle(self, step: int, drift: Drift) -> None:
         """Decide whether ``step`` is still exact. Plans with more or fewer exact steps begin with
@@ -163,7 +180,7 @@ class Generation:
             self._follow([replace(p, plan=plan) for p in self._phases])
             self._drift = None
 
-    def _tick(self, step: int, call: Call) -> dict[int, list[Any]]:
+    def _tick(self, step: int, call: Call, ready: Caller | None) -> dict[int, list[Any]]:
         """Issue the tick that serves ``step``, or those of its micro-batches; the results by step
         of the generation."""
         phase, ticks = self._ticks[step]
@@ -171,10 +188,12 @@ class Generation:
         for tick in ticks:
             times = {index: self._time(index + first, call) for index in tick.times}
             earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
-            results = phase.engine.tick(tick, call.tensors, times, earlier)
+            results = phase.engine.tick(tick, call.tensors, times, earlier, ready=ready)
         return {k + first: leaves for k, leaves in results.items()} if first else results
 
-    def _by_waves(self, step: int, call: Call, predictor: LatePredictor) -> list[Any]:
+    def _by_waves(
+        self, step: int, call: Call, predictor: LatePredictor, ready: Caller | None
+    ) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)
@@ -183,7 +202,7 @@ class Generation:
         if step == tick.serves[0] + phase.first:
             # The caller may go on to change its own.
             self._inputs[step] = [t.clone() for t in moving]
-            results = self._tick(step, call)
+            results = self._tick(step, call, ready)
             for wave in sorted(results):
                 predictor.arrived(wave, self._inputs[wave][latents], results[wave][0])
                 self._held = {-1: results[wave]}
@@ -199,8 +218,8 @@ class Generation:
 
     def abandon(self) -> None:
         """Give up what is left."""
-        if self.engine is not None and not self.done:
-            for engine in self._engines:
+        if self.engine is not None and not self.finished:
+            for engine in self.engines:
                 engine.abandon()
         self.done = True
 
@@ -234,7 +253,7 @@ class Generation:
         return self._writes.unchanged(times[index], values[index])
 
     def report(self) -> GenerationReport:
-        """What this generation did; call it once it is done."""
+        """What this generation did; call it once it is finished."""
         assert self.engine is not None
         engine, plan = self.engine, self._main.plan
         ticks = [tick for phase in self._phases for tick in phase.plan.ticks]
@@ -265,8 +284,8 @@ class Generation:
         return self._main.engine.team
 
     @property
-    def _engines(self) -> list[Engine | Groups]:
-        """Every engine once."""
+    def engines(self) -> list[Engine | Groups]:
+        """Every engine once; none before the first step."""
         return list({id(p.engine): p.engine for p in self._phases}.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from .config import GenerationSpec
+from .config import ONLY, Branch, GenerationSpec
 from .graph.signature import Call
 from .partition.partition import Partition
 from .runtime.cfg_parallel import Groups
@@ -61,22 +61,26 @@ def plan_of(
 
 
 def phases_of(
-    spec: GenerationSpec, engines: EngineCache, engine: Engine | Groups, call: Call
+    spec: GenerationSpec,
+    engines: EngineCache,
+    engine: Engine | Groups,
+    call: Call,
+    branch: Branch = ONLY,
 ) -> list[Phase]:
     """The phases of a generation of calls like this one, which ``engine`` was got for, with every
     CUDA graph recorded."""
     before, after = spec.split_steps
     if before == spec.steps:
-        phases = [Phase(engines.whole(call), plan_of(spec, None))]
+        phases = [Phase(engines.whole(call, branch), plan_of(spec, None))]
         engines.prepare(phases[0].engine, phases[0].plan)
         return phases
     count = engine.microbatches if isinstance(engine, Pipelined) else None
     phases = [Phase(engine, plan_of(spec, engine.partition, microbatches=count), before)]
     if before:
-        phases.insert(0, Phase(engines.whole(call), _exact(before), main=False))
+        phases.insert(0, Phase(engines.whole(call, branch), _exact(before), main=False))
     if after:
         first = spec.steps - after
-        phases.append(Phase(engines.whole(call), _exact(after), first, main=False))
+        phases.append(Phase(engines.whole(call, branch), _exact(after), first, main=False))
     for phase in phases:
         engines.prepare(phase.engine, phase.plan)
     if spec.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then

@@ -86,7 +86,13 @@ class Groups:
             engine.begin(steps, [p[g] for p in parts])
 
     def tick(
-        self, tick: Tick, tensors: Sequence[torch.Tensor], times: Times, earlier: Earlier
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        times: Times,
+        earlier: Earlier,
+        *,
+        ready: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]

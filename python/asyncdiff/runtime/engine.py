@@ -176,6 +176,7 @@ class Engine:
         times: Times,
         earlier: Earlier,
         caller: Caller | None = None,
+        ready: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.
 
@@ -184,6 +185,8 @@ class Engine:
         any more. On CUDA the results are ready in order of the current stream of the latents'
         device. ``caller``: when all inputs are ready, if that is not what the stream is at now:
         other engines' results, which it waits for, may not be what this one has to wait for.
+        ``ready``: when those were that change from step to step, which is all where nothing else
+        is new.
 
         Raises RankError; the generation is abandoned then.
         """
@@ -193,9 +196,9 @@ class Engine:
             home = tensors[self._latents[0]].device
             if self.channels.inputs is not None:
                 tensors, earlier = self._shared(self.channels.inputs, tick, tensors, earlier)
-                caller = None
+                caller = ready = None
             if self.cuda:
-                caller = caller or Caller(home)
+                caller = caller or (None if fresh else ready) or Caller(home)
             else:
                 # The ranks' threads may still read these after the caller went on to change them.
                 moving = {*self._latents, *fresh}

@@ -7,12 +7,12 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
 
-from ..config import GROUPS, ParallelConfig
+from ..config import GROUPS, ONLY, Branch, ParallelConfig
 from ..errors import InputError
 from ..graph.batch import BatchSplit
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
@@ -48,13 +48,21 @@ _T = TypeVar("_T")
 
 
 @dataclass
-class _Prepared:
-    """What is kept for calls of one kind: the engine of the components, what tells of writes to its
-    weights, and maybe the engine of two devices that have the whole denoiser."""
+class _Ranks:
+    """What a branch has: the engine of the components, and maybe one that has the whole denoiser on
+    a device, or a condition on each of two."""
 
     engine: Engine | Groups
-    watch: WeightWatch
     whole: Engine | Groups | None = None
+
+
+@dataclass
+class _Prepared:
+    """What is kept for calls of one kind: what tells of writes to its weights, and the engines, by
+    index of the branch."""
+
+    watch: WeightWatch
+    branches: dict[int, _Ranks] = field(default_factory=dict)
 
     @property
     def recovers(self) -> bool:
@@ -63,7 +71,8 @@ class _Prepared:
 
     @property
     def engines(self) -> list[Engine | Groups]:
-        return [self.engine] if self.whole is None else [self.engine, self.whole]
+        both = ((ranks.engine, ranks.whole) for ranks in self.branches.values())
+        return [engine for pair in both for engine in pair if engine is not None]
 
 
 class EngineCache:
@@ -90,6 +99,8 @@ class EngineCache:
         self._seats = list(seats)
         #: those that were asked for last are at the end
         self._kept: OrderedDict[_Kind, _Prepared] = OrderedDict()
+        #: those that other branches were using when one was asked for last
+        self._beside: list[Engine | Groups] = []
         self._cutter = Cutter(module, weights, config, places, team)
 
     def __len__(self) -> int:
@@ -103,17 +114,23 @@ class EngineCache:
         return self._kept[next(reversed(self._kept))].watch.changed()
 
     def get(
-        self, call: Call, what: str = "prepare", given: Callable[[], Mapping[str, str]] = dict
+        self,
+        call: Call,
+        what: str = "prepare",
+        given: Callable[[], Mapping[str, str]] = dict,
+        branch: Branch = ONLY,
+        beside: Sequence[Engine | Groups] = (),
     ) -> Engine | Groups:
         """The engine of the components, for calls like this one. ``what`` for, and what else is
-        ``given`` for it: all processes have to be given the same. Raises InputError for a denoiser
-        with hooks, MismatchError where processes differ."""
+        ``given`` for it: all processes have to be given the same. ``beside``: the engines that
+        other branches use, which stay, and on whose ranks' streams this one takes its turns. Raises
+        InputError for a denoiser with hooks, MismatchError where processes differ."""
         kind: _Kind
 
         def look() -> Mapping[str, str]:
             nonlocal kind
             check_hooks(self._module)
-            kind = self._kind(call)
+            kind = self._kind(call, branch)
             kept = self._kept.get(kind)
             written = kept is not None and kept.watch.changed()
             prepared = f"prepared: {kind in self._kept}, weights written to: {written}"
@@ -123,27 +140,59 @@ class EngineCache:
             self._team.agree(what, look)
         else:
             check_hooks(self._module)
-            kind = self._kind(call)
+            kind = self._kind(call, branch)
+        self._beside = list(beside)
         with self._team.busy():
-            return self._get(call, kind)
+            return self._get(call, kind, branch)
 
-    def _get(self, call: Call, kind: _Kind) -> Engine | Groups:
+    def _get(self, call: Call, kind: _Kind, branch: Branch) -> Engine | Groups:
         self._drop_what_is_over(kind)
         self._renew(kind)
-        if kind not in self._kept:
+        if kind not in self._kept or branch.index not in self._kept[kind].branches:
             config = self._config
-            self._drop(list(self._kept)[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
+            if kind not in self._kept:
+                idle = self._idle(kind)
+                self._drop(idle[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
+            like = next((e.partition for e in self._like(kind)), None)
             with bar(config.progress):
                 made = self._with_room(
-                    lambda: self._ranks(call, config.components, self._places, kind[2])
+                    lambda: self._ranks(
+                        call, config.components, self._places_of(branch), kind[2], like=like
+                    ),
+                    kind,
                 )
-            kind = self._kind(call)  # capturing runs the denoiser, which may keep something
-            self._drop([k for k in self._kept if k == kind])
-            watch = WeightWatch(made.partition.captured.weights.values())
-            self._kept[kind] = _Prepared(made, watch)
+            kind = self._kind(call, branch)  # capturing runs the denoiser, which may keep something
+            if kind not in self._kept:
+                watch = WeightWatch(made.partition.captured.weights.values())
+                self._kept[kind] = _Prepared(watch)
+            self._kept[kind].branches[branch.index] = _Ranks(made)
         self._kept.move_to_end(kind)
         self._number = kind[1]
-        return self._kept[kind].engine
+        return self._kept[kind].branches[branch.index].engine
+
+    def _idle(self, mine: _Kind | None) -> list[_Kind]:
+        """The other kinds that no branch is using, those that were asked for longest ago first."""
+        using = {id(e) for e in self._beside}
+        return [
+            kind
+            for kind, kept in self._kept.items()
+            if kind != mine and using.isdisjoint(map(id, kept.engines))
+        ]
+
+    def _like(self, kind: _Kind) -> list[Engine | Groups]:
+        """Engines whose cuts those of this kind had better share: ranks then hold their weights
+        once."""
+        same = self._kept[kind].engines if kind in self._kept else []
+        count = self._config.components
+        return [e for e in (*same, *self._beside) if len(e.partition.components) == count]
+
+    def _places_of(self, branch: Branch) -> list[Place]:
+        """The places of the ranks that run a branch: with guidance="split" those of a group."""
+        config = self._config
+        if config.guidance != "split" or branch.count == 1:
+            return self._places
+        first = branch.index % GROUPS * config.ranks
+        return self._places[first : first + config.ranks]
 
     def _drop_what_is_over(self, kind: _Kind) -> None:
         """Drop the engines of a kind whose exchange a failure has ended for good, as between GPUs
@@ -174,30 +223,35 @@ class EngineCache:
             engine.forget()
         kept.watch = WeightWatch(captured[0].weights.values())
 
-    def _kind(self, call: Call) -> _Kind:
-        return call.signature, self._state.number(), self._split(call)
+    def _kind(self, call: Call, branch: Branch) -> _Kind:
+        return call.signature, self._state.number(), self._split(call, branch)
 
-    def _split(self, call: Call) -> BatchSplit | None:
+    def _split(self, call: Call, branch: Branch) -> BatchSplit | None:
         """How the components' engines cut the batch."""
         config = self._config
         if config.schedule == "pipeline":
             return split_of(call, call.indices(Role.LATENTS)[0], config.components)
-        return _CONDITIONS if config.guidance == "split" else None
+        return _CONDITIONS if config.guidance == "split" and branch.count == 1 else None
 
-    def whole(self, call: Call) -> Engine | Groups:
-        """The engine of two devices that have the whole denoiser, a condition each. Only after
-        :meth:`get` for the same call."""
+    def whole(self, call: Call, branch: Branch) -> Engine | Groups:
+        """The engine of two devices that have the whole denoiser, a condition each; of one of them
+        for a branch of several. Only after :meth:`get` for the same call."""
         kind = next(reversed(self._kept))
-        kept = self._kept[kind]
-        if kept.whole is None:
+        ranks = self._kept[kind].branches[branch.index]
+        if ranks.whole is None:
             first = self._places[0]
             places = [first, next((p for p in self._places if p != first), first)]
-            known = kept.engine.batched if isinstance(kept.engine, Groups) else None
+            split: BatchSplit | None = _CONDITIONS
+            known = ranks.engine.batched if isinstance(ranks.engine, Groups) else None
+            like = None
+            if branch.count > 1:
+                places, split = [places[branch.index % GROUPS]], None
+                like = ranks.engine.partition
             with self._team.busy():
-                kept.whole = self._with_room(
-                    lambda: self._ranks(call, 1, places, _CONDITIONS, known), kind
+                ranks.whole = self._with_room(
+                    lambda: self._ranks(call, 1, places, split, known, like), kind
                 )
-        return kept.whole
+        return ranks.whole
 
     def prepare(self, engine: Engine | Groups, plan: Plan) -> None:
         """Make an engine of the calls that were asked for last ready for ``plan``."""
@@ -221,7 +275,7 @@ class EngineCache:
         try:
             return work()
         except Exception as e:
-            others = [k for k in self._kept if k != mine]
+            others = self._idle(mine)
             if not others or not out_of_memory(e):
                 raise
             log.warning(
@@ -241,12 +295,14 @@ class EngineCache:
         places: Sequence[Place],
         split: BatchSplit | None,
         batched: Sequence[bool] | None = None,
+        like: Partition | None = None,
     ) -> Engine | Groups:
         """Ranks at ``places`` that run ``components`` of the denoiser; with ``split`` an engine
         for each part of the batch: of conditions on devices of their own, of pictures in turn on
-        all of them. ``batched``: which inputs hold all parts of it, if that is known."""
+        all of them. ``batched``: which inputs hold all parts of it, if that is known. ``like``:
+        what is to be cut alike, where that can be."""
         if split is None:
-            return self._even(call, components, places)
+            return self._even(call, components, places, like)
         in_turn = self._config.schedule == "pipeline"
         ranks = len(places) if in_turn else len(places) // split.count
         if batched is None and self._weights.checkpoint is not None:
@@ -269,7 +325,7 @@ class EngineCache:
             for g in range(split.count):
                 of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
                 if not engines:
-                    made = first = self._even(mine[0], components, of_group)
+                    made = first = self._even(mine[0], components, of_group, like)
                 else:
                     beside = first if in_turn else None
                     made = self._engine(mine[g], first.partition, of_group, beside)
@@ -278,11 +334,18 @@ class EngineCache:
             undo.pop_all()
         return (Pipelined if in_turn else Groups)(engines, call, batched, split)
 
-    def _even(self, call: Call, components: int, places: Sequence[Place]) -> Engine:
-        """An engine; where its components turn out too unequal, one that is cut again."""
+    def _even(
+        self, call: Call, components: int, places: Sequence[Place], like: Partition | None = None
+    ) -> Engine:
+        """An engine, cut ``like`` another one, where there is one; else, where its components turn
+        out too unequal, cut again."""
         copies = len(places) - components + 1
-        engine = self._engine(call, self._cutter.first(call, components, copies), places)
-        if components == 1 or self._config.split != "auto":
+        parts = self._cutter.first(call, components, copies, like)
+        beside = next((e for e in self._beside if e.places == list(places)), None)
+        if isinstance(beside, Groups):
+            beside = beside.engines[0]
+        engine = self._engine(call, parts, places, beside)
+        if components == 1 or self._config.split != "auto" or like is not None:
             return engine
         timed: list[Timed] = []
         # One that was timed before is there again when a new cut is slower, or has no memory.

@@ -23,7 +23,7 @@ from ..schedule.actions import Tick
 from .cfg_parallel import Groups
 from .devices import Place
 from .engine import Engine
-from .step import Earlier, Times
+from .step import Caller, Earlier, Times
 
 log = logging.getLogger("asyncdiff")
 
@@ -81,7 +81,13 @@ class Pipelined(Groups):
         super().begin(steps, tensors)
 
     def tick(
-        self, tick: Tick, tensors: Sequence[torch.Tensor], times: Times, earlier: Earlier
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        times: Times,
+        earlier: Earlier,
+        *,
+        ready: Caller | None = None,
     ) -> dict[int, list[Any]]:
         """Issue one tick, of one micro-batch; nothing, or with the last one the noise predictions
         of the whole batch, by step. Its parts are ready in order of the micro-batches' streams."""
@@ -92,12 +98,12 @@ class Pipelined(Groups):
         others = [t for t in times.values() if isinstance(t, torch.Tensor)]
         parts = []
         for index, tensor in enumerate(tensors):
-            ready = self._ready(tensor)
-            if ready is None:
+            found = self._ready(tensor)
+            if found is None:
                 tensor = tensor.joined() if isinstance(tensor, MicroBatched) else tensor
-                ready = self._parts_of(index, tensor)
-                others.append(ready[mine])
-            parts.append(ready[mine])
+                found = self._parts_of(index, tensor)
+                others.append(found[mine])
+            parts.append(found[mine])
         try:
             with on_stream(self._layout.streams[mine], others):
                 results = self.engines[mine].tick(tick, parts, self._times_of(mine, times), earlier)
