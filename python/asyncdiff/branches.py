@@ -102,12 +102,13 @@ def _together(reports: list[GenerationReport]) -> GenerationReport:
     first, *others = reports
     if not others:
         return first
+    places = [r.devices for r in reports]
     exposed = [r.exposed_ms for r in reports if r.exposed_ms is not None]
     each = [r.exposed_ms_per_tick for r in reports if r.exposed_ms_per_tick is not None]
     return replace(
         first,
         branches=len(reports),
-        devices=first.devices + [d for r in others if r.devices != first.devices for d in r.devices],
+        devices=sum((d for d in places[1:] if d != places[0]), places[0]),
         ticks=sum(r.ticks for r in reports),
         total_ms=max(r.total_ms for r in reports),
         prepare_s=sum(r.prepare_s for r in reports),

@@ -226,10 +226,6 @@ class AsyncDenoiser(Spread):
         with self.lock:
             self._branches.stop()
 
-    def under_way(self, branch: int = 0) -> Generation | None:
-        """The generation of a branch, whether or not it has steps left."""
-        return self._branches.get(branch)
-
     @property
     def active(self) -> bool:
         """Whether a generation has steps left."""

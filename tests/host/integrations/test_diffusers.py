@@ -220,16 +220,41 @@ def test_transformers(make: Any, stride: int) -> None:
         handle.restore()
 
 
-def test_flux_with_two_calls_a_step_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("devices", "settings", "near"),
+    [
+        (2, {"components": 2, "warmup": 6}, 1e-5),
+        (2, {"components": 1, "guidance": "split"}, 1e-5),
+        (2, {"components": 2, "warmup": 6, "warmup_mode": "split"}, 1e-5),
+        (4, {"components": 2, "warmup": 6, "guidance": "split"}, 1e-5),
+        (2, {"components": 2, "warmup": 2}, 0.5),
+        (2, {"components": 2, "warmup": 2, "schedule": "wavefront"}, 0.5),
+        (3, {"components": 2, "warmup": 1, "stride": 2}, 1.0),
+        (2, {"quality": "exact"}, 1e-5),
+        (2, {}, 1e-5),  # so few steps are exact
+    ],
+    ids=str,
+)
+def test_flux_with_two_calls_a_step(devices: int, settings: dict[str, Any], near: float) -> None:
     pipe, call = tiny_flux()
     pipe.set_progress_bar_config(disable=True)
-    handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate")
     negative = {f"negative_{k}": v for k, v in call.items() if k.endswith("embeds")}
-    guided = negative | {"true_cfg_scale": 4.0, "num_inference_steps": 6, "output_type": "latent"}
-    with pytest.raises(asyncdiff.SchedulerError, match=r"2 times .*do_true_cfg.* in two calls"):
-        pipe(**call, **guided)
-    assert not len(handle.denoiser._engines)  # before anything was prepared
-    handle.restore()
+    other = negative["negative_prompt_embeds"] * -0.5
+    guided = call | negative | {"negative_prompt_embeds": other, "true_cfg_scale": 4.0}
+    options = {"num_inference_steps": 6, "output_type": "latent"}
+
+    def run() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        return pipe(**guided, **options, generator=generator).images
+
+    want = run()
+    on = ["cpu"] * devices if "components" in settings else ["cpu"] * 2
+    with asyncdiff.parallelize(pipe, devices=on, split="estimate", **settings) as handle:
+        for _ in range(2):
+            assert reference.distance(run(), want) < near
+        report = handle.report()
+        assert report.branches == 2 and report.steps == 6
+    assert torch.equal(run(), want)
 
 
 def video_denoisers() -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from toys import toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser, CaptureError, SchedulerError
+from asyncdiff import AsyncDenoiser, CaptureError
 
 SPLITS: list[Any] = ["estimate", [["transformer_blocks.0"], ["transformer_blocks.1"]]]
 
@@ -140,19 +140,23 @@ class Twice:
         return latents
 
 
-def test_pipelines_that_call_twice_in_a_step() -> None:
-    """They are refused before the denoiser is prepared, where their code tells."""
+@pytest.mark.parametrize("quality", [None, "exact"])
+def test_pipelines_that_call_twice_in_a_step(quality: str | None) -> None:
+    """Whether or not their code tells beforehand, and with a scheduler that takes no steps."""
     pipe, text = Twice(), torch.randn(1, 8, 32)
-    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate") as handle:
-        with pytest.raises(
-            SchedulerError,
-            match=r"Twice is going to call its denoiser 2 times in each step "
-            r"\(self.guides and negative is not None\).*restore\(pipe\)",
-        ):
-            pipe(text, scale=2.0)
-        assert len(handle.denoiser._engines) == 0
-        for served in ({}, {"negative": text}, {"scale": 2.0}, {"late": True}, {"first": True}):
-            assert pipe(**served).isfinite().all()
-            assert handle.report().steps == 4
-        with pytest.raises(SchedulerError, match="more or less often than once a step"):
-            pipe(text, late=True)
+    settings: dict[str, Any] = {"components": 2, "warmup": 4}
+    if quality is not None:
+        settings = {"quality": quality}
+    calls: dict[int, tuple[dict[str, Any], ...]] = {
+        1: ({}, {"negative": text}, {"scale": 2.0}, {"late": True}, {"first": True}),
+        2: ({"negative": text, "scale": 2.0}, {"negative": text, "late": True}),
+    }
+    for count, given in ((c, g) for c, every in calls.items() for g in every):
+        torch.manual_seed(0)
+        want = pipe(**given)
+        with asyncdiff.parallelize(
+            pipe, devices=["cpu"] * 2, split="estimate", **settings
+        ) as handle:
+            torch.manual_seed(0)
+            torch.testing.assert_close(pipe(**given), want)
+            assert handle.report().steps == 4 and handle.report().branches == count

@@ -82,9 +82,7 @@ def test_prompts_of_other_lengths(settings: dict[str, Any]) -> None:
     alone = {k: v for k, v in settings.items() if k != "guidance"}
     with contextlib.ExitStack() as stack:
         each = [
-            stack.enter_context(
-                contextlib.closing(AsyncDenoiser(toy(), split="estimate", **alone))
-            )
+            stack.enter_context(contextlib.closing(AsyncDenoiser(toy(), split="estimate", **alone)))
             for _ in texts
         ]
         sampler, expected = scheduler(), CALL["sample"][:1]

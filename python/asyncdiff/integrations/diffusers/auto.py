@@ -65,11 +65,17 @@ class AutoSettings:
         return not known
 
     def settle(
-        self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str
+        self,
+        denoiser: AsyncDenoiser,
+        call: Call,
+        steps: int,
+        clean: CleanImage | str,
+        calls: int = 1,
     ) -> None:
         """Have ``denoiser`` take the settings for a generation that begins with this call.
-        ``clean``: the clean images of its steps, or why waves do not serve them."""
-        task = self._task(denoiser, call, steps, clean)
+        ``clean``: the clean images of its steps, or why waves do not serve them. ``calls``: in a
+        step, a condition each."""
+        task = self._task(denoiser, call, steps, clean, calls)
         # What is picked decides about what the processes do together next.
         known = dataclasses.asdict(task)
         denoiser.team.agree(
@@ -86,7 +92,7 @@ class AutoSettings:
         denoiser.adopt(config)
 
     def _task(
-        self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str
+        self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str, calls: int
     ) -> Task:
         latents = call.tensors[call.indices(Role.LATENTS)[0]]
         conditions = conditions_of(latents)
@@ -101,7 +107,7 @@ class AutoSettings:
             devices=len(self._devices),
             steps=steps,
             step=clean if isinstance(clean, str) else _length(clean),
-            guided=apart and conditions == 2,
+            guided=(calls == 2 and not several) if calls > 1 else apart and conditions == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=denoiser.team.every(
                 "choose settings", lambda: whole and _has_room(denoiser, self._own)

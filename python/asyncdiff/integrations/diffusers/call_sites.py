@@ -1,7 +1,7 @@
 """How often a pipeline is going to call its denoiser in a step, told by its code at the first call.
 
 Many pipelines guide in two calls, if they guide at all. What the second one depends on is mostly
-known when the first one is made: before the denoiser is prepared, which takes minutes.
+known when the first one is made: before settings are chosen, and the denoiser is prepared for them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import FrameType
 from typing import Any
-
-from ...errors import SchedulerError
 
 #: A call depends on these, each with whether it has to hold.
 _Conditions = tuple[tuple[ast.expr, bool], ...]
@@ -36,29 +34,22 @@ class _Site:
     conditions: _Conditions
 
 
-def check_calls(pipe: Any, name: str) -> None:
-    """Raise SchedulerError if ``pipe``, whose code is running and calls its attribute ``name`` for
-    the first time in a step, is going to do so again in the same step. Says nothing where its code
-    does not tell."""
+def calls_in_a_step(pipe: Any, name: str) -> int | None:
+    """How often ``pipe``, whose code is running and calls its attribute ``name`` for the first time
+    in a step, calls it in this step; None where its code does not tell."""
     function = inspect.unwrap(type(pipe).__call__)
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not getattr(function, "__code__", None):
         frame = frame.f_back
     if frame is None:
-        return
+        return None
     sites = _sites(function, name)
     line = frame.f_lineno - frame.f_code.co_firstlineno + 1
     loops = [s.loop for s in sites if line in s.lines]
-    others = [s for s in sites if line not in s.lines and s.loop in loops[:1]]
-    more = [s for s in others if _hold(s.conditions, frame)]
-    if more:
-        why = " and ".join(ast.unparse(test) for test, _ in more[0].conditions) or "always"
-        raise SchedulerError(
-            f"{type(pipe).__name__} is going to call its denoiser {1 + len(more)} times in each "
-            f"step ({why}): guidance in two calls, which asynchronous denoising cannot serve. "
-            "Switch it off (guidance_scale=1, true_cfg_scale=1, no negative prompt), or run the "
-            "pipeline without asyncdiff (asyncdiff.restore(pipe))"
-        )
+    if not loops:
+        return None
+    others = [s for s in sites if line not in s.lines and s.loop is loops[0]]
+    return 1 + sum(_hold(s.conditions, frame) for s in others)
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -36,10 +38,11 @@ def _twin_class(base: Any) -> type:
         _backward_hooks = _backward_pre_hooks = property(lambda self: {})
         _compiled_call_impl = property(lambda self: None)
 
-    return _named_like(Twin, base)
+    return named_like(Twin, base)
 
 
-def _named_like(cls: type, base: type) -> type:
+def named_like(cls: type, base: type) -> type:
+    """``cls`` under the name of ``base``."""
     # Pipelines are saved, and components compared, by the names of their classes.
     cls.__name__, cls.__qualname__, cls.__module__ = (
         base.__name__,
@@ -100,7 +103,17 @@ def denoiser_class(base: Any) -> type:
                 self.__dict__[HANDLE].check_dtype(fn(weight.new_empty(0)).dtype)
             return self
 
-    return _named_like(Parallel, base)
+    if hasattr(base, "cache_context"):  # diffusers' name for what one of several calls is about
+
+        @contextlib.contextmanager
+        def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            handle = self.__dict__.get(HANDLE)
+            named = contextlib.nullcontext() if handle is None else handle.named(name)
+            with base.cache_context(self, name, *args, **kwargs), named:
+                yield
+
+        Parallel.cache_context = cache_context
+    return named_like(Parallel, base)
 
 
 @functools.cache
@@ -126,9 +139,9 @@ def pipeline_class(base: Any) -> type:
             shown = base.progress_bar(self, *args, **kwargs)
             handle = self.__dict__.get(HANDLE)
             if handle is not None:
-                handle.shown = shown
+                handle.show(shown)
             return shown
 
         __reduce_ex__, __copy__ = _reduce, _shallow_copy
 
-    return _named_like(Parallel, base)
+    return named_like(Parallel, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -119,6 +120,18 @@ class TimestepTracker:
             return None
         index, between = divmod(int(value.storage_offset()) - self._offset, self._stride)
         return None if between or not 0 <= index < len(self.source) else index
+
+    def place(self, value: torch.Tensor) -> int | None:
+        """Which of the schedule's timesteps a call's is, if where it lies tells."""
+        return self._index(value)
+
+    def has(self, step: int, value: torch.Tensor) -> bool:
+        """Whether a call with this timestep is of the ``step``-th step rather than of the next one.
+        The host waits for the value."""
+        now = float(moving(value.detach().double()))
+        here = [abs(at - now) for r in self._readings if (at := r.at(step)) is not None]
+        there = [abs(at - now) for r in self._readings if (at := r.at(step + 1)) is not None]
+        return min(here, default=math.inf) < min(there, default=math.inf)
 
     def known(self, step: int, value: torch.Tensor) -> torch.Tensor:
         """The ``step``-th call's timestep as a view of ``values``, where it is known to be that; so

@@ -1,0 +1,263 @@
+"""The calls of a parallelised denoiser: which generation, branch and step each of them belongs to,
+and how a generation begins."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import Branch
+from ...denoiser import AsyncDenoiser
+from ...errors import BatchError, InputError, SchedulerError
+from ...graph.hooks import check_forward
+from ...graph.signature import Call, Role
+from ...sampling.clean_image import CleanImage, clean_image
+from ...sampling.response import Response, respond
+from ...sampling.scheduler import check_scheduler
+from .auto import AutoSettings
+from .branches import BranchFinder, CallBranch
+from .call_sites import calls_in_a_step
+from .step_bar import preparing
+from .timesteps import TimestepTracker, is_mixed
+
+log = logging.getLogger("asyncdiff")
+
+#: So many changes in successive steps are taken for a change in every step.
+_SHORT = 3
+_NOTHING = contextlib.nullcontext()
+
+
+@dataclass
+class Run:
+    """A call of the pipeline that is under way: what of it matters to its denoiser's calls.
+
+    ``pipe`` may be a copy; None: other code calls the denoiser. ``options`` are the arguments that
+    go to the scheduler's steps. ``watching``: whether options of the denoiser may change in the
+    middle. ``shown``: the bar of its steps, where it has made one.
+    """
+
+    pipe: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    watching: bool = True
+    shown: Any = None
+
+
+class Calls:
+    """Serves the calls of one denoiser, ``module``, of the pipeline ``pipe``."""
+
+    def __init__(
+        self, pipe: Any, module: nn.Module, denoiser: AsyncDenoiser, auto: AutoSettings | None
+    ) -> None:
+        self._pipe, self._module, self._denoiser, self._auto = pipe, module, denoiser, auto
+        self.run = Run()
+        self._found = BranchFinder()
+        #: calls in a step, as far as that is known
+        self._expected = 1
+        #: what the scheduler makes of predictions from which step on, or why that is not known
+        self._response: tuple[int, Response | SchedulerError] | None = None
+        #: the tracker of the generation before
+        self._before: TimestepTracker | None = None
+        #: what the caller calls the branch whose calls come now
+        self.name: str | None = None
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """The step that is under way and how many there are, in the middle of a generation."""
+        for branch in self._found.all[:1]:
+            if branch.active and branch.generation is not None:
+                return branch.generation.next_step, branch.generation.steps
+        return None
+
+    def begin(self, run: Run) -> None:
+        """The pipeline is called. Whatever an earlier call left has nothing to do with this one."""
+        self._forget()
+        self.run = run
+
+    def settle(self) -> None:
+        """The pipeline has returned: wait for what is still to do, and raise what went wrong."""
+        self._denoiser.settle()
+        for branch in self._found.all:
+            if branch.times is not None:
+                branch.times.finish()
+
+    def end(self) -> None:
+        """The pipeline's call is over, in one way or another."""
+        self._forget()
+        self.run = Run()
+
+    def _forget(self) -> None:
+        self._denoiser.stop()
+        self._found = BranchFinder()
+
+    def serve(self, call: Call) -> Any:
+        """The denoiser's result."""
+        where = call.indices(Role.TIMESTEP)
+        if not where:
+            raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
+        time = call.tensors[where[0]]
+        try:
+            branch = self._branch_of(call, time)
+            try:
+                return self._step(branch, call, time)
+            except BatchError as e:
+                # Before anything was computed: the settings were picked for parts of the batch.
+                self._denoiser.stop()
+                if self._auto is None or not self._auto.keep_together(call):
+                    raise
+                log.warning("settings are picked once more: %s", e)
+            return self._step(branch, call, time)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _step(self, branch: CallBranch, call: Call, time: torch.Tensor) -> Any:
+        """The denoiser's result for a call with this timestep."""
+        where = call.indices(Role.TIMESTEP)
+        with self._due(branch, call, time) or _NOTHING:
+            times, generation = branch.times, branch.generation
+            assert times is not None and generation is not None
+            step = generation.next_step
+            times.check(step, time)
+            known = times.known(step, time)
+            if known is not time:
+                call = call.replacing(where[0], known)
+            result = self._denoiser.call(call, branch.index)
+        if generation.finished:
+            for other in self._found.all:
+                if other.times is not None and not other.active:
+                    other.times.finish()
+        return result
+
+    # ---- which call it is --------------------------------------------------------------------
+
+    @property
+    def _scheduler(self) -> Any:
+        return (self.run.pipe or self._pipe).scheduler
+
+    def _branch_of(self, call: Call, time: torch.Tensor) -> CallBranch:
+        scheduler = self._scheduler
+        source = check_scheduler(scheduler)
+        if self._found.all:
+            lead = self._found.all[0].times
+            if lead is None or lead.source is not source:
+                self._forget()
+        alone = self.run.pipe is None
+        branch = self._found.find(call, time, self.name, scheduler, alone=alone)
+        lead, start = self._found.all[0].times, self._found.all[0].start
+        if lead is not None and self._found.step >= start + len(lead.values):
+            # After its last step: another caller than the pipeline begins again.
+            self._forget()
+            branch = self._found.find(call, time, self.name, scheduler, alone=alone)
+        return branch
+
+    def _due(
+        self, branch: CallBranch, call: Call, time: torch.Tensor
+    ) -> contextlib.AbstractContextManager[Any] | None:
+        """Begin a generation where this call does not belong to the one under way; what is returned
+        then is to be open during the call."""
+        old, generation = branch.times, branch.generation
+        if old is None or generation is None:
+            return self._begin(branch, self._first_times(branch, time), time, call)
+        step = self._found.step - branch.start
+        if generation.next_step != step:
+            # It was left out in steps before this one: what its ranks have is too old.
+            return self._begin(branch, old.after(step), time, call)
+        if step == old.telling:
+            corrected = old.corrected(step, time)
+            if corrected is not None:
+                log.info("timesteps turned out to be %s: the rest begins", corrected.reading.way)
+                return self._begin(branch, corrected, time, call)
+        if self._denoiser.fits(call, options=self.run.watching, branch=branch.index):
+            return None
+        # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
+        # generation of its own, if this is the step that was due.
+        old.check(step, time)
+        old.finish()
+        branch.short = branch.short + 1 if step == 1 else 0
+        if branch.short == _SHORT:
+            raise InputError(
+                "the denoiser's inputs (shapes, dtypes, constants) or options change in every "
+                "step, and each time it has to be prepared anew: keep them for more steps, or "
+                "pass as a tensor what changes"
+            )
+        log.info("the denoiser's inputs or options changed in step %d: the rest begins", step)
+        return self._begin(branch, old.after(step), time, call)
+
+    def _first_times(self, branch: CallBranch, time: torch.Tensor) -> TimestepTracker:
+        """The timesteps of a branch that is called for the first time."""
+        lead = self._found.all[0]
+        if lead is not branch:
+            assert lead.times is not None
+            return lead.times.after(self._found.step - lead.start)
+        check_forward(self._module)
+        pipe = self.run.pipe
+        if pipe is not None:
+            unet = getattr(pipe, "unet", None) is self._module
+            told = calls_in_a_step(pipe, "unet" if unet else "transformer")
+            self._expected = self._expected if told is None else told
+        self._response = None  # of a scheduler that has not stepped yet
+        # Left by an earlier run, where another caller than the pipeline is under way.
+        steps = getattr(pipe, "num_timesteps", None)
+        return TimestepTracker(self._scheduler, time, steps, self._before)
+
+    # ---- how a generation begins -------------------------------------------------------------
+
+    def _begin(
+        self, branch: CallBranch, times: TimestepTracker, time: torch.Tensor, call: Call
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Begin a generation of these steps. What is returned is to be open in its first call."""
+        branch.times, branch.start = times, self._found.step
+        self._before = times
+        self._expected = max(self._expected, len(self._found.all))
+        others = [b for b in self._found.all if b is not branch and b.active]
+        if self._auto is not None and not others:
+            served = self._served(times)
+            self._auto.settle(self._denoiser, call, len(times.values), served, self._expected)
+        config, clean = self._denoiser.config, None
+        waves = config.schedule == "wavefront"
+        if (config.stride > 1 or config.time_shift or waves) and is_mixed(time):
+            raise SchedulerError(
+                "the denoiser was called with several timesteps at once, for the parts of its "
+                "input (image to video, for example), of which other steps' cannot be told "
+                "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
+            )
+        if waves:
+            clean = self._clean_image(times)
+        spec = config.spec(times.values, shorten=True)
+        which = Branch(branch.index, self._expected)
+        branch.generation = self._denoiser.start(spec, clean, branch=which)
+        return preparing(self.run.shown)
+
+    def _clean_image(self, times: TimestepTracker) -> CleanImage:
+        """The clean images of these steps. Raises SchedulerError where they cannot be told."""
+        scheduler = self._scheduler
+        every = clean_image(scheduler, backwards=times.reading.backwards)
+        clean = every.of_steps(times.start, len(times.values))
+        if self._response is None:
+            try:
+                response = respond(scheduler, times.start, self.run.options)
+                if times.start:
+                    every.of_steps(times.start, len(response.start) - 1).check_levels(response)
+                self._response = times.start, response
+            except SchedulerError as e:
+                self._response = times.start, e
+        first, found = self._response
+        if isinstance(found, SchedulerError):
+            return clean
+        return replace(clean, response=found.of_steps(times.start - first, len(times.values)))
+
+    def _served(self, times: TimestepTracker) -> CleanImage | str:
+        """The clean images of steps that waves serve well, or why they do not."""
+        try:
+            clean = self._clean_image(times)
+        except SchedulerError:
+            return "waves do not know this sampler's noise levels"
+        assert self._response is not None
+        if isinstance(self._response[1], SchedulerError):
+            return str(self._response[1])
+        return clean
