@@ -324,7 +324,6 @@ def test_what_cannot_be_generated_says_why() -> None:
             denoiser.generate(**arguments | options)
 
     refused(PlanError, "warmup=3 exceeds", num_inference_steps=2)
-    refused(SchedulerError, "2 times a step", scheduler=scheduler("HeunDiscreteScheduler"))
     refused(InputError, "not both", timesteps=[900, 500])
     refused(SchedulerError, "takes no list", timesteps=[900, 500], num_inference_steps=None)
     refused(InputError, "conditioning holds sample", conditioning=text | {"sample": latents})

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import SchedulerError
 from .response import Response, respond
-from .scheduler import check_scheduler
+from .scheduler import check_order, check_scheduler
 
 #: Below this share of the prediction in x0, or above its inverse, the two cannot be told apart.
 _TINY = 1e-8
@@ -153,6 +153,7 @@ def clean_image(scheduler: Any, *, backwards: bool = False) -> CleanImage:
 def _weights(scheduler: Any, backwards: bool) -> tuple[torch.Tensor, ...]:
     """Of the input and the prediction in x0, then α and σ, by step."""
     count = len(check_scheduler(scheduler))
+    check_order(scheduler)
     name = type(scheduler).__name__
     sigmas = getattr(scheduler, "sigmas", None)
     levels = None  # of noise, one a step

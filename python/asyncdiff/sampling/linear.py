@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import SchedulerError
-from .scheduler import check_scheduler
+from .scheduler import check_order, check_scheduler
 
 #: Relative error, in float64, above which a scheduler does not count as linear.
 TOLERANCE = 1e-6
@@ -64,6 +64,7 @@ def linearize(
     prediction, a timestep and latents.
     """
     own = check_scheduler(scheduler)
+    check_order(scheduler)
     times = own if timesteps is None else timesteps
     known = {k: v for k, v in (options or {}).items() if k != "generator"}
     # Schedulers work element by element: a tensor whose i-th element is 1 in the i-th input, and 0

@@ -257,6 +257,40 @@ def test_flux_with_two_calls_a_step(devices: int, settings: dict[str, Any], near
     assert torch.equal(run(), want)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+        *("DEISMultistepScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler"),
+        *("DPMSolverSinglestepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+    ],
+)
+def test_any_sampler(name: str) -> None:
+    """Also those that ask for several predictions a step, and whose timesteps repeat."""
+    pipe, call = tiny_sd()
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+    def run() -> torch.Tensor:
+        return draw(pipe, call, num_inference_steps=6)
+
+    want = run()
+    for settings, near in (
+        ({"components": 2, "warmup": 40}, 1e-5),
+        ({"components": 2, "warmup": 2}, 2.0),
+        ({"components": 2, "warmup": 1, "stride": 2}, 2.0),
+        ({"quality": "exact"}, 1e-5),
+    ):
+        count = settings.get("stride", 1) + 1  # type: ignore[operator]
+        with asyncdiff.parallelize(
+            pipe,
+            devices=["cpu"] * count,
+            split="estimate",
+            **settings,  # type: ignore[arg-type]
+        ) as handle:
+            assert reference.distance(run(), want) < near
+            assert handle.report().steps == len(pipe.scheduler.timesteps)
+
+
 def video_denoisers() -> Any:
     torch.manual_seed(0)
     blocks = ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")

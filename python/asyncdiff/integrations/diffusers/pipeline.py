@@ -26,7 +26,7 @@ from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
 from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
-from ...sampling.scheduler import check_scheduler
+from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
 from .auto import AutoSettings
 from .handle import Handle
@@ -108,9 +108,8 @@ def parallelize(
             )
         held.restore()
     check_hooks(twin(module))
-    scheduler = getattr(pipe, "scheduler", None)
-    if getattr(scheduler, "order", 1) != 1:
-        check_scheduler(scheduler)
+    if config.schedule == "wavefront":
+        check_order(getattr(pipe, "scheduler", None))
     denoiser = AsyncDenoiser(
         twin(module), group=group, results=results, checkpoint=checkpoint, config=config
     )

@@ -192,7 +192,8 @@ class TimestepTracker:
     def _refuse(self, step: int, what: str) -> None:
         raise SchedulerError(
             f"call {step} of this generation came with {what}, where timestep "
-            f"{float(self._exact[step]):g} was due: the pipeline calls the denoiser more or less "
-            "often than once a step (guidance in two calls, or a scheduler of higher order?), "
-            f"which asynchronous denoising cannot serve; {ANOTHER}"
+            f"{float(self._exact[step]):g} was due: the denoiser is called more or less often than "
+            "once for each of the scheduler's timesteps. Several calls a step are told apart while "
+            "a pipeline runs; in a loop of your own use asyncdiff.AsyncDenoiser and its "
+            f"generation(timesteps, branches=…); {ANOTHER}"
         )
