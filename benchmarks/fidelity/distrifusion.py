@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from asyncdiff.integrations.diffusers.pipeline import find_denoiser
+from asyncdiff.integrations.diffusers.denoisers import find_denoiser
 from asyncdiff_bench.errors import BenchError
 from fidelity.macs import total
 from fidelity.method import Method, Work

@@ -11,7 +11,7 @@ import torch
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
-from asyncdiff.integrations.diffusers.pipeline import find_denoiser
+from asyncdiff.integrations.diffusers.denoisers import find_denoiser
 from asyncdiff.partition.cost import Costs, count_macs
 from asyncdiff.partition.partition import Partition, partition
 

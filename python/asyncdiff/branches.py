@@ -102,13 +102,13 @@ def _together(reports: list[GenerationReport]) -> GenerationReport:
     first, *others = reports
     if not others:
         return first
-    places = [r.devices for r in reports]
+    split = first.settings["guidance"] == "split"  # the second branch has ranks of its own
     exposed = [r.exposed_ms for r in reports if r.exposed_ms is not None]
     each = [r.exposed_ms_per_tick for r in reports if r.exposed_ms_per_tick is not None]
     return replace(
         first,
         branches=len(reports),
-        devices=sum((d for d in places[1:] if d != places[0]), places[0]),
+        devices=first.devices + (others[0].devices if split else []),
         ticks=sum(r.ticks for r in reports),
         total_ms=max(r.total_ms for r in reports),
         prepare_s=sum(r.prepare_s for r in reports),

@@ -78,6 +78,23 @@ class GenerationReport:
         )
 
 
+def in_turn(reports: Sequence[GenerationReport]) -> GenerationReport | None:
+    """What the denoisers of a pipeline did, one after another; None of none."""
+    if len(reports) < 2:
+        return reports[0] if reports else None
+    known = [r.exposed_ms for r in reports if r.exposed_ms is not None]
+    return replace(
+        max(reports, key=lambda r: r.steps),
+        steps=sum(r.steps for r in reports),
+        ticks=sum(r.ticks for r in reports),
+        total_ms=sum(r.total_ms for r in reports),
+        prepare_s=sum(r.prepare_s for r in reports),
+        exchange_bytes=sum(r.exchange_bytes for r in reports),
+        exposed_ms=sum(known) if known else None,
+        compile_s=sum(r.compile_s for r in reports),
+    )
+
+
 class Generation:
     """Serves the steps of one generation, in order, from the ticks of its phases' plans.
 

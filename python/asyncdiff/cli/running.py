@@ -194,7 +194,7 @@ def what_ran(
     """
     from importlib import metadata
 
-    from ..integrations.diffusers.pipeline import find_denoiser
+    from ..integrations.diffusers.denoisers import find_denoiser
 
     denoiser = find_denoiser(pipe)
     defaults = inspect.signature(pipe.__call__).parameters

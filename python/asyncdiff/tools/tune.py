@@ -16,7 +16,8 @@ from ..errors import InputError, TuneError
 from ..graph.capture import capture
 from ..graph.example_inputs import example_inputs
 from ..graph.signature import parse
-from ..integrations.diffusers.pipeline import find_denoiser, parallelize
+from ..integrations.diffusers.denoisers import find_denoiser
+from ..integrations.diffusers.pipeline import parallelize
 from ..partition.cost import link_speed, measure
 from ..partition.partition import partition
 from ..progress import Progress, tell, within

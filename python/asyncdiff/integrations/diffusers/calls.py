@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from ...config import Branch
 from ...denoiser import AsyncDenoiser
 from ...errors import BatchError, InputError, SchedulerError
+from ...generation import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
 from ...sampling.clean_image import CleanImage, clean_image
@@ -48,12 +50,24 @@ class Run:
 
 
 class Calls:
-    """Serves the calls of one denoiser, ``module``, of the pipeline ``pipe``."""
+    """Serves the calls of one denoiser of the pipeline ``pipe``: that which it has as ``name``.
+    ``leads``: of several, which have a part of the steps each, it has the first ones."""
 
     def __init__(
-        self, pipe: Any, module: nn.Module, denoiser: AsyncDenoiser, auto: AutoSettings | None
+        self,
+        pipe: Any,
+        name: str,
+        denoiser: AsyncDenoiser,
+        auto: AutoSettings | None,
+        *,
+        leads: bool = False,
     ) -> None:
-        self._pipe, self._module, self._denoiser, self._auto = pipe, module, denoiser, auto
+        self._pipe, self._name = pipe, name
+        self.module: nn.Module = getattr(pipe, name)
+        self.denoiser, self.auto = denoiser, auto
+        self._leads = leads
+        #: what came of the pipeline's last call, if this denoiser had a part in it
+        self.report: GenerationReport | None = None
         self.run = Run()
         self._found = BranchFinder()
         #: calls in a step, as far as that is known
@@ -63,7 +77,9 @@ class Calls:
         #: the tracker of the generation before
         self._before: TimestepTracker | None = None
         #: what the caller calls the branch whose calls come now
-        self.name: str | None = None
+        self._branch_name: str | None = None
+        # It would go past the denoiser's class, and be exported in the place of its forward.
+        self._compiled = self.module.__dict__.pop("_compiled_call_impl", None)
 
     @property
     def progress(self) -> tuple[int, int] | None:
@@ -80,18 +96,44 @@ class Calls:
 
     def settle(self) -> None:
         """The pipeline has returned: wait for what is still to do, and raise what went wrong."""
-        self._denoiser.settle()
+        self.denoiser.settle()
         for branch in self._found.all:
             if branch.times is not None:
                 branch.times.finish()
+        finished = any(b.generation is not None and b.generation.finished for b in self._found.all)
+        self.report = self.denoiser.report() if finished else None
 
     def end(self) -> None:
         """The pipeline's call is over, in one way or another."""
         self._forget()
         self.run = Run()
 
+    def restore(self) -> None:
+        """Make the denoiser what it was."""
+        if self._compiled is not None:
+            self.module.__dict__["_compiled_call_impl"] = self._compiled
+        self.denoiser.close()
+
+    @contextlib.contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Calls of the denoiser inside are of the branch that the pipeline gives this name."""
+        before, self._branch_name = self._branch_name, name
+        try:
+            yield
+        finally:
+            self._branch_name = before
+
+    def check_dtype(self, dtype: torch.dtype | None) -> None:
+        """Raise InputError where the weights have another dtype, which their ranks keep."""
+        weight = next(self.module.parameters(), None)
+        if dtype is not None and weight is not None and dtype != weight.dtype:
+            raise InputError(
+                f"the denoiser's weights are spread over its ranks in {weight.dtype}: call "
+                f"handle.restore(), change it to {dtype}, and call asyncdiff.parallelize() again"
+            )
+
     def _forget(self) -> None:
-        self._denoiser.stop()
+        self.denoiser.stop()
         self._found = BranchFinder()
 
     def serve(self, call: Call) -> Any:
@@ -106,8 +148,8 @@ class Calls:
                 return self._step(branch, call, time)
             except BatchError as e:
                 # Before anything was computed: the settings were picked for parts of the batch.
-                self._denoiser.stop()
-                if self._auto is None or not self._auto.keep_together(call):
+                self.denoiser.stop()
+                if self.auto is None or not self.auto.keep_together(call):
                     raise
                 log.warning("settings are picked once more: %s", e)
             return self._step(branch, call, time)
@@ -126,7 +168,7 @@ class Calls:
             known = times.known(step, time)
             if known is not time:
                 call = call.replacing(where[0], known)
-            result = self._denoiser.call(call, branch.index)
+            result = self.denoiser.call(call, branch.index)
         if generation.finished:
             for other in self._found.all:
                 if other.times is not None and not other.active:
@@ -147,12 +189,12 @@ class Calls:
             if lead is None or lead.source is not source:
                 self._forget()
         alone = self.run.pipe is None
-        branch = self._found.find(call, time, self.name, scheduler, alone=alone)
+        branch = self._found.find(call, time, self._branch_name, scheduler, alone=alone)
         lead, start = self._found.all[0].times, self._found.all[0].start
         if lead is not None and self._found.step >= start + len(lead.values):
             # After its last step: another caller than the pipeline begins again.
             self._forget()
-            branch = self._found.find(call, time, self.name, scheduler, alone=alone)
+            branch = self._found.find(call, time, self._branch_name, scheduler, alone=alone)
         return branch
 
     def _due(
@@ -172,7 +214,7 @@ class Calls:
             if corrected is not None:
                 log.info("timesteps turned out to be %s: the rest begins", corrected.reading.way)
                 return self._begin(branch, corrected, time, call)
-        if self._denoiser.fits(call, options=self.run.watching, branch=branch.index):
+        if self.denoiser.fits(call, options=self.run.watching, branch=branch.index):
             return None
         # Guidance that ends early, an adapter that is switched off: the rest of the steps is a
         # generation of its own, if this is the step that was due.
@@ -194,16 +236,26 @@ class Calls:
         if lead is not branch:
             assert lead.times is not None
             return lead.times.after(self._found.step - lead.start)
-        check_forward(self._module)
+        check_forward(self.module)
         pipe = self.run.pipe
         if pipe is not None:
-            unet = getattr(pipe, "unet", None) is self._module
-            told = calls_in_a_step(pipe, "unet" if unet else "transformer")
+            told = calls_in_a_step(pipe, self._name)
             self._expected = self._expected if told is None else told
         self._response = None  # of a scheduler that has not stepped yet
+        return TimestepTracker(self._scheduler, time, self._steps(pipe), self._before)
+
+    def _steps(self, pipe: Any) -> int | None:
+        """How many steps of this denoiser there will be, as far as the pipeline tells."""
         # Left by an earlier run, where another caller than the pipeline is under way.
-        steps = getattr(pipe, "num_timesteps", None)
-        return TimestepTracker(self._scheduler, time, steps, self._before)
+        steps: int | None = getattr(pipe, "num_timesteps", None)
+        share = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+        if not self._leads or share is None:
+            return steps
+        # Another denoiser has the later ones (Wan 2.2).
+        scheduler = self._scheduler
+        bound = share * scheduler.config.num_train_timesteps
+        mine = int((check_scheduler(scheduler) >= bound).sum())
+        return min(mine, steps or mine) or None
 
     # ---- how a generation begins -------------------------------------------------------------
 
@@ -215,10 +267,10 @@ class Calls:
         self._before = times
         self._expected = max(self._expected, len(self._found.all))
         others = [b for b in self._found.all if b is not branch and b.active]
-        if self._auto is not None and not others:
+        if self.auto is not None and not others:
             served = self._served(times)
-            self._auto.settle(self._denoiser, call, len(times.values), served, self._expected)
-        config, clean = self._denoiser.config, None
+            self.auto.settle(self.denoiser, call, len(times.values), served, self._expected)
+        config, clean = self.denoiser.config, None
         waves = config.schedule == "wavefront"
         if (config.stride > 1 or config.time_shift or waves) and is_mixed(time):
             raise SchedulerError(
@@ -230,7 +282,7 @@ class Calls:
             clean = self._clean_image(times)
         spec = config.spec(times.values, shorten=True)
         which = Branch(branch.index, self._expected)
-        branch.generation = self._denoiser.start(spec, clean, branch=which)
+        branch.generation = self.denoiser.start(spec, clean, branch=which)
         return preparing(self.run.shown)
 
     def _clean_image(self, times: TimestepTracker) -> CleanImage:

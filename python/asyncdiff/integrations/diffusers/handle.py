@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
 from ...errors import InputError, PlanError
-from ...generation import GenerationReport
+from ...generation import GenerationReport, in_turn
 from ...microbatches import whole
 from ...partition.partition import Partition
 from ...sampling.calibration import Calibration
@@ -23,7 +22,7 @@ from .auto import AutoSettings
 from .calls import Calls, Run
 from .probe import FirstCall, as_generation
 from .step_count import counting
-from .subclass import HANDLE, denoiser_class, original, pipeline_class
+from .subclass import CALLS, HANDLE, denoiser_class, original, pipeline_class
 
 #: Settings that a handle's text names.
 _SHOWN = (
@@ -41,27 +40,34 @@ class Handle(ReadOnlySettings):
     def __init__(
         self,
         pipe: Any,
-        module: nn.Module,
-        denoiser: AsyncDenoiser,
-        auto: AutoSettings | None = None,
+        denoisers: Mapping[str, tuple[AsyncDenoiser, AutoSettings | None]],
     ) -> None:
         self.pipe = pipe
-        self.denoiser = denoiser
-        self._auto = auto
-        self._module = module
-        self._calls = Calls(pipe, module, denoiser, auto)
+        several = len(denoisers) > 1
+        self._calls = [
+            Calls(pipe, name, denoiser, auto, leads=several and name == next(iter(denoisers)))
+            for name, (denoiser, auto) in denoisers.items()
+        ]
+        #: the denoiser; of several, that of the first steps
+        self.denoiser = self._calls[0].denoiser
+        self._auto = self._calls[0].auto
         self._interrupting = False
-        # It would go past the denoiser's class, and be exported in the place of its forward.
-        self._compiled = module.__dict__.pop("_compiled_call_impl", None)
-        #: what has a class of ours: the pipeline, the denoiser, shallow copies of both
+        #: what has a class of ours: the pipeline, its denoisers, shallow copies of them
         self._taken: list[weakref.ref[Any]] = []
-        self.take(module, denoiser_class(cast(Any, type(module))))
+        for calls in self._calls:
+            calls.module.__dict__[CALLS] = calls
+            self.take(calls.module, denoiser_class(cast(Any, type(calls.module))))
         self.take(pipe, pipeline_class(cast(Any, type(pipe))))
+
+    @property
+    def denoisers(self) -> list[AsyncDenoiser]:
+        """All of them: some pipelines have one for the first steps and one for the others."""
+        return [calls.denoiser for calls in self._calls]
 
     @property
     def active(self) -> bool:
         """Whether the pipeline is parallelised by this handle; not after :meth:`restore`."""
-        return self._module.__dict__.get(HANDLE) is self
+        return self._calls[0].module.__dict__.get(HANDLE) is self
 
     @property
     def config(self) -> ParallelConfig:
@@ -73,15 +79,19 @@ class Handle(ReadOnlySettings):
         """The settings that were picked for the last generation, and why; those given by hand."""
         if self._auto is None:
             return "given by hand"
-        return str(self._auto.picked or f"quality={self._auto.quality!r} picks at the first call")
+        picked = [str(c.auto.picked) for c in self._calls if c.auto is not None and c.auto.picked]
+        told = " | ".join(dict.fromkeys(picked))
+        return told or f"quality={self._auto.quality!r} picks at the first call"
 
     def configure(self, **changes: Any) -> None:
         """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. Where
         a quality was asked for, they are not picked any more for generations with asynchronous
         steps."""
-        if self._auto is not None:
-            changes = self._auto.given(self.config, changes)
-        self.denoiser.configure(**changes)
+        for calls in self._calls:
+            mine = changes
+            if calls.auto is not None:
+                mine = calls.auto.given(calls.denoiser.config, changes)
+            calls.denoiser.configure(**mine)
 
     @property
     def partition(self) -> Partition:
@@ -94,7 +104,7 @@ class Handle(ReadOnlySettings):
 
     def report(self) -> GenerationReport:
         """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
-        return self.denoiser.report()
+        return in_turn([c.report for c in self._calls if c.report]) or self.denoiser.report()
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
         """Fit how waves predict clean images to this pipeline, and use it from now on, or the
@@ -112,6 +122,10 @@ class Handle(ReadOnlySettings):
                 f"quality={self._auto.quality!r} chooses settings for each generation, and a "
                 "calibration is for fixed ones: parallelise with schedule='wavefront' and the "
                 "number of exact steps that you want, then calibrate"
+            )
+        if len(self._calls) > 1:
+            raise InputError(
+                "this pipeline has two denoisers: calibrate each by AsyncDenoiser.calibrate()"
             )
         with self.denoiser.lock:
             self._interrupting = True
@@ -135,10 +149,10 @@ class Handle(ReadOnlySettings):
                 if taken is not None:
                     taken.__class__ = original(taken)
                     del taken.__dict__[HANDLE]
+                    taken.__dict__.pop(CALLS, None)
             self._taken.clear()
-            if self._compiled is not None:
-                self._module.__dict__["_compiled_call_impl"] = self._compiled
-            self.denoiser.close()
+            for calls in self._calls:
+                calls.restore()
 
     def __enter__(self) -> Handle:
         return self
@@ -151,16 +165,18 @@ class Handle(ReadOnlySettings):
         where = ", ".join(map(str, self.denoiser.devices))
         settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in _SHOWN)
         return (
-            f"<asyncdiff.Handle of {type(self.pipe).__name__}: {type(self._module).__name__} on "
+            f"<asyncdiff.Handle of {type(self.pipe).__name__}: "
+            f"{' and '.join(type(c.module).__name__ for c in self._calls)} on "
             f"{where}; {settings}; {self._state()}>"
         )
 
     def _state(self) -> str:
         if not self.active:
             return "restored"
-        progress = self._calls.progress
-        if progress is not None and self._calls.run.pipe is not None:
-            return "at step {} of {}".format(*progress)
+        for calls in self._calls:
+            progress = calls.progress
+            if progress is not None and calls.run.pipe is not None:
+                return "at step {} of {}".format(*progress)
         try:
             return f"last generation: {self.report()}"
         except InputError:
@@ -180,54 +196,43 @@ class Handle(ReadOnlySettings):
         self._taken.append(weakref.ref(what))
 
     def check_dtype(self, dtype: torch.dtype | None) -> None:
-        """Raise InputError where the weights have another dtype, which their ranks keep."""
-        weight = next(self._module.parameters(), None)
-        if dtype is not None and weight is not None and dtype != weight.dtype:
-            raise InputError(
-                f"the denoiser's weights are spread over its ranks in {weight.dtype}: call "
-                f"handle.restore(), change it to {dtype}, and call asyncdiff.parallelize() again"
-            )
+        """Raise InputError where a denoiser's weights have another dtype."""
+        for calls in self._calls:
+            calls.check_dtype(dtype)
 
-    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _forward(self, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         # The denoiser's: a generation of its own must not come between two steps.
-        with self.denoiser.lock:
-            call = self.denoiser.parse(args, kwargs)
+        with calls.denoiser.lock:
+            call = calls.denoiser.parse(args, kwargs)
             if self._interrupting:
                 raise FirstCall(call)
-            return self._calls.serve(call)
-
-    @contextlib.contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """Calls of the denoiser inside are of the branch that the pipeline gives this name."""
-        calls = self._calls
-        before, calls.name = calls.name, name
-        try:
-            yield
-        finally:
-            calls.name = before
+            return calls.serve(call)
 
     def show(self, bar: Any) -> None:
         """The pipeline has made the bar of its steps."""
-        self._calls.run.shown = bar
+        for calls in self._calls:
+            calls.run.shown = bar
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        calls = self._calls
-        with self.denoiser.lock:
-            if calls.run.pipe is not None:
+        with contextlib.ExitStack() as stack:
+            for calls in self._calls:
+                stack.enter_context(calls.denoiser.lock)
+            if self._calls[0].run.pipe is not None:
                 raise InputError(
                     "the pipeline was called in the middle of a call of its own (by a callback?), "
                     "whose steps would be lost: call it afterwards, or another pipeline"
                 )
             # Looking goes through all submodules, in every step.
             watching = any(k.startswith("callback") and v for k, v in kwargs.items())
-            calls.begin(Run(pipe, _step_options(pipe, args, kwargs), watching))
-            try:
-                with counting(getattr(pipe, "scheduler", None)):
-                    result = whole(run(pipe, *args, **kwargs))
+            this = Run(pipe, _step_options(pipe, args, kwargs), watching)
+            for calls in self._calls:
+                stack.callback(calls.end)
+                calls.begin(this)
+            with counting(getattr(pipe, "scheduler", None)):
+                result = whole(run(pipe, *args, **kwargs))
+            for calls in self._calls:
                 calls.settle()
-                return result
-            finally:
-                calls.end()
+            return result
 
 
 def _step_options(pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ class. The denoiser's forward goes to the engine; the pipeline's call is seriali
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
 from .auto import AutoSettings
+from .denoisers import find_denoiser, find_denoisers
 from .handle import Handle
 from .subclass import HANDLE, twin
 
@@ -39,7 +41,8 @@ def parallelize(
     *,
     group: Any = None,
     results: str = "all",
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Mapping[str, str | Path] | None = None,
+    denoiser: str | Sequence[str] | None = None,
     quality: str | None = AUTO,
     config: ParallelConfig | None = None,
     **settings: Any,
@@ -55,7 +58,8 @@ def parallelize(
     pipeline's its pictures have to be. Or it is given by hand.
 
     Args:
-        pipe: a pipeline with ``.unet`` or ``.transformer`` whose scheduler calls it once a step.
+        pipe: a pipeline whose denoiser is called in each step of its scheduler, once or several
+            times (guidance in two calls).
         devices: those that may be used, once each (None: all GPUs, else the CPU); by hand, one
             entry a rank.
         group: the processes that own the ranks, each of which runs the pipeline with the same
@@ -65,7 +69,11 @@ def parallelize(
         results: of a group, who gets pictures: "all" processes, or the "first"; the others' are
             noise, and the time for their VAE is theirs (``output_type="latent"`` saves it).
         checkpoint: where the denoiser's weights are (``folder/unet``), so that each process reads
-            and holds those of its own ranks only; see :class:`asyncdiff.AsyncDenoiser`.
+            and holds those of its own ranks only; see :class:`asyncdiff.AsyncDenoiser`. Of several
+            denoisers by their names.
+        denoiser: the attribute of the pipeline that is its denoiser; of several that have a part of
+            the steps each, those, in order. None: ``unet``, or ``transformer`` and
+            ``transformer_2``, else the one model that takes a timestep.
         quality: "exact" (nothing changes in the pictures), "high", "balanced" or "fast";
             ``handle.settings`` says what was chosen, and why. "auto": "balanced", unless ``config``
             or a setting that a quality would choose is given (``components``, ``stride``,
@@ -82,12 +90,7 @@ def parallelize(
     """
     if group is None:
         warn_of_processes()
-    module = find_denoiser(pipe)
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise InputError(
-            f"{type(pipe).__name__} has two denoisers, for the first and for the last steps, of "
-            "which asyncdiff would see one: use asyncdiff.AsyncDenoiser on each"
-        )
+    modules = find_denoisers(pipe, denoiser)
     auto = _quality(quality, config, settings)
     if devices is not None or config is None:
         settings["devices"] = devices
@@ -97,6 +100,36 @@ def parallelize(
         if group is None:
             settings["devices"] = (every := every_device(devices))[:1]
     config = ParallelConfig.of(config, settings)
+    if checkpoint is not None and not isinstance(checkpoint, Mapping):
+        checkpoint = dict.fromkeys(modules, checkpoint)
+    if checkpoint is not None and (len(set(checkpoint.values())) < len(modules)):
+        raise InputError(
+            f"{type(pipe).__name__} has the denoisers {', '.join(modules)}: give each its own "
+            "checkpoint, checkpoint={name: folder, …}"
+        )
+    for module in modules.values():
+        _check(pipe, module, config)
+    if config.schedule == "wavefront":
+        check_order(getattr(pipe, "scheduler", None))
+    made: dict[str, tuple[AsyncDenoiser, AutoSettings | None]] = {}
+    with contextlib.ExitStack() as undo:
+        for name, module in modules.items():
+            path = None if checkpoint is None else checkpoint.get(name)
+            spread = AsyncDenoiser(
+                twin(module), group=group, results=results, checkpoint=path, config=config
+            )
+            undo.callback(spread.close)
+            places, me = spread.places, spread.team.process
+            own = every or [p.device for p in places if p.process == me]
+            chosen = auto and AutoSettings(auto, every or [p.device for p in places], config, own)
+            made[name] = spread, chosen or None
+        handle = Handle(pipe, made)
+        undo.pop_all()
+    return handle
+
+
+def _check(pipe: Any, module: nn.Module, config: ParallelConfig) -> None:
+    """Raise an error for a denoiser that cannot be spread; restore one that is."""
     check_forward(module)
     check_split_argument(module, config.split, config.components)
     held = module.__dict__.get(HANDLE)
@@ -108,19 +141,6 @@ def parallelize(
             )
         held.restore()
     check_hooks(twin(module))
-    if config.schedule == "wavefront":
-        check_order(getattr(pipe, "scheduler", None))
-    denoiser = AsyncDenoiser(
-        twin(module), group=group, results=results, checkpoint=checkpoint, config=config
-    )
-    try:
-        places, me = denoiser.places, denoiser.team.process
-        own = every or [p.device for p in places if p.process == me]
-        chosen = auto and AutoSettings(auto, every or [p.device for p in places], config, own)
-        return Handle(pipe, module, denoiser, chosen or None)
-    except BaseException:
-        denoiser.close()
-        raise
 
 
 #: Settings that a quality chooses.
@@ -154,24 +174,18 @@ def _quality(
 def restore(pipe: Any) -> None:
     """Make a pipeline what it was before :func:`parallelize`; nothing if it is not parallelised.
 
-    A pipeline that shares its denoiser will do, too. Raises InputError for one without ``.unet``
-    and ``.transformer``.
+    A pipeline that shares its denoiser will do, too. Raises InputError for one without a denoiser.
     """
-    held = find_denoiser(pipe).__dict__.get(HANDLE)
-    if held is not None:
-        held.restore()
+    held = pipe.__dict__.get(HANDLE)
+    each = [held] if held is not None else _handles(pipe)
+    for handle in each:
+        handle.restore()
 
 
-def find_denoiser(pipe: Any) -> nn.Module:
-    """``pipe.unet`` or ``pipe.transformer``; raises InputError if there is none."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise InputError(
-        f"{type(pipe).__name__} has neither .unet nor .transformer: use asyncdiff.AsyncDenoiser on "
-        "its denoiser"
-    )
+def _handles(pipe: Any) -> list[Handle]:
+    """Those of the denoisers of a pipeline that is not parallelised itself."""
+    found = (module.__dict__.get(HANDLE) for module in find_denoisers(pipe).values())
+    return [handle for handle in found if handle is not None]
 
 
 def plan_partition(

@@ -1,43 +1,49 @@
-"""How many steps a scheduler has taken while a pipeline runs, counted by a subclass of its own."""
+"""How many steps a scheduler has taken while a pipeline runs.
+
+Its ``step`` is wrapped where it is: pipelines compare the types of schedulers, so it keeps its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from .subclass import named_like
 
-_COUNT = "_asyncdiff_steps"
+class _Counted:
+    """The ``step`` of a scheduler, counted."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self.count = 0
+        functools.update_wrapper(self, scheduler.step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return type(self._scheduler).step(self._scheduler, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
+        """That of the copy of the scheduler, of which this is a part."""
+        return _Counted(memo.get(id(self._scheduler), self._scheduler))
 
 
 @contextlib.contextmanager
 def counting(scheduler: Any) -> Iterator[None]:
-    """Count its steps, for :func:`steps_of`, as long as this lasts. No scheduler will do, too."""
-    if scheduler is None or not hasattr(type(scheduler), "step"):
+    """Count its steps, for :func:`steps_of`, as long as this lasts. None, and one whose ``step`` is
+    not that of its class, will do, but are not counted."""
+    own = getattr(scheduler, "__dict__", None)
+    if own is None or "step" in own or not callable(getattr(type(scheduler), "step", None)):
         yield
         return
-    base = type(scheduler)
-    scheduler.__class__ = _counting_class(cast(Any, base))
+    own["step"] = _Counted(scheduler)
     try:
         yield
     finally:
-        scheduler.__class__ = base
-        scheduler.__dict__.pop(_COUNT, None)
+        own.pop("step", None)
 
 
 def steps_of(scheduler: Any) -> int:
     """How many steps it has taken since it was first counted; 0 for one that is not."""
-    return int(getattr(scheduler, "__dict__", {}).get(_COUNT, 0))
-
-
-@functools.cache
-def _counting_class(base: Any) -> type:
-    class Counting(base):  # type: ignore[misc]
-        @functools.wraps(base.step)
-        def step(self, *args: Any, **kwargs: Any) -> Any:
-            self.__dict__[_COUNT] = self.__dict__.get(_COUNT, 0) + 1
-            return base.step(self, *args, **kwargs)
-
-    return named_like(Counting, base)
+    step = getattr(scheduler, "__dict__", {}).get("step")
+    return step.count if isinstance(step, _Counted) else 0

@@ -12,8 +12,9 @@ from torch import nn
 
 from ...errors import InputError
 
-#: The attribute of a parallelised pipeline or denoiser that is its handle.
-HANDLE = "_asyncdiff"
+#: The attribute of a parallelised pipeline or denoiser that is its handle; of a denoiser, that
+#: which serves its calls.
+HANDLE, CALLS = "_asyncdiff", "_asyncdiff_calls"
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -75,7 +76,7 @@ def denoiser_class(base: Any) -> type:
             handle = self.__dict__.get(HANDLE)
             if handle is None:  # after restore(), from a hook that came before it
                 return base.forward(self, *args, **kwargs)
-            return handle._forward(args, kwargs)
+            return handle._forward(self.__dict__[CALLS], args, kwargs)
 
         def compile(self, *args: Any, **kwargs: Any) -> None:
             raise InputError(
@@ -87,28 +88,28 @@ def denoiser_class(base: Any) -> type:
 
         @property
         def device(self) -> torch.device:
-            return self.__dict__[HANDLE].denoiser.home
+            return self.__dict__[CALLS].denoiser.home
 
         def to(self, *args: Any, **kwargs: Any) -> Any:
             _, dtype, _, _ = torch._C._nn._parse_to(
                 *args, **{k: v for k, v in kwargs.items() if k != "silence_dtype_warnings"}
             )
-            self.__dict__[HANDLE].check_dtype(dtype)
+            self.__dict__[CALLS].check_dtype(dtype)
             return self  # its components lie on their own devices
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             """What ``half()``, ``float()``, ``cuda()`` and the like end in."""
             weight = next(self.parameters(), None)
             if weight is not None:
-                self.__dict__[HANDLE].check_dtype(fn(weight.new_empty(0)).dtype)
+                self.__dict__[CALLS].check_dtype(fn(weight.new_empty(0)).dtype)
             return self
 
     if hasattr(base, "cache_context"):  # diffusers' name for what one of several calls is about
 
         @contextlib.contextmanager
         def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            handle = self.__dict__.get(HANDLE)
-            named = contextlib.nullcontext() if handle is None else handle.named(name)
+            calls = self.__dict__.get(CALLS)
+            named = contextlib.nullcontext() if calls is None else calls.named(name)
             with base.cache_context(self, name, *args, **kwargs), named:
                 yield
 
