@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branches import Branches
 from .config import ONLY, Branch, GenerationSpec, ParallelConfig
 from .errors import InputError, SchedulerError
-from .generate import Callback, Request, calibrate, generate
-from .generation import Generation, GenerationReport, predictor_of
+from .generation.branches import Branches
+from .generation.generate import Callback, Request, calibrate, generate
+from .generation.generation import Generation, predictor_of
+from .generation.phases import phases_of, plan_of
+from .generation.report import GenerationReport
 from .graph.signature import Call, Parser, check_devices, check_one_latents
 from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
-from .phases import phases_of, plan_of
 from .processes.agreement import digest, of_call, of_settings
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine

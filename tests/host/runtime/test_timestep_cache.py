@@ -13,7 +13,7 @@ from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, ParallelConfig, RankError
-from asyncdiff.generation import Generation
+from asyncdiff.generation.generation import Generation
 from asyncdiff.graph.hoist import Hoisted, hoist
 from asyncdiff.graph.program import KEEP, TIMED
 from asyncdiff.graph.row import Row, padded

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...generation import Generation
+from ...generation.generation import Generation
 from ...graph.signature import Call, Role
 from .step_count import steps_of
 from .timesteps import TimestepTracker

@@ -15,7 +15,7 @@ from torch import nn
 from ...config import Branch
 from ...denoiser import AsyncDenoiser
 from ...errors import BatchError, InputError, SchedulerError
-from ...generation import GenerationReport
+from ...generation.report import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
 from ...sampling.clean_image import CleanImage, clean_image

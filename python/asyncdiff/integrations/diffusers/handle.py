@@ -13,7 +13,7 @@ import torch
 from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
 from ...errors import InputError, PlanError
-from ...generation import GenerationReport, in_turn
+from ...generation.report import GenerationReport, in_turn
 from ...microbatches import whole
 from ...partition.partition import Partition
 from ...sampling.calibration import Calibration

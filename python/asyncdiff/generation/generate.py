@@ -14,18 +14,18 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .config import GenerationSpec, ParallelConfig
-from .errors import InputError, PlanError, SchedulerError
+from ..config import GenerationSpec, ParallelConfig
+from ..errors import InputError, PlanError, SchedulerError
+from ..graph.signature import RESIDUALS, argument_names
+from ..progress import bar
+from ..sampling.calibration import Calibration, Shape
+from ..sampling.clean_image import CleanImage, last_steps
+from ..sampling.fit import Mode, check_pictures, fit
+from ..sampling.linear import linearize
+from ..sampling.predictor import LatePredictor
+from ..sampling.scheduler import check_scheduler
+from ..schedule.plan import Plan
 from .generation import Generation
-from .graph.signature import RESIDUALS, argument_names
-from .progress import bar
-from .sampling.calibration import Calibration, Shape
-from .sampling.clean_image import CleanImage, last_steps
-from .sampling.fit import Mode, check_pictures, fit
-from .sampling.linear import linearize
-from .sampling.predictor import LatePredictor
-from .sampling.scheduler import check_scheduler
-from .schedule.plan import Plan
 
 #: Called after a step with its index, its timestep and the new latents; may return others.
 Callback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]

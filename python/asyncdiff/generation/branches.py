@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .generation import Generation, GenerationReport
-from .graph.signature import Call, Role
-from .runtime.cfg_parallel import Groups
-from .runtime.engine import Engine
-from .runtime.step import Caller
+from ..graph.signature import Call, Role
+from ..runtime.cfg_parallel import Groups
+from ..runtime.engine import Engine
+from ..runtime.step import Caller
+from .generation import Generation
+from .report import GenerationReport, of_branches
 
 _Mark = tuple[Any, ...]
 
@@ -70,7 +70,7 @@ class Branches:
         for generation in done:
             generation.finish()
         if done:
-            self._report(_together([g.report() for g in self._all.values() if g.finished]))
+            self._report(of_branches([g.report() for g in self._all.values() if g.finished]))
 
     def stop(self) -> None:
         """Give up what is unfinished, and forget all of them."""
@@ -95,28 +95,3 @@ class Branches:
                 return caller
         self._earlier = moving, marks, Caller(device)
         return self._earlier[2]
-
-
-def _together(reports: list[GenerationReport]) -> GenerationReport:
-    """What the branches of a generation did."""
-    first, *others = reports
-    if not others:
-        return first
-    split = first.settings["guidance"] == "split"  # the second branch has ranks of its own
-    exposed = [r.exposed_ms for r in reports if r.exposed_ms is not None]
-    each = [r.exposed_ms_per_tick for r in reports if r.exposed_ms_per_tick is not None]
-    return replace(
-        first,
-        branches=len(reports),
-        devices=first.devices + (others[0].devices if split else []),
-        ticks=sum(r.ticks for r in reports),
-        total_ms=max(r.total_ms for r in reports),
-        prepare_s=sum(r.prepare_s for r in reports),
-        exchange_bytes=sum(r.exchange_bytes for r in reports),
-        exchange_bytes_per_tick=max(r.exchange_bytes_per_tick for r in reports),
-        exposed_ms=sum(exposed) if exposed else None,
-        exposed_ms_per_tick=max(each, default=None),
-        cuda_graphs=all(r.cuda_graphs for r in reports),
-        compiled=all(r.compiled for r in reports),
-        compile_s=sum(r.compile_s for r in reports),
-    )

@@ -5,94 +5,27 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .config import ONLY, Branch, GenerationSpec
-from .errors import InputError
-from .graph.signature import RESIDUALS, Call, Role, Signature
-from .graph.writes import Seen, Writes
+from ..config import ONLY, Branch, GenerationSpec
+from ..errors import InputError
+from ..graph.signature import RESIDUALS, Call, Role, Signature
+from ..graph.writes import Seen, Writes
+from ..processes.team import Team
+from ..runtime.cfg_parallel import Groups
+from ..runtime.engine import Engine
+from ..runtime.step import Caller, Time
+from ..sampling.auto_warmup import Drift
+from ..sampling.calibration import Calibration, Shape
+from ..sampling.clean_image import CleanImage
+from ..sampling.predictor import LatePredictor, Line, Predictor, default_order
+from ..schedule.actions import NOTHING, Tick
+from ..schedule.plan import Plan
 from .phases import Phase, plan_of
-from .processes.team import Team
-from .runtime.cfg_parallel import Groups
-from .runtime.engine import Engine
-from .runtime.step import Caller, Time
-from .sampling.auto_warmup import Drift
-from .sampling.calibration import Calibration, Shape
-from .sampling.clean_image import CleanImage
-from .sampling.predictor import LatePredictor, Line, Predictor, default_order
-from .schedule.actions import NOTHING, Tick
-from .schedule.plan import Plan
-
-
-@dataclass(frozen=True)
-class GenerationReport:
-    """What a generation did.
-
-    Milliseconds are wall time from the first step's call to the end of the last step's
-    computation, without preparation. ``prepare_s`` are seconds that it was prepared in, with what
-    was compiled then; ``compile_s`` those that compiling took for such inputs, whenever that was.
-    ``exchange_bytes`` is all that ranks sent to others,
-    ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
-    the part of the exchange that computation did not hide (None if not measured). ``settings`` are
-    those of :class:`asyncdiff.ParallelConfig`. ``branches`` are the denoiser's calls in a step:
-    ticks and bytes are those of all of them.
-    """
-
-    components: int
-    stride: int
-    warmup: int
-    devices: list[str]
-    steps: int
-    ticks: int
-    total_ms: float
-    prepare_s: float
-    exchange_bytes: int
-    exchange_bytes_per_tick: int
-    exposed_ms: float | None
-    exposed_ms_per_tick: float | None
-    cuda_graphs: bool
-    compiled: bool
-    compile_s: float
-    settings: dict[str, Any]
-    branches: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        exposed = "not measured" if self.exposed_ms is None else f"{self.exposed_ms:.2f} ms"
-        steps = f"{self.steps} steps"
-        if self.branches > 1:
-            steps += f" of {self.branches} calls"
-        return (
-            f"{steps} in {self.ticks} ticks on {len(self.devices)} ranks "
-            f"({', '.join(self.devices)}): {self.total_ms:.1f} ms, "
-            f"{self.total_ms / self.steps:.2f} ms a step; "
-            f"exchanged {self.exchange_bytes / 2**20:.1f} MiB "
-            f"({self.exchange_bytes_per_tick / 2**20:.2f} MiB a tick), exposed {exposed}; "
-            f"prepared in {self.prepare_s:.1f} s"
-        )
-
-
-def in_turn(reports: Sequence[GenerationReport]) -> GenerationReport | None:
-    """What the denoisers of a pipeline did, one after another; None of none."""
-    if len(reports) < 2:
-        return reports[0] if reports else None
-    known = [r.exposed_ms for r in reports if r.exposed_ms is not None]
-    return replace(
-        max(reports, key=lambda r: r.steps),
-        steps=sum(r.steps for r in reports),
-        ticks=sum(r.ticks for r in reports),
-        total_ms=sum(r.total_ms for r in reports),
-        prepare_s=sum(r.prepare_s for r in reports),
-        exchange_bytes=sum(r.exchange_bytes for r in reports),
-        exposed_ms=sum(known) if known else None,
-        compile_s=sum(r.compile_s for r in reports),
-    )
+from .report import GenerationReport
 
 
 class Generation:

@@ -1,0 +1,1 @@
+"""Generations: the phases, steps and branches of one, its report, and whole ones."""
