@@ -98,7 +98,7 @@ def test_other_inputs_in_a_step_that_was_not_due() -> None:
     text, noise = call["prompt_embeds"], torch.randn(2, 4, 8, 8)
     time = pipe.scheduler.timesteps[0]
     pipe.unet(noise, time, encoder_hidden_states=text.expand(2, -1, -1))
-    with pytest.raises(SchedulerError, match="more or less often than once a step"):
+    with pytest.raises(SchedulerError, match="more or less often than once for each"):
         pipe.unet(noise[:1], time, encoder_hidden_states=text)
     handle.restore()
 
@@ -260,11 +260,93 @@ def test_a_call_inside_a_call() -> None:
     handle.restore()
 
 
-def test_two_denoisers_are_refused() -> None:
-    pipe, _ = tiny_flux()
-    pipe.transformer_2 = toy()
-    with pytest.raises(InputError, match="two denoisers"):
-        asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
+def tiny_wan() -> Any:
+    """Two denoisers, guidance in two calls, prompts of two lengths."""
+    torch.manual_seed(0)
+    both = [
+        diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=16,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=3,
+            cross_attn_norm=True,
+            rope_max_seq_len=32,
+        ).eval()
+        for _ in range(2)
+    ]
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
+    ).eval()
+    pipe = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0),
+        transformer=both[0],
+        transformer_2=both[1],
+        boundary_ratio=0.6,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = {
+        "prompt_embeds": torch.randn(1, 8, 32),
+        "negative_prompt_embeds": torch.randn(1, 5, 32),
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "num_inference_steps": 8,
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+    }
+    return pipe, call
+
+
+@pytest.mark.parametrize(
+    ("settings", "near"),
+    [
+        ({"components": 2, "warmup": 99}, 1e-5),
+        ({"components": 1, "guidance": "split"}, 1e-5),
+        ({"components": 2, "warmup": 1}, 0.6),
+        ({"components": 2, "warmup": 1, "schedule": "wavefront"}, 0.6),
+        ({"quality": "exact"}, 1e-5),
+    ],
+    ids=str,
+)
+def test_two_denoisers(settings: dict[str, Any], near: float) -> None:
+    """Each has its steps, and exact ones at their beginning; guidance is in two calls."""
+    pipe, call = tiny_wan()
+    want = draw(pipe, call)
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, split="estimate", **settings) as handle:
+        for _ in range(2):
+            assert reference.distance(draw(pipe, call), want) < near
+        report, steps = handle.report(), [d.report().steps for d in handle.denoisers]
+        assert report.branches == 2 and report.steps == 8 == sum(steps) and min(steps) > 1
+        assert "WanTransformer3DModel and WanTransformer3DModel" in repr(handle)
+    assert torch.equal(draw(pipe, call), want)
+
+
+def test_a_denoiser_that_is_named() -> None:
+    pipe, call = tiny_wan()
+    want = draw(pipe, call)
+    with asyncdiff.parallelize(
+        pipe,
+        devices=["cpu"] * 2,
+        split="estimate",
+        denoiser="transformer_2",
+        components=2,
+        warmup=9,
+    ) as handle:
+        assert reference.distance(draw(pipe, call), want) < 1e-5
+        assert handle.report().steps < 8
+    for wrong in ("unet", "vae_scale_factor_spatial"):
+        with pytest.raises(InputError, match="has no model of that name; it has transformer"):
+            asyncdiff.parallelize(pipe, devices=["cpu"] * 2, denoiser=wrong)
+    with pytest.raises(InputError, match="its own checkpoint"):
+        asyncdiff.parallelize(pipe, devices=["cpu"] * 2, checkpoint="folder")
 
 
 def test_two_threads_that_prepare_at_once() -> None:

@@ -80,6 +80,11 @@ class BranchFinder:
         due[0].step, due[0].call = self.step, call
         return due[0]
 
+    def returned(self) -> None:
+        """The call was served. What took steps meanwhile, to see what the scheduler makes of
+        predictions, was no step of the caller's."""
+        self._count = steps_of(self._scheduler)
+
     def _is_next(self, time: torch.Tensor) -> bool:
         """Whether a call with this timestep belongs to another step than the one before it, where
         the scheduler has not been seen to take one."""

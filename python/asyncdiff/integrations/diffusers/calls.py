@@ -145,17 +145,20 @@ class Calls:
         try:
             branch = self._branch_of(call, time)
             try:
-                return self._step(branch, call, time)
+                result = self._step(branch, call, time)
             except BatchError as e:
                 # Before anything was computed: the settings were picked for parts of the batch.
-                self.denoiser.stop()
                 if self.auto is None or not self.auto.keep_together(call):
                     raise
                 log.warning("settings are picked once more: %s", e)
-            return self._step(branch, call, time)
+                self.denoiser.stop()
+                branch.times = branch.generation = None
+                result = self._step(branch, call, time)
         except BaseException:
             self._forget()
             raise
+        self._found.returned()
+        return result
 
     def _step(self, branch: CallBranch, call: Call, time: torch.Tensor) -> Any:
         """The denoiser's result for a call with this timestep."""

@@ -45,7 +45,7 @@ def find_denoisers(pipe: Any, named: str | Sequence[str] | None = None) -> dict[
             f"{kind} has several models that take a timestep ({', '.join(names)}): say which is "
             f"to be spread, parallelize(pipe, denoiser={names[0]!r})"
         )
-    parts = [n for n, part in vars(pipe).items() if hasattr(part, "components")]
+    parts = [n for n, part in getattr(pipe, "__dict__", {}).items() if hasattr(part, "components")]
     inside = f", or parallelise the pipeline inside of it ({', '.join(parts)})" if parts else ""
     raise InputError(
         f"{kind} has neither .unet nor .transformer, nor another model that takes a timestep: use "
@@ -62,7 +62,7 @@ def find_denoiser(pipe: Any) -> nn.Module:
 def _like_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """Models of a pipeline whose forward takes a timestep."""
     parts = getattr(pipe, "components", None)
-    everything = parts if isinstance(parts, Mapping) else vars(pipe)
+    everything = parts if isinstance(parts, Mapping) else getattr(pipe, "__dict__", {})
     return {
         name: module
         for name, module in everything.items()

@@ -104,7 +104,8 @@ class Handle(ReadOnlySettings):
 
     def report(self) -> GenerationReport:
         """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
-        return in_turn([c.report for c in self._calls if c.report]) or self.denoiser.report()
+        several = [c.report for c in self._calls if c.report] if len(self._calls) > 1 else []
+        return in_turn(several) or self.denoiser.report()
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
         """Fit how waves predict clean images to this pipeline, and use it from now on, or the

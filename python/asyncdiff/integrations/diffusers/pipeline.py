@@ -176,7 +176,7 @@ def restore(pipe: Any) -> None:
 
     A pipeline that shares its denoiser will do, too. Raises InputError for one without a denoiser.
     """
-    held = pipe.__dict__.get(HANDLE)
+    held = getattr(pipe, "__dict__", {}).get(HANDLE)
     each = [held] if held is not None else _handles(pipe)
     for handle in each:
         handle.restore()

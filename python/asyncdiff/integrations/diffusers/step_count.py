@@ -12,20 +12,21 @@ from typing import Any
 
 
 class _Counted:
-    """The ``step`` of a scheduler, counted."""
+    """The ``step`` of a scheduler, counted together with those of its deep copies: some pipelines
+    have one for sound, or for each frame."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, counts: list[int]) -> None:
         self._scheduler = scheduler
-        self.count = 0
+        self.counts = counts
         functools.update_wrapper(self, scheduler.step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.count += 1
+        self.counts[0] += 1
         return type(self._scheduler).step(self._scheduler, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
         """That of the copy of the scheduler, of which this is a part."""
-        return _Counted(memo.get(id(self._scheduler), self._scheduler))
+        return _Counted(memo.get(id(self._scheduler), self._scheduler), self.counts)
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def counting(scheduler: Any) -> Iterator[None]:
     if own is None or "step" in own or not callable(getattr(type(scheduler), "step", None)):
         yield
         return
-    own["step"] = _Counted(scheduler)
+    own["step"] = _Counted(scheduler, [0])
     try:
         yield
     finally:
@@ -44,6 +45,6 @@ def counting(scheduler: Any) -> Iterator[None]:
 
 
 def steps_of(scheduler: Any) -> int:
-    """How many steps it has taken since it was first counted; 0 for one that is not."""
+    """How many steps it and its copies have taken since then; 0 for one that is not counted."""
     step = getattr(scheduler, "__dict__", {}).get("step")
-    return step.count if isinstance(step, _Counted) else 0
+    return step.counts[0] if isinstance(step, _Counted) else 0
