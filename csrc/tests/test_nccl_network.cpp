@@ -1,5 +1,5 @@
-// The network of GPUs between two processes that say they are on two hosts: all of it but CUDA and
-// NCCL, which are played on the CPU.
+// The network of GPUs between processes that say they are on different hosts: all of it but CUDA
+// and NCCL, which are played on the CPU.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,42 +28,52 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One process, with a rank.
-struct Host {
-  Host(const std::string& path, int rank, double deadline)
-      : mine(rank),
-        processes(
-            {0, 1},
-            std::make_shared<SocketRendezvous>(SocketAddress{"", 0, path}, rank, 2, "key", 20),
-            deadline),
-        network(
-            make_nccl_network(processes, {0, 0}, deadline, connect_hosts(processes, deadline))) {}
+std::vector<int> from_zero(int count) {
+  std::vector<int> out(static_cast<std::size_t>(count));
+  std::iota(out.begin(), out.end(), 0);
+  return out;
+}
 
+// One process of so many, with a rank.
+struct Host {
+  Host(const std::string& path, int rank, int count, double deadline)
+      : mine(rank),
+        ranks(count),
+        processes(
+            from_zero(count),
+            std::make_shared<SocketRendezvous>(SocketAddress{"", 0, path}, rank, count, "key", 20),
+            deadline),
+        network(make_nccl_network(processes, std::vector<int>(from_zero(count).size(), 0), deadline,
+                                  connect_hosts(processes, deadline))) {}
+
+  // To the next rank.
   std::shared_ptr<Channel> channel(int from, const Layout& layout, int slots) {
+    const int to = (from + 1) % ranks;
     const std::string name = "from " + std::to_string(from);
-    return network->channel(from, 1 - from, layout, slots, name, processes.party_of({0, 1}));
+    return network->channel(from, to, layout, slots, name, processes.party_of({from, to}));
   }
   void together() const { processes.everybody().barrier(); }
 
   int mine;
+  int ranks;
   Processes processes;
   std::shared_ptr<Network> network;
 };
 
-// Runs it in two processes. What each ended with, as waitpid tells.
-std::vector<int> on_two_hosts(const std::function<void(Host&)>& work, double deadline = 20) {
+// Runs it in processes of as many hosts. What each ended with, as waitpid tells.
+std::vector<int> on_hosts(int count, const std::function<void(Host&)>& work, double deadline = 20) {
   static int runs = 0;
   const std::string path =
       "/tmp/asyncdiff-nccl-" + std::to_string(getpid()) + "-" + std::to_string(++runs);
-  pid_t children[2];
-  for (int p = 0; p < 2; ++p) {
-    children[p] = fork();
-    if (children[p] != 0) continue;
+  std::vector<pid_t> children;
+  for (int p = 0; p < count; ++p) {
+    children.push_back(fork());
+    if (children.back() != 0) continue;
     alarm(100);
-    setenv("ASYNCDIFF_HOST", p == 0 ? "a" : "b", 1);
+    setenv("ASYNCDIFF_HOST", std::to_string(p).c_str(), 1);
     setenv("ASYNCDIFF_INTERFACE", "lo", 1);
     try {
-      Host host(path, p, deadline);
+      Host host(path, p, count, deadline);
       work(host);
       host.network->close();
     } catch (const std::exception& error) {
@@ -71,12 +82,14 @@ std::vector<int> on_two_hosts(const std::function<void(Host&)>& work, double dea
     }
     _exit(0);
   }
-  std::vector<int> out(2);
-  for (int p = 0; p < 2; ++p) waitpid(children[p], &out[static_cast<std::size_t>(p)], 0);
+  std::vector<int> out(children.size());
+  for (std::size_t p = 0; p < children.size(); ++p) waitpid(children[p], &out[p], 0);
   return out;
 }
 
-void both_well(const std::vector<int>& statuses) { CHECK(statuses[0] == 0 && statuses[1] == 0); }
+void all_well(const std::vector<int>& statuses) {
+  for (int status : statuses) CHECK(status == 0);
+}
 
 using Bytes = std::vector<unsigned char>;
 
@@ -124,7 +137,7 @@ const std::vector<Layout>& layouts() {
 }
 
 void bundles_cross_both_ways() {
-  both_well(on_two_hosts([](Host& host) {
+  all_well(on_hosts(2, [](Host& host) {
     for (std::size_t which = 0; which < layouts().size(); ++which) {
       const int slots = static_cast<int>(which % 3) + 1;
       const auto up = host.channel(0, layouts()[which], slots);
@@ -148,7 +161,7 @@ void bundles_cross_both_ways() {
 
 // Nobody has asked for what was sent, and nobody does any more.
 void a_reset_drops_what_was_not_read() {
-  both_well(on_two_hosts([](Host& host) {
+  all_well(on_hosts(2, [](Host& host) {
     const auto up = host.channel(0, layouts()[4], 2);
     for (const std::uint64_t first : {std::uint64_t{4}, std::uint64_t{0}, ~std::uint64_t{0} - 2}) {
       host.network->reset(first);
@@ -175,7 +188,7 @@ void a_reset_drops_what_was_not_read() {
 }
 
 void changes_of_shape_leave_nothing_behind() {
-  both_well(on_two_hosts([](Host& host) {
+  all_well(on_hosts(2, [](Host& host) {
     // More lines of control memory than there are: 16384.
     for (int n = 0; n < 600; ++n) {
       const auto one = host.channel(n % 2, layout_of({200'000}), 1);
@@ -190,22 +203,37 @@ void changes_of_shape_leave_nothing_behind() {
   }));
 }
 
-template <class Kind>
-void fails_with(Host& host, double seconds) {
-  const auto begun = Clock::now();
-  while (true) {
-    try {
-      host.network->check();
-    } catch (const Kind&) {
-      break;
+// Each has channels with two others, but knows nothing of what these do with each other.
+void hosts_in_a_circle() {
+  all_well(on_hosts(3, [](Host& host) {
+    std::vector<std::shared_ptr<Channel>> all;
+    for (int from = 0; from < 3; ++from) {
+      const int to = (from + 1) % 3;
+      if (host.mine != from && host.mine != to) {
+        all.push_back(nullptr);
+      } else {
+        all.push_back(host.channel(from, layouts()[static_cast<std::size_t>(2 * from)], 2));
+      }
     }
-    CHECK(Clock::now() - begun < std::chrono::duration<double>(seconds));
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
+    const int before = (host.mine + 2) % 3;
+    Channel& mine = *all[static_cast<std::size_t>(host.mine)];
+    Channel& theirs = *all[static_cast<std::size_t>(before)];
+    for (const std::uint64_t first : {std::uint64_t{0}, std::uint64_t{1}}) {
+      for (std::uint64_t n = first; n < first + 20; ++n) {
+        const int slot = static_cast<int>(n % 2);
+        put(mine, slot, static_cast<int>(n) + host.mine);
+        expect(theirs, host.mine, slot, static_cast<int>(n) + before);
+        theirs.release(host.mine, slot, 0);
+      }
+      host.network->check();
+      host.network->reset(1);
+    }
+  }));
 }
 
 void one_that_never_sends_is_named() {
-  both_well(on_two_hosts(
+  all_well(on_hosts(
+      2,
       [](Host& host) {
         const auto up = host.channel(0, layouts()[0], 2);
         std::string told;
@@ -230,7 +258,7 @@ void one_that_never_sends_is_named() {
 }
 
 void an_abort_ends_a_wait() {
-  both_well(on_two_hosts([](Host& host) {
+  all_well(on_hosts(2, [](Host& host) {
     const auto up = host.channel(0, layouts()[0], 1);
     std::thread aborting([&] {
       std::this_thread::sleep_for(std::chrono::milliseconds(200));
@@ -249,7 +277,7 @@ void an_abort_ends_a_wait() {
 }
 
 void one_that_is_killed_is_named_at_once() {
-  const auto statuses = on_two_hosts([](Host& host) {
+  const auto statuses = on_hosts(2, [](Host& host) {
     const auto up = host.channel(0, layouts()[4], 2);
     const auto down = host.channel(1, layouts()[4], 2);
     Channel& mine = host.mine == 0 ? *up : *down;
@@ -289,6 +317,7 @@ int main() {
   bundles_cross_both_ways();
   a_reset_drops_what_was_not_read();
   changes_of_shape_leave_nothing_behind();
+  hosts_in_a_circle();
   one_that_never_sends_is_named();
   an_abort_ends_a_wait();
   one_that_is_killed_is_named_at_once();
