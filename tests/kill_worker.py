@@ -72,10 +72,12 @@ def live(members: list[int], me: int, epoch: int, folder: Path, deadline: float)
         address = str(folder / f"{epoch}-{generation}")
         # Who learns of a death before the others do waits for them a little longer.
         meeting = core.SocketRendezvous(
-            address, rank, n, authkey=b"test", timeout=deadline * (1 + epoch)
+            address, rank, n, authkey=b"test", timeout=2 * deadline * (1 + epoch)
         )
         with contextlib.closing(meeting):
             fabric = core.HostFabric(n, deadline=deadline, rendezvous=meeting)
+        if generation == 0:
+            say(met=epoch)
         try:
             for _ in range(rng.randrange(1, 20)):
                 rng.choice([ring, ring, pair, gather, reset])(fabric, rank, rng)
