@@ -72,7 +72,7 @@ def live(members: list[int], me: int, epoch: int, folder: Path, deadline: float)
         address = str(folder / f"{epoch}-{generation}")
         # Who learns of a death before the others do waits for them a little longer.
         meeting = core.SocketRendezvous(
-            address, rank, n, authkey=b"test", timeout=2 * deadline * (1 + epoch)
+            address, rank, n, authkey=b"test", timeout=deadline * (1 + epoch)
         )
         with contextlib.closing(meeting):
             fabric = core.HostFabric(n, deadline=deadline, rendezvous=meeting)

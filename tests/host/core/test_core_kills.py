@@ -87,7 +87,7 @@ def kill_all_but_one(count: int, rng: random.Random, folder: Path, hosts: str = 
             # Who did not come to a rendezvous is missed after its own time.
             killed = time.time()
             epoch = count - len(left)
-            for told in world.hear("lost", len(left), 4 * DEADLINE * epoch + 10):
+            for told in world.hear("lost", len(left), 2 * DEADLINE * epoch + 10):
                 assert told["lost"] == victim, (victim, told)
                 errors.append(told["error"])
                 if told["error"] == "ProcessLost":
