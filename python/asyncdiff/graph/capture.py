@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
@@ -122,7 +123,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     kwargs = call.kwargs([torch.empty_like(x, device=home) for x in call.tensors])
     try:
         progress = stage("exporting the denoiser")
-        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module):
+        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module), _DataTraced():
             program = torch.export.export(module, (), kwargs, strict=False)
             targets = {n.target for n in program.graph.nodes}
             if any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets):
@@ -158,6 +159,21 @@ def capture(module: nn.Module, call: Call) -> Captured:
     _check_sizes(name, captured)
     log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
     return captured
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class _DataTraced(TorchFunctionMode):
+    """``tensor.data`` as an operation that is traced. The exporter does not see it, and takes what
+    is made of it for a constant."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function == _DATA:
+            return args[0].detach()
+        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,31 @@
+"""What denoisers do that the exporter does not see by itself."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+from asyncdiff import AsyncDenoiser
+
+
+class WritesData(nn.Module):
+    """Writes into ``.data`` of what it made, as CogVideoX does with its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        place = sample.new_zeros(sample.shape)
+        place.data[:, 1:].copy_(self.layer(sample)[:, 1:] + timestep)
+        return place + sample
+
+
+def test_data_that_is_written_to() -> None:
+    module = WritesData().eval().requires_grad_(False)
+    sample, time = torch.randn(2, 4), torch.tensor(3.0)
+    with contextlib.closing(AsyncDenoiser(module, components=2, split="estimate")) as denoiser:
+        with denoiser.generation([3.0]):
+            torch.testing.assert_close(denoiser(sample, time), module(sample, time))
