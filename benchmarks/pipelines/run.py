@@ -5,8 +5,9 @@
 
 Each pipeline is built as its test builds it (texts are encoded by stand-ins), runs plainly, with
 every step exact on two components, with all but the first step asynchronous, and plainly again once
-it was restored. Written to ``--out``, a line of JSON each: the largest difference over the largest
-value, the calls of the denoiser in a step, or why a pipeline was refused.
+it was restored. Written to ``--out``, pipeline by pipeline: the largest difference over the largest
+value, the calls of the denoiser in a step, or why it was refused, or could not be built. The tests
+need some packages more, such as parameterized and requests_mock.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import results_file
 
 #: Bytes that a pipeline may take, and seconds.
 _MOST, _PATIENCE = 12 << 30, 400
@@ -160,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("diffusers", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--out", type=Path, default=Path("out/pipelines.jsonl"))
+    parser.add_argument("--out", type=Path, default=results_file.ROOT / "out" / "pipelines.json")
     args = parser.parse_args()
     sys.path[:0] = [str(args.diffusers), str(Path(__file__).parent)]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -170,27 +175,26 @@ def main() -> None:
     import stand_ins
 
     stand_ins.install()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")
-    with args.out.open("a") as out:
-        for module, cls in classes(args.diffusers / "tests" / "pipelines", args.only):
-            found: dict[str, Any] = {"module": module, "class": cls}
-            if cls.startswith("!"):
-                found["not built"] = cls[2:]
-            else:
-                mine, theirs = fork.Pipe(duplex=False)
-                process = fork.Process(target=child, args=(module, cls, theirs))
-                process.start()
-                theirs.close()
-                try:
-                    found |= mine.recv() if mine.poll(_PATIENCE) else {"failed": "out of time"}
-                except EOFError:
-                    found["failed"] = "ended"
-                process.kill()
-                process.join()
-            out.write(json.dumps(found) + "\n")
-            out.flush()
-            print(json.dumps(found), flush=True)
+    rows = []
+    for module, cls in classes(args.diffusers / "tests" / "pipelines", args.only):
+        found: dict[str, Any] = {"module": module, "class": cls}
+        if cls.startswith("!"):
+            found["not built"] = cls[2:]
+        else:
+            mine, theirs = fork.Pipe(duplex=False)
+            process = fork.Process(target=child, args=(module, cls, theirs))
+            process.start()
+            theirs.close()
+            try:
+                found |= mine.recv() if mine.poll(_PATIENCE) else {"failed": "out of time"}
+            except EOFError:
+                found["failed"] = "ended"
+            process.kill()
+            process.join()
+        rows.append(found)
+        results_file.write(args.out, rows)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

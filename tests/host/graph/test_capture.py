@@ -26,6 +26,6 @@ class WritesData(nn.Module):
 def test_data_that_is_written_to() -> None:
     module = WritesData().eval().requires_grad_(False)
     sample, time = torch.randn(2, 4), torch.tensor(3.0)
-    with contextlib.closing(AsyncDenoiser(module, components=2, split="estimate")) as denoiser:
-        with denoiser.generation([3.0]):
-            torch.testing.assert_close(denoiser(sample, time), module(sample, time))
+    denoiser = AsyncDenoiser(module, components=2, split="estimate")
+    with contextlib.closing(denoiser), denoiser.generation([3.0]):
+        torch.testing.assert_close(denoiser(sample, time), module(sample, time))
