@@ -70,8 +70,13 @@ class Calls:
         self.report: GenerationReport | None = None
         self.run = Run()
         self._found = BranchFinder()
-        #: calls in a step, as far as that is known
+        #: calls in a step, as far as that is known; how many the pipeline's code tells of, and how
+        #: many there were where it told so
         self._expected = 1
+        self._told: int | None = None
+        self._were: dict[int | None, int] = {}
+        #: what is wrong with a first call, unless a second one follows in the same step
+        self._alone: BatchError | None = None
         #: what the scheduler makes of predictions from which step on, or why that is not known
         self._response: tuple[int, Response | SchedulerError] | None = None
         #: the tracker of the generation before
@@ -100,6 +105,8 @@ class Calls:
         for branch in self._found.all:
             if branch.times is not None:
                 branch.times.finish()
+        if self._found.all:
+            self._were[self._told] = len(self._found.all)
         finished = any(b.generation is not None and b.generation.finished for b in self._found.all)
         self.report = self.denoiser.report() if finished else None
 
@@ -133,6 +140,7 @@ class Calls:
             )
 
     def _forget(self) -> None:
+        self._alone = None
         self.denoiser.stop()
         self._found = BranchFinder()
 
@@ -147,10 +155,9 @@ class Calls:
             try:
                 result = self._step(branch, call, time)
             except BatchError as e:
-                # Before anything was computed: the settings were picked for parts of the batch.
-                if self.auto is None or not self.auto.keep_together(call):
+                # Before anything was computed: the settings are for parts of the batch.
+                if not self._try_again(call, e):
                     raise
-                log.warning("settings are picked once more: %s", e)
                 self.denoiser.stop()
                 branch.times = branch.generation = None
                 result = self._step(branch, call, time)
@@ -159,6 +166,17 @@ class Calls:
             raise
         self._found.returned()
         return result
+
+    def _try_again(self, call: Call, error: BatchError) -> bool:
+        """Whether a call whose batch has no parts is to be made once more, with other settings or
+        as the first one of two."""
+        if self.auto is not None:
+            log.warning("settings are picked once more: %s", error)
+            return self.auto.keep_together(call)
+        if self.run.pipe is None or self._expected > 1:
+            return False
+        self._alone, self._expected = error, 2
+        return True
 
     def _step(self, branch: CallBranch, call: Call, time: torch.Tensor) -> Any:
         """The denoiser's result for a call with this timestep."""
@@ -193,6 +211,8 @@ class Calls:
                 self._forget()
         alone = self.run.pipe is None
         branch = self._found.find(call, time, self._branch_name, scheduler, alone=alone)
+        if self._alone is not None and self._found.step > 0 and len(self._found.all) == 1:
+            raise self._alone
         lead, start = self._found.all[0].times, self._found.all[0].start
         if lead is not None and self._found.step >= start + len(lead.values):
             # After its last step: another caller than the pipeline begins again.
@@ -241,9 +261,9 @@ class Calls:
             return lead.times.after(self._found.step - lead.start)
         check_forward(self.module)
         pipe = self.run.pipe
-        if pipe is not None:
-            told = calls_in_a_step(pipe, self._name)
-            self._expected = self._expected if told is None else told
+        if pipe is not None and self._alone is None:
+            self._told = calls_in_a_step(pipe, self._name)
+            self._expected = self._were.get(self._told, self._told or 1)
         self._response = None  # of a scheduler that has not stepped yet
         return TimestepTracker(self._scheduler, time, self._steps(pipe), self._before)
 

@@ -1,0 +1,169 @@
+"""Pipelines that call their denoiser several times a step, in strange ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import tiny_unet
+
+import asyncdiff
+
+STEPS = 8
+#: Which texts are called with in a step, in order.
+Order = Callable[[int], list[int]]
+
+
+def both(k: int) -> list[int]:
+    return [0, 1]
+
+
+class Guided:
+    """A pipeline whose steps call the denoiser as ``order`` says."""
+
+    def __init__(self) -> None:
+        self.unet = tiny_unet()
+        self.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+        generator = torch.Generator().manual_seed(3)
+        self.texts = [torch.randn(1, n, 32, generator=generator) for n in (8, 8, 5)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        order: Order = both,
+        batch: int = 1,
+        fresh: bool = False,
+        callback: Any = None,
+    ) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(batch, 4, 8, 8, generator=generator)
+        texts = [t.expand(batch, -1, -1) for t in self.texts]
+        self.scheduler.set_timesteps(STEPS)
+        for k, t in enumerate(self.scheduler.timesteps):
+            noise = {}
+            for i in order(k):
+                text = texts[i].clone() if fresh else texts[i]
+                noise[i] = self.unet(latents, t, text).sample
+            total = noise.get(0, torch.zeros(()))
+            for i in sorted(set(noise) - {0}):
+                total = total + 2.0 * i * (noise[i] - noise.get(0, torch.zeros(())))
+            latents = self.scheduler.step(total, t, latents).prev_sample
+            if callback is not None:
+                texts = callback(k, texts)
+        return latents
+
+
+def spread(pipe: Any, **settings: Any) -> Any:
+    return asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, split="estimate", **{"components": 2, "warmup": 1} | settings
+    )
+
+
+ORDERS: dict[str, Order] = {
+    "both": both,
+    "swapped": lambda k: [0, 1] if k % 3 else [1, 0],
+    "ends early": lambda k: [0, 1] if k < 4 else [0],
+    "begins late": lambda k: [0] if k < 3 else [0, 1],
+    "the first one ends": lambda k: [0, 1] if k < 4 else [1],
+    "a third one": lambda k: [0, 1, 2],
+    "a third one, in some steps": lambda k: [0, 1, 2] if 1 < k < 5 else [0, 1],
+    "every second step": lambda k: [0, 1] if k % 2 else [0],
+    "in turns": lambda k: [k % 2],
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("guidance", ["batched", "split"])
+def test_any_order_is_exact_where_all_steps_are(name: str, guidance: str) -> None:
+    pipe = Guided()
+    want = pipe(order=ORDERS[name])
+    components = 1 if guidance == "split" else 2
+    if guidance == "split" and len(ORDERS[name](0)) == 1:
+        refused = pytest.raises(asyncdiff.BatchError, match="this call has a batch of 1")
+        with spread(pipe, components=1, guidance="split"), refused:
+            pipe(order=ORDERS[name])
+        return
+    with spread(pipe, components=components, warmup=99, guidance=guidance):
+        for _ in range(2):
+            torch.testing.assert_close(pipe(order=ORDERS[name]), want)
+    assert torch.equal(pipe(order=ORDERS[name]), want)
+
+
+@pytest.mark.parametrize("schedule", ["asyncdiff", "wavefront"])
+def test_branches_that_swap_places_keep_their_history(schedule: str) -> None:
+    pipe = Guided()
+    with spread(pipe, schedule=schedule):
+        want = pipe()
+        assert torch.equal(pipe(order=ORDERS["swapped"]), want)
+        assert torch.equal(pipe(), want)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_asynchronous_steps_are_near(name: str) -> None:
+    pipe = Guided()
+    want = pipe(order=ORDERS[name])
+    with spread(pipe) as handle:
+        got = pipe(order=ORDERS[name])
+        assert float((got - want).norm() / want.norm()) < 0.5
+        assert handle.report().steps == STEPS or name in ("begins late", "in turns")
+
+
+def test_conditioning_that_is_made_anew_in_every_step() -> None:
+    """Told by order then."""
+    pipe = Guided()
+    with spread(pipe):
+        torch.testing.assert_close(pipe(fresh=True), pipe())
+
+
+def test_a_batch_that_changes_between_calls() -> None:
+    pipe = Guided()
+    plain = {n: pipe(batch=n) for n in (1, 2)}
+    with spread(pipe, warmup=99):
+        for n in (1, 2, 1, 2):
+            torch.testing.assert_close(pipe(batch=n), plain[n])
+
+
+def test_a_callback_that_raises_or_changes_the_texts() -> None:
+    pipe = Guided()
+
+    def changes(k: int, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [t * 0.5 for t in texts] if k == 3 else texts
+
+    def raises(k: int, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if k == 3:
+            raise ValueError("enough")
+        return texts
+
+    want, changed = pipe(), pipe(callback=changes)
+    with spread(pipe, warmup=99):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="enough"):
+                pipe(callback=raises)
+            torch.testing.assert_close(pipe(callback=changes), changed)
+            torch.testing.assert_close(pipe(), want)
+
+
+def test_two_pipelines_that_share_a_denoiser() -> None:
+    first, second = Guided(), Guided()
+    second.unet = first.unet
+    want = first()
+    with spread(first, warmup=99):
+        torch.testing.assert_close(first(), want)
+        with pytest.raises(asyncdiff.InputError, match="shares its denoiser"):
+            spread(second)
+    torch.testing.assert_close(second(), want)
+
+
+def test_a_quality_learns_how_many_calls_there_are() -> None:
+    """The code does not tell; the second generation knows."""
+    pipe = Guided()
+    want = pipe()
+    with asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, split="estimate", quality="exact"
+    ) as handle:
+        for split in (False, True):
+            torch.testing.assert_close(pipe(), want)
+            assert ("guidance='split'" in handle.settings) == split
