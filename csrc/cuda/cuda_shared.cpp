@@ -57,9 +57,7 @@ CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadl
     const std::vector<std::string> parts = unpacked(bytes);
     if (parts.size() == 2) failures.abort(std::atoi(parts[0].c_str()), parts[1]);
   });
-  if (topology.processes().hosts() > 1) {
-    topology.processes().everybody().barrier();  // all can be told
-  }
+  topology.processes().all_listen();
 }
 
 CudaFabric::Shared::~Shared() {

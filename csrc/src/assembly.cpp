@@ -72,10 +72,7 @@ Assembly::~Assembly() {
 std::unique_ptr<Relay> Assembly::relay_to(std::map<int, Wire> connections) {
   Relay::Events events;
   events.ended = [this](int p, const std::string& why) { lost(p, why); };
-  events.left = [this](int p) {
-    board_.member(p).left.store(1);
-    wake();
-  };
+  events.left = [this](int) { wake(); };
   events.noted = [this](const std::string& bytes) {
     const std::vector<std::string> parts = unpacked(bytes);
     if (parts.size() != 3) return;
@@ -127,6 +124,11 @@ std::string Assembly::name_of(int process) const {
   out += ranks.size() == 1 ? " (rank" : " (ranks";
   for (int rank : ranks) out += " " + std::to_string(rank);
   return out + ")";
+}
+
+bool Assembly::left(int process) const {
+  if (relay_ && relay_->reaches(process)) return relay_->left(process);
+  return board_.member(process).left.load() != 0;
 }
 
 // Whether it is the first.

@@ -62,7 +62,7 @@ class Assembly {
   void lost(int process, const std::string& why);
   // This process needs no fabric any more.
   void leave();
-  bool left(int process) const { return board_.member(process).left.load() != 0; }
+  bool left(int process) const;
   // Ends everything because that process has left.
   void lost_because_left(int process);
   // Throws in a child that was forked from the process that this belongs to.

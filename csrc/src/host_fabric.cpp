@@ -35,7 +35,7 @@ HostFabric::Shared::Shared(Processes all, double deadline_seconds)
   control = reinterpret_cast<HostControl*>(memory.data);
   processes.on_told([this](const std::string& text) { told(text); });
   processes.on_end([this] { control->changed.notify(); });
-  if (processes.hosts() > 1) processes.everybody().barrier();  // all can be told
+  processes.all_listen();
 }
 
 HostFabric::Shared::~Shared() {

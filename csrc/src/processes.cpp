@@ -233,6 +233,17 @@ void Processes::on_told(std::function<void(const std::string&)> heard) const {
   if (assembly_) assembly_->on_told(std::move(heard));
 }
 
+void Processes::all_listen() const {
+  if (hosts_ == 1) return;
+  try {
+    everybody_.barrier();
+  } catch (...) {
+    on_end({});
+    on_told({});
+    throw;
+  }
+}
+
 void Processes::on_end(std::function<void()> wake) const {
   if (assembly_) assembly_->on_end(std::move(wake));
 }

