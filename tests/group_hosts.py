@@ -67,11 +67,12 @@ def links(member: Member) -> dict[str, Any]:
         patch.setattr(cutting, "between_processes", between)
         generate(denoiser)
     (kept,) = denoiser._engines._kept.values()
-    fabric = kept.engine.fabric
+    (engine,) = kept.engines
+    fabric = engine.fabric
     out = {
         "hosts": fabric.hosts,
         "links": sorted({kind for (a, b), kind in fabric.links().items() if a != b}),
-        "units": sorted({p.unit for p in kept.engine.places}),
+        "units": sorted({p.unit for p in engine.places}),
         "speeds": speeds,
     }
     denoiser.close()
@@ -113,7 +114,8 @@ def failed(member: Member) -> dict[str, Any]:
         denoiser = AsyncDenoiser(toy(), group=member.group(), split=SPLIT, deadline=10)
         call = toy_call()
         before = loop(denoiser, call)
-        first = denoiser._engines._kept.copy()
+        kept = denoiser._engines._kept
+        first = [engine for one in kept.values() for engine in one.engines]
         issue = Worker.issue
 
         def fail(worker: Worker, *args: Any) -> Any:
@@ -128,9 +130,7 @@ def failed(member: Member) -> dict[str, Any]:
         out = told(lambda: loop(denoiser, call, at=at))
         patch.setattr(Worker, "issue", issue)
         out["same"] = [loop(denoiser, call) == before for _ in range(2)]
-        out["kept"] = [
-            new.engine is old.engine
-            for new, old in zip(denoiser._engines._kept.values(), first.values(), strict=True)
-        ]
+        now = [engine for one in kept.values() for engine in one.engines]
+        out["kept"] = [new is old for new, old in zip(now, first, strict=True)]
         denoiser.close()
         return out
