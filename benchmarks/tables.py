@@ -18,6 +18,7 @@ from asyncdiff_bench.table import digits, title_of
 from denoise import table as denoise_table
 from fidelity import table as fidelity_table
 from markdown_table import markdown
+from pipelines import table as pipelines_table
 
 ROOT = results_file.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,6 +26,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 QUALITY = ROOT / "docs" / "guide" / "quality.md"
 PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
+PIPELINES = ROOT / "docs" / "pipelines.md"
 
 #: The README's table: title, key of a model and mode of all runs in a row.
 _GLANCE = {
@@ -46,6 +48,7 @@ def main() -> None:
         (PAGE, TABLES),
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
+        (PIPELINES, {"pipelines": pipelines}),
     )
     for path, tables in pages:
         text = old = path.read_text()
@@ -102,6 +105,13 @@ def rows() -> str:
         f"`benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
         f"[{path.name}](../benchmarks/results/{path.name}).\n\n" + denoise_table.rows(document)
     )
+
+
+def pipelines() -> str:
+    """What came of the pipelines of diffusers."""
+    document = json.loads((RESULTS / "pipelines.json").read_text())
+    path = "../benchmarks/results/pipelines.json"
+    return f"[pipelines.json]({path}): {pipelines_table.table(document)}"
 
 
 def glance() -> str:

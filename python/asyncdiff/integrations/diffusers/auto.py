@@ -28,8 +28,7 @@ _ROOM = 0.6
 class AutoSettings:
     """Picks a denoiser's settings when a generation begins. What the ranks hold is made anew only
     where it has to be. ``devices`` are those that there are, in all processes; ``own`` those of
-    this one.
-
+    this one. ``denoisers``: how many share them.
     """
 
     def __init__(
@@ -38,10 +37,12 @@ class AutoSettings:
         devices: list[torch.device],
         base: ParallelConfig,
         own: list[torch.device],
+        denoisers: int = 1,
     ) -> None:
         self.quality = quality
         self._devices = devices
         self._own = own
+        self._room = _ROOM / denoisers
         self._base = base
         #: what was picked last
         self.picked: Picked | None = None
@@ -110,7 +111,7 @@ class AutoSettings:
             guided=(calls == 2 and not several) if calls > 1 else apart and conditions == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=denoiser.team.every(
-                "choose settings", lambda: whole and _has_room(denoiser, self._own)
+                "choose settings", lambda: whole and _has_room(denoiser, self._own, self._room)
             ),
         )
 
@@ -121,9 +122,9 @@ def _length(clean: CleanImage) -> float:
     return median(gaps) if gaps else 0.0
 
 
-def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device]) -> bool:
-    """Whether each device may hold the whole denoiser."""
+def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device], share: float) -> bool:
+    """Whether each device may hold the whole denoiser, in this share of its memory at most."""
     weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
     size = sum(w.nbytes for w in weights)
     room = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
-    return all(size < _ROOM * r for r in room)
+    return all(size < share * r for r in room)

@@ -121,7 +121,8 @@ def parallelize(
             undo.callback(spread.close)
             places, me = spread.places, spread.team.process
             own = every or [p.device for p in places if p.process == me]
-            chosen = auto and AutoSettings(auto, every or [p.device for p in places], config, own)
+            there = every or [p.device for p in places]
+            chosen = auto and AutoSettings(auto, there, config, own, len(modules))
             made[name] = spread, chosen or None
         handle = Handle(pipe, made)
         undo.pop_all()
