@@ -123,7 +123,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     kwargs = call.kwargs([torch.empty_like(x, device=home) for x in call.tensors])
     try:
         progress = stage("exporting the denoiser")
-        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module), _DataTraced():
+        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module), _Traced():
             program = torch.export.export(module, (), kwargs, strict=False)
             targets = {n.target for n in program.graph.nodes}
             if any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets):
@@ -164,15 +164,19 @@ def capture(module: nn.Module, call: Call) -> Captured:
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class _DataTraced(TorchFunctionMode):
-    """``tensor.data`` as an operation that is traced. The exporter does not see it, and takes what
-    is made of it for a constant."""
+class _Traced(TorchFunctionMode):
+    """Operations in the place of some that the exporter does not trace: it does not see
+    ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
+    written through the strides of a view, as ``fill_diagonal_`` does."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function == _DATA:
             return args[0].detach()
+        if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
+            args[0].diagonal().fill_(args[1])
+            return args[0]
         return function(*args, **(kwargs or {}))
 
 

@@ -20,10 +20,11 @@ class WritesData(nn.Module):
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         place = sample.new_zeros(sample.shape)
         place.data[:, 1:].copy_(self.layer(sample)[:, 1:] + timestep)
+        place[:, :2].fill_diagonal_(0.5)  # as attention that is perturbed does
         return place + sample
 
 
-def test_data_that_is_written_to() -> None:
+def test_writes_that_the_exporter_does_not_trace() -> None:
     module = WritesData().eval().requires_grad_(False)
     sample, time = torch.randn(2, 4), torch.tensor(3.0)
     denoiser = AsyncDenoiser(module, components=2, split="estimate")
