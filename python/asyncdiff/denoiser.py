@@ -20,7 +20,7 @@ from .generation.generate import Callback, Request, calibrate, generate
 from .generation.generation import Generation, predictor_of
 from .generation.phases import phases_of, plan_of
 from .generation.report import GenerationReport
-from .graph.signature import Call, Parser, check_devices, check_one_latents
+from .graph.signature import Call, check_devices, check_one_latents
 from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
@@ -88,8 +88,6 @@ class AsyncDenoiser(Spread):
     ) -> None:
         config = ParallelConfig.of(config, settings)
         check_split_argument(module, config.split, config.components)
-        #: takes a call's positional and keyword arguments apart; InputError where they do not fit
-        self.parse = Parser(module, config.latents, config.timestep)
         self._branches = Branches(self._take_report)
         self._report: GenerationReport | None = None
         #: the branch that the caller says the next calls are of
@@ -139,7 +137,7 @@ class AsyncDenoiser(Spread):
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"
                 )
-            self._engine = self._engines.get(call, beside=self._branches.engines(-1))
+            self._engine, call = self._engine_for(call, beside=self._branches.engines(-1))
             if steps is not None:
                 phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
 
@@ -272,7 +270,9 @@ class AsyncDenoiser(Spread):
                 call = joined(call)
                 given = functools.partial(self._given_to, generation, call)
                 which, others = generation.branch, self._branches.engines(branch)
-                self._engine = self._engines.get(call, "begin a generation", given, which, others)
+                self._engine, call = self._engine_for(
+                    call, "begin a generation", given, which, others
+                )
                 phases = phases_of(generation.spec, self._engines, self._engine, call, which)
                 generation.begin(phases, call, time.perf_counter() - started)
             result = self._branches.step(branch, call)

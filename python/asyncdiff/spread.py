@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ from torch import nn
 
 from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
-from .errors import DeviceError
+from .errors import CaptureError, DeviceError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
 from .graph.compile import pays
+from .graph.signature import Call, KnownValues, Parser, by_values
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
 from .processes.agreement import of_program, of_settings
 from .processes.team import Team
+from .runtime.cfg_parallel import Groups
 from .runtime.devices import Place, check_count, places_of, rank_total, said_of
+from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
+
+log = logging.getLogger("asyncdiff")
 
 
 class Spread(ReadOnlySettings, Locked):
@@ -39,6 +45,10 @@ class Spread(ReadOnlySettings, Locked):
     ) -> None:
         super().__init__()  # the lock, held by whoever runs a generation
         self.module = module
+        self._parser = Parser(module, config.latents, config.timestep)
+        #: whether engines are for values of masks, because the denoiser's sizes depend on them
+        self._by_value = False
+        self._values: KnownValues = {}
         self._team = Team.of(group, check_deadline(config.deadline), results)
         with contextlib.ExitStack() as undo:
             undo.callback(self._team.close)
@@ -95,6 +105,33 @@ class Spread(ReadOnlySettings, Locked):
             self._weights.channels_last()
         if any(d != self._weights.home for d in here) or not here:
             self._weights.offload()
+
+    # ---- calls -------------------------------------------------------------------------------
+
+    def parse(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """A call's positional and keyword arguments taken apart; InputError where they do not
+        fit."""
+        call = self._parser(args, kwargs)
+        return by_values(call, self._values) if self._by_value else call
+
+    def _engine_for(self, call: Call, *args: Any, **options: Any) -> tuple[Engine | Groups, Call]:
+        """The engine for a call (see :meth:`~.runtime.engine_cache.EngineCache.get`), and the call
+        that it is for: where the denoiser cannot be exported for all values of masks, that with
+        these values."""
+        try:
+            return self._engines.get(call, *args, **options), call
+        except CaptureError as e:
+            valued = by_values(call, self._values)
+            parts = self._config.splits or self._config.schedule == "pipeline"
+            if valued is call or parts or self._team.several:
+                raise
+            log.info("the denoiser is prepared for these masks of tokens alone: %s", e)
+            try:
+                engine = self._engines.get(valued, *args, **options)
+            except CaptureError:
+                raise e from None
+            self._by_value = True
+            return engine, valued
 
     # ---- settings ----------------------------------------------------------------------------
 

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError, InputError
 from ..progress import stage
 from .side_effects import refused
-from .signature import Call, Role, Signature
+from .signature import Call, Role, Signature, values_in
 
 log = logging.getLogger("asyncdiff")
 
@@ -123,8 +124,11 @@ def capture(module: nn.Module, call: Call) -> Captured:
     kwargs = call.kwargs([torch.empty_like(x, device=home) for x in call.tensors])
     try:
         progress = stage("exporting the denoiser")
-        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module), _Traced():
-            program = torch.export.export(module, (), kwargs, strict=False)
+        valued = any(values_in(x, home) is not x for x in call.leaves)
+        traced = _Traced(ahead=valued)
+        with _exporting, torch.no_grad(), _unlogged(), progress, refused(module), traced:
+            exported = _with_values(module, home) if valued else module
+            program = torch.export.export(exported, (), kwargs, strict=False)
             targets = {n.target for n in program.graph.nodes}
             if any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets):
                 # In-place operations have no place in a graph that is cut into pieces.
@@ -167,7 +171,12 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class _Traced(TorchFunctionMode):
     """Operations in the place of some that the exporter does not trace: it does not see
     ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
-    written through the strides of a view, as ``fill_diagonal_`` does."""
+    written through the strides of a view, as ``fill_diagonal_`` does. ``ahead``: what is made of
+    tensors alone that have values is computed at once, so that sizes may depend on it."""
+
+    def __init__(self, *, ahead: bool) -> None:
+        super().__init__()
+        self._ahead = ahead
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -177,7 +186,48 @@ class _Traced(TorchFunctionMode):
         if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
             args[0].diagonal().fill_(args[1])
             return args[0]
+        if self._ahead:
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)]
+            if tensors and all(type(t) is torch.Tensor for t in tensors):
+                with _disable_current_modes():
+                    return function(*args, **(kwargs or {}))
+            if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+                args = (args[0], _by_places(args[1]), *args[2:])
         return function(*args, **(kwargs or {}))
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def _by_places(index: Any) -> Any:
+    """An index with the places of what masks choose in place of the masks."""
+    found: list[Any] = []
+    for part in index if isinstance(index, tuple) else (index,):
+        if type(part) is torch.Tensor and part.dtype is torch.bool:
+            with _disable_current_modes():
+                found += part.nonzero(as_tuple=True)
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _with_values(module: Any, home: torch.device) -> nn.Module:
+    """The denoiser as another object, which takes tensors by their values."""
+    if home.type == "meta":
+        raise CaptureError(
+            f"{type(module).__name__} has sizes that depend on values, which it has to compute "
+            f"with, and its weights are nowhere: load it without a checkpoint, or {_WITHOUT}"
+        )
+
+    class Valued(type(module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = pytree.tree_map(lambda x: values_in(x, home), (args, kwargs))
+            return super().forward(*args, **kwargs)
+
+    other: nn.Module = object.__new__(Valued)
+    object.__setattr__(other, "__dict__", module.__dict__)
+    return other
 
 
 @contextlib.contextmanager

@@ -178,6 +178,63 @@ class Parser:
         return Call(signature, (), template, tree), [places[n] for n in tensors]
 
 
+#: What a constant begins with that is the values of a tensor.
+_VALUES = "values of a tensor: "
+
+
+#: By name, tensors whose values are known, how often they had been written to, and these values.
+KnownValues = dict[str, tuple[torch.Tensor, int, str]]
+
+
+def by_values(call: Call, known: KnownValues) -> Call:
+    """The same call with the values of conditioning that is no floating point numbers, masks of
+    tokens, say, among its constants: what is prepared for it is for these values alone. The call
+    itself, where there are none. On a GPU the host waits, unless they are ``known``."""
+    each = zip(call.signature.inputs, call.tensors, strict=True)
+    texts = [
+        _text_of(x.name, t, known)
+        if x.role is Role.CONDITIONING and not t.is_floating_point()
+        else None
+        for x, t in each
+    ]
+    if not any(texts):
+        return call
+    kept = [i for i, text in enumerate(texts) if text is None]
+    inputs = call.signature.inputs
+    found = tuple((x.name, text) for x, text in zip(inputs, texts, strict=True) if text)
+    signature = replace(
+        call.signature,
+        inputs=tuple(inputs[i] for i in kept),
+        constants=call.signature.constants + found,
+    )
+    every = iter(texts)
+    leaves = tuple((next(every) or x) if x is torch.Tensor else x for x in call.leaves)
+    return Call(signature, tuple(call.tensors[i] for i in kept), leaves, call.spec)
+
+
+def values_in(constant: Any, device: torch.device) -> Any:
+    """A tensor on a device, for a constant that has its values; any other constant as it is."""
+    if not isinstance(constant, str) or not constant.startswith(_VALUES):
+        return constant
+    dtype, shape, values = constant.removeprefix(_VALUES).split(" ")
+    raw = torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, dtype))
+    return raw.reshape([int(n) for n in shape.split("x") if n]).to(device)
+
+
+def _text_of(name: str, tensor: torch.Tensor, known: KnownValues) -> str:
+    version = -1 if tensor.is_inference() else tensor._version
+    if name in known and version >= 0:
+        before, then, text = known[name]
+        if before is tensor and then == version:
+            return text
+    plain = tensor.detach().cpu().contiguous()
+    shape = "x".join(map(str, plain.shape))
+    values = plain.reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+    text = f"{_VALUES}{str(plain.dtype).removeprefix('torch.')} {shape} {values}"
+    known[name] = tensor, version, text
+    return text
+
+
 def check_devices(call: Call, cuda: bool) -> None:
     """Raise InputError for tensors on a kind of device that the ranks cannot read."""
     for x, tensor in zip(call.signature.inputs, call.tensors, strict=True):

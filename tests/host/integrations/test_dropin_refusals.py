@@ -20,9 +20,8 @@ SPLITS: list[Any] = ["estimate", [["transformer_blocks.0"], ["transformer_blocks
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=["estimate", "by hand"])
-def test_sizes_that_depend_on_values(split: Any) -> None:
-    """Mochi drops what its mask of tokens drops. By hand it was split, and masks of another number
-    of tokens were broadcast into each other."""
+def test_sizes_that_depend_on_values_of_masks(split: Any) -> None:
+    """Mochi drops what its mask of tokens drops: it is prepared for each mask."""
     torch.manual_seed(0)
     module = diffusers.MochiTransformer3DModel(
         num_attention_heads=2,
@@ -34,15 +33,36 @@ def test_sizes_that_depend_on_values(split: Any) -> None:
         time_embed_dim=4,
         max_sequence_length=16,
     ).eval()
-    mask = torch.arange(16).expand(2, 16) < torch.tensor([[9], [5]])
+    call = {
+        "hidden_states": torch.randn(2, 4, 2, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 16, 16),
+        "timestep": torch.tensor([900.0, 900.0]),
+    }
+    masks = [torch.arange(16).expand(2, 16) < torch.tensor([[a], [b]]) for a, b in ((9, 5), (3, 7))]
     denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split=split)
-    with pytest.raises(CaptureError, match=r"size depends on values .*nonzero.* without asyncdiff"):
-        denoiser.prepare(
-            hidden_states=torch.randn(2, 4, 2, 8, 8),
-            encoder_hidden_states=torch.randn(2, 16, 16),
-            timestep=torch.tensor([900.0, 900.0]),
-            encoder_attention_mask=mask,
-        )
+    for count, mask in ((1, masks[0]), (2, masks[1]), (2, masks[0])):
+        given = call | {"encoder_attention_mask": mask}
+        with torch.no_grad(), denoiser.generation([900.0]):
+            torch.testing.assert_close(denoiser(**given)[0], module(**given)[0])
+        assert len(denoiser._engines) == count
+    mask[:, 0] = False  # written to: other values
+    given = call | {"encoder_attention_mask": mask}
+    with torch.no_grad(), denoiser.generation([900.0]):
+        torch.testing.assert_close(denoiser(**given)[0], module(**given)[0])
+    denoiser.close()
+
+
+class Drops(nn.Module):
+    """Works on the latents that are above zero."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return sample[sample > 0] * timestep
+
+
+def test_sizes_that_depend_on_values_of_latents() -> None:
+    denoiser = AsyncDenoiser(Drops().eval(), devices=["cpu"], components=1)
+    with pytest.raises(CaptureError, match=r"size depends on values .*index.* without asyncdiff"):
+        denoiser.prepare(torch.randn(2, 4), torch.tensor(9.0))
     denoiser.close()
 
 
