@@ -1,7 +1,7 @@
 """Try asyncdiff on every pipeline of diffusers, by the tiny models of diffusers' own tests.
 
     python benchmarks/pipelines/run.py DIFFUSERS          # a clone of diffusers; about an hour
-    python benchmarks/pipelines/run.py DIFFUSERS --only wan flux
+    python benchmarks/pipelines/run.py DIFFUSERS --only wan flux       # again, of these alone
 
 Each pipeline is built as its test builds it (texts are encoded by stand-ins), runs plainly, with
 every step exact on two components, with all but the first step asynchronous, and plainly again once
@@ -38,9 +38,9 @@ _STEPS = 4
 def classes(tests: Path, only: list[str]) -> Iterator[tuple[str, str]]:
     """Names of test modules, and of the classes in them that build a pipeline."""
     for path in sorted(tests.rglob("test_*.py")):
-        if only and not any(word in str(path.relative_to(tests)) for word in only):
-            continue
         name = ".".join(("tests.pipelines", *path.relative_to(tests).with_suffix("").parts))
+        if not _chosen(name, only):
+            continue
         try:
             module = importlib.import_module(name)
         except BaseException as e:
@@ -56,6 +56,10 @@ def classes(tests: Path, only: list[str]) -> Iterator[tuple[str, str]]:
                 if made.pipeline_class not in seen:
                     yield name, cls
                 seen.add(made.pipeline_class)
+
+
+def _chosen(module: str, only: list[str]) -> bool:
+    return not only or any(word in module for word in only)
 
 
 def inputs_of(test: Any) -> dict[str, Any]:
@@ -176,7 +180,9 @@ def main() -> None:
 
     stand_ins.install()
     fork = multiprocessing.get_context("fork")
-    rows = []
+    # Those of an earlier run of others stay.
+    earlier = list(results_file.continued(args.out)) if args.only else []
+    rows = [r for r in earlier if not _chosen(r["module"], args.only)]
     for module, cls in classes(args.diffusers / "tests" / "pipelines", args.only):
         found: dict[str, Any] = {"module": module, "class": cls}
         if cls.startswith("!"):
