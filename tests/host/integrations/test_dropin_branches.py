@@ -36,6 +36,7 @@ class Guided:
         order: Order = both,
         batch: int = 1,
         fresh: bool = False,
+        time: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
         callback: Any = None,
     ) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -46,7 +47,7 @@ class Guided:
             noise = {}
             for i in order(k):
                 text = texts[i].clone() if fresh else texts[i]
-                noise[i] = self.unet(latents, t, text).sample
+                noise[i] = self.unet(latents, time(t), text).sample
             total = noise.get(0, torch.zeros(()))
             for i in sorted(set(noise) - {0}):
                 total = total + 2.0 * i * (noise[i] - noise.get(0, torch.zeros(())))
@@ -116,6 +117,27 @@ def test_conditioning_that_is_made_anew_in_every_step() -> None:
     pipe = Guided()
     with spread(pipe):
         torch.testing.assert_close(pipe(fresh=True), pipe())
+
+
+@pytest.mark.parametrize("quality", [None, "exact"])
+def test_times_that_are_made_in_a_way_that_is_not_known(quality: str | None) -> None:
+    """Steps go by the order of calls then."""
+    pipe = Guided()
+    given = {"time": lambda t: torch.log(t + 1.0) * 50}
+    want = pipe(**given)
+    settings = {"warmup": 99} if quality is None else {"quality": quality}
+    with asyncdiff.parallelize(
+        pipe,
+        devices=["cpu"] * 2,
+        split="estimate",
+        **settings,  # type: ignore[arg-type]
+    ) as handle:
+        torch.testing.assert_close(pipe(**given), want)
+        assert handle.report().steps == STEPS and handle.report().branches == 2
+    for ahead in ({"schedule": "wavefront"}, {"time_shift": True}):
+        refused = pytest.raises(asyncdiff.SchedulerError, match="in a way that is not known")
+        with spread(pipe, **ahead), refused:
+            pipe(**given)
 
 
 def test_a_batch_that_changes_between_calls() -> None:

@@ -99,6 +99,8 @@ class BranchFinder:
         if self._counts or (last is time and version is not None and version == time._version):
             return False
         # In the first step of a scheduler that may not be asked for steps. On a GPU the host waits.
+        if not times.reading.known:
+            return not torch.equal(time, last)
         return not times.has(self.step - self.all[0].start, time)
 
 

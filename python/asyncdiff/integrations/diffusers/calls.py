@@ -265,7 +265,8 @@ class Calls:
             self._told = calls_in_a_step(pipe, self._name)
             self._expected = self._were.get(self._told, self._told or 1)
         self._response = None  # of a scheduler that has not stepped yet
-        return TimestepTracker(self._scheduler, time, self._steps(pipe), self._before)
+        steps, ordered = self._steps(pipe), pipe is not None
+        return TimestepTracker(self._scheduler, time, steps, self._before, ordered=ordered)
 
     def _steps(self, pipe: Any) -> int | None:
         """How many steps of this denoiser there will be, as far as the pipeline tells."""
@@ -301,6 +302,12 @@ class Calls:
                 "input (image to video, for example), of which other steps' cannot be told "
                 "ahead: take stride=1 without time_shift, and schedule='asyncdiff'"
             )
+        if not times.reading.known and (config.stride > 1 or config.time_shift or waves):
+            raise SchedulerError(
+                f"the denoiser was called with timestep {float(time.reshape(-1)[0]):g}, which is "
+                "made from the scheduler's timesteps in a way that is not known, so those of later "
+                "steps cannot be told: take stride=1 without time_shift, and schedule='asyncdiff'"
+            )
         if waves:
             clean = self._clean_image(times)
         spec = config.spec(times.values, shorten=True)
@@ -328,6 +335,8 @@ class Calls:
 
     def _served(self, times: TimestepTracker) -> CleanImage | str:
         """The clean images of steps that waves serve well, or why they do not."""
+        if not times.reading.known:
+            return "how the denoiser's times are made from the timesteps is not known"
         try:
             clean = self._clean_image(times)
         except SchedulerError:

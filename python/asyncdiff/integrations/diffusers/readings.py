@@ -4,6 +4,7 @@ was made of, and how."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,9 @@ _ORDERS: tuple[Callable[[_Mapping, torch.Tensor, float, torch.dtype], torch.Tens
     lambda mapping, t, n, dtype: mapping(t, n).to(dtype),
 )
 
+#: What pipelines make of timesteps in ways that are not known (the logarithm of a noise level).
+_UNKNOWN = "unknown"
+
 #: What a refusal ends with.
 ANOTHER = "or another pipeline calls it, with a scheduler of its own (parallelise that one)"
 
@@ -44,6 +48,11 @@ class Reading:
     start: int
     values: torch.Tensor
     exact: torch.Tensor
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what calls pass; else steps go by the order of calls."""
+        return self.mapping != _UNKNOWN
 
     @property
     def backwards(self) -> bool:
@@ -99,6 +108,15 @@ def readings(
     ends = (0, last) if steps else (0,)
     found.sort(key=lambda f: (f[0], f[1].way != like, f[1].start not in ends))
     return [reading for _, reading in found]
+
+
+def by_order(source: torch.Tensor, first: torch.Tensor, steps: int | None) -> Reading:
+    """How calls are read whose arguments are made from the timesteps in a way that is not known:
+    they come one after another, the last ``steps`` of them (None: all)."""
+    start = len(source) - steps if steps else 0
+    kind = first.dtype if first.is_floating_point() else torch.float64
+    values = torch.full(source.shape, math.nan, dtype=kind, device=source.device)
+    return Reading(_UNKNOWN, 0, max(start, 0), values, values.double().cpu())
 
 
 def moving(timestep: torch.Tensor) -> torch.Tensor:

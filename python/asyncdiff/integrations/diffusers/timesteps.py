@@ -10,7 +10,7 @@ import torch
 
 from ...errors import SchedulerError
 from ...sampling.scheduler import check_scheduler
-from .readings import ANOTHER, Reading, moving, readings
+from .readings import ANOTHER, Reading, by_order, moving, readings
 
 
 def is_mixed(timestep: torch.Tensor) -> bool:
@@ -27,7 +27,7 @@ class TimestepTracker:
     the pipeline knows (one that leaves the end to another stops before it); None: all that are
     left. ``like`` is the tracker of an earlier generation: where a first call can be read in
     several ways, as that one's turned out. Raises SchedulerError where the argument is not a known
-    function of the timesteps.
+    function of the timesteps, unless calls are known to be ``ordered``: then each has its own.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class TimestepTracker:
         first: torch.Tensor,
         steps: int | None = None,
         like: TimestepTracker | None = None,
+        *,
+        ordered: bool = False,
     ) -> None:
         self.source = check_scheduler(scheduler)
         self._storage = self.source.untyped_storage().data_ptr()
@@ -47,7 +49,12 @@ class TimestepTracker:
             self._readings = [Reading("t", 0, index, self.source, exact)]
         else:
             way = None if like is None else like.reading.way
-            self._readings = readings(scheduler, self.source, first, steps, way)
+            try:
+                self._readings = readings(scheduler, self.source, first, steps, way)
+            except SchedulerError:
+                if not ordered:
+                    raise
+                self._readings = [by_order(self.source, first, steps)]
         self._limited = bool(steps)
         self._follow(steps, first)
 
@@ -78,7 +85,8 @@ class TimestepTracker:
             (
                 k
                 for k in range(step + 1, len(self._exact))
-                if {r.at(k) for r in self._readings} - {self.reading.at(k), None}
+                if self.reading.known
+                and {r.at(k) for r in self._readings} - {self.reading.at(k), None}
             ),
             None,
         )
@@ -151,6 +159,8 @@ class TimestepTracker:
         Values on a GPU are looked at later, when they have arrived anyway: see :meth:`finish`.
         """
         index = self._index(value)
+        if not self.reading.known:
+            return
         if index is not None:
             # A schedule may name a timestep twice; the position says which of them this is.
             if index != self.start + step:
