@@ -261,8 +261,16 @@ def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> N
 
 
 def _check_sizes(name: str, captured: Captured) -> None:
-    """Raise CaptureError where a size is known only from values, which fixed memory cannot hold."""
+    """Raise CaptureError where a size is known only from values, which fixed memory cannot hold, or
+    an operation has a graph of its own (flexible attention)."""
     for node in captured.nodes:
+        graphs = isinstance(node.target, torch._ops.HigherOrderOperator)
+        if graphs and "attention" in str(node.target):
+            where = captured.module_path(node) or "its forward"
+            raise CaptureError(
+                f"{name} uses {node.target} in {where}, which has a graph of its own: take the "
+                f"default attention processor, or {_WITHOUT}"
+            )
         if any(not isinstance(size, int) for t in tensors_of(node) for size in t.shape):
             raise CaptureError(
                 f"{name} makes tensors whose size depends on values of its inputs ({node.target} "
