@@ -261,6 +261,13 @@ class Branch:
     index: int = 0
     count: int = 1
 
+    @staticmethod
+    def each(count: int) -> list[Branch]:
+        """All of so many. Raises InputError unless that is a number from 1."""
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"branches={count!r}: give the number of calls in a step, 1 or more")
+        return [Branch(index, count) for index in range(count)]
+
 
 #: The only call in a step.
 ONLY = Branch()

@@ -163,6 +163,7 @@ class AsyncDenoiser(Spread):
         no scheduler, or one whose α and σ cannot be had.
         """
         with self.lock:
+            self.stop()
             clean = None
             if self._config.schedule == "wavefront":
                 if scheduler is None:
@@ -173,10 +174,7 @@ class AsyncDenoiser(Spread):
                 clean = last_steps(scheduler, len(timesteps))
             try:
                 spec = self._config.spec(timesteps)
-                every = [
-                    self.start(spec, clean, branch=Branch(index, branches))
-                    for index in range(branches)
-                ]
+                every = [self.start(spec, clean, branch=b) for b in Branch.each(branches)]
                 yield every[0]
                 self.settle()
             finally:
@@ -252,7 +250,8 @@ class AsyncDenoiser(Spread):
             engine = None if generation is None else generation.engine
             if engine is None:
                 return True
-            return call.signature == engine.signature and not (options and self._engines.changed())
+            same = call.signature == engine.signature
+            return same and not (options and self._engines.changed(engine))
 
     def call(self, call: Call, branch: int = 0) -> Any:
         """:meth:`__call__` for a call that :func:`asyncdiff.graph.signature.parse` took apart, of a

@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
@@ -32,6 +31,7 @@ from .cutting import Cutter, Timed
 from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined, split_of
+from .prepared import Prepared
 from .rebalance import component_ms
 
 log = logging.getLogger("asyncdiff")
@@ -45,34 +45,6 @@ _CONDITIONS = BatchSplit(1, GROUPS)
 #: how the batch is cut, if it is cut.
 _Kind = tuple[Signature, int, BatchSplit | None]
 _T = TypeVar("_T")
-
-
-@dataclass
-class _Ranks:
-    """What a branch has: the engine of the components, and maybe one that has the whole denoiser on
-    a device, or a condition on each of two."""
-
-    engine: Engine | Groups
-    whole: Engine | Groups | None = None
-
-
-@dataclass
-class _Prepared:
-    """What is kept for calls of one kind: what tells of writes to its weights, and the engines, by
-    index of the branch."""
-
-    watch: WeightWatch
-    branches: dict[int, _Ranks] = field(default_factory=dict)
-
-    @property
-    def recovers(self) -> bool:
-        """Whether the exchange goes on after a failure."""
-        return all(engine.recovers for engine in self.engines)
-
-    @property
-    def engines(self) -> list[Engine | Groups]:
-        both = ((ranks.engine, ranks.whole) for ranks in self.branches.values())
-        return [engine for pair in both for engine in pair if engine is not None]
 
 
 class EngineCache:
@@ -90,15 +62,16 @@ class EngineCache:
     ) -> None:
         self._module = module
         self._state = ModuleState(module)
-        #: the denoiser's state when an engine was asked for last
-        self._number = 0
+        #: the denoiser's state when an engine was asked for last, and how often it was another one
+        #: then or since
+        self._number, self._states = 0, 0
         self._weights = weights
         self._places = list(places)
         self._config = config
         self._team = team
         self._seats = list(seats)
         #: those that were asked for last are at the end
-        self._kept: OrderedDict[_Kind, _Prepared] = OrderedDict()
+        self._kept: OrderedDict[_Kind, Prepared] = OrderedDict()
         #: those that other branches were using when one was asked for last
         self._beside: list[Engine | Groups] = []
         self._cutter = Cutter(module, weights, config, places, team)
@@ -106,12 +79,17 @@ class EngineCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def changed(self) -> bool:
-        """Whether the denoiser, or a weight of it, is not what it was when an engine was asked for
-        last."""
-        if self._state.number() != self._number:
-            return True
-        return self._kept[next(reversed(self._kept))].watch.changed()
+    def changed(self, engine: Engine | Groups) -> bool:
+        """Whether the denoiser, or a weight of it, is not what it was when ``engine`` was asked for
+        last. So it is for those that were dropped."""
+        self._look()
+        return not any(kept.serves(engine, self._states) for kept in self._kept.values())
+
+    def _look(self) -> None:
+        """Count a state of the denoiser that is not the one seen last."""
+        number = self._state.number()
+        self._states += number != self._number
+        self._number = number
 
     def get(
         self,
@@ -141,7 +119,9 @@ class EngineCache:
         else:
             check_hooks(self._module)
             kind = self._kind(call, branch)
-        self._beside = list(beside)
+        self._look()
+        kept = {id(e) for p in self._kept.values() for e in p.engines}
+        self._beside = [e for e in beside if id(e) in kept]
         with self._team.busy():
             return self._get(call, kind, branch)
 
@@ -161,14 +141,15 @@ class EngineCache:
                     ),
                     kind,
                 )
-            kind = self._kind(call, branch)  # capturing runs the denoiser, which may keep something
+            # Capturing runs the denoiser, which may keep something, and be what it was once before.
+            kind = self._kind(call, branch)
+            self._number = kind[1]
             if kind not in self._kept:
                 watch = WeightWatch(made.partition.captured.weights.values())
-                self._kept[kind] = _Prepared(watch)
-            self._kept[kind].branches[branch.index] = _Ranks(made)
+                self._kept[kind] = Prepared(watch)
+            self._kept[kind].take(branch.index, made)
         self._kept.move_to_end(kind)
-        self._number = kind[1]
-        return self._kept[kind].branches[branch.index].engine
+        return self._kept[kind].asked(branch.index, self._states)
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""
@@ -183,8 +164,15 @@ class EngineCache:
         """Engines whose cuts those of this kind had better share: ranks then hold their weights
         once."""
         same = self._kept[kind].engines if kind in self._kept else []
+        # Not those of a denoiser that was another one: what they captured is shared, too.
+        beside = [
+            e
+            for kept in self._kept.values()
+            for e in kept.engines
+            if any(e is b for b in self._beside) and kept.serves(e, self._states)
+        ]
         count = self._config.components
-        return [e for e in (*same, *self._beside) if len(e.partition.components) == count]
+        return [e for e in (*same, *beside) if len(e.partition.components) == count]
 
     def _places_of(self, branch: Branch) -> list[Place]:
         """The places of the ranks that run a branch: with guidance="split" those of a group."""
@@ -210,18 +198,19 @@ class EngineCache:
         """Give the engines of a kind what its weights are now, if they were written to; drop the
         engines where they have to be made anew for that."""
         kept = self._kept.get(kind)
-        if kept is None or not kept.watch.changed():
+        if kept is None or not (kept.over or kept.watch.changed()):
             return
         captured = [engine.partition.captured for engine in kept.engines]
-        if not self._team.every(
+        if kept.over or not self._team.every(
             "take the denoiser's weights", lambda: all(self._weights.renew(c) for c in captured)
         ):
             self._drop([kind])
+            # They have the weights that were shared with this kind, and may be in use.
+            for other in self._kept.values():
+                other.over = True
             return
         log.info("weights were written to: ranks have their new values")
-        for engine in kept.engines:
-            engine.forget()
-        kept.watch = WeightWatch(captured[0].weights.values())
+        kept.renewed(WeightWatch(captured[0].weights.values()))
 
     def _kind(self, call: Call, branch: Branch) -> _Kind:
         return call.signature, self._state.number(), self._split(call, branch)
@@ -264,7 +253,9 @@ class EngineCache:
 
     def _drop(self, kinds: Sequence[_Kind]) -> None:
         for kind in kinds:
-            for engine in self._kept.pop(kind).engines:
+            dropped = self._kept.pop(kind).engines
+            self._beside = [e for e in self._beside if not any(e is d for d in dropped)]
+            for engine in dropped:
                 engine.close()
         if kinds and self._places[0].device.type == "cuda":
             collect()

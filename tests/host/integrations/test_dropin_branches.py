@@ -189,3 +189,83 @@ def test_a_quality_learns_how_many_calls_there_are() -> None:
         for split in (False, True):
             torch.testing.assert_close(pipe(), want)
             assert ("guidance='split'" in handle.settings) == split
+
+
+def test_weights_that_lie_elsewhere_for_calls_of_two_shapes() -> None:
+    """Those of one kind, whose ranks are made anew, are not taken for those of the other."""
+    pipe = Guided()
+    orders: list[Order] = [lambda k: [0], lambda k: [2]]
+    with spread(pipe, warmup=99):
+        for order in orders:
+            pipe(order=order)
+        scale(pipe.unet, 1.3, True)
+        got = [pipe(order=order) for order in orders]
+    for order, noise in zip(orders, got, strict=True):
+        torch.testing.assert_close(noise, pipe(order=order))
+
+
+def test_a_step_of_the_scheduler_that_a_callback_replaces_stays() -> None:
+    pipe = Guided()
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)
+
+    def replaces(k: int, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if k == 3:
+            pipe.scheduler.step = step
+        return texts
+
+    want = pipe()
+    with spread(pipe, warmup=99):
+        torch.testing.assert_close(pipe(callback=replaces), want)
+        assert pipe.scheduler.step is step
+        torch.testing.assert_close(pipe(), want)
+
+
+def freeu(unet: Any, on: bool) -> None:
+    for block in unet.up_blocks:
+        for name, value in {"s1": 0.5, "s2": 0.2, "b1": 1.6, "b2": 1.8}.items():
+            setattr(block, name, value if on else None)
+
+
+@torch.no_grad()
+def scale(unet: Any, by: float, elsewhere: bool) -> None:
+    for weight in unet.parameters():
+        if elsewhere:
+            weight.data = weight.data * by
+        else:
+            weight.mul_(by)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
+    "options": (lambda unet: freeu(unet, True), lambda unet: freeu(unet, False)),
+    "weights": (lambda unet: scale(unet, 2.0, False), lambda unet: scale(unet, 0.5, False)),
+    "other weights": (lambda unet: scale(unet, 2.0, True), lambda unet: scale(unet, 0.5, True)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("texts", [[0, 1], [0, 2]], ids=str)
+def test_a_denoiser_that_changes_between_steps_changes_for_all_branches(
+    texts: list[int], change: str
+) -> None:
+    """Also for those whose turn comes when another one has noticed, and in later generations."""
+    pipe = Guided()
+    make, undo = CHANGES[change]
+
+    def changes(k: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        if k == 2:
+            make(pipe.unet)
+        return given
+
+    def order(k: int) -> list[int]:
+        return texts
+
+    plain, want = pipe(order=order), pipe(order=order, callback=changes)
+    undo(pipe.unet)
+    assert not torch.allclose(plain, want, rtol=1e-3)
+    with spread(pipe, warmup=99):
+        for _ in range(2):
+            torch.testing.assert_close(pipe(order=order, callback=changes), want)
+            undo(pipe.unet)
+            torch.testing.assert_close(pipe(order=order), plain)

@@ -131,6 +131,27 @@ def test_a_branch_that_was_left_out_goes_on_exactly() -> None:
         denoiser.stop()
 
 
+@pytest.mark.parametrize("branches", [0, -1, 1.5, "2"])
+def test_numbers_of_branches_that_make_no_sense(branches: Any) -> None:
+    refused = pytest.raises(InputError, match="number of calls in a step")
+    with contextlib.closing(AsyncDenoiser(toy(), components=1)) as denoiser, refused:
+        denoiser.generation([900], branches=branches).__enter__()
+
+
+def test_a_generation_of_fewer_branches_inside_of_one_of_more() -> None:
+    """It has nothing to do with those that are left of it."""
+    call = CALL["sample"], torch.tensor(700), CALL["encoder_hidden_states"]
+    with (
+        contextlib.closing(AsyncDenoiser(toy(), components=1)) as denoiser,
+        denoiser.generation([900, 800], branches=3),
+        denoiser.generation([700], branches=2),
+    ):
+        for _ in range(2):
+            denoiser(*call)
+        with pytest.raises(InputError, match="no generation has steps left"):
+            denoiser(*call)
+
+
 def test_too_many_calls() -> None:
     with contextlib.closing(AsyncDenoiser(toy(), components=1)) as denoiser:
         t = torch.tensor(900)

@@ -37,11 +37,12 @@ def counting(scheduler: Any) -> Iterator[None]:
     if own is None or "step" in own or not callable(getattr(type(scheduler), "step", None)):
         yield
         return
-    own["step"] = _Counted(scheduler, [0])
+    own["step"] = mine = _Counted(scheduler, [0])
     try:
         yield
     finally:
-        own.pop("step", None)
+        if own.get("step") is mine:  # else somebody has put another one there meanwhile
+            del own["step"]
 
 
 def steps_of(scheduler: Any) -> int:
