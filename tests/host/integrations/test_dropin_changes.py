@@ -341,7 +341,18 @@ def test_a_denoiser_that_is_named() -> None:
         warmup=9,
     ) as handle:
         assert reference.distance(draw(pipe, call), want) < 1e-5
-        assert handle.report().steps < 8
+        later = handle.report().steps
+    with asyncdiff.parallelize(
+        pipe,
+        devices=["cpu"] * 2,
+        split="estimate",
+        denoiser="transformer",
+        components=2,
+        warmup=1,
+        exact_tail=1,
+    ) as handle:
+        draw(pipe, call)
+        assert handle.report().steps == 8 - later and 0 < later < 8
     for wrong in ("unet", "vae_scale_factor_spatial"):
         with pytest.raises(InputError, match="has no model of that name; it has transformer"):
             asyncdiff.parallelize(pipe, devices=["cpu"] * 2, denoiser=wrong)

@@ -51,7 +51,7 @@ class Run:
 
 class Calls:
     """Serves the calls of one denoiser of the pipeline ``pipe``: that which it has as ``name``.
-    ``leads``: of several, which have a part of the steps each, it has the first ones."""
+    ``leads``: the pipeline has another one for the later steps."""
 
     def __init__(
         self,

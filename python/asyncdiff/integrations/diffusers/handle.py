@@ -43,9 +43,8 @@ class Handle(ReadOnlySettings):
         denoisers: Mapping[str, tuple[AsyncDenoiser, AutoSettings | None]],
     ) -> None:
         self.pipe = pipe
-        several = len(denoisers) > 1
         self._calls = [
-            Calls(pipe, name, denoiser, auto, leads=several and name == next(iter(denoisers)))
+            Calls(pipe, name, denoiser, auto, leads=getattr(pipe, f"{name}_2", None) is not None)
             for name, (denoiser, auto) in denoisers.items()
         ]
         #: the denoiser; of several, that of the first steps
