@@ -132,7 +132,7 @@ class AsyncDenoiser(Spread):
         with self.lock, self.own_modes():
             call = self.parse(args, kwargs)
             self._check(call)
-            if self.active and not self.fits(call):
+            if self._branches.active and not self.fits(call):
                 raise InputError(
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"

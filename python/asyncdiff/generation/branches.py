@@ -38,6 +38,11 @@ class Branches:
         behind = [(g.next_step, index) for index, g in self._all.items() if not g.done]
         return min(behind)[1] if behind else 0
 
+    @property
+    def active(self) -> bool:
+        """Whether one of them has steps left."""
+        return any(not g.done for g in self._all.values())
+
     def begin(self, generation: Generation) -> None:
         """Take a generation for its branch, giving up the one before."""
         index = generation.branch.index

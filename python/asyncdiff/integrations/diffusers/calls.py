@@ -86,6 +86,10 @@ class Calls:
         # It would go past the denoiser's class, and be exported in the place of its forward.
         self._compiled = self.module.__dict__.pop("_compiled_call_impl", None)
 
+    def told(self, pipe: Any) -> int | None:
+        """How many calls a step has by the code of a pipeline that runs; None: it does not tell."""
+        return calls_in_a_step(pipe, self._name)
+
     @property
     def progress(self) -> tuple[int, int] | None:
         """The step that is under way and how many there are, in the middle of a generation."""
@@ -262,7 +266,7 @@ class Calls:
         check_forward(self.module)
         pipe = self.run.pipe
         if pipe is not None and self._alone is None:
-            self._told = calls_in_a_step(pipe, self._name)
+            self._told = self.told(pipe)
             self._expected = self._were.get(self._told, self._told or 1)
         self._response = None  # of a scheduler that has not stepped yet
         steps, ordered = self._steps(pipe), pipe is not None

@@ -205,6 +205,11 @@ class Handle(ReadOnlySettings):
         with calls.denoiser.lock:
             call = calls.denoiser.parse(args, kwargs)
             if self._interrupting:
+                if calls.told(self.pipe) not in (None, 1):
+                    raise InputError(
+                        "this pipeline guides in several calls a step, and a calibration is for "
+                        "guidance in one batch: use AsyncDenoiser.calibrate()"
+                    )
                 raise FirstCall(call)
             return calls.serve(call)
 
