@@ -257,12 +257,17 @@ def test_flux_with_two_calls_a_step(devices: int, settings: dict[str, Any], near
     assert torch.equal(run(), want)
 
 
+MORE_SAMPLERS = (
+    *("KDPM2DiscreteScheduler", "DEISMultistepScheduler", "DDPMScheduler", "LCMScheduler"),
+    *("DPMSolverSinglestepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+)
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
-        *("DEISMultistepScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler"),
-        *("DPMSolverSinglestepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+        *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "PNDMScheduler"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_SAMPLERS),
     ],
 )
 def test_any_sampler(name: str) -> None:
