@@ -132,7 +132,7 @@ class AsyncDenoiser(Spread):
         with self.lock, self.own_modes():
             call = self.parse(args, kwargs)
             self._check(call)
-            if self._branches.active and not self.fits(call):
+            if self.active and not self.fits(call):
                 raise InputError(
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"
@@ -225,9 +225,8 @@ class AsyncDenoiser(Spread):
 
     @property
     def active(self) -> bool:
-        """Whether a generation has steps left."""
-        generation = self._branches.get(0)
-        return generation is not None and not generation.done
+        """Whether a generation has steps left, of any branch."""
+        return self._branches.active
 
     @property
     def step(self) -> int:

@@ -13,7 +13,7 @@ from ...errors import InputError
 #: What most pipelines call them; a second one, for the later steps, has the same name and _2.
 _NAMES = ("unet", "transformer")
 #: Parts that take a timestep, too, and denoise nothing by themselves.
-_BESIDES = ("controlnet", "vae", "vqvae", "vqgan", "adapter", "motion_adapter", "connectors")
+_BESIDES = ("controlnet", "vae", "vqgan", "adapter", "connectors")
 
 
 def find_denoisers(pipe: Any, named: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
