@@ -20,6 +20,7 @@
 
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/interrupt.hpp"
+#include "background_thread.hpp"
 #include "nccl_message.hpp"
 
 namespace asyncdiff {
@@ -88,7 +89,7 @@ void NcclCourier::stop() {
 }
 
 void NcclCourier::start() {
-  thread_ = new std::thread([this] { run(); });
+  thread_ = background_thread([this] { run(); });
 }
 
 void NcclCourier::forget() { thread_ = nullptr; }

@@ -1,8 +1,6 @@
 #include "relay.hpp"
 
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -19,6 +17,7 @@
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
+#include "background_thread.hpp"
 #include "door.hpp"
 #include "ring.hpp"
 
@@ -52,17 +51,7 @@ Relay::Relay(Board board, int own, std::map<int, Wire> connections, double patie
 
 void Relay::start() {
   if (peers_.empty()) return;
-  // Signals are for the caller's threads.
-  sigset_t all_signals, before;
-  sigfillset(&all_signals);
-  pthread_sigmask(SIG_SETMASK, &all_signals, &before);
-  try {
-    thread_ = new std::thread([this] { run(); });
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = background_thread([this] { run(); });
 }
 
 Relay::~Relay() {

@@ -2,8 +2,6 @@
 
 #include <linux/sockios.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -18,6 +16,7 @@
 #include <utility>
 
 #include "asyncdiff/errors.hpp"
+#include "background_thread.hpp"
 #include "door.hpp"
 
 namespace asyncdiff {
@@ -41,12 +40,7 @@ SocketPump::SocketPump(std::shared_ptr<HostFabric::Shared> shared, std::map<int,
     : shared_(std::move(shared)), wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (wake_ < 0) throw Error(std::string("making an event descriptor: ") + std::strerror(errno));
   for (auto& [p, wire] : connections) peers_.emplace(p, std::move(wire));
-  // Signals are for the caller's threads.
-  sigset_t all_signals, before;
-  sigfillset(&all_signals);
-  pthread_sigmask(SIG_SETMASK, &all_signals, &before);
-  thread_ = new std::thread([this] { run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = background_thread([this] { run(); });
 }
 
 SocketPump::~SocketPump() {

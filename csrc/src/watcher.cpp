@@ -1,8 +1,6 @@
 #include "watcher.hpp"
 
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
+#include "background_thread.hpp"
 
 namespace asyncdiff {
 
@@ -77,17 +76,7 @@ Watcher::Watcher(Board board, std::vector<Identity> all, int own, double patienc
 
 void Watcher::start() {
   if (std::find(watched_.begin(), watched_.end(), true) == watched_.end()) return;
-  // Signals are for the caller's threads.
-  sigset_t all_signals, before;
-  sigfillset(&all_signals);
-  pthread_sigmask(SIG_SETMASK, &all_signals, &before);
-  try {
-    thread_ = new std::thread([this] { run(); });
-  } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    throw;
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  thread_ = background_thread([this] { run(); });
 }
 
 Watcher::~Watcher() {
