@@ -128,13 +128,14 @@ def nccl_sizes(process: int, processes: int, folder: Path, gpus: int) -> Any:
     return {"wrong": wrong, "links": [links[0, 1], links[1, 0]]}
 
 
-def nccl_crossing(process: int, processes: int, folder: Path, gpus: int) -> Any:
-    """One graph on one stream that first sends and then receives, in both processes."""
+def nccl_crossing(process: int, processes: int, folder: Path, gpus: int, mega: str) -> Any:
+    """One graph on one stream that first sends and then receives so many MiB, in both processes."""
     host = Host(process, folder, gpus)
-    channels = host.channels(LARGE, 1)
+    specs = [core.TensorSpec("float16", (int(mega) << 18,))] * 2
+    channels = host.channels(specs, 1)
     mine, theirs = channels[process], channels[1 - process]
     count = torch.zeros((), dtype=torch.float16, device=host.device)
-    source = torch.zeros(LARGE[0].shape, dtype=torch.float16, device=host.device)
+    source = torch.zeros(specs[0].shape, dtype=torch.float16, device=host.device)
     wrong = torch.zeros((), dtype=torch.int64, device=host.device)
     stream = torch.cuda.Stream()
 
