@@ -19,13 +19,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
+
 #: Packages whose classes do nothing when they are called but compute.
 _KNOWN = {"torch", "diffusers", "transformers", "toys"}
 #: Those of a layer that would run while it is exported.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Attributes that are looked at apart, or mean nothing for the graph.
 _APART = {
-    *("_parameters", "_buffers", "_modules", "_asyncdiff", *_HOOKS),
+    *("_parameters", "_buffers", "_modules", HANDLE, CALLS, *_HOOKS),
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }

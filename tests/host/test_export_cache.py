@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers.models import attention_processor
 from export_cache import ExportCache
-from tiny_pipelines import tiny_unet
+from tiny_pipelines import draw, tiny_sd, tiny_unet
 from toys import Toy, toy, toy_call
 
+import asyncdiff
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.integrations.diffusers.subclass import twin
 
@@ -97,6 +98,17 @@ def test_a_class_whose_functions_change_is_another(
     there = processor.__call__
     monkeypatch.setattr(processor, "__call__", lambda self, *a, **k: there(self, *a, **k))
     assert exports(unet, call) == 1
+
+
+def test_what_the_drop_in_hangs_on_a_denoiser_is_no_part_of_it(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.export, "export", exports.cache)
+    for _ in range(2):
+        pipe, call = tiny_sd()
+        with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate"):
+            draw(pipe, call)
+    assert exports.made == 1
 
 
 class Own(torch.nn.Identity):
