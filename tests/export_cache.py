@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
@@ -47,8 +47,6 @@ class ExportCache:
 
     def __init__(self) -> None:
         self._export = torch.export.export
-        # Where in a denoiser's source a node comes from takes a fifth of the time to find out.
-        fx.config.do_not_emit_stack_traces = True
         self._programs: dict[Any, tuple[Any, set[str]]] = {}
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:

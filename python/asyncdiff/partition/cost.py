@@ -129,6 +129,7 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
     """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
     macs = dict.fromkeys(captured.nodes, 0)
     heavy = ("conv", "linear", "mm", "matmul", "attention", "einsum")
+    counted: dict[str, int] = {}  # the blocks of a denoiser are mostly alike
     for node in captured.nodes:
         if not any(word in str(node.target) for word in heavy):
             continue
@@ -137,11 +138,15 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
             for n in node.all_input_nodes
         }
         args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
-        counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _Untracked()  # type: ignore[assignment]
-        with counter:
-            node.target(*args, **kwargs)  # type: ignore[operator]
-        macs[node] = counter.get_total_flops() // 2
+        shapes = pytree.tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))
+        key = f"{node.target} {shapes}"
+        if key not in counted:
+            counter = FlopCounterMode(display=False)
+            counter.mod_tracker = _Untracked()  # type: ignore[assignment]
+            with counter:
+                node.target(*args, **kwargs)  # type: ignore[operator]
+            counted[key] = counter.get_total_flops() // 2
+        macs[node] = counted[key]
     return macs
 
 

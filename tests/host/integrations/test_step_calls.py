@@ -41,13 +41,16 @@ def test_a_steady_step_makes_few_calls() -> None:
         forward, step = handle._forward, [0]
 
         def counted(*args: Any) -> Any:
-            counting[0] = step[0] == STEADY
+            steady = step[0] == STEADY
             step[0] += 1
+            if steady:
+                time.sleep(0.5)  # a rank that nobody waits for is still at work
+                counting[0] = True
             try:
                 return forward(*args)
             finally:
-                if counting[0]:
-                    time.sleep(0.5)  # a rank that nobody waits for is still at work
+                if steady:
+                    time.sleep(0.5)
                 counting[0] = False
 
         handle._forward = counted  # type: ignore[method-assign]
