@@ -139,6 +139,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _of_tensor(x: torch.Tensor) -> Any:
+    if type(x) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        raise _UnknownError(x)
     return type(x), tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
 
 

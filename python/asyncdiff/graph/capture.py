@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError, InputError
 from ..progress import stage
+from .layers.casting import casts_traced
+from .layers.quantized import has_labels, hidden, own_part, take_apart, with_labels
 from .side_effects import refused
 from .signature import Call, Role, Signature, values_in
 
@@ -126,12 +128,22 @@ def capture(module: nn.Module, call: Call) -> Captured:
         progress = stage("exporting the denoiser")
         valued = any(values_in(x, home) is not x for x in call.leaves)
         traced = _Traced(ahead=valued)
-        quick = _without_source_lines()
-        with _exporting, torch.no_grad(), _unlogged(), quick, progress, refused(module), traced:
+        with (
+            _exporting,
+            torch.no_grad(),
+            _unlogged(),
+            _without_source_lines(),
+            progress,
+            refused(module),
+            casts_traced(module),
+            traced,
+        ):
             exported = _with_values(module, home) if valued else module
+            exported = with_labels(exported) if has_labels(module) else exported
             program = torch.export.export(exported, (), kwargs, strict=False)
             targets = {n.target for n in program.graph.nodes}
-            if any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets):
+            mutable = any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets)
+            if mutable or hidden(program):
                 # In-place operations have no place in a graph that is cut into pieces.
                 program = program.run_decompositions({})
     except CaptureError:
@@ -149,7 +161,8 @@ def capture(module: nn.Module, call: Call) -> Captured:
     for node in list(graph.nodes):
         if node.target in _DROPPED:
             graph.erase_node(node)
-    weights, names, inputs = _placeholders(program, call)
+    weights, names, inputs = _placeholders(module, program, call)
+    take_apart(graph, weights, names)
     captured = Captured(
         graph=graph,
         root=program.graph_module,
@@ -297,7 +310,7 @@ def _check_sizes(name: str, captured: Captured) -> None:
 
 
 def _placeholders(
-    program: Any, call: Call
+    module: nn.Module, program: Any, call: Call
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, int]]:
     weights: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
@@ -308,7 +321,8 @@ def _placeholders(
             continue
         names[spec.arg.name] = str(spec.target)
         if spec.target in program.state_dict:
-            weights[spec.arg.name] = program.state_dict[spec.target]
+            found = program.state_dict[spec.target]
+            weights[spec.arg.name] = own_part(module, spec.target, found)
         else:
             weights[spec.arg.name] = program.constants[spec.target]
     if len(user) != len(call.leaves):

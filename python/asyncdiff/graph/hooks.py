@@ -7,6 +7,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..errors import InputError
+from .layers.casting import CASTING
+
+#: Hooks of diffusers that compute the same in every call: they are a part of what is exported.
+TRACED = (CASTING, "peft_autocast_disable")
 
 
 def check_forward(module: nn.Module) -> None:
@@ -21,6 +25,7 @@ def check_forward(module: nn.Module) -> None:
     if forward is not None:
         own = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
         if own != (module, type(module).forward):
+            _check_attached(type(module).__name__, module)
             raise InputError(
                 "the denoiser's forward was replaced (by offloading, DeepCache or another patch), "
                 "which would go past asyncdiff: undo that first"
@@ -39,19 +44,7 @@ def check_hooks(module: nn.Module) -> None:
         )
     for path, child in module.named_modules():
         layer = path or type(child).__name__
-        if "_hf_hook" in vars(child):
-            raise InputError(
-                "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks() and move "
-                "the pipeline to a device first"
-            )
-        # An empty registry is left behind where hooks were, or might have been.
-        hooks = getattr(vars(child).get("_diffusers_hook"), "hooks", None)
-        if hooks:
-            raise InputError(
-                f"layers of the denoiser have hooks of diffusers ({', '.join(hooks)}), for "
-                "caching, offloading or casting: asyncdiff does not serve them. Undo that first "
-                "(disable_cache()), or load the pipeline without it"
-            )
+        _check_attached(layer, child)
         if child._forward_pre_hooks or child._forward_hooks:
             raise InputError(
                 f"layer {layer} has a forward hook (register_forward_hook, "
@@ -63,3 +56,45 @@ def check_hooks(module: nn.Module) -> None:
                 f"layer {layer} is compiled by itself (module.compile(), "
                 "compile_repeated_blocks()): leave that to asyncdiff (compile=True)"
             )
+
+
+def _check_attached(layer: str, module: nn.Module) -> None:
+    """Raise InputError for what accelerate or diffusers hung on a layer, unless it is the same in
+    every call."""
+    if "_hf_hook" in vars(module):
+        raise InputError(
+            "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks(), move the "
+            "pipeline to a device and parallelise it. pipe.enable_model_cpu_offload() after "
+            "that offloads its other parts"
+        )
+    # An empty registry is left behind where hooks were, or might have been.
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
+    for name, hook in hooks.items():
+        if name not in TRACED:
+            _refuse(layer, name, hook)
+
+
+def _refuse(layer: str, name: str, hook: object) -> None:
+    """Raise InputError for a hook of diffusers that does something else from call to call."""
+    where, source = f"{name} on {layer}", type(hook).__module__
+    if "cache" in source or "broadcast" in source:
+        raise InputError(
+            f"the denoiser has a cache ({where}), which leaves out work in some calls, while "
+            "asyncdiff spreads the work of all calls over devices: both at once do not go. Call "
+            "disable_cache() on the denoiser first, or run the pipeline without asyncdiff"
+        )
+    if "offload" in source:
+        raise InputError(
+            f"the denoiser is offloaded in groups ({where}): each device holds its own part of it "
+            "already. Load the pipeline without that, parallelise it, and then offload its other "
+            "parts: pipe.enable_group_offload() leaves the denoiser as it is"
+        )
+    if "parallel" in source:
+        raise InputError(
+            f"the denoiser is spread over processes by diffusers ({where}): load it without "
+            "enable_parallelism(), and let asyncdiff spread it"
+        )
+    raise InputError(
+        f"layers of the denoiser have hooks of diffusers ({where}), which asyncdiff does not know: "
+        "take them off first, or run the pipeline without asyncdiff"
+    )

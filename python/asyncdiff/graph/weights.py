@@ -15,16 +15,19 @@ from torch import nn
 from ..errors import InputError
 from .capture import Captured
 from .checkpoint import Checkpoint
+from .layers.quantized import check_weights, own_classes, plain, stays_at_home
 
 
 class Weights:
     """Brings a denoiser's weights to the devices of its components.
 
     With a ``checkpoint``, from there: those that the module has are freed, until :meth:`restore`.
-    Raises InputError where it does not hold the module's weights.
+    Raises InputError where it does not hold the module's weights, or these are quantised in a way
+    that cannot be served.
     """
 
     def __init__(self, module: nn.Module, checkpoint: Checkpoint | None = None) -> None:
+        check_weights(module)
         self.module = module
         self.checkpoint = checkpoint
         #: Where the module lay before its weights were spread.
@@ -39,6 +42,11 @@ class Weights:
         self._channels_last: list[torch.Tensor] = []
         self._freed: FreedModule | None = None
         if checkpoint is not None:
+            for name, weight in own_classes(module).items():
+                raise InputError(
+                    f"{name} is quantised ({type(weight).__name__}), and a checkpoint's weights "
+                    "are read as plain tensors: leave checkpoint out"
+                )
             self._freed = FreedModule(module, checkpoint)
 
     def channels_last(self) -> None:
@@ -52,7 +60,10 @@ class Weights:
                 self._channels_last.append(weight)
 
     def offload(self) -> None:
-        """Move the module's own copy to host memory, so that a device holds its component only."""
+        """Move the module's own copy to host memory, so that a device holds its component only; not
+        where it has to stay, see :func:`~.layers.quantized.stays_at_home`."""
+        if stays_at_home(self.module):
+            return
         if self.home.type == "cuda" and not self._offloaded and self._freed is None:
             self._offloaded = True  # a part of it, should the host have no memory for all
             nn.Module.to(self.module, "cpu")
@@ -99,7 +110,7 @@ class Weights:
         weight = captured.weights[name]
         if weight.device.type == "meta" and self._freed is not None:
             return self._freed.read(captured.names[name], weight).to(device)
-        return weight.detach().to(device, copy=not self._shared(weight, device))
+        return plain(weight).to(device, copy=not self._shared(weight, device))
 
     def renew(self, captured: Captured) -> bool:
         """Write what the weights are now into the copies of them; whether that was possible. Not
@@ -124,7 +135,7 @@ class Weights:
             return True
         if self._shared(weight, copy.device):
             return copy.data_ptr() == weight.data_ptr()
-        copy.copy_(weight.detach())
+        copy.copy_(plain(weight))
         return True
 
     @staticmethod

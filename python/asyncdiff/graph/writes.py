@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from ..errors import InputError
+from .layers.quantized import plain
 
 #: So many elements of each weight are looked at.
 _SAMPLES = 8
@@ -30,7 +31,7 @@ class WeightWatch:
         self._marks = self._mark()
         self._samples: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
         for weight in self._weights:
-            if type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.numel() > 0:
+            if weight.numel() > 0:
                 kind = weight.device, weight.element_size()
                 self._samples.setdefault(kind, []).append(sample(weight))
         self._values = self._read()
@@ -124,7 +125,7 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     extent = 1 + sum((n - 1) * stride for n, stride in strides)
     count = min(_SAMPLES, extent)
     step = max(1, (extent - 1) // max(1, count - 1))
-    return weight.detach().as_strided((count, 1), (step, 1)).view(torch.uint8)
+    return plain(weight).as_strided((count, 1), (step, 1)).view(torch.uint8)
 
 
 def _waits(device: torch.device) -> bool:

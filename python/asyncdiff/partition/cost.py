@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..graph.capture import Captured, nbytes_of, tensors_of
+from ..graph.layers.quantized import plain
 from ..graph.program import on_device, resolve
 from ..progress import tell
 
@@ -213,7 +214,7 @@ def link_speed(devices: Sequence[torch.device]) -> float:
 
 
 def _weight(captured: Captured, name: str, device: torch.device) -> torch.Tensor:
-    return captured.weights[name].detach().to(device)
+    return plain(captured.weights[name]).to(device)
 
 
 def _bring(

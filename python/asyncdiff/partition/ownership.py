@@ -53,9 +53,24 @@ def balanced(
     for output in captured.outputs:
         for v in carried.get(output, ()):
             last_use[v] = len(owned)
-    ms = [costs.ms[n] for n in owned]
+    decoding = _of_weights(captured, costs)
+    ms = [costs.ms[n] + decoding.get(n, 0.0) for n in owned]
     starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies)
     return [owned[p].name for p in starts]
+
+
+def _of_weights(captured: Captured, costs: Costs) -> dict[fx.Node, float]:
+    """What every run computes of weights alone, as of quantised ones, in milliseconds, by the first
+    owned node that needs it."""
+    waiting: dict[fx.Node, float] = {}
+    found: dict[fx.Node, float] = {}
+    for node in captured.nodes:
+        ms = sum(waiting.pop(s, 0.0) for s in node.all_input_nodes)
+        if node in captured.variant and captured.ownable(unit_of(node)):
+            found[unit_of(node)] = found.get(unit_of(node), 0.0) + ms
+        elif captured.each_run(node):
+            waiting[node] = ms + (0.0 if node in captured.variant else costs.ms[node])
+    return found
 
 
 def by_cuts(captured: Captured, cuts: Sequence[str]) -> Owners:

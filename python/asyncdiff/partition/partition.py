@@ -10,6 +10,7 @@ from torch import fx
 
 from ..errors import PartitionError
 from ..graph.capture import Captured, nbytes_of
+from ..graph.layers.quantized import plain
 from ..graph.program import build
 from ..schedule.plan import Exchange
 from .cost import Costs, estimate
@@ -86,7 +87,7 @@ class Partition:
             sends,
             self.captured.outputs if last else [],
             device,
-            weight or (lambda name, device: self.captured.weights[name].detach().to(device)),
+            weight or (lambda name, device: plain(self.captured.weights[name]).to(device)),
         )
 
     def report(self) -> PartitionReport:

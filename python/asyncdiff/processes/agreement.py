@@ -12,6 +12,7 @@ from torch import nn
 
 from ..graph.capture import Captured
 from ..graph.checkpoint import Checkpoint
+from ..graph.layers.quantized import parts_of
 from ..graph.signature import Call
 from ..graph.writes import bits, sample
 from ..partition.partition import Partition
@@ -83,7 +84,7 @@ def digest(values: Iterable[str | torch.Tensor]) -> str:
 def _samples(weights: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Bytes of a few elements of each weight, of one kind of device and dtype together."""
     found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for weight in weights:
+    for weight in (part for whole in weights for part in parts_of(whole)):
         if weight.device.type != "meta" and weight.numel() > 0:
             found.setdefault((weight.device, weight.dtype), []).append(sample(weight))
     return [torch.cat(some) for some in found.values()]

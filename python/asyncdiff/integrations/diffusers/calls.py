@@ -40,13 +40,15 @@ class Run:
 
     ``pipe`` may be a copy; None: other code calls the denoiser. ``options`` are the arguments that
     go to the scheduler's steps. ``watching``: whether options of the denoiser may change in the
-    middle. ``shown``: the bar of its steps, where it has made one.
+    middle. ``shown``: the bar of its steps, where it has made one. ``begun``: whether a denoiser
+    was called.
     """
 
     pipe: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     watching: bool = True
     shown: Any = None
+    begun: bool = False
 
 
 class Calls:
@@ -62,7 +64,7 @@ class Calls:
         *,
         leads: bool = False,
     ) -> None:
-        self._pipe, self._name = pipe, name
+        self._pipe, self.name = pipe, name
         self.module: nn.Module = getattr(pipe, name)
         self.denoiser, self.auto = denoiser, auto
         self._leads = leads
@@ -88,7 +90,7 @@ class Calls:
 
     def told(self, pipe: Any) -> int | None:
         """How many calls a step has by the code of a pipeline that runs; None: it does not tell."""
-        return calls_in_a_step(pipe, self._name)
+        return calls_in_a_step(pipe, self.name)
 
     @property
     def progress(self) -> tuple[int, int] | None:
@@ -134,12 +136,18 @@ class Calls:
         finally:
             self._branch_name = before
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the denoiser computes in, where its weights are not stored in that."""
+        weight = next(self.module.parameters(), None)
+        return getattr(self.module, "dtype", None if weight is None else weight.dtype)
+
     def check_dtype(self, dtype: torch.dtype | None) -> None:
         """Raise InputError where the weights have another dtype, which their ranks keep."""
-        weight = next(self.module.parameters(), None)
-        if dtype is not None and weight is not None and dtype != weight.dtype:
+        own = self.dtype
+        if dtype is not None and dtype != own:
             raise InputError(
-                f"the denoiser's weights are spread over its ranks in {weight.dtype}: call "
+                f"the denoiser's weights are spread over its ranks in {own}: call "
                 f"handle.restore(), change it to {dtype}, and call asyncdiff.parallelize() again"
             )
 

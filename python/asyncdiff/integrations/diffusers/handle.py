@@ -64,6 +64,11 @@ class Handle(ReadOnlySettings):
         return [calls.denoiser for calls in self._calls]
 
     @property
+    def names(self) -> list[str]:
+        """Under which names the pipeline has its denoisers."""
+        return [calls.name for calls in self._calls]
+
+    @property
     def active(self) -> bool:
         """Whether the pipeline is parallelised by this handle; not after :meth:`restore`."""
         return self._calls[0].module.__dict__.get(HANDLE) is self
@@ -211,7 +216,16 @@ class Handle(ReadOnlySettings):
                         "guidance in one batch: use AsyncDenoiser.calibrate()"
                     )
                 raise FirstCall(call)
+            self._make_room(calls.run)
             return calls.serve(call)
+
+    def _make_room(self, run: Run) -> None:
+        """Before the first step, take models from the GPU that the pipeline offloads: the denoiser,
+        whose turn it is, has no hook that would do it."""
+        if not run.begun:
+            run.begun = True
+            for hook in getattr(run.pipe, "_all_hooks", ()):
+                hook.offload()
 
     def show(self, bar: Any) -> None:
         """The pipeline has made the bar of its steps."""

@@ -99,9 +99,9 @@ def denoiser_class(base: Any) -> type:
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             """What ``half()``, ``float()``, ``cuda()`` and the like end in."""
-            weight = next(self.parameters(), None)
-            if weight is not None:
-                self.__dict__[CALLS].check_dtype(fn(weight.new_empty(0)).dtype)
+            calls = self.__dict__[CALLS]
+            if calls.dtype is not None:
+                calls.check_dtype(fn(torch.empty(0, dtype=calls.dtype)).dtype)
             return self
 
     if hasattr(base, "cache_context"):  # diffusers' name for what one of several calls is about
@@ -145,4 +145,46 @@ def pipeline_class(base: Any) -> type:
 
         __reduce_ex__, __copy__ = _reduce, _shallow_copy
 
+    for name in filter(functools.partial(hasattr, base), _OF_OTHER_PARTS):
+        setattr(Parallel, name, _of_other_parts(getattr(base, name)))
+    if hasattr(base, "components"):
+        Parallel.components = property(_components(base))
     return named_like(Parallel, base)
+
+
+#: What a pipeline does with all of its models that it runs by itself, and says of them.
+_OF_OTHER_PARTS = (
+    *("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+    "_execution_device",
+)
+#: An attribute of a pipeline that does one of these.
+_WITHOUT = "_asyncdiff_without_denoisers"
+
+
+def _of_other_parts(theirs: Any) -> Any:
+    """A pipeline's method or property, which is to leave its denoisers out: their components are on
+    the devices where they belong."""
+    is_property = isinstance(theirs, property)
+    call: Any = theirs.fget if is_property else theirs
+
+    @functools.wraps(call)
+    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.__dict__.get(_WITHOUT, False)
+        self.__dict__[_WITHOUT] = True
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self.__dict__[_WITHOUT] = before
+
+    return property(ours) if is_property else ours
+
+
+def _components(base: Any) -> Any:
+    def components(self: Any) -> dict[str, Any]:
+        every: dict[str, Any] = base.components.fget(self)
+        handle = self.__dict__.get(HANDLE)
+        if handle is None or not self.__dict__.get(_WITHOUT, False):
+            return every
+        return {name: part for name, part in every.items() if name not in handle.names}
+
+    return components

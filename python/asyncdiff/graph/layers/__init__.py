@@ -1,0 +1,1 @@
+"""What layers do that the exporter does not follow by itself."""
