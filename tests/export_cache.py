@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from asyncdiff.graph.layers.attention import chosen
 from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
 
 #: Packages whose classes do nothing when they are called but compute.
@@ -88,7 +89,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _modes() -> Any:
     autocast = tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return torch.get_default_dtype(), autocast, modes
+    return torch.get_default_dtype(), autocast, modes, chosen()
 
 
 def _of_inputs(inputs: Any) -> Any:

@@ -15,12 +15,14 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError, InputError
 from ..progress import stage
+from .layers.attention import attend, backends_recorded
 from .layers.casting import casts_traced
 from .layers.quantized import has_labels, hidden, own_part, take_apart, with_labels
 from .side_effects import refused
@@ -136,6 +138,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
             progress,
             refused(module),
             casts_traced(module),
+            backends_recorded(),
             traced,
         ):
             exported = _with_values(module, home) if valued else module
@@ -185,8 +188,9 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 class _Traced(TorchFunctionMode):
     """Operations in the place of some that the exporter does not trace: it does not see
     ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
-    written through the strides of a view, as ``fill_diagonal_`` does. ``ahead``: what is made of
-    tensors alone that have values is computed at once, so that sizes may depend on it."""
+    written through the strides of a view, as ``fill_diagonal_`` does. Attention is by
+    the kernels that are chosen now. ``ahead``: what is made of tensors alone that have values is
+    computed at once, so that sizes may depend on it."""
 
     def __init__(self, *, ahead: bool) -> None:
         super().__init__()
@@ -197,6 +201,8 @@ class _Traced(TorchFunctionMode):
     ) -> Any:
         if function == _DATA:
             return args[0].detach()
+        if function is scaled_dot_product_attention:
+            return attend(*args, **(kwargs or {}))
         if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
             args[0].diagonal().fill_(args[1])
             return args[0]

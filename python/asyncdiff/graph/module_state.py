@@ -12,19 +12,23 @@ from typing import Any
 
 from torch import nn
 
+from .layers.attention import chosen
+
 #: So many states are known again.
 _KNOWN = 8
 
 
 class ModuleState:
     """The submodules of a denoiser, their classes and hooks, which tensors are their weights, and
-    the plain values among the attributes of these and of their attention processors."""
+    the plain values among the attributes of these and of their attention processors; and what is
+    chosen for attention beside them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._layers: list[nn.Module] = []
         self._classes: list[tuple[type, Any]] = []
         self._copies: list[tuple[Any, Any]] = []
+        self._attention: tuple[Any, ...] = ()
         #: their numbers, and what they consist of, so that its addresses are nobody else's
         self._known: dict[Any, tuple[int, Any]] = {}
         self._unused = itertools.count(1)
@@ -36,7 +40,8 @@ class ModuleState:
             self._layers = list(self._module.modules())
             self._classes = _classes(self._layers)
             self._copies = [(x, x.copy()) for child in self._layers for x in _containers(child)]
-            state = (*self._classes, *(_frozen(x) for x, _ in self._copies))
+            self._attention = chosen()
+            state = (*self._attention, *self._classes, *(_frozen(x) for x, _ in self._copies))
             if state not in self._known:
                 self._known[state] = next(self._unused), self._copies
                 if len(self._known) > _KNOWN:
@@ -50,6 +55,7 @@ class ModuleState:
             return bool(self._layers) and (
                 all(now == then for now, then in self._copies)
                 and _classes(self._layers) == self._classes
+                and chosen() == self._attention
             )
         except (RuntimeError, ValueError):  # other tensors, which have no truth
             return False
