@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .hooks import hooks_of, is_own
 from .layers.attention import chosen
 
 #: So many states are known again.
@@ -91,6 +92,11 @@ def _frozen(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         return object, id(value)
+    value = dict(value)
+    hooked = value.pop("forward", None)
+    if hooked is not None and not is_own(hooked):
+        # A hook may be a new one in each call, and wraps the layer's forward anew.
+        value["forward"] = hooks_of(value) or hooked
     return tuple(
         # A processor may be a new one in each call.
         (n, type(x), _frozen(getattr(x, "__dict__", {})))

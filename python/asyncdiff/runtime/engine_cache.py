@@ -62,9 +62,8 @@ class EngineCache:
     ) -> None:
         self._module = module
         self._state = ModuleState(module)
-        #: the denoiser's state when an engine was asked for last, and how often it was another one
-        #: then or since
-        self._number, self._states = 0, 0
+        #: the denoiser's state, when that was looked at last
+        self._number = 0
         self._weights = weights
         self._places = list(places)
         self._config = config
@@ -83,13 +82,10 @@ class EngineCache:
         """Whether the denoiser, or a weight of it, is not what it was when ``engine`` was asked for
         last. So it is for those that were dropped."""
         self._look()
-        return not any(kept.serves(engine, self._states) for kept in self._kept.values())
+        return not any(kept.serves(engine, self._number) for kept in self._kept.values())
 
     def _look(self) -> None:
-        """Count a state of the denoiser that is not the one seen last."""
-        number = self._state.number()
-        self._states += number != self._number
-        self._number = number
+        self._number = self._state.number()
 
     def get(
         self,
@@ -149,7 +145,7 @@ class EngineCache:
                 self._kept[kind] = Prepared(watch)
             self._kept[kind].take(branch.index, made)
         self._kept.move_to_end(kind)
-        return self._kept[kind].asked(branch.index, self._states)
+        return self._kept[kind].asked(branch.index, self._number)
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""
@@ -169,7 +165,7 @@ class EngineCache:
             e
             for kept in self._kept.values()
             for e in kept.engines
-            if any(e is b for b in self._beside) and kept.serves(e, self._states)
+            if any(e is b for b in self._beside) and kept.serves(e, self._number)
         ]
         count = self._config.components
         return [e for e in (*same, *beside) if len(e.partition.components) == count]

@@ -16,8 +16,9 @@ class Ranks:
 
     engine: Engine | Groups
     whole: Engine | Groups | None = None
-    #: of the denoiser and of its weights, those that it had when it was asked for last
-    states: int = 0
+    #: which state the denoiser had when it was asked for last, and how often its weights had been
+    #: taken anew
+    state: int = 0
     renewals: int = 0
 
 
@@ -51,18 +52,18 @@ class Prepared:
             if over is not None:
                 over.close()
 
-    def asked(self, index: int, states: int) -> Engine | Groups:
+    def asked(self, index: int, state: int) -> Engine | Groups:
         """The engine of a branch, which is asked for in this state of the denoiser."""
         ranks = self.branches[index]
-        ranks.states, ranks.renewals = states, self.renewals
+        ranks.state, ranks.renewals = state, self.renewals
         return ranks.engine
 
-    def serves(self, engine: Engine | Groups, states: int) -> bool:
+    def serves(self, engine: Engine | Groups, state: int) -> bool:
         """Whether an engine is one of these, and nothing has changed since it was asked for, also
-        not because another branch has asked; ``states``: that of the denoiser now."""
+        not because another branch has asked; ``state``: that of the denoiser now."""
         for ranks in self.branches.values():
             if engine is ranks.engine or engine is ranks.whole:
-                same = (ranks.states, ranks.renewals) == (states, self.renewals)
+                same = (ranks.state, ranks.renewals) == (state, self.renewals)
                 return same and not self.watch.changed()
         return False
 
