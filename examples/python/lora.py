@@ -28,7 +28,7 @@ def draw(strength: float) -> torch.Tensor:
     return pipe(**call, generator=noise, output_type="latent").images
 
 
-# Another strength is noticed when the next generation begins: the denoiser is prepared for it once.
+# Another strength is noticed when the next generation begins; nothing is prepared for it.
 without, with_style, again = draw(0.0), draw(1.0), draw(0.0)
 print(f"the LoRA changes the latents by {(with_style - without).norm() / without.norm():.0%}")
 print(f"and without it they are the same again: {torch.equal(without, again)}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +13,14 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError, InputError
-from ..progress import stage
-from .layers.attention import attend, backends_recorded
-from .layers.casting import casts_traced
-from .layers.quantized import has_labels, hidden, own_part, take_apart, with_labels
-from .side_effects import refused
-from .signature import Call, Role, Signature, values_in
+from .export import WITHOUT, export, unlogged
+from .layers.quantized import own_part, take_apart
+from .signature import Call, Role, Signature, is_input
+from .state.numbers import Guards
+from .state.structure import Structure
 
 log = logging.getLogger("asyncdiff")
 
@@ -36,12 +30,8 @@ _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
 #: What the exporter says where a value of a tensor would have to be known.
 _OF_VALUES = ("data-dependent", "data dependent", "unbacked")
-#: What can always be done.
-_WITHOUT = "run the denoiser without asyncdiff (restore())"
-_VALUES = f"Its forward must not branch on values of tensors; else {_WITHOUT}"
-_VERSION = f"Try another version of torch or of the denoiser's package; else {_WITHOUT}"
-#: The exporter sets modes of the whole process, which two threads leave set for good.
-_exporting = threading.Lock()
+_VALUES = f"Its forward must not branch on values of tensors; else {WITHOUT}"
+_VERSION = f"Try another version of torch or of the denoiser's package; else {WITHOUT}"
 
 
 @dataclass
@@ -49,10 +39,12 @@ class Captured:
     """A denoiser as one flat graph of ATen operations.
 
     ``graph`` has a placeholder for every weight and every tensor argument. ``weights`` maps the
-    former to their tensors (the module's own parameters, not copies), ``names`` to what the module
-    calls them, ``inputs`` the latter to
+    former to their tensors (the module's own parameters, not copies; of numbers that may be moved,
+    float64 without dimensions), ``names`` to what the module calls them, ``places`` to their names
+    in a :class:`~.state.structure.Structure`, of those that have one; ``inputs`` the latter to
     their index in ``signature.inputs``. ``outputs`` are the leaves of the result (nodes or
-    constants), ``out_spec`` puts them back together. ``seconds`` is what the export took.
+    constants), ``out_spec`` puts them back together. ``guards`` tell for which numbers the graph is
+    right. ``seconds`` is what the export took.
     ``variant`` are the nodes that depend on the latents, ``timed`` those that depend on the time
     but not on the latents, ``once`` those that depend on the conditioning but on neither.
     """
@@ -62,9 +54,11 @@ class Captured:
     signature: Signature
     weights: dict[str, torch.Tensor]
     names: dict[str, str]
+    places: dict[str, str]
     inputs: dict[str, int]
     outputs: list[Any]
     out_spec: pytree.TreeSpec
+    guards: Guards
     seconds: float
     nodes: list[fx.Node] = field(default_factory=list)
     variant: set[fx.Node] = field(default_factory=set)
@@ -99,6 +93,16 @@ class Captured:
         path: str = list(stack.values())[-1][0].split("@")[0]
         return path.removeprefix("L['self']").removeprefix(".")
 
+    def follow(self, structure: Structure) -> None:
+        """Take the weights and numbers that the denoiser has now, which is made of the same layers
+        as when it was exported."""
+        for name, place in self.places.items():
+            slot = structure.slots.get(place)
+            if slot is None:
+                self.weights[name] = structure.tensors[place]
+            elif float(self.weights[name]) != slot.value:
+                self.weights[name].fill_(slot.value)
+
     def unflatten(self, leaves: list[Any]) -> Any:
         """The denoiser's result from its leaves."""
         return pytree.tree_unflatten(leaves, self.out_spec)
@@ -125,30 +129,11 @@ def capture(module: nn.Module, call: Call) -> Captured:
     name = type(module).__name__
     started = time.perf_counter()
     home = next((p.device for p in module.parameters()), torch.device("cpu"))
-    kwargs = call.kwargs([torch.empty_like(x, device=home) for x in call.tensors])
+    tensors = [torch.empty_like(x, device=home) for x in call.tensors]
+    kwargs = call.kwargs(tensors, number=lambda tensor: tensor)
+    structure = Structure(module)
     try:
-        progress = stage("exporting the denoiser")
-        valued = any(values_in(x, home) is not x for x in call.leaves)
-        traced = _Traced(ahead=valued)
-        with (
-            _exporting,
-            torch.no_grad(),
-            _unlogged(),
-            _without_source_lines(),
-            progress,
-            refused(module),
-            casts_traced(module),
-            backends_recorded(),
-            traced,
-        ):
-            exported = _with_values(module, home) if valued else module
-            exported = with_labels(exported) if has_labels(module) else exported
-            program = torch.export.export(exported, (), kwargs, strict=False)
-            targets = {n.target for n in program.graph.nodes}
-            mutable = any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets)
-            if mutable or hidden(program):
-                # In-place operations have no place in a graph that is cut into pieces.
-                program = program.run_decompositions({})
+        program, numbers = export(module, kwargs, call, structure, home)
     except CaptureError:
         raise
     except Exception as e:  # the exporter raises what it likes
@@ -166,15 +151,19 @@ def capture(module: nn.Module, call: Call) -> Captured:
             graph.erase_node(node)
     weights, names, inputs = _placeholders(module, program, call)
     take_apart(graph, weights, names)
+    of_numbers = {id(tensor): n for n, tensor in numbers.tensors.items()}
+    places = {n: of_numbers.get(id(w)) or structure.name_of(w) for n, w in weights.items()}
     captured = Captured(
         graph=graph,
         root=program.graph_module,
         signature=call.signature,
         weights=weights,
         names=names,
+        places={n: place for n, place in places.items() if place is not None},
         inputs=inputs,
         outputs=list(graph.find_nodes(op="output")[0].args[0]),
         out_spec=program.call_spec.out_spec,
+        guards=numbers.guards,
         seconds=time.perf_counter() - started,
     )
     _check_sizes(name, captured)
@@ -182,107 +171,11 @@ def capture(module: nn.Module, call: Call) -> Captured:
     return captured
 
 
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-class _Traced(TorchFunctionMode):
-    """Operations in the place of some that the exporter does not trace: it does not see
-    ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
-    written through the strides of a view, as ``fill_diagonal_`` does. Attention is by
-    the kernels that are chosen now. ``ahead``: what is made of tensors alone that have values is
-    computed at once, so that sizes may depend on it."""
-
-    def __init__(self, *, ahead: bool) -> None:
-        super().__init__()
-        self._ahead = ahead
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function == _DATA:
-            return args[0].detach()
-        if function is scaled_dot_product_attention:
-            return attend(*args, **(kwargs or {}))
-        if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
-            args[0].diagonal().fill_(args[1])
-            return args[0]
-        if self._ahead:
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)]
-            if tensors and all(type(t) is torch.Tensor for t in tensors):
-                with _disable_current_modes():
-                    return function(*args, **(kwargs or {}))
-            if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-                args = (args[0], _by_places(args[1]), *args[2:])
-        return function(*args, **(kwargs or {}))
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def _by_places(index: Any) -> Any:
-    """An index with the places of what masks choose in place of the masks."""
-    found: list[Any] = []
-    for part in index if isinstance(index, tuple) else (index,):
-        if type(part) is torch.Tensor and part.dtype is torch.bool:
-            with _disable_current_modes():
-                found += part.nonzero(as_tuple=True)
-        else:
-            found.append(part)
-    return tuple(found)
-
-
-def _with_values(module: Any, home: torch.device) -> nn.Module:
-    """The denoiser as another object, which takes tensors by their values."""
-    if home.type == "meta":
-        raise CaptureError(
-            f"{type(module).__name__} has sizes that depend on values, which it has to compute "
-            f"with, and its weights are nowhere: load it without a checkpoint, or {_WITHOUT}"
-        )
-
-    class Valued(type(module)):  # type: ignore[misc]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = pytree.tree_map(lambda x: values_in(x, home), (args, kwargs))
-            return super().forward(*args, **kwargs)
-
-    other: nn.Module = object.__new__(Valued)
-    object.__setattr__(other, "__dict__", module.__dict__)
-    return other
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without the pages that torch logs of operations that fail on tensors without memory: the
-    error that is raised says the same in a line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-@contextlib.contextmanager
-def _without_source_lines() -> Iterator[None]:
-    """Nobody asks where in the denoiser's source a node comes from, which takes a fourth of the
-    time of an export to find out."""
-    option = "do_not_emit_stack_traces"
-    before = getattr(fx.config, option, None)
-    if before is None:  # older torch
-        yield
-        return
-    setattr(fx.config, option, True)
-    try:
-        yield
-    finally:
-        setattr(fx.config, option, before)
-
-
 def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> None:
     """Raise InputError where the denoiser does not take these inputs, exported or not: tensors of
     their shapes, without memory, are passed to it as it is."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _unlogged():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), unlogged():
             module(**pytree.tree_map_only(torch.Tensor, mode.from_tensor, dict(kwargs)))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
         if type(e).__module__.startswith("torch."):  # what only tracing minds, such as values
@@ -305,13 +198,13 @@ def _check_sizes(name: str, captured: Captured) -> None:
             where = captured.module_path(node) or "its forward"
             raise CaptureError(
                 f"{name} uses {node.target} in {where}, which has a graph of its own: take the "
-                f"default attention processor, or {_WITHOUT}"
+                f"default attention processor, or {WITHOUT}"
             )
         if any(not isinstance(size, int) for t in tensors_of(node) for size in t.shape):
             raise CaptureError(
                 f"{name} makes tensors whose size depends on values of its inputs ({node.target} "
                 f"in {captured.module_path(node) or 'its forward'}; a mask of tokens, for "
-                f"example), where asyncdiff needs sizes that are fixed: {_WITHOUT}"
+                f"example), where asyncdiff needs sizes that are fixed: {WITHOUT}"
             )
 
 
@@ -333,7 +226,7 @@ def _placeholders(
             weights[spec.arg.name] = program.constants[spec.target]
     if len(user) != len(call.leaves):
         raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
-    tensors = [n for n, leaf in zip(user, call.leaves, strict=True) if leaf is torch.Tensor]
+    tensors = [n for n, leaf in zip(user, call.leaves, strict=True) if is_input(leaf)]
     return weights, names, {name: index for index, name in enumerate(tensors)}
 
 

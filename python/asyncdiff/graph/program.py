@@ -110,6 +110,11 @@ def build(
     return program
 
 
+def weight_name(placeholder: str) -> str:
+    """The attribute of a program that is a weight."""
+    return f"w_{placeholder}"
+
+
 def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
     """Say in the metadata of ``made``, the program's ``node``, whether its value can be kept."""
     if node in captured.views or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -129,7 +134,7 @@ def _attribute(
     device: torch.device,
     weight: Callable[[str, torch.device], torch.Tensor],
 ) -> fx.Node:
-    name = f"w_{source.name}"
+    name = weight_name(source.name)
     if source.op == "get_attr":  # the body of a higher-order operation
         body = captured.root.get_submodule(str(source.target))
         root.add_module(name, _rehomed_module(body, device))

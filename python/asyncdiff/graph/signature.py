@@ -7,7 +7,7 @@ the package never needs to know what a particular model's ``forward`` looks like
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -32,6 +32,11 @@ RESIDUALS = (
     "controlnet_single_block_samples",
     "block_controlnet_hidden_states",
 )
+
+
+#: What an argument ends with that scales the results of adapters: a number that users move from
+#: picture to picture. It is an input, but for 0 and 1, at which denoisers leave something out.
+_SCALES = "attention_kwargs.scale"
 
 
 class Role(str, Enum):
@@ -72,19 +77,25 @@ class Signature:
 class Call:
     """One call of the denoiser: ``tensors`` in the order of ``signature.inputs``.
 
-    ``leaves`` are its arguments, flat, with the class ``torch.Tensor`` wherever a tensor stands;
-    ``spec`` puts them together.
+    ``leaves`` are its arguments, flat, with the class ``torch.Tensor`` wherever a tensor stands,
+    and ``float`` where one stands for a number; ``names`` are theirs, dotted, ``spec`` puts them
+    together.
     """
 
     signature: Signature
     tensors: tuple[torch.Tensor, ...]
     leaves: tuple[Any, ...]
+    names: tuple[str, ...]
     spec: pytree.TreeSpec
 
-    def kwargs(self, tensors: Sequence[torch.Tensor] | None = None) -> dict[str, Any]:
-        """The call's arguments, by keyword; with other ``tensors`` in the place of its own."""
+    def kwargs(
+        self, tensors: Sequence[torch.Tensor] | None = None, number: Callable[[Any], Any] = float
+    ) -> dict[str, Any]:
+        """The call's arguments, by keyword; with other ``tensors`` in the place of its own.
+        ``number``: makes a number of the tensor that stands for it."""
         values = iter(self.tensors if tensors is None else tensors)
-        leaves = [next(values) if x is torch.Tensor else x for x in self.leaves]
+        make: dict[Any, Callable[[Any], Any]] = {torch.Tensor: lambda x: x, float: number}
+        leaves = [make[x](next(values)) if is_input(x) else x for x in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def replacing(self, index: int, tensor: torch.Tensor) -> Call:
@@ -95,6 +106,11 @@ class Call:
     def indices(self, role: Role) -> tuple[int, ...]:
         """Positions in ``tensors`` of the inputs with this role."""
         return self.signature.places[role]
+
+
+def is_input(leaf: Any) -> bool:
+    """Whether one of :attr:`Call.leaves` stands for a tensor."""
+    return leaf is torch.Tensor or leaf is float
 
 
 def parse(
@@ -129,6 +145,8 @@ class Parser:
         #: the arguments of the call before: their tree, shape and dtype of tensors, all else as it
         #: is; that call, without its tensors; and where among the arguments these stood
         self._last: tuple[Any, Call, list[int]] | None = None
+        #: numbers by name, and the tensors that stand for them, which are known again
+        self._numbers: dict[str, tuple[float, torch.Tensor]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The call ``module(*args, **kwargs)``; raises what :func:`parse` does."""
@@ -138,16 +156,24 @@ class Parser:
         if last is None or (spec, each) != last[0]:
             self._last = last = ((spec, each), *self._parse(given, spec))
         _, call, places = last
-        # The timestep may be a number, which would be frozen into the exported graph.
-        tensors = tuple(
-            [x if isinstance(x := given[i], torch.Tensor) else torch.tensor(x) for i in places]
-        )
+        inputs = zip(places, call.signature.inputs, strict=True)
+        tensors = tuple([self._tensor(given[place], x) for place, x in inputs])
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise InputError(
                 "an input of the denoiser asks for its gradient, which ranks do not compute: call "
                 "it under torch.no_grad(), or take gradients without asyncdiff (restore())"
             )
         return replace(call, tensors=tensors)
+
+    def _tensor(self, given: Any, which: Input) -> torch.Tensor:
+        """An input; numbers (the timestep, a scale) would be frozen into the exported graph."""
+        if isinstance(given, torch.Tensor):
+            return given
+        if which.role is Role.TIMESTEP:
+            return torch.tensor(given)
+        if which.name not in self._numbers or self._numbers[which.name][0] != given:
+            self._numbers[which.name] = given, torch.tensor(given, dtype=which.dtype)
+        return self._numbers[which.name][1]
 
     def _parse(self, given: list[Any], spec: pytree.TreeSpec) -> tuple[Call, list[int]]:
         """A call without its tensors, and where these are among the arguments ``given``."""
@@ -157,8 +183,14 @@ class Parser:
         leaves = {name: given[place] for name, place in places.items()}
         time = self._timestep or next((n for n in TIMESTEP if n in leaves), "")
         number = leaves.get(time)
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if _is_number(number):
             leaves[time] = torch.tensor(number)
+        moved = [
+            n
+            for n, x in leaves.items()
+            if n.endswith(_SCALES) and _is_number(x) and x not in (0, 1)
+        ]
+        leaves |= {n: torch.tensor(leaves[n], dtype=torch.float64) for n in moved}
         tensors = {n: x for n, x in leaves.items() if isinstance(x, torch.Tensor)}
         latents = _choose("latents", self._latents, LATENTS, list(tensors), 0)
         timestep = _choose("timestep", self._timestep, TIMESTEP, list(tensors), 1)
@@ -174,8 +206,10 @@ class Parser:
             tuple((n, _hashable(n, x)) for n, x in leaves.items() if n not in tensors),
             str(tree),
         )
-        template = tuple(torch.Tensor if n in tensors else x for n, x in leaves.items())
-        return Call(signature, (), template, tree), [places[n] for n in tensors]
+        marks = dict.fromkeys(tensors, torch.Tensor) | dict.fromkeys(moved, float)
+        template = tuple(marks.get(n, x) for n, x in leaves.items())
+        call = Call(signature, (), template, tuple(leaves), tree)
+        return call, [places[n] for n in tensors]
 
 
 #: What a constant begins with that is the values of a tensor.
@@ -188,28 +222,27 @@ KnownValues = dict[str, tuple[torch.Tensor, int, str]]
 
 def by_values(call: Call, known: KnownValues) -> Call:
     """The same call with the values of conditioning that is no floating point numbers, masks of
-    tokens, say, among its constants: what is prepared for it is for these values alone. The call
-    itself, where there are none. On a GPU the host waits, unless they are ``known``."""
-    each = zip(call.signature.inputs, call.tensors, strict=True)
-    texts = [
-        _text_of(x.name, t, known)
-        if x.role is Role.CONDITIONING and not t.is_floating_point()
-        else None
-        for x, t in each
-    ]
-    if not any(texts):
+    tokens, say, and of numbers, among its constants: what is prepared for it is for these values
+    alone. The call itself, where there are none. On a GPU the host waits, unless they are
+    ``known``."""
+    marks = [leaf for leaf in call.leaves if is_input(leaf)]
+    each = zip(call.signature.inputs, call.tensors, marks, strict=True)
+    texts = [_constant_of(x, t, mark, known) for x, t, mark in each]
+    if all(text is None for text in texts):
         return call
     kept = [i for i, text in enumerate(texts) if text is None]
     inputs = call.signature.inputs
-    found = tuple((x.name, text) for x, text in zip(inputs, texts, strict=True) if text)
+    pairs = zip(inputs, texts, strict=True)
+    found = tuple((x.name, text) for x, text in pairs if text is not None)
     signature = replace(
         call.signature,
         inputs=tuple(inputs[i] for i in kept),
         constants=call.signature.constants + found,
     )
     every = iter(texts)
-    leaves = tuple((next(every) or x) if x is torch.Tensor else x for x in call.leaves)
-    return Call(signature, tuple(call.tensors[i] for i in kept), leaves, call.spec)
+    leaves = tuple(_or(next(every), x) if is_input(x) else x for x in call.leaves)
+    tensors = tuple(call.tensors[i] for i in kept)
+    return replace(call, signature=signature, tensors=tensors, leaves=leaves)
 
 
 def values_in(constant: Any, device: torch.device) -> Any:
@@ -219,6 +252,23 @@ def values_in(constant: Any, device: torch.device) -> Any:
     dtype, shape, values = constant.removeprefix(_VALUES).split(" ")
     raw = torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, dtype))
     return raw.reshape([int(n) for n in shape.split("x") if n]).to(device)
+
+
+def _or(constant: Any, leaf: Any) -> Any:
+    return leaf if constant is None else constant
+
+
+def _constant_of(x: Input, tensor: torch.Tensor, mark: Any, known: KnownValues) -> Any:
+    """What stands for an input among the constants; None for what stays an input."""
+    if x.role is not Role.CONDITIONING:
+        return None
+    if mark is float:
+        return float(tensor)
+    return None if tensor.is_floating_point() else _text_of(x.name, tensor, known)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _text_of(name: str, tensor: torch.Tensor, known: KnownValues) -> str:

@@ -6,7 +6,8 @@ With a checkpoint the module holds none: a component's are read when they are ne
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from ..errors import InputError
 from .capture import Captured
 from .checkpoint import Checkpoint
 from .layers.quantized import check_weights, own_classes, plain, stays_at_home
+from .writes import Written
+
+
+@dataclass(eq=False)
+class Held:
+    """A weight on a device: ``tensor`` has the values of ``weight``, or is it, where that lies
+    there (``shared``)."""
+
+    tensor: torch.Tensor
+    weight: torch.Tensor
+    shared: bool
+
+    def like(self, weight: torch.Tensor) -> bool:
+        """Whether it can have the values of another weight."""
+        return (self.tensor.shape, self.tensor.dtype) == (weight.shape, weight.dtype)
+
+    def take(self, weight: torch.Tensor) -> None:
+        """Have the values of this weight."""
+        self.tensor.copy_(plain(weight))
+        self.weight = weight
 
 
 class Weights:
@@ -32,11 +53,12 @@ class Weights:
         self.checkpoint = checkpoint
         #: Where the module lay before its weights were spread.
         self.home = next((p.device for p in module.parameters()), torch.device("cpu"))
-        self._copies: weakref.WeakValueDictionary[tuple[int, torch.device], torch.Tensor] = (
+        #: by the weight's name in the structure of the denoiser, or the address of another one
+        self._held: weakref.WeakValueDictionary[tuple[str | int, torch.device], Held] = (
             weakref.WeakValueDictionary()
         )
         #: which of them are of the denoiser captured last, and known to be its weights
-        self._known: set[tuple[int, torch.device]] = set()
+        self._known: set[tuple[str | int, torch.device]] = set()
         self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
         self._channels_last: list[torch.Tensor] = []
@@ -90,20 +112,35 @@ class Weights:
                 raise
             self._offloaded = False
 
-    def get(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
+    def get(self, captured: Captured, name: str, device: torch.device) -> Held:
         """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
         weight = captured.weights[name]
         if captured is not self._captured():
             self._captured = weakref.ref(captured)
             self._known.clear()
-        key = (id(weight), device)
-        copy = self._copies.get(key)
-        if copy is None or key not in self._known:
-            # It may have been written to since another engine took it.
-            if copy is None or not self._renewed(weight, copy):
-                self._copies[key] = copy = self.bring(captured, name, device)
-            self._known.add(key)
-        return copy
+        key = captured.places.get(name, id(weight)), device
+        held = self._held.get(key)
+        if held is None or not self._fits(held, weight, device):
+            tensor = self.bring(captured, name, device)
+            self._held[key] = held = Held(tensor, weight, self._shared(weight, device))
+        elif self._written(held, weight, known=key in self._known):
+            held.take(weight)
+        self._known.add(key)
+        return held
+
+    @staticmethod
+    def _written(held: Held, weight: torch.Tensor, known: bool) -> bool:
+        """Whether a copy is not, or may not be any more, what the weight is."""
+        if held.shared or weight.device.type == "meta":  # what is in a checkpoint stays
+            return False
+        # It may have been written to since another engine took it.
+        return not known or held.weight is not weight
+
+    def _fits(self, held: Held, weight: torch.Tensor, device: torch.device) -> bool:
+        """Whether what is there can be, or become, the copy of a weight."""
+        if not held.like(weight) or held.shared != self._shared(weight, device):
+            return False
+        return not held.shared or _same_memory(held.tensor, weight)
 
     def bring(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
         """The weight of placeholder ``name`` on ``device``, of which nothing is kept here."""
@@ -112,35 +149,36 @@ class Weights:
             return self._freed.read(captured.names[name], weight).to(device)
         return plain(weight).to(device, copy=not self._shared(weight, device))
 
-    def renew(self, captured: Captured) -> bool:
-        """Write what the weights are now into the copies of them; whether that was possible. Not
-        where a weight that is shared lies elsewhere now, or has another shape or dtype. Call when
-        no rank computes."""
-        devices = {device for _, device in self._copies}
-        renewed = [
-            self._renewed(weight, copy)
-            for weight in captured.weights.values()
-            for device in devices
-            if (copy := self._copies.get((id(weight), device))) is not None
-        ]
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return all(renewed)
-
-    def _renewed(self, weight: torch.Tensor, copy: torch.Tensor) -> bool:
-        if (copy.shape, copy.dtype) != (weight.shape, weight.dtype):
-            return False
-        if weight.device.type == "meta":  # what is in a checkpoint stays
-            return True
-        if self._shared(weight, copy.device):
-            return copy.data_ptr() == weight.data_ptr()
-        copy.copy_(plain(weight))
-        return True
+    def renew(
+        self, captured: Captured, held: Mapping[str, Held], written: Written
+    ) -> dict[str, Held] | None:
+        """Write the weights that the denoiser has now into the copies of them that a rank has, by
+        name, where they are other ones, or were ``written`` to. What is returned stands for what
+        the rank shares, which lies elsewhere now; None where a rank has to be made anew, for
+        weights of other shapes or dtypes. Call when no rank computes."""
+        moved: dict[str, Held] = {}
+        for name, mine in held.items():
+            weight, device = captured.weights[name], mine.tensor.device
+            if weight.device.type == "meta":  # what is in a checkpoint stays
+                continue
+            if not mine.like(weight):
+                return None
+            if mine.shared or self._shared(weight, device):
+                if not (mine.shared and _same_memory(mine.tensor, weight)):
+                    moved[name] = other = self.get(captured, name, device)
+                    if other.tensor.stride() != mine.tensor.stride():
+                        return None
+            elif mine.weight is not weight or written is None or id(weight) in written:
+                mine.take(weight)
+        return moved
 
     @staticmethod
     def _shared(weight: torch.Tensor, device: torch.device) -> bool:
         return weight.device == device
+
+
+def _same_memory(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
+    return tensor.data_ptr() == weight.data_ptr() and tensor.stride() == weight.stride()
 
 
 class FreedModule:

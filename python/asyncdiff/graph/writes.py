@@ -17,8 +17,12 @@ from .layers.quantized import plain
 _SAMPLES = 8
 
 
+#: The addresses of weights that were written to; None: any of them may have been.
+Written = set[int] | None
+
+
 class WeightWatch:
-    """Weights as they are when this is made; looked at within a millisecond, whenever a generation
+    """Weights as they are when this is made; looked at within milliseconds, whenever a generation
     begins.
 
     Each is known by its address, by how often torch saw it written to, and by the values of a few
@@ -29,24 +33,38 @@ class WeightWatch:
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         self._weights = list({id(w): w for w in weights if w.device.type != "meta"}.values())
         self._marks = self._mark()
+        #: elements by kind, as views, and of each row which weight's they are
         self._samples: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+        self._owners: dict[tuple[torch.device, int], list[int]] = {}
         for weight in self._weights:
             if weight.numel() > 0:
-                kind = weight.device, weight.element_size()
-                self._samples.setdefault(kind, []).append(sample(weight))
+                kind, elements = (weight.device, weight.element_size()), sample(weight)
+                self._samples.setdefault(kind, []).append(elements)
+                self._owners.setdefault(kind, []).extend([id(weight)] * len(elements))
         self._values = self._read()
 
     def changed(self) -> bool:
         """Whether something was written. For weights on a GPU the host waits."""
         return self._mark() != self._marks or not all(
-            torch.equal(now, then) for now, then in zip(self._read(), self._values, strict=True)
+            torch.equal(now, self._values[kind]) for kind, now in self._read().items()
         )
+
+    def written(self) -> Written:
+        """The addresses of those that torch has seen written to; None where it has not seen all,
+        as a few elements tell: it may be any then. For weights on a GPU the host waits."""
+        each = zip(self._weights, self._mark(), self._marks, strict=True)
+        counted = {id(w) for w, now, then in each if now != then}
+        for kind, now in self._read().items():
+            rows = (now != self._values[kind]).any(1).nonzero().flatten().tolist()
+            if not {self._owners[kind][row] for row in rows} <= counted:
+                return None
+        return counted
 
     def _mark(self) -> list[tuple[int, int | None]]:
         return [(w.data_ptr(), _version(w)) for w in self._weights]
 
-    def _read(self) -> list[torch.Tensor]:
-        return [torch.cat(samples) for samples in self._samples.values()]
+    def _read(self) -> dict[tuple[torch.device, int], torch.Tensor]:
+        return {kind: torch.cat(samples) for kind, samples in self._samples.items()}
 
 
 class Seen:

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..graph.batch import BatchSplit
 from ..graph.signature import Call, Role, Signature, parse
+from ..graph.weights import Weights
+from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..processes.team import Team
 from ..schedule.actions import Tick
@@ -146,6 +148,10 @@ class Groups:
         """Stop a generation in the middle."""
         for engine in self.engines:
             engine.abandon(cause)
+
+    def renew(self, weights: Weights, written: Written) -> bool:
+        """See :meth:`asyncdiff.runtime.engine.Engine.renew`."""
+        return False not in [engine.renew(weights, written) for engine in self.engines]
 
     def forget(self) -> None:
         """See :meth:`asyncdiff.runtime.engine.Engine.forget`."""

@@ -21,6 +21,7 @@ import asyncdiff_core as core
 from ..errors import ProcessError, RankError
 from ..graph.signature import Role
 from ..graph.weights import Weights
+from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..processes.team import Team, lost
 from ..progress import Progress, stage
@@ -73,19 +74,16 @@ class Engine:
         self._latents = self.signature.places[Role.LATENTS]
         #: this process's ranks, in order
         self.workers: list[Worker] = []
-        weight = functools.partial(weights.get, partition.captured)
 
         def make() -> None:
             for rank, place in enumerate(self.places):
                 if place.process != team.process:
                     continue
                 index = min(rank, len(partition.components) - 1)
-                # A program holds where its values go: every rank has its own; weights are shared.
-                program = partition.program(index, place.device, weight)
                 stream = None if beside is None else beside.by_rank[rank].stream
                 self.workers.append(
                     Worker(
-                        partition, rank, index, place.device, program, tensors, extrapolate, stream
+                        partition, rank, index, place.device, weights, tensors, extrapolate, stream
                     )
                 )
 
@@ -353,9 +351,27 @@ class Engine:
                 rank, told = late, f"process {self.places[late].process} of the group: {told}"
         return RankError(rank, f"{told}. The generation was stopped; the next one starts afresh")
 
+    def renew(self, weights: Weights, written: Written) -> bool:
+        """Compute with the weights that the denoiser has now; whether that was possible, else this
+        engine has to be made anew. ``written``: which weights have other values."""
+        self.idle()
+        moved = [worker.renew(weights, written) for worker in self.workers]
+        if any(moved):
+            self._ready = None
+        self.idle()
+        self.forget()
+        return None not in moved
+
     def forget(self) -> None:
         """What was computed ahead, of the timestep and the conditioning, fits no more."""
         self.conditioning.forget()
+
+    def idle(self) -> None:
+        """Wait until this process's ranks have done what was issued. Raises nothing that went
+        wrong."""
+        self._queue.wait()
+        with contextlib.suppress(Exception):  # an error of the device shows again in its next use
+            self.synchronize()
 
     def synchronize(self) -> None:
         """Wait until all ranks are idle."""

@@ -16,12 +16,13 @@ from ..errors import InputError
 from ..graph.batch import BatchSplit
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
-from ..graph.module_state import ModuleState
 from ..graph.signature import Call, Role, Signature
+from ..graph.state.module_state import ModuleState
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
 from ..memory import out_of_memory
 from ..partition.partition import Partition
+from ..processes.agreement import digest
 from ..processes.team import Team
 from ..progress import bar
 from ..schedule.plan import Plan, ring
@@ -41,8 +42,8 @@ _KEPT = 4
 #: A guided batch that is cut into its conditions.
 _CONDITIONS = BatchSplit(1, GROUPS)
 
-#: The signature of a call, what the denoiser was then (:class:`~.module_state.ModuleState`), and
-#: how the batch is cut, if it is cut.
+#: The signature of a call, what the denoiser was then
+#: (:class:`~..graph.state.module_state.ModuleState`), and how the batch is cut, if it is cut.
 _Kind = tuple[Signature, int, BatchSplit | None]
 _T = TypeVar("_T")
 
@@ -62,8 +63,6 @@ class EngineCache:
     ) -> None:
         self._module = module
         self._state = ModuleState(module)
-        #: the denoiser's state, when that was looked at last
-        self._number = 0
         self._weights = weights
         self._places = list(places)
         self._config = config
@@ -81,11 +80,8 @@ class EngineCache:
     def changed(self, engine: Engine | Groups) -> bool:
         """Whether the denoiser, or a weight of it, is not what it was when ``engine`` was asked for
         last. So it is for those that were dropped."""
-        self._look()
-        return not any(kept.serves(engine, self._number) for kept in self._kept.values())
-
-    def _look(self) -> None:
-        self._number = self._state.number()
+        revision = self._state.revision
+        return not any(kept.serves(engine, revision) for kept in self._kept.values())
 
     def get(
         self,
@@ -106,16 +102,20 @@ class EngineCache:
             check_hooks(self._module)
             kind = self._kind(call, branch)
             kept = self._kept.get(kind)
-            written = kept is not None and kept.watch.changed()
+            written = kept is not None and kept.stale(self._state.revision)
             prepared = f"prepared: {kind in self._kept}, weights written to: {written}"
-            return {**given(), "what the denoiser is since the last generation": prepared}
+            slots = self._state.structure.slots.items()
+            return {
+                **given(),
+                "what the denoiser is since the last generation": prepared,
+                "the scales of the denoiser's adapters": digest(f"{n} {s.value}" for n, s in slots),
+            }
 
         if self._team.several:
             self._team.agree(what, look)
         else:
             check_hooks(self._module)
             kind = self._kind(call, branch)
-        self._look()
         kept = {id(e) for p in self._kept.values() for e in p.engines}
         self._beside = [e for e in beside if id(e) in kept]
         with self._team.busy():
@@ -138,14 +138,15 @@ class EngineCache:
                     kind,
                 )
             # Capturing runs the denoiser, which may keep something, and be what it was once before.
+            captured = made.partition.captured
+            self._state.learn(captured.guards)
             kind = self._kind(call, branch)
-            self._number = kind[1]
             if kind not in self._kept:
-                watch = WeightWatch(made.partition.captured.weights.values())
-                self._kept[kind] = Prepared(watch)
+                watch = WeightWatch(captured.weights.values())
+                self._kept[kind] = Prepared(watch, self._state.revision)
             self._kept[kind].take(branch.index, made)
         self._kept.move_to_end(kind)
-        return self._kept[kind].asked(branch.index, self._number)
+        return self._kept[kind].asked(branch.index, self._state.revision)
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""
@@ -165,7 +166,7 @@ class EngineCache:
             e
             for kept in self._kept.values()
             for e in kept.engines
-            if any(e is b for b in self._beside) and kept.serves(e, self._number)
+            if any(e is b for b in self._beside) and kept.serves(e, self._state.revision)
         ]
         count = self._config.components
         return [e for e in (*same, *beside) if len(e.partition.components) == count]
@@ -193,20 +194,16 @@ class EngineCache:
     def _renew(self, kind: _Kind) -> None:
         """Give the engines of a kind what its weights are now, if they were written to; drop the
         engines where they have to be made anew for that."""
-        kept = self._kept.get(kind)
-        if kept is None or not (kept.over or kept.watch.changed()):
+        kept, revision = self._kept.get(kind), self._state.revision
+        if kept is None or not kept.stale(revision):
             return
-        captured = [engine.partition.captured for engine in kept.engines]
-        if kept.over or not self._team.every(
-            "take the denoiser's weights", lambda: all(self._weights.renew(c) for c in captured)
+        structure = self._state.structure
+        if not self._team.every(
+            "take the denoiser's weights", lambda: kept.renew(self._weights, structure, revision)
         ):
             self._drop([kind])
-            # They have the weights that were shared with this kind, and may be in use.
-            for other in self._kept.values():
-                other.over = True
             return
         log.info("weights were written to: ranks have their new values")
-        kept.renewed(WeightWatch(captured[0].weights.values()))
 
     def _kind(self, call: Call, branch: Branch) -> _Kind:
         return call.signature, self._state.number(), self._split(call, branch)

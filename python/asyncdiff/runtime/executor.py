@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -83,6 +83,10 @@ class RankQueue:
             # Ranks that were waiting when another failed report an abort: not the cause.
             causes = [f for f in errors if type(f[1]).__name__ != "Aborted"] or errors
             raise failure(*causes[0]) from causes[0][1]
+
+    def wait(self) -> None:
+        """Wait until nothing is running any more; what became of it is still to be known."""
+        wait([future for _, future in self._pending])
 
     def settle(self) -> None:
         """Wait until nothing is running any more, whatever became of it."""

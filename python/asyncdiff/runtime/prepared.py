@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..graph.state.structure import Structure
+from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
 from .cfg_parallel import Groups
 from .engine import Engine
@@ -16,21 +18,20 @@ class Ranks:
 
     engine: Engine | Groups
     whole: Engine | Groups | None = None
-    #: which state the denoiser had when it was asked for last, and how often its weights had been
-    #: taken anew
-    state: int = 0
+    #: of the denoiser, and how often its weights had been taken anew, when it was asked for last
+    revision: int = 0
     renewals: int = 0
 
 
 @dataclass
 class Prepared:
-    """What is kept for calls of one kind: what tells of writes to its weights, how often these were
-    taken anew, and the engines, by index of the branch."""
+    """What is kept for calls of one kind: what tells of writes to its weights, the revision of the
+    denoiser that ranks have the weights of, how often these were taken anew, and the engines, by
+    index of the branch."""
 
     watch: WeightWatch
+    revision: int
     renewals: int = 0
-    #: whether the weights lie elsewhere now than those of these ranks, which have to be made anew
-    over: bool = False
     branches: dict[int, Ranks] = field(default_factory=dict)
 
     @property
@@ -52,24 +53,35 @@ class Prepared:
             if over is not None:
                 over.close()
 
-    def asked(self, index: int, state: int) -> Engine | Groups:
-        """The engine of a branch, which is asked for in this state of the denoiser."""
+    def asked(self, index: int, revision: int) -> Engine | Groups:
+        """The engine of a branch, which is asked for at this revision of the denoiser."""
         ranks = self.branches[index]
-        ranks.state, ranks.renewals = state, self.renewals
+        ranks.revision, ranks.renewals = revision, self.renewals
         return ranks.engine
 
-    def serves(self, engine: Engine | Groups, state: int) -> bool:
+    def serves(self, engine: Engine | Groups, revision: int) -> bool:
         """Whether an engine is one of these, and nothing has changed since it was asked for, also
-        not because another branch has asked; ``state``: that of the denoiser now."""
+        not because another branch has asked; ``revision``: that of the denoiser now."""
         for ranks in self.branches.values():
             if engine is ranks.engine or engine is ranks.whole:
-                same = (ranks.state, ranks.renewals) == (state, self.renewals)
+                same = (ranks.revision, ranks.renewals) == (revision, self.renewals)
                 return same and not self.watch.changed()
         return False
 
-    def renewed(self, watch: WeightWatch) -> None:
-        """The ranks' weights are what the denoiser's are now."""
-        for engine in self.engines:
-            engine.forget()
-        self.watch = watch
+    def stale(self, revision: int) -> bool:
+        """Whether the denoiser has other weights now than the ranks."""
+        return self.revision != revision or self.watch.changed()
+
+    def renew(self, weights: Weights, structure: Structure, revision: int) -> bool:
+        """Give the ranks the weights and numbers that the denoiser has now; whether that was
+        possible. Otherwise they have to be made anew."""
+        captured = {id(e.partition.captured): e.partition.captured for e in self.engines}
+        for each in captured.values():
+            each.follow(structure)
+        written = self.watch.written()
+        if False in [engine.renew(weights, written) for engine in self.engines]:
+            return False
+        self.watch = WeightWatch(w for each in captured.values() for w in each.weights.values())
+        self.revision = revision
         self.renewals += 1
+        return True

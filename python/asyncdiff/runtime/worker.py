@@ -14,8 +14,10 @@ import asyncdiff_core as core
 
 from ..graph.compile import compile_program
 from ..graph.hoist import hoist, store
-from ..graph.program import on_device, run_program
+from ..graph.program import on_device, run_program, weight_name
 from ..graph.signature import Role
+from ..graph.weights import Held, Weights
+from ..graph.writes import Written
 from ..memory import out_of_memory
 from ..partition.partition import Partition
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
@@ -46,7 +48,7 @@ class Worker:
         rank: int,
         index: int,
         device: torch.device,
-        program: fx.GraphModule,
+        weights: Weights,
         tensors: Sequence[torch.Tensor],
         extrapolate: float = 0.0,
         stream: torch.cuda.Stream | None = None,
@@ -68,7 +70,18 @@ class Worker:
         self._moving = [(p, i) for p, i in enumerate(places[Role.LATENTS]) if i in self.static]
         self._times = places[Role.TIMESTEP]
         self._conditioning = self.static.keys() & places[Role.CONDITIONING]
-        parts = hoist(program)
+        self._captured = captured
+        #: weights, which ranks of a device share, by placeholder
+        self._held: dict[str, Held] = {}
+
+        def bring(name: str, device: torch.device) -> torch.Tensor:
+            self._held[name] = weights.get(captured, name, device)
+            return self._held[name].tensor
+
+        # A program holds where its values go: every rank has its own.
+        parts = hoist(partition.program(index, device, bring))
+        #: what the program was taken apart into, by whose weights it computes until it is compiled
+        self._parts = [part for part in (parts.once, parts.timed, parts.main) if part is not None]
         self.program = parts.main
         #: computes ``kept`` from the conditioning, when it has changed
         self.prelude = parts.once
@@ -149,6 +162,22 @@ class Worker:
         with self.current():
             self.rows.prepare()
             self.graphs.record(slots, lambda: self.execute(slots))
+
+    def renew(self, weights: Weights, written: Written) -> bool | None:
+        """Compute with the weights that the denoiser has now; whether graphs have to be recorded
+        anew for that, None where it is not possible. See
+        :meth:`~..graph.weights.Weights.renew`. Call when idle."""
+        moved = weights.renew(self._captured, self._held, written)
+        if moved is None or (moved and self.compiled):
+            return None
+        for name, held in moved.items():
+            for part in self._parts:
+                if hasattr(part, weight_name(name)):
+                    setattr(part, weight_name(name), held.tensor)
+            self._held[name] = held
+        if moved:  # graphs compute with what lies where it lay
+            self.graphs.clear()
+        return bool(moved)
 
     def graph_alone(self, reads: Mapping[int, list[torch.Tensor]]) -> torch.cuda.CUDAGraph:
         """A CUDA graph of the program alone, on bundles by source."""

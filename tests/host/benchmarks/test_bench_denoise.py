@@ -43,6 +43,20 @@ def test_settings_as_text() -> None:
 
 
 @pytest.mark.slow
+def test_written_weights_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "written.json"
+    command = [sys.executable, str(ROOT / "benchmarks/denoise/written.py"), "--model", "tiny"]
+    command += ["--devices", "cpu", "cpu", "--dtype", "float32", "--size", "64"]
+    command += ["--repeats", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    (figures,) = json.loads(out.read_text())["figures"].values()
+    for change in ("nothing", "state dict", "scale", "replaced", "fused"):
+        assert figures[change]["exports"] == 0 and len(figures[change]["each_ms"]) == 2
+
+
+@pytest.mark.slow
 def test_every_way_gives_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "denoise.json"
     command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]

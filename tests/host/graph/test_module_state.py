@@ -14,9 +14,9 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.capture import capture
-from asyncdiff.graph.module_state import ModuleState
 from asyncdiff.graph.signature import parse
-from asyncdiff.graph.weights import Weights
+from asyncdiff.graph.state.module_state import ModuleState
+from asyncdiff.graph.weights import Held, Weights
 from asyncdiff.integrations.diffusers.subclass import twin as twin_of
 
 
@@ -74,7 +74,7 @@ def test_layers_that_are_loaded_later() -> None:
 
 def test_what_counts_as_another_state() -> None:
     module = toy()
-    module.down[1].scaling = {"default": 1.0}  # as of a LoRA
+    module.down[1].gains = {"default": 1.0}
     state = ModuleState(module)
     numbers = [state.number()]
 
@@ -83,20 +83,20 @@ def test_what_counts_as_another_state() -> None:
         return numbers[-1] != numbers[-2]
 
     assert not changed()
-    module.down[1].scaling["default"] = 0.5
+    module.down[1].gains["default"] = 0.5
     assert changed() and not changed()
-    module.down[1].scaling["default"] = 1.0
+    module.down[1].gains["default"] = 1.0
     assert changed() and numbers[-1] == numbers[0]
     for scale in (-1.0, -2.0):  # of one hash
-        module.down[1].scaling["default"] = scale
+        module.down[1].gains["default"] = scale
         assert changed()
 
     class Processor:
-        def __init__(self, scale: float) -> None:
-            self.scale = scale
+        def __init__(self, gain: float) -> None:
+            self.gain = gain
 
-    for scale, new in ((1.0, True), (1.0, False), (2.0, True)):
-        module.mix.processor = Processor(scale)
+    for gain, new in ((1.0, True), (1.0, False), (2.0, True)):
+        module.mix.processor = Processor(gain)
         assert changed() == new
     module.mix._disabled = True  # as adapters have it
     assert changed()
@@ -108,12 +108,74 @@ def test_what_counts_as_another_state() -> None:
     assert not changed()
     module.mix = torch.nn.Linear(8, 8)
     assert changed()
-    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8))
-    assert changed()
     module.mix.shift = torch.zeros(3)
     assert changed()
     module.mix.shift = torch.zeros(3)  # tensors are told apart by which they are
     assert changed() and not changed()
+
+
+def test_other_weights_are_the_same_state_at_another_revision() -> None:
+    """But not of other shapes, dtypes, or of weights that were shared."""
+    module = toy()
+    state = ModuleState(module)
+    number, revision = state.number(), state.revision
+    for make in (lambda: torch.nn.Linear(8, 8).double(), lambda: torch.nn.Linear(8, 8).double()):
+        module.mix = make().eval()
+        assert state.number() == number and state.revision == revision + 1
+        revision = state.revision
+    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8).double())
+    assert (state.number(), state.revision) == (number, revision + 1)
+    assert state.structure.tensors["mix.weight"] is module.mix.weight
+    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    assert state.number() != number
+    module.mix.weight = torch.nn.Parameter(torch.zeros(8, 8).double())
+    assert state.number() == number
+    module.down[-1].weight = torch.nn.Parameter(module.down[-1].weight.clone())
+    assert state.number() != number
+    module.down[-1].weight = module.down[0].weight
+    assert state.number() == number
+
+
+def test_what_numbers_are_inputs_of_a_graph() -> None:
+    """Those that are multiplied with; what they are compared with is asked again of others."""
+
+    class Processor(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = [0.25, 3.0]
+
+        def forward(self, x: Any) -> Any:
+            first, second = self.scale
+            x = x + first * x if first != 0 else x * 7.0
+            return torch.nn.functional.leaky_relu(x, second)
+
+    module = toy()
+    module.mix.processor = Processor()
+    forward = type(module).forward
+
+    class Scaled(type(module)):  # type: ignore[misc]
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            (x,) = forward(self, sample, timestep, encoder_hidden_states)
+            return (self.mix.processor(x),)
+
+    module.__class__ = Scaled
+    scale, state = module.mix.processor.scale, ModuleState(module)
+    captured = capture(module, parse(module, (), toy_call()))
+    assert module.mix.processor.scale is scale and scale == [0.25, 3.0]
+    assert captured.guards.frozen == {"mix.processor.scale.1"}
+    assert captured.guards.comparisons["mix.processor.scale.0"] == {("ne", 0.0): None}
+    (name,) = (n for n, p in captured.places.items() if p == "mix.processor.scale.0")
+    assert float(captured.weights[name]) == 0.25
+    state.learn(captured.guards)
+    number = state.number()
+    scale[0] = -8.0
+    assert state.number() == number
+    captured.follow(state.structure)
+    assert float(captured.weights[name]) == -8.0
+    scale[0] = 0.0
+    assert state.number() != number
+    scale[:] = [1.0, 2.0]
+    assert state.number() != number
 
 
 def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
@@ -126,16 +188,25 @@ def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
     first = weights.get(captured, name, here)
     assert weights.get(captured, name, here) is first
     weight.data = weight.data + 1
-    assert weights.get(captured, name, here) is first  # of one capture, the same
     captured = capture(module, parse(module, (), toy_call()))
     second = weights.get(captured, name, here)
-    assert torch.equal(second, weight) and not torch.equal(first, weight)
+    assert torch.equal(second.tensor, weight) and not torch.equal(first.tensor, weight)
+    assert weights.renew(captured, {name: first}, set()) == {name: second}
     # Where the copy is elsewhere, and the same memory is written to, unseen by torch.
-    weights._copies[id(weight), here] = elsewhere = weight.detach().clone()
-    weight.data += 1
-    captured = capture(module, parse(module, (), toy_call()))
-    assert torch.equal(weights.get(captured, name, here), weight)
-    assert not torch.equal(elsewhere, weight)
+    copy = Held(weight.detach().clone(), weight, shared=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weights, "_shared", staticmethod(lambda weight, device: False))
+        weights._held[captured.places[name], here] = copy
+        weight.data += 1
+        assert weights.renew(captured, {name: copy}, set()) == {}
+        assert not torch.equal(copy.tensor, weight)
+        for written in ({id(weight)}, None):
+            weight.data += 1
+            assert weights.renew(captured, {name: copy}, written) == {}
+            assert torch.equal(copy.tensor, weight)
+        weight.data += 1
+        captured = capture(module, parse(module, (), toy_call()))
+        assert weights.get(captured, name, here) is copy and torch.equal(copy.tensor, weight)
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])

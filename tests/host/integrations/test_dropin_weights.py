@@ -70,8 +70,7 @@ def test_weights_that_are_written_to(copied: bool, monkeypatch: pytest.MonkeyPat
             want = draw(plain, call)
             assert reference.distance(want, old) > 1e-3
             assert reference.distance(draw(pipe, call), want) < 1e-5, write.__name__
-            if copied and write is not load_and_assign:  # nothing is prepared again
-                assert handle.denoiser._engine is engine
+            assert handle.denoiser._engine is engine, write.__name__  # nothing is prepared again
             for unet in (plain.unet, pipe.unet):
                 unet.load_state_dict(before)
             assert reference.distance(draw(pipe, call), old) < 1e-5, write.__name__
@@ -106,6 +105,18 @@ def test_what_a_watch_sees() -> None:
         assert not watch.changed()
     weights[0][0, 0, 0, 0] += 1.0
     assert watch.changed()
+
+
+def test_which_weights_were_written_to() -> None:
+    """As far as torch counts; where a write is seen that it does not, it may have been any."""
+    weights = [torch.zeros(20) for _ in range(3)]
+    watch = WeightWatch(weights)
+    assert watch.written() == set()
+    weights[0] += 1.0
+    weights[2].data = torch.ones(20)
+    assert watch.written() == {id(weights[0]), id(weights[2])}
+    weights[1].data += 1.0
+    assert watch.written() is None
 
 
 def test_dtypes_that_are_changed_are_refused() -> None:

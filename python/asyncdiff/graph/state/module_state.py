@@ -1,0 +1,213 @@
+"""What a denoiser's forward depends on besides its arguments, and what of that a captured graph can
+follow.
+
+Options of a pipeline may change it between generations: the scale of an adapter, FreeU, layers that
+are loaded later. A captured graph has its layers and most options frozen in; the tensors that are
+its weights, and numbers that may be moved, are inputs of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.attention import chosen
+from .adapters import by_adapter, entries, take_out, unused
+from .numbers import Guards
+from .structure import Part, Structure
+
+#: So many states are known again.
+_KNOWN = 8
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+#: Layers that compute the same in training.
+_ALIKE = (
+    *(nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential),
+    *(nn.ModuleDict, nn.ModuleList, nn.ParameterDict),
+)
+
+
+class ModuleState:
+    """The layers of a denoiser that compute, their classes and hooks, the shapes of their weights,
+    and the plain values among the attributes of these and of their attention processors; and what
+    is chosen for attention beside them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._layers: list[nn.Module] = []
+        self._classes: list[tuple[type, Any]] = []
+        self._copies: list[tuple[Any, Any]] = []
+        self._attention: tuple[Any, ...] = ()
+        self._structure: Structure | None = None
+        self._guards = Guards()
+        #: their numbers, and what they consist of, so that its addresses are nobody else's
+        self._known: dict[Any, tuple[int, Any]] = {}
+        self._unused = itertools.count(1)
+        self._number = 0
+        #: the state, weights and numbers seen last
+        self._inputs: Any = None
+        self._revision = 0
+
+    def number(self) -> int:
+        """Another one for every state that needs a graph of its own. Quick as long as nothing
+        changes."""
+        self._look()
+        return self._number
+
+    @property
+    def revision(self) -> int:
+        """Counts changes of the state, of which tensors are weights, and of numbers that may be
+        moved."""
+        self._look()
+        return self._revision
+
+    @property
+    def structure(self) -> Structure:
+        """The layers, weights and numbers that there are now."""
+        self._look()
+        assert self._structure is not None
+        return self._structure
+
+    def learn(self, guards: Guards) -> None:
+        """A graph has been made, which is right for some values of numbers only."""
+        self._guards.learn(guards)
+        self._copies.clear()
+        self._layers.clear()
+
+    def _look(self) -> None:
+        if self._unchanged():
+            return
+        take_out(self._module)
+        self._layers = list(self._module.modules())
+        self._classes = _classes(self._layers)
+        self._copies = [(x, x.copy()) for child in self._layers for x in _containers(child)]
+        self._structure = made = Structure(self._module)
+        values = {name: slot.value for name, slot in made.slots.items()}
+        self._attention = chosen()
+        state = (*self._attention, *_State(made, self._guards, values).taken())
+        if state not in self._known:
+            self._known[state] = next(self._unused), self._copies
+            if len(self._known) > _KNOWN:
+                del self._known[next(iter(self._known))]
+        self._number, _ = self._known[state]
+        # These tensors are held by the structure: their addresses are nobody else's.
+        inputs = self._number, values, {name: id(t) for name, t in made.tensors.items()}
+        self._revision += inputs != self._inputs
+        self._inputs = inputs
+
+    def _unchanged(self) -> bool:
+        try:
+            # Identity first, for each value.
+            return bool(self._layers) and (
+                all(now == then for now, then in self._copies)
+                and _classes(self._layers) == self._classes
+                and chosen() == self._attention
+            )
+        except (RuntimeError, ValueError):  # other tensors, which have no truth
+            return False
+
+
+class _State:
+    """What tells apart denoisers that need graphs of their own."""
+
+    def __init__(self, structure: Structure, guards: Guards, values: dict[str, float]) -> None:
+        self._structure = structure
+        #: of numbers that may be moved, by where they stand
+        self._answers = {
+            (id(slot.container), slot.key): (Guards, guards.of(name, values[name]))
+            for name, slot in structure.slots.items()
+        }
+
+    def taken(self) -> tuple[Any, ...]:
+        made = self._structure
+        first = {made.name_of(tensor) for tensor in made.tensors.values()}
+        tied = tuple((n, made.name_of(t)) for n, t in made.tensors.items() if n not in first)
+        return (*map(self._of_part, made.parts), tuple(made.shared), tied)
+
+    def _of_part(self, part: Part) -> tuple[Any, ...]:
+        layer, attributes = part.layer, vars(part.layer)
+        own = None if part.wraps else part.adapters
+        same = type(layer) in _ALIKE
+        plain = tuple(
+            (n, self._of_attribute(part, n, x))
+            for n, x in attributes.items()
+            if (str(n)[:1] != "_" or _is_plain(x))
+            and not (n == "training" and same)
+            and not unused(layer, n)
+        )
+        weights = tuple(
+            (name, None if x is None else (_own(x), x.shape, x.dtype, x.device))
+            for where in (layer._parameters, layer._buffers)
+            for _, name, x in entries(where, own)
+        )
+        # Of what adapters wrap, where none is active, the layer stands under its own name.
+        inside = tuple((name, child is None) for name, child, _ in part.children())
+        hooks = self._frozen(layer._forward_hooks), self._frozen(layer._forward_pre_hooks)
+        return part.name, type(layer), type(layer).forward, plain, weights, inside, hooks
+
+    def _of_attribute(self, part: Part, name: str, value: Any) -> Any:
+        if part.wraps and isinstance(value, dict) and by_adapter(part.layer, name):
+            return tuple(
+                (key, self._frozen_entry(value, place, x))
+                for place, key, x in entries(value, part.adapters)
+            )
+        return self._frozen_entry(vars(part.layer), name, value)
+
+    def _frozen_entry(self, container: Any, key: Any, value: Any) -> Any:
+        answer = self._answers.get((id(container), key))
+        if answer is not None:
+            return answer
+        # A processor may be a new one in each call.
+        if key == "processor" and not isinstance(value, nn.Module):
+            return type(value), self._frozen(getattr(value, "__dict__", {}))
+        return self._frozen(value)
+
+    def _frozen(self, value: Any) -> Any:
+        """What a state takes of a value: plain ones as they are, containers entry by entry,
+        processors by type and attributes, of all else which object it is. Private attributes count
+        where they are plain: some adapters are switched by such."""
+        if isinstance(value, (list, tuple)):
+            return tuple(self._frozen_entry(value, i, x) for i, x in enumerate(value))
+        if _is_plain(value):
+            return value
+        if not isinstance(value, dict):
+            return object, id(value)
+        return tuple(
+            (n, self._frozen_entry(value, n, x))
+            for n, x in value.items()
+            if str(n)[:1] != "_" or _is_plain(x)
+        )
+
+
+def _classes(layers: list[nn.Module]) -> list[tuple[type, Any]]:
+    """The classes of layers, and their forwards, which may be exchanged too."""
+    return [(type(x), type(x).forward) for x in layers]
+
+
+def _own(tensor: torch.Tensor) -> Any:
+    """Which one a tensor is that is more than its values: quantised, with labels."""
+    return None if type(tensor) in _PLAIN else (type(tensor), id(tensor))
+
+
+def _containers(layer: nn.Module) -> Iterator[Any]:
+    """All dictionaries and lists in which something of a layer's state may be exchanged."""
+    attributes = vars(layer)
+    yield attributes
+    yield from (attributes["_modules"], attributes["_parameters"], attributes["_buffers"])
+    yield from (layer._forward_hooks, layer._forward_pre_hooks)
+    # Of its processor, where that is no submodule.
+    own = getattr(attributes.get("processor"), "__dict__", {})
+    if own:
+        yield own
+    for name, value in (*attributes.items(), *own.items()):
+        if isinstance(value, list) or (isinstance(value, dict) and name[:1] != "_"):
+            yield value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(x) for x in value)
+    return value is None or isinstance(value, (bool, int, float, str))
