@@ -70,6 +70,9 @@ Departures& departures() {
 struct NcclCommunicator::State {
   std::timed_mutex calls;
   std::atomic<NcclHandle*> handle{nullptr};  // null: there is none any more
+  // What it is split from, which is needed as long: where that is destroyed first, messages get
+  // stuck (NCCL 2.28).
+  NcclHandle* parent = nullptr;
 };
 
 NcclCommunicator::NcclCommunicator(const NcclLibrary& library, const NcclUniqueId& id, int place,
@@ -94,12 +97,12 @@ NcclCommunicator::NcclCommunicator(const NcclLibrary& library, const NcclUniqueI
     config.blocking = 1;
     NcclHandle* direct = nullptr;
     settle(made, library_.split(made, 0, place, &direct, &config), what);
+    state_->parent = made;
     state_->handle = direct;
   } catch (...) {
     abort();
     throw;
   }
-  departures().start([all = &library_, made] { all->destroy(made); });
 }
 
 NcclCommunicator::~NcclCommunicator() { abort(); }
@@ -215,9 +218,10 @@ void NcclCommunicator::close() {
   if (!lock.owns_lock()) return abort();
   NcclHandle* const handle = state_->handle.exchange(nullptr);
   if (handle == nullptr) return;
-  departures().start([all = &library_, handle] {
+  departures().start([all = &library_, handle, parent = state_->parent] {
     all->finalize(handle);
     all->destroy(handle);
+    all->destroy(parent);
   });
   wait_for_all(after(limits_.seconds));
 }
@@ -225,7 +229,10 @@ void NcclCommunicator::close() {
 void NcclCommunicator::abort() noexcept {
   NcclHandle* const handle = state_->handle.exchange(nullptr);
   if (handle == nullptr) return;
-  departures().start([all = &library_, handle] { all->abort(handle); });
+  departures().start([all = &library_, handle, parent = state_->parent] {
+    all->abort(handle);
+    if (parent != nullptr) all->abort(parent);
+  });
 }
 
 bool NcclCommunicator::wait_for_all(Clock::time_point limit) {
