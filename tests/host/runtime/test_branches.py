@@ -6,15 +6,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from branched import STEPS, by_batch, by_branch, guided, scheduler
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.config import Branch
 
-STEPS, SCALE = 9, 3.0
 CALL = toy_call(2)
 LONGER = toy_call(1, seed=7)["encoder_hidden_states"].repeat(1, 2, 1)[:, :7]
 SETTINGS: list[dict[str, Any]] = [
@@ -30,46 +29,15 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def scheduler() -> Any:
-    made = diffusers.DDIMScheduler(clip_sample=False)
-    made.set_timesteps(STEPS)
-    return made
-
-
-def guided(noise: list[torch.Tensor]) -> torch.Tensor:
-    return noise[0] + SCALE * (noise[1] - noise[0])
-
-
-def by_batch(denoiser: AsyncDenoiser) -> torch.Tensor:
-    sampler, latents = scheduler(), CALL["sample"][:1]
-    with denoiser.generation(sampler.timesteps, sampler):
-        for t in sampler.timesteps:
-            both = denoiser(torch.cat([latents] * 2), t, CALL["encoder_hidden_states"])[0]
-            latents = sampler.step(guided(both.chunk(2)), t, latents).prev_sample
-    return latents
-
-
-def by_branch(denoiser: AsyncDenoiser, texts: list[torch.Tensor], said: bool) -> torch.Tensor:
-    """``said``: the second one is called first, and each by its name."""
-    sampler, latents = scheduler(), CALL["sample"][:1]
-    order = [1, 0] if said else [0, 1]
-    with denoiser.generation(sampler.timesteps, sampler, branches=2):
-        for t in sampler.timesteps:
-            noise: dict[int, torch.Tensor] = {}
-            for b in order:
-                with denoiser.branch(b) if said else contextlib.nullcontext():
-                    (noise[b],) = denoiser(latents, t, texts[b])
-            latents = sampler.step(guided([noise[0], noise[1]]), t, latents).prev_sample
-    return latents
-
-
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_as_in_one_batch(settings: dict[str, Any]) -> None:
     texts = list(CALL["encoder_hidden_states"].chunk(2))
     with contextlib.closing(AsyncDenoiser(toy(), split="estimate", **settings)) as denoiser:
-        expected = by_batch(denoiser)
+        expected = by_batch(denoiser, CALL)
         for said in (False, True):
-            torch.testing.assert_close(by_branch(denoiser, texts, said), expected)
+            torch.testing.assert_close(
+                by_branch(denoiser, CALL["sample"][:1], texts, said), expected
+            )
         report = denoiser.report()
         assert report.branches == 2 and report.steps == STEPS
         assert "9 steps of 2 calls" in str(report)
@@ -95,14 +63,14 @@ def test_prompts_of_other_lengths(settings: dict[str, Any]) -> None:
             contextlib.closing(AsyncDenoiser(toy(), split="estimate", **settings))
         )
         for _ in range(2):  # engines are there again
-            assert torch.equal(by_branch(together, texts, False), expected)
+            assert torch.equal(by_branch(together, CALL["sample"][:1], texts, False), expected)
         assert len(together._engines) == 2
 
 
 def test_weights_are_held_once() -> None:
     """Components of all branches are cut alike, whatever their shapes."""
     with contextlib.closing(AsyncDenoiser(toy(), components=2, split="estimate")) as denoiser:
-        by_branch(denoiser, [CALL["encoder_hidden_states"][:1], LONGER], False)
+        by_branch(denoiser, CALL["sample"][:1], [CALL["encoder_hidden_states"][:1], LONGER], False)
         kept = [e for p in denoiser._engines._kept.values() for e in p.engines]
         assert len({e.partition.cuts for e in kept}) == 1
 
