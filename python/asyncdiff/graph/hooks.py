@@ -3,14 +3,17 @@ freeze as it then is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..errors import InputError
-from .layers.casting import CASTING
 
-#: Hooks of diffusers that compute the same in every call: they are a part of what is exported.
-TRACED = (CASTING, "peft_autocast_disable")
+#: Where diffusers has hooks that compute the same in every call: they are a part of what is
+#: exported. Guiders put them on layers for one of the calls in a step.
+_TRACED = ("layerwise_casting", "layer_skip", "smoothed_energy_guidance_utils")
 
 
 def check_forward(module: nn.Module) -> None:
@@ -63,15 +66,34 @@ def _check_attached(layer: str, module: nn.Module) -> None:
     every call."""
     if "_hf_hook" in vars(module):
         raise InputError(
-            "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks(), move the "
-            "pipeline to a device and parallelise it. pipe.enable_model_cpu_offload() after "
-            "that offloads its other parts"
+            "the denoiser is offloaded by accelerate: call pipe.remove_all_hooks() (of a modular "
+            "pipeline its manager's disable_auto_cpu_offload()), move the pipeline to a device and "
+            "parallelise it. pipe.enable_model_cpu_offload() after that offloads its other parts"
         )
-    # An empty registry is left behind where hooks were, or might have been.
-    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or {}
-    for name, hook in hooks.items():
-        if name not in TRACED:
+    for name, hook in _hooks(vars(module)).items():
+        if not type(hook).__module__.endswith(_TRACED):
             _refuse(layer, name, hook)
+
+
+def _hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    # An empty registry is left behind where hooks were, or might have been.
+    return getattr(attributes.get("_diffusers_hook"), "hooks", None) or {}
+
+
+def hooks_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The hooks of diffusers on a layer with these attributes: of each its class, and what it has
+    besides the forward that it wraps."""
+    return {
+        name: {"class": type(hook), **{n: x for n, x in vars(hook).items() if n != "fn_ref"}}
+        for name, hook in _hooks(attributes).items()
+    }
+
+
+def is_own(forward: Any) -> bool:
+    """Whether what stands as a layer's attribute is the forward of its class, as diffusers leaves
+    it where it has taken a hook away."""
+    layer = getattr(forward, "__self__", None)
+    return layer is not None and getattr(forward, "__func__", None) is type(layer).forward
 
 
 def _refuse(layer: str, name: str, hook: object) -> None:

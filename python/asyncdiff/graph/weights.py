@@ -33,11 +33,6 @@ class Held:
         """Whether it can have the values of another weight."""
         return (self.tensor.shape, self.tensor.dtype) == (weight.shape, weight.dtype)
 
-    def take(self, weight: torch.Tensor) -> None:
-        """Have the values of this weight."""
-        self.tensor.copy_(plain(weight))
-        self.weight = weight
-
 
 class Weights:
     """Brings a denoiser's weights to the devices of its components.
@@ -57,6 +52,8 @@ class Weights:
         self._held: weakref.WeakValueDictionary[tuple[str | int, torch.device], Held] = (
             weakref.WeakValueDictionary()
         )
+        #: how often a copy has become that of another weight
+        self.exchanges = 0
         #: which of them are of the denoiser captured last, and known to be its weights
         self._known: set[tuple[str | int, torch.device]] = set()
         self._captured: Callable[[], Captured | None] = lambda: None
@@ -118,15 +115,22 @@ class Weights:
         if captured is not self._captured():
             self._captured = weakref.ref(captured)
             self._known.clear()
-        key = captured.places.get(name, id(weight)), device
+        # What stands for a number is each graph's own.
+        key = captured.places.get(name, id(weight)) if weight.dim() else id(weight), device
         held = self._held.get(key)
         if held is None or not self._fits(held, weight, device):
             tensor = self.bring(captured, name, device)
             self._held[key] = held = Held(tensor, weight, self._shared(weight, device))
         elif self._written(held, weight, known=key in self._known):
-            held.take(weight)
+            self._take(held, weight)
         self._known.add(key)
         return held
+
+    def _take(self, held: Held, weight: torch.Tensor) -> None:
+        """Write a weight into what may be the copy of another one."""
+        self.exchanges += held.weight is not weight
+        held.tensor.copy_(plain(weight))
+        held.weight = weight
 
     @staticmethod
     def _written(held: Held, weight: torch.Tensor, known: bool) -> bool:
@@ -169,7 +173,7 @@ class Weights:
                     if other.tensor.stride() != mine.tensor.stride():
                         return None
             elif mine.weight is not weight or written is None or id(weight) in written:
-                mine.take(weight)
+                self._take(mine, weight)
         return moved
 
     @staticmethod

@@ -80,8 +80,8 @@ class EngineCache:
     def changed(self, engine: Engine | Groups) -> bool:
         """Whether the denoiser, or a weight of it, is not what it was when ``engine`` was asked for
         last. So it is for those that were dropped."""
-        revision = self._state.revision
-        return not any(kept.serves(engine, revision) for kept in self._kept.values())
+        version = self._state.version
+        return not any(kept.serves(engine, version) for kept in self._kept.values())
 
     def get(
         self,
@@ -102,7 +102,7 @@ class EngineCache:
             check_hooks(self._module)
             kind = self._kind(call, branch)
             kept = self._kept.get(kind)
-            written = kept is not None and kept.stale(self._state.revision)
+            written = kept is not None and kept.stale(self._state.version)
             prepared = f"prepared: {kind in self._kept}, weights written to: {written}"
             slots = self._state.structure.slots.items()
             return {
@@ -143,10 +143,10 @@ class EngineCache:
             kind = self._kind(call, branch)
             if kind not in self._kept:
                 watch = WeightWatch(captured.weights.values())
-                self._kept[kind] = Prepared(watch, self._state.revision)
+                self._kept[kind] = Prepared(self._weights, watch, self._state.version)
             self._kept[kind].take(branch.index, made)
         self._kept.move_to_end(kind)
-        return self._kept[kind].asked(branch.index, self._state.revision)
+        return self._kept[kind].asked(branch.index, self._state.version)
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""
@@ -166,7 +166,7 @@ class EngineCache:
             e
             for kept in self._kept.values()
             for e in kept.engines
-            if any(e is b for b in self._beside) and kept.serves(e, self._state.revision)
+            if any(e is b for b in self._beside) and kept.serves(e, self._state.version)
         ]
         count = self._config.components
         return [e for e in (*same, *beside) if len(e.partition.components) == count]
@@ -194,12 +194,12 @@ class EngineCache:
     def _renew(self, kind: _Kind) -> None:
         """Give the engines of a kind what its weights are now, if they were written to; drop the
         engines where they have to be made anew for that."""
-        kept, revision = self._kept.get(kind), self._state.revision
-        if kept is None or not kept.stale(revision):
+        kept, version = self._kept.get(kind), self._state.version
+        if kept is None or not kept.stale(version):
             return
         structure = self._state.structure
         if not self._team.every(
-            "take the denoiser's weights", lambda: kept.renew(self._weights, structure, revision)
+            "take the denoiser's weights", lambda: kept.renew(structure, version)
         ):
             self._drop([kind])
             return

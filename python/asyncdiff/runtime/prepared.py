@@ -19,20 +19,26 @@ class Ranks:
     engine: Engine | Groups
     whole: Engine | Groups | None = None
     #: of the denoiser, and how often its weights had been taken anew, when it was asked for last
-    revision: int = 0
+    version: int = 0
     renewals: int = 0
 
 
 @dataclass
 class Prepared:
-    """What is kept for calls of one kind: what tells of writes to its weights, the revision of the
-    denoiser that ranks have the weights of, how often these were taken anew, and the engines, by
-    index of the branch."""
+    """What is kept for calls of one kind: what brings weights and tells of writes to them, the
+    version of the denoiser that ranks have the weights of, how often these were taken anew, and the
+    engines, by index of the branch."""
 
+    weights: Weights
     watch: WeightWatch
-    revision: int
+    version: int
     renewals: int = 0
     branches: dict[int, Ranks] = field(default_factory=dict)
+    #: how often copies had become those of other weights when these ranks' were looked at
+    exchanges: int = -1
+
+    def __post_init__(self) -> None:
+        self.exchanges = self.weights.exchanges
 
     @property
     def recovers(self) -> bool:
@@ -53,35 +59,37 @@ class Prepared:
             if over is not None:
                 over.close()
 
-    def asked(self, index: int, revision: int) -> Engine | Groups:
-        """The engine of a branch, which is asked for at this revision of the denoiser."""
+    def asked(self, index: int, version: int) -> Engine | Groups:
+        """The engine of a branch, which is asked for at this version of the denoiser."""
         ranks = self.branches[index]
-        ranks.revision, ranks.renewals = revision, self.renewals
+        ranks.version, ranks.renewals = version, self.renewals
         return ranks.engine
 
-    def serves(self, engine: Engine | Groups, revision: int) -> bool:
-        """Whether an engine is one of these, and nothing has changed since it was asked for, also
-        not because another branch has asked; ``revision``: that of the denoiser now."""
+    def serves(self, engine: Engine | Groups, version: int) -> bool:
+        """Whether an engine is one of these, and the denoiser is what it was when it was asked for,
+        its weights also not taken anew because another branch has asked; ``version``: that of the
+        denoiser now."""
         for ranks in self.branches.values():
             if engine is ranks.engine or engine is ranks.whole:
-                same = (ranks.revision, ranks.renewals) == (revision, self.renewals)
-                return same and not self.watch.changed()
+                same = (ranks.version, ranks.renewals) == (version, self.renewals)
+                return same and not self.stale(version)
         return False
 
-    def stale(self, revision: int) -> bool:
-        """Whether the denoiser has other weights now than the ranks."""
-        return self.revision != revision or self.watch.changed()
+    def stale(self, version: int) -> bool:
+        """Whether the denoiser has, or may have, other weights now than the ranks."""
+        then = self.version, self.exchanges
+        return then != (version, self.weights.exchanges) or self.watch.changed()
 
-    def renew(self, weights: Weights, structure: Structure, revision: int) -> bool:
+    def renew(self, structure: Structure, version: int) -> bool:
         """Give the ranks the weights and numbers that the denoiser has now; whether that was
         possible. Otherwise they have to be made anew."""
         captured = {id(e.partition.captured): e.partition.captured for e in self.engines}
         for each in captured.values():
             each.follow(structure)
         written = self.watch.written()
-        if False in [engine.renew(weights, written) for engine in self.engines]:
+        if False in [engine.renew(self.weights, written) for engine in self.engines]:
             return False
         self.watch = WeightWatch(w for each in captured.values() for w in each.weights.values())
-        self.revision = revision
+        self.version, self.exchanges = version, self.weights.exchanges
         self.renewals += 1
         return True

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hooks import hooks_of, is_own
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
 from .numbers import Guards
@@ -47,9 +48,9 @@ class ModuleState:
         self._known: dict[Any, tuple[int, Any]] = {}
         self._unused = itertools.count(1)
         self._number = 0
-        #: the state, weights and numbers seen last
-        self._inputs: Any = None
-        self._revision = 0
+        #: what there has been of states, weights and numbers, and what keeps its addresses
+        self._seen: dict[Any, tuple[int, Any]] = {}
+        self._version = 0
 
     def number(self) -> int:
         """Another one for every state that needs a graph of its own. Quick as long as nothing
@@ -58,11 +59,11 @@ class ModuleState:
         return self._number
 
     @property
-    def revision(self) -> int:
-        """Counts changes of the state, of which tensors are weights, and of numbers that may be
-        moved."""
+    def version(self) -> int:
+        """Another one for every state, for other tensors as its weights, and for other numbers that
+        may be moved."""
         self._look()
-        return self._revision
+        return self._version
 
     @property
     def structure(self) -> Structure:
@@ -88,15 +89,19 @@ class ModuleState:
         values = {name: slot.value for name, slot in made.slots.items()}
         self._attention = chosen()
         state = (*self._attention, *_State(made, self._guards, values).taken())
-        if state not in self._known:
-            self._known[state] = next(self._unused), self._copies
-            if len(self._known) > _KNOWN:
-                del self._known[next(iter(self._known))]
-        self._number, _ = self._known[state]
-        # These tensors are held by the structure: their addresses are nobody else's.
-        inputs = self._number, values, {name: id(t) for name, t in made.tensors.items()}
-        self._revision += inputs != self._inputs
-        self._inputs = inputs
+        self._number = self._count(self._known, state, self._copies)
+        tensors = ((name, id(t)) for name, t in made.tensors.items())
+        inputs = self._number, tuple(values.items()), tuple(tensors)
+        self._version = self._count(self._seen, inputs, made)
+
+    def _count(self, known: dict[Any, tuple[int, Any]], what: Any, held: Any) -> int:
+        """The number of something that may have been there before; ``held`` while it is known, so
+        that its addresses are nobody else's."""
+        if what not in known:
+            known[what] = next(self._unused), held
+            if len(known) > _KNOWN:
+                del known[next(iter(known))]
+        return known[what][0]
 
     def _unchanged(self) -> bool:
         try:
@@ -135,6 +140,7 @@ class _State:
             (n, self._of_attribute(part, n, x))
             for n, x in attributes.items()
             if (str(n)[:1] != "_" or _is_plain(x))
+            and n != "forward"
             and not (n == "training" and same)
             and not unused(layer, n)
         )
@@ -146,7 +152,13 @@ class _State:
         # Of what adapters wrap, where none is active, the layer stands under its own name.
         inside = tuple((name, child is None) for name, child, _ in part.children())
         hooks = self._frozen(layer._forward_hooks), self._frozen(layer._forward_pre_hooks)
-        return part.name, type(layer), type(layer).forward, plain, weights, inside, hooks
+        forward = attributes.get("forward")
+        if forward is not None and is_own(forward):
+            forward = None
+        # A hook of diffusers may be a new one in each call, and wraps the layer's forward anew.
+        wrapped = self._frozen(forward and (hooks_of(attributes) or forward))
+        forwards = type(layer).forward, wrapped
+        return part.name, type(layer), forwards, plain, weights, inside, hooks
 
     def _of_attribute(self, part: Part, name: str, value: Any) -> Any:
         if part.wraps and isinstance(value, dict) and by_adapter(part.layer, name):

@@ -89,8 +89,10 @@ class Calls:
         self._compiled = self.module.__dict__.pop("_compiled_call_impl", None)
 
     def told(self, pipe: Any) -> int | None:
-        """How many calls a step has by the code of a pipeline that runs; None: it does not tell."""
-        return calls_in_a_step(pipe, self.name)
+        """How many calls a step has by the code of a pipeline that runs, or by its guider, if it is
+        modular; None: that does not tell."""
+        conditions = getattr(getattr(pipe, "guider", None), "num_conditions", None)
+        return conditions if isinstance(conditions, int) else calls_in_a_step(pipe, self.name)
 
     @property
     def progress(self) -> tuple[int, int] | None:

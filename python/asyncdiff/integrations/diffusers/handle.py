@@ -243,6 +243,8 @@ class Handle(ReadOnlySettings):
                 )
             # Looking goes through all submodules, in every step.
             watching = any(k.startswith("callback") and v for k, v in kwargs.items())
+            # A guider's hooks come and go within a step.
+            watching = watching or getattr(pipe, "guider", None) is not None
             this = Run(pipe, _step_options(pipe, args, kwargs), watching)
             for calls in self._calls:
                 stack.callback(calls.end)
