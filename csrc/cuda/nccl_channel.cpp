@@ -69,17 +69,17 @@ std::shared_ptr<End> NcclChannel::make_end(int rank, int peer, std::uint32_t cha
   return out;
 }
 
-void NcclChannel::allocate(NcclLink& link, std::size_t lines) {
+void NcclChannel::allocate(int rank, std::size_t lines) {
   memory_ = std::make_shared<NcclEndMemory>();
   // Slots begin where tensors may.
   memory_->lines = (lines + 1) / 2 * 2 * FlagPool::kLine;
-  memory_->device =
-      link.allocate(memory_->lines + layout().nbytes * static_cast<std::size_t>(slots()));
+  memory_->device = allocate_device(
+      shared_->device(rank), memory_->lines + layout().nbytes * static_cast<std::size_t>(slots()));
 }
 
 void NcclChannel::make_sender(std::uint32_t channel, std::shared_ptr<NcclLink> link) {
   const int peer = receivers().front();
-  allocate(*link, 1);
+  allocate(sender(), 1);
   const int flags = flags_for(layout().nbytes, kMaxFlags);
   constexpr std::size_t kWords = FlagPool::kLine / sizeof(std::uint64_t);
   const std::size_t tensors = layout().specs.size();
@@ -122,7 +122,7 @@ void NcclChannel::make_sender(std::uint32_t channel, std::shared_ptr<NcclLink> l
 
 void NcclChannel::make_receiver(std::uint32_t channel, std::shared_ptr<NcclLink> link) {
   const int rank = receivers().front();
-  allocate(*link, 2);
+  allocate(rank, 2);
   memory_->words = 2;
   std::uint64_t* const words = shared_->take_words(memory_->words, memory_->first);
   auto end = make_end<NcclIncoming>(rank, sender(), channel, std::move(link));

@@ -40,7 +40,7 @@ class NcclChannel final : public Channel {
   std::shared_ptr<End> make_end(int rank, int peer, std::uint32_t channel,
                                 std::shared_ptr<NcclLink> link) const;
   // Device memory of an end: so many lines, then all slots.
-  void allocate(NcclLink& link, std::size_t lines);
+  void allocate(int rank, std::size_t lines);
   // Whether a part of a bundle may be on its way before the rest is pushed.
   bool in_parts() const { return layout().specs.size() > 1 && layout().nbytes >= 2 * kPieceBytes; }
   void check_open() const;

@@ -1,10 +1,8 @@
 #include "nccl_communicator.hpp"
 
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,7 +19,7 @@ using Clock = std::chrono::steady_clock;
 
 // Most blocks of a kernel that carries a bundle, each of which takes a multiprocessor from what
 // computes beside it. Over a network NCCL takes a few anyway, which saturate it; more are of use
-// where hosts share an NVLink domain: 60 MB take half as long again with 16.
+// where hosts share an NVLink domain: 60 MB take a quarter longer with 16.
 constexpr int kMostBlocks = 32;
 constexpr int kBytes = 1;  // NCCL's number for unsigned bytes
 
@@ -66,39 +64,17 @@ Departures& departures() {
 
 }  // namespace
 
-// Calls of NCCL on one communicator must not overlap; an abort may come at any time, and ends them.
-struct NcclCommunicator::State {
-  std::timed_mutex calls;
-  std::atomic<NcclHandle*> handle{nullptr};  // null: there is none any more
-  // What it is split from, which is needed as long: where that is destroyed first, messages get
-  // stuck (NCCL 2.28).
-  NcclHandle* parent = nullptr;
-};
-
 NcclCommunicator::NcclCommunicator(const NcclLibrary& library, const NcclUniqueId& id, int place,
                                    const Limits& making)
-    : library_(library),
-      state_(std::make_shared<State>()),
-      other_(place == kSender ? kReceiver : kSender),
-      limits_(making) {
+    : library_(library), other_(place == kSender ? kReceiver : kSender), limits_(making) {
   NcclConfig config;
   config.blocking = 0;
   config.fewest_blocks = 1;
   config.most_blocks = kMostBlocks;
   const std::string what = "connecting two ranks";
-  NcclHandle* made = nullptr;
-  const int result = library_.make(&made, 2, id, place, &config);
-  state_->handle = made;
+  const int result = library_.make(&handle_, 2, id, place, &config);
   try {
-    settle(made, result, what);
-    // This one does nothing in the thread that calls, and so the making could be called off; but
-    // each message would begin a thread, which takes longer than to enqueue it. One that is split
-    // from it may be of the other kind.
-    config.blocking = 1;
-    NcclHandle* direct = nullptr;
-    settle(made, library_.split(made, 0, place, &direct, &config), what);
-    state_->parent = made;
-    state_->handle = direct;
+    settle(result, what);
   } catch (...) {
     abort();
     throw;
@@ -107,10 +83,16 @@ NcclCommunicator::NcclCommunicator(const NcclLibrary& library, const NcclUniqueI
 
 NcclCommunicator::~NcclCommunicator() { abort(); }
 
-void NcclCommunicator::wait_until(const std::function<bool()>& done, const std::string& what) {
+void NcclCommunicator::settle(int result, const std::string& what) {
   const auto begun = Clock::now();
   const auto limit = after(limits_.seconds);
-  while (!done()) {
+  while (result == kNcclInProgress || result == kNcclSuccess) {
+    // Also after a success: NCCL may still be at it.
+    int state = kNcclSuccess;
+    result = library_.async_error(handle_, &state);
+    if (result == kNcclSuccess) result = state;
+    if (result == kNcclSuccess) return;
+    if (result != kNcclInProgress) break;
     if (limits_.check) limits_.check();
     if (Clock::now() > limit) {
       throw NcclError(what + ": NCCL is not done after " +
@@ -118,121 +100,51 @@ void NcclCommunicator::wait_until(const std::function<bool()>& done, const std::
                       " s; NCCL_DEBUG=INFO says what it waits for, NCCL_SOCKET_IFNAME which "
                       "network interface it takes");
     }
+    // A message is on its way in microseconds; making a communicator takes a second.
     if (Clock::now() - begun < std::chrono::milliseconds(1)) {
       std::this_thread::yield();
     } else {
       std::this_thread::sleep_for(std::chrono::microseconds(200));
     }
   }
-}
-
-void NcclCommunicator::settle(NcclHandle* handle, int result, const std::string& what) {
-  library_.check(result, what, handle);
-  // Also after a success: NCCL may still be at it.
-  wait_until(
-      [&] {
-        int state = kNcclSuccess;
-        library_.check(library_.async_error(handle, &state), what, handle);
-        library_.check(state, what, handle);
-        return state == kNcclSuccess;
-      },
-      what);
-}
-
-void NcclCommunicator::exchange_first(void* data, std::size_t nbytes, void* stream,
-                                      const std::function<void()>& starting) {
-  struct Call {
-    std::atomic<bool> over{false};
-    int result = -1;
-  };
-  const auto call = std::make_shared<Call>();
-  const std::string what = "the first message between two ranks";
-  departures().start([all = &library_, state = state_, other = other_, call, data, nbytes, stream,
-                      starting] {
-    const std::lock_guard lock(state->calls);
-    starting();
-    NcclHandle* const handle = state->handle;
-    if (handle != nullptr) {
-      call->result = other == kReceiver ? all->send(data, nbytes, kBytes, other, handle, stream)
-                                        : all->receive(data, nbytes, kBytes, other, handle, stream);
-    }
-    call->over = true;
-  });
-  try {
-    wait_until([&] { return call->over.load(); }, what);
-    library_.check(call->result, what, state_->handle);
-  } catch (...) {
-    abort();
-    throw;
-  }
+  library_.check(result, what, handle_);
 }
 
 void NcclCommunicator::send(const void* data, std::size_t nbytes, void* stream) {
-  const std::lock_guard lock(state_->calls);
-  NcclHandle* const handle = state_->handle;
-  if (handle == nullptr) throw NcclError("sending a bundle: the connection was given up");
-  library_.check(library_.send(data, nbytes, kBytes, other_, handle, stream), "sending a bundle",
-                 handle);
+  if (handle_ == nullptr) throw NcclError("sending a bundle: the connection was given up");
+  settle(library_.send(data, nbytes, kBytes, other_, handle_, stream), "sending a bundle");
 }
 
 void NcclCommunicator::receive(void* data, std::size_t nbytes, void* stream) {
-  const std::lock_guard lock(state_->calls);
-  NcclHandle* const handle = state_->handle;
-  if (handle == nullptr) throw NcclError("receiving a bundle: the connection was given up");
-  library_.check(library_.receive(data, nbytes, kBytes, other_, handle, stream),
-                 "receiving a bundle", handle);
+  if (handle_ == nullptr) throw NcclError("receiving a bundle: the connection was given up");
+  settle(library_.receive(data, nbytes, kBytes, other_, handle_, stream), "receiving a bundle");
 }
 
 void NcclCommunicator::check() const {
-  const std::lock_guard lock(state_->calls);
-  NcclHandle* const handle = state_->handle;
-  if (handle == nullptr) return;
+  if (handle_ == nullptr) return;
   int state = kNcclSuccess;
   const std::string what = "exchanging bundles";
-  library_.check(library_.async_error(handle, &state), what, handle);
-  library_.check(state, what, handle);
-}
-
-void* NcclCommunicator::enroll(void* data, std::size_t nbytes) {
-  const std::lock_guard lock(state_->calls);
-  NcclHandle* const handle = state_->handle;
-  void* out = nullptr;
-  if (handle == nullptr || library_.enroll(handle, data, nbytes, &out) != kNcclSuccess) return {};
-  return out;
-}
-
-void NcclCommunicator::withdraw(void* enrolled, std::function<void()> then) noexcept {
-  // The other side's NCCL is asked to forget it, too.
-  departures().start([all = &library_, state = state_, enrolled, then = std::move(then)] {
-    {
-      const std::lock_guard lock(state->calls);
-      NcclHandle* const handle = state->handle;
-      if (handle != nullptr && enrolled != nullptr) all->withdraw(handle, enrolled);
-    }
-    then();
-  });
+  library_.check(library_.async_error(handle_, &state), what, handle_);
+  library_.check(state, what, handle_);
 }
 
 void NcclCommunicator::close() {
-  std::unique_lock lock(state_->calls, after(limits_.seconds));
-  if (!lock.owns_lock()) return abort();
-  NcclHandle* const handle = state_->handle.exchange(nullptr);
-  if (handle == nullptr) return;
-  departures().start([all = &library_, handle, parent = state_->parent] {
-    all->finalize(handle);
-    all->destroy(handle);
-    all->destroy(parent);
-  });
+  if (handle_ == nullptr) return;
+  try {
+    settle(library_.finalize(handle_), "giving up a connection");
+  } catch (...) {
+    abort();  // the other side has gone without it, or will not come
+    return;
+  }
+  NcclHandle* const handle = std::exchange(handle_, nullptr);
+  departures().start([library = &library_, handle] { library->destroy(handle); });
   wait_for_all(after(limits_.seconds));
 }
 
 void NcclCommunicator::abort() noexcept {
-  NcclHandle* const handle = state_->handle.exchange(nullptr);
+  NcclHandle* const handle = std::exchange(handle_, nullptr);
   if (handle == nullptr) return;
-  departures().start([all = &library_, handle, parent = state_->parent] {
-    all->abort(handle);
-    if (parent != nullptr) all->abort(parent);
-  });
+  departures().start([library = &library_, handle] { library->abort(handle); });
 }
 
 bool NcclCommunicator::wait_for_all(Clock::time_point limit) {

@@ -31,18 +31,14 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // Between two looks at what kernels write: nothing wakes a thread for that. Short for a while after
-// there was something to do, as in a generation; and none at all shortly after it, for a bundle
-// comes in several messages, and to be woken takes as long as to carry one.
+// there was something to do, as in a generation.
 constexpr microseconds kSoon{20};
 constexpr milliseconds kLater{1};
 constexpr milliseconds kWhile{200};
-constexpr milliseconds kAtOnce{2};
 // While there is no channel.
 constexpr milliseconds kIdle{100};
 // Between two looks at a link that is carrying something.
 constexpr milliseconds kLinkLooks{20};
-// Between two looks at the thread itself.
-constexpr milliseconds kGuardLooks{200};
 
 // Of counts that another process tells.
 void check_step(std::uint64_t from, std::uint64_t to, const NcclEnd& end) {
@@ -81,13 +77,6 @@ void NcclCourier::stop() {
   wake();
   thread_->join();
   delete std::exchange(thread_, nullptr);
-  {
-    const std::lock_guard lock(guard_mutex_);
-    joined_ = true;
-  }
-  guard_changed_.notify_all();
-  guard_->join();
-  delete std::exchange(guard_, nullptr);
   const std::lock_guard lock(mutex_);
   for (auto& [process, peer] : peers_) {
     if (!peer.open) continue;
@@ -101,10 +90,9 @@ void NcclCourier::stop() {
 
 void NcclCourier::start() {
   thread_ = background_thread([this] { run(); });
-  guard_ = background_thread([this] { guard(); });
 }
 
-void NcclCourier::forget() { thread_ = guard_ = nullptr; }
+void NcclCourier::forget() { thread_ = nullptr; }
 
 void NcclCourier::add(std::shared_ptr<NcclOutgoing> end) {
   const std::lock_guard lock(mutex_);
@@ -216,30 +204,8 @@ void NcclCourier::run() {
         events_.failed();
       }
     }
-    ++rounds_;
     if (worked) last = Clock::now();
-    const auto idle = Clock::now() - last;
-    const auto longest = ended || idle > kWhile ? std::chrono::nanoseconds(kLater)
-                         : idle > kAtOnce       ? std::chrono::nanoseconds(kSoon)
-                                                : std::chrono::nanoseconds(0);
-    if (pause(longest)) last = Clock::now();
-  }
-}
-
-// A message from or to new memory may wait for the other side's NCCL, which may have been stopped.
-void NcclCourier::guard() {
-  std::uint64_t seen = 0;
-  auto since = Clock::now();
-  std::unique_lock lock(guard_mutex_);
-  while (!guard_changed_.wait_for(lock, kGuardLooks, [this] { return joined_; })) {
-    const std::uint64_t rounds = rounds_;
-    if (std::exchange(seen, rounds) != rounds) since = Clock::now();
-    if (Clock::now() - since < std::chrono::duration<double>(deadline_) + kWhile) continue;
-    fail(std::make_exception_ptr(
-        NcclError("NCCL has not returned from enqueueing a message within the deadline; the other "
-                  "side may have been stopped")));
-    events_.failed();
-    since = Clock::now();
+    if (pause(!ended && Clock::now() - last < kWhile)) last = Clock::now();
   }
 }
 
@@ -392,9 +358,9 @@ void NcclCourier::ended(int process, Peer& peer) {
   if (!peer.left) std::rethrow_exception(events_.lost(process));
 }
 
-bool NcclCourier::pause(std::chrono::nanoseconds longest) {
-  if (longest.count() == 0) std::this_thread::yield();
+bool NcclCourier::pause(bool busy) {
   std::vector<pollfd> all{{wake_, POLLIN, 0}};
+  std::chrono::nanoseconds longest = busy ? std::chrono::nanoseconds(kSoon) : kLater;
   // After a failure nobody reads any more, and what comes does not wake.
   const bool failed = failures_.failed();
   {

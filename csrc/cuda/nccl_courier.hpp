@@ -10,7 +10,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -103,8 +102,7 @@ class NcclCourier {
   // Why NCCL may have failed: null where that is told elsewhere.
   std::exception_ptr cause_of(const std::exception_ptr& error);
   // Whether somebody woke it.
-  bool pause(std::chrono::nanoseconds longest);
-  void guard();
+  bool pause(bool busy);
   void wait(const NcclEnd& end, const char* operation, const std::function<bool()>& done);
 
   FailureLog& failures_;
@@ -113,13 +111,6 @@ class NcclCourier {
   int wake_;  // an event descriptor
   std::atomic<bool> stop_{false};
   std::thread* thread_ = nullptr;
-  std::atomic<std::uint64_t> rounds_{0};  // of the thread
-
-  // Has the links aborted where the thread does not come back from one.
-  std::thread* guard_ = nullptr;
-  std::mutex guard_mutex_;  // guards joined_
-  std::condition_variable guard_changed_;
-  bool joined_ = false;
 
   mutable std::mutex mutex_;  // guards all below
   std::map<int, Peer> peers_;

@@ -1,10 +1,8 @@
 #include "nccl_cuda_link.hpp"
 
-#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -29,7 +27,7 @@ NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::u
              "making a stream");
   try {
     communicator_ = std::make_unique<NcclCommunicator>(NcclLibrary::get(), id, place, making);
-    exchange_first(word, making);
+    exchange_first(place, word, making);
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;
@@ -37,17 +35,16 @@ NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::u
   communicator_->set_limits(carrying);
 }
 
-void NcclCudaLink::exchange_first(std::uint64_t* word, const NcclCommunicator::Limits& limits) {
+void NcclCudaLink::exchange_first(int place, std::uint64_t* word,
+                                  const NcclCommunicator::Limits& limits) {
   first_ = allocate_device(device_, sizeof(std::uint64_t));
   store_word(word, 0);
   try {
-    communicator_->exchange_first(first_.data, first_.nbytes, stream_, [device = device_] {
-      cudaSetDevice(device);
-      // So that whoever captures a graph in another thread is not disturbed.
-      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-      cudaThreadExchangeStreamCaptureMode(&mode);
-    });
-    publish({nullptr, 0, word, 1});
+    if (place == NcclCommunicator::kSender) {
+      send(first_.data, first_.nbytes, {nullptr, 0, word, 1});
+    } else {
+      receive(first_.data, first_.nbytes, {nullptr, 0, word, 1});
+    }
     const auto limit =
         std::chrono::steady_clock::now() + std::chrono::duration<double>(limits.seconds);
     while (load_word(word) != 1) {
@@ -80,38 +77,6 @@ void NcclCudaLink::receive(std::byte* to, std::size_t nbytes, const Publication&
 }
 
 void NcclCudaLink::publish(const Publication& then) { launch_publish(then, stream_); }
-
-Buffer NcclCudaLink::allocate(std::size_t nbytes) {
-  const DeviceGuard guard(device_);
-  void* memory = nullptr;
-  const auto& library = NcclLibrary::get();
-  // What there is no memory for is said by the usual way.
-  if (library.allocate(&memory, std::max<std::size_t>(nbytes, 1)) != kNcclSuccess) {
-    cudaGetLastError();
-    return allocate_device(device_, nbytes);
-  }
-  std::shared_ptr<void> owner(memory, [device = device_, all = &library](void* p) {
-    quietly_on(device, [all, p] { all->free(p); });
-  });
-  Buffer out{std::move(owner), static_cast<std::byte*>(memory), nbytes, device_};
-  clear(out, nbytes);
-  void* const enrolled = communicator_->enroll(memory, nbytes);
-  const std::lock_guard lock(mutex_);
-  enrolled_[out.data] = enrolled;
-  return out;
-}
-
-void NcclCudaLink::give_back(const Buffer& memory) noexcept {
-  void* enrolled = nullptr;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto found = enrolled_.find(memory.data);
-    if (found == enrolled_.end()) return;
-    enrolled = found->second;
-    enrolled_.erase(found);
-  }
-  communicator_->withdraw(enrolled, [kept = memory]() mutable { kept = {}; });
-}
 
 void NcclCudaLink::check() { communicator_->check(); }
 

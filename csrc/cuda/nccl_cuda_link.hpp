@@ -5,9 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 
 #include "asyncdiff/memory.hpp"
 #include "nccl_communicator.hpp"
@@ -25,8 +23,6 @@ class NcclCudaLink final : public NcclLink {
 
   void send(const std::byte* from, std::size_t nbytes, const Publication& then) override;
   void receive(std::byte* to, std::size_t nbytes, const Publication& then) override;
-  Buffer allocate(std::size_t nbytes) override;
-  void give_back(const Buffer& memory) noexcept override;
   void check() override;
   void abort() noexcept override;
   // Gives all back. Together: nothing is in flight, and the other side does the same now. Without
@@ -35,14 +31,12 @@ class NcclCudaLink final : public NcclLink {
 
  private:
   void publish(const Publication& then);
-  void exchange_first(std::uint64_t* word, const NcclCommunicator::Limits& limits);
+  void exchange_first(int place, std::uint64_t* word, const NcclCommunicator::Limits& limits);
 
   int device_;
   Buffer first_;  // of the first message; to free it would wait for the device
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<NcclCommunicator> communicator_;
-  std::mutex mutex_;                            // guards enrolled_
-  std::map<const std::byte*, void*> enrolled_;  // as NCCL knows them
 };
 
 }  // namespace asyncdiff

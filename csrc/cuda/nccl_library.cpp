@@ -14,8 +14,8 @@ namespace asyncdiff {
 namespace {
 
 constexpr char kName[] = "libnccl.so.2";
-// The first one to which memory can be made known. Torch 2.6 came with 2.21.
-constexpr int kOldest = 21900;
+// The first one whose configuration is the one above. Torch 2.6 came with 2.21.
+constexpr int kOldest = 21800;
 
 constexpr char kInstall[] =
     "; it comes with torch for CUDA, or install nvidia-nccl-cu13 (for CUDA 12: nvidia-nccl-cu12), "
@@ -85,17 +85,12 @@ NcclLibrary::NcclLibrary(void* library) {
   }
   look_up(library, "ncclGetUniqueId", get_unique_id);
   look_up(library, "ncclCommInitRankConfig", make);
-  look_up(library, "ncclCommSplit", split);
   look_up(library, "ncclCommFinalize", finalize);
   look_up(library, "ncclCommDestroy", destroy);
   look_up(library, "ncclCommAbort", abort);
   look_up(library, "ncclCommGetAsyncError", async_error);
   look_up(library, "ncclSend", send);
   look_up(library, "ncclRecv", receive);
-  look_up(library, "ncclMemAlloc", allocate);
-  look_up(library, "ncclMemFree", free);
-  look_up(library, "ncclCommRegister", enroll);
-  look_up(library, "ncclCommDeregister", withdraw);
   look_up(library, "ncclGetErrorString", error_string_);
   look_up(library, "ncclGetLastError", last_error_);
 }

@@ -54,17 +54,12 @@ class NcclLibrary {
 
   int (*get_unique_id)(NcclUniqueId*);
   int (*make)(NcclHandle**, int ranks, NcclUniqueId, int rank, NcclConfig*);
-  int (*split)(NcclHandle*, int color, int key, NcclHandle**, NcclConfig*);
   int (*finalize)(NcclHandle*);
   int (*destroy)(NcclHandle*);
   int (*abort)(NcclHandle*);
   int (*async_error)(NcclHandle*, int* result);
   int (*send)(const void*, std::size_t count, int type, int peer, NcclHandle*, void* stream);
   int (*receive)(void*, std::size_t count, int type, int peer, NcclHandle*, void* stream);
-  int (*allocate)(void**, std::size_t nbytes);
-  int (*free)(void*);
-  int (*enroll)(NcclHandle*, void*, std::size_t nbytes, void** enrolled);
-  int (*withdraw)(NcclHandle*, void* enrolled);
 
  private:
   explicit NcclLibrary(void* loaded);

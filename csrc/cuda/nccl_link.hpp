@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "asyncdiff/memory.hpp"
-
 namespace asyncdiff {
 
 // Words that are set once a message has been carried, after its bytes.
@@ -23,12 +21,6 @@ class NcclLink {
   virtual ~NcclLink() = default;
   virtual void send(const std::byte* from, std::size_t nbytes, const Publication& then) = 0;
   virtual void receive(std::byte* to, std::size_t nbytes, const Publication& then) = 0;
-  // Zeroed memory of its device that messages leave from and arrive in as fast as they can. Throws
-  // CudaError where there is not enough.
-  virtual Buffer allocate(std::size_t nbytes) = 0;
-  // Gives it back, once nothing from or to it is in flight; it is freed when nobody has it any
-  // more. Waits for nothing.
-  virtual void give_back(const Buffer& memory) noexcept = 0;
   // Throws where the connection has failed.
   virtual void check() = 0;
   // Ends what is under way. Waits for nothing.

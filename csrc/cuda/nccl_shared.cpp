@@ -293,7 +293,6 @@ std::uint64_t* NcclShared::take_words(std::size_t count, std::size_t& first) {
 
 void NcclShared::give_back(const NcclEndMemory& end) {
   courier_.remove(*end.end);
-  end.end->link->give_back(end.device);
   failures_.remove_end(end.record);
   std::memset(pinned_.data + end.first, 0, end.words * FlagPool::kLine);
   lines_.give_back(end.first, end.words);

@@ -9,10 +9,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 
@@ -30,7 +28,6 @@ struct Communicator {
   std::atomic<int> state{kInProgress};
   std::atomic<bool> over{false};
   std::atomic<int> socket{-1};
-  std::atomic<int> users{1};
   std::thread making;
 };
 using Shared = std::shared_ptr<Communicator>;
@@ -81,15 +78,10 @@ void carry(const Shared& one, char* data, std::size_t count, bool sends) {
   while (count > 0 && !one->over) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
-// The last one that is split from another ends the connection.
-std::mutex ends;
 int end(Shared* one) {
-  const std::lock_guard lock(ends);
-  if ((*one)->making.joinable()) (*one)->making.join();
-  if (--(*one)->users == 0) {
-    (*one)->over = true;
-    if ((*one)->socket >= 0) shutdown((*one)->socket, SHUT_RDWR);
-  }
+  (*one)->over = true;
+  (*one)->making.join();
+  if ((*one)->socket >= 0) shutdown((*one)->socket, SHUT_RDWR);
   delete one;
   return kSuccess;
 }
@@ -98,7 +90,7 @@ int enqueue(void* data, std::size_t count, Shared* one, void* stream, bool sends
   const Shared kept = *one;
   static_cast<on_cpu::Stream*>(stream)->enqueue(
       [kept, data, count, sends] { carry(kept, static_cast<char*>(data), count, sends); });
-  return kSuccess;
+  return kInProgress;
 }
 
 }  // namespace
@@ -124,24 +116,14 @@ int ncclCommInitRankConfig(Shared** out, int ranks, Id id, int rank, void*) {
   return kInProgress;
 }
 
-// All of them enqueue in the thread that calls.
-int ncclCommSplit(Shared* one, int, int, Shared** out, void*) {
-  ++(*one)->users;
-  *out = new Shared(*one);
-  return kSuccess;
-}
-
 int ncclCommGetAsyncError(Shared* one, int* state) {
   *state = (*one)->state;
   return kSuccess;
 }
 
-int ncclCommFinalize(Shared*) { return kSuccess; }
+int ncclCommFinalize(Shared*) { return kInProgress; }
 int ncclCommDestroy(Shared* one) { return end(one); }
-int ncclCommAbort(Shared* one) {
-  (*one)->over = true;
-  return end(one);
-}
+int ncclCommAbort(Shared* one) { return end(one); }
 
 int ncclSend(const void* data, std::size_t count, int, int, Shared* one, void* stream) {
   return enqueue(const_cast<void*>(data), count, one, stream, true);
@@ -149,20 +131,6 @@ int ncclSend(const void* data, std::size_t count, int, int, Shared* one, void* s
 int ncclRecv(void* data, std::size_t count, int, int, Shared* one, void* stream) {
   return enqueue(data, count, one, stream, false);
 }
-
-int ncclMemAlloc(void** out, std::size_t nbytes) {
-  *out = std::aligned_alloc(256, (nbytes + 255) / 256 * 256);
-  return kSuccess;
-}
-int ncclMemFree(void* memory) {
-  std::free(memory);
-  return kSuccess;
-}
-int ncclCommRegister(Shared*, void* memory, std::size_t, void** out) {
-  *out = memory;
-  return kSuccess;
-}
-int ncclCommDeregister(Shared*, void*) { return kSuccess; }
 
 const char* ncclGetErrorString(int) { return "an error"; }
 const char* ncclGetLastError(Shared*) { return ""; }

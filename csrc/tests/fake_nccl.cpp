@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
 
@@ -23,13 +22,6 @@ int result_of(std::atomic<int>& polls, int then) {
 struct Communicator {
   int state = 0;
 };
-
-std::atomic<bool> ended{false};  // by an abort
-
-int call() {
-  while (fake_nccl.calls_wait && !ended) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  return ended ? 3 : fake_nccl.send_result.load();
-}
 
 }  // namespace
 
@@ -56,17 +48,8 @@ int ncclCommInitRankConfig(Communicator** out, int ranks, Id id, int rank, void*
   fake_nccl.id_byte = id.bytes[127];
   if (fake_nccl.make_result != 0) return fake_nccl.make_result;
   *out = new Communicator;
-  ended = false;
   ++fake_nccl.made;
   return 7;
-}
-
-int ncclCommSplit(Communicator* one, int, int, Communicator** out, void* config) {
-  std::memcpy(fake_nccl.split_config, config, sizeof fake_nccl.split_config);
-  if (fake_nccl.split_result != 7) return fake_nccl.split_result;
-  *out = new Communicator(*one);
-  ++fake_nccl.made;
-  return 0;
 }
 
 int ncclCommGetAsyncError(Communicator*, int* state) {
@@ -76,7 +59,7 @@ int ncclCommGetAsyncError(Communicator*, int* state) {
 
 int ncclCommFinalize(Communicator*) {
   ++fake_nccl.finalized;
-  return 0;
+  return 7;
 }
 
 int ncclCommDestroy(Communicator* one) {
@@ -87,7 +70,6 @@ int ncclCommDestroy(Communicator* one) {
 
 int ncclCommAbort(Communicator* one) {
   while (fake_nccl.aborts_wait) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  ended = true;
   ++fake_nccl.aborted;
   delete one;
   return 0;
@@ -96,34 +78,13 @@ int ncclCommAbort(Communicator* one) {
 #ifndef FAKE_NCCL_WITHOUT_SEND
 int ncclSend(const void*, std::size_t count, int type, int peer, Communicator*, void* stream) {
   fake_nccl.last = {count, type, peer, stream};
-  return call();
+  return fake_nccl.send_result;
 }
 #endif
 
 int ncclRecv(void*, std::size_t count, int type, int peer, Communicator*, void* stream) {
   fake_nccl.last = {count, type, peer, stream};
-  return call();
-}
-
-int ncclMemAlloc(void** out, std::size_t nbytes) {
-  *out = std::malloc(nbytes);
-  ++fake_nccl.allocated;
-  return 0;
-}
-int ncclMemFree(void* memory) {
-  std::free(memory);
-  ++fake_nccl.freed;
-  return 0;
-}
-int ncclCommRegister(Communicator*, void* memory, std::size_t, void** out) {
-  if (fake_nccl.enroll_result != 0) return fake_nccl.enroll_result;
-  *out = memory;
-  ++fake_nccl.enrolled;
-  return 0;
-}
-int ncclCommDeregister(Communicator*, void*) {
-  ++fake_nccl.withdrawn;
-  return call();
+  return fake_nccl.send_result;
 }
 
 const char* ncclGetErrorString(int result) { return result == 6 ? "remote error" : "other error"; }

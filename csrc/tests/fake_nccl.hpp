@@ -10,14 +10,11 @@ struct FakeNccl {
   // How often a call is still in progress when it is asked for, and what it then is.
   std::atomic<int> polls{0};
   std::atomic<int> state{0};
-  std::atomic<int> id_result{0}, make_result{0}, split_result{7}, send_result{0}, enroll_result{0};
+  std::atomic<int> id_result{0}, make_result{0}, send_result{7};
   std::atomic<bool> aborts_wait{false};
-  // Messages, and what withdraws memory, wait for the other side, which an abort ends.
-  std::atomic<bool> calls_wait{false};
 
-  std::atomic<int> made{0}, finalized{0}, destroyed{0}, aborted{0}, enrolled{0}, withdrawn{0};
-  std::atomic<int> allocated{0}, freed{0};
-  unsigned char config[48], split_config[48];
+  std::atomic<int> made{0}, finalized{0}, destroyed{0}, aborted{0};
+  unsigned char config[48];
   int ranks, rank;
   char id_byte;
   struct {

@@ -46,66 +46,32 @@ void start() {
   fake().polls = 0;
   fake().state = 0;
   fake().made = fake().finalized = fake().destroyed = fake().aborted = 0;
-  fake().enrolled = fake().withdrawn = 0;
 }
 
 void it_is_made_as_asked_for() {
   start();
   fake().polls = 20;
   NcclCommunicator sender(library(), id(), NcclCommunicator::kSender, limits(5));
-  CHECK(fake().made == 2 && fake().polls == 0 && fake().ranks == 2 && fake().rank == 0);
+  CHECK(fake().made == 1 && fake().polls == 0 && fake().ranks == 2 && fake().rank == 0);
   CHECK(fake().id_byte == 7);
   NcclConfig config;
   std::memcpy(&config, fake().config, sizeof config);
   CHECK(config.size == 48 && config.magic == 0xcafebeefu && config.version == 21800);
   CHECK(config.blocking == 0 && config.fewest_blocks == 1 && config.most_blocks == 32);
   CHECK(config.network == nullptr && config.cluster_size == NcclConfig::kUndefined);
-  // The one that is used enqueues in the thread that calls.
-  std::memcpy(&config, fake().split_config, sizeof config);
-  CHECK(config.blocking == 1 && config.fewest_blocks == 1 && config.most_blocks == 32);
+  fake().polls = 3;
   int data = 0, stream = 0;
-  sender.exchange_first(&data, 8, &stream, [] {});
-  CHECK(fake().last.count == 8 && fake().last.peer == 1 && fake().last.stream == &stream);
   sender.send(&data, 4, &stream);
   CHECK(fake().last.count == 4 && fake().last.type == 1 && fake().last.peer == 1);
   CHECK(fake().last.stream == &stream);
   sender.check();
+  fake().polls = 3;
   sender.close();
-  CHECK(fake().finalized == 1 && fake().destroyed == 2 && fake().aborted == 0);
+  CHECK(fake().finalized == 1 && fake().destroyed == 1 && fake().aborted == 0);
   CHECK_THROWS(sender.send(&data, 4, &stream), NcclError);
   sender.abort();
   sender.close();
-  CHECK(fake().destroyed == 2 && fake().aborted == 0);
-}
-
-// Of memory that NCCL knows. The other side's part in it may wait.
-void memory_is_enrolled_and_withdrawn() {
-  start();
-  bool freed = false;
-  {
-    NcclCommunicator one(library(), id(), NcclCommunicator::kSender, limits(0.05));
-    int data = 0;
-    void* const known = one.enroll(&data, 4);
-    CHECK(known == &data && fake().enrolled == 1);
-    one.withdraw(known, [&] { freed = true; });
-    CHECK(all_given_back() && freed && fake().withdrawn == 1);
-    fake().enroll_result = 5;
-    CHECK(one.enroll(&data, 4) == nullptr);
-    fake().enroll_result = 0;
-    freed = false;
-    one.withdraw(nullptr, [&] { freed = true; });
-    CHECK(all_given_back() && freed && fake().withdrawn == 1);
-    // It waits for nobody, and what waits is ended.
-    freed = false;
-    fake().calls_wait = true;
-    one.withdraw(known, [&] { freed = true; });
-    CHECK(!NcclCommunicator::wait_for_all(Clock::now() + std::chrono::milliseconds(20)));
-    one.close();  // the other side is stuck: it is aborted
-    CHECK(all_given_back() && freed && fake().aborted == 2);
-    fake().calls_wait = false;
-    one.withdraw(known, [&] { freed = true; });
-    CHECK(all_given_back() && fake().withdrawn == 2);
-  }
+  CHECK(fake().destroyed == 1 && fake().aborted == 0);
 }
 
 void waits_have_limits() {
@@ -125,29 +91,14 @@ void waits_have_limits() {
   CHECK(all_given_back() && fake().aborted == 1);
   start();
   {
-    NcclCommunicator one(library(), id(), NcclCommunicator::kReceiver, limits(0.05));
-    fake().calls_wait = true;
-    int data = 0;
-    CHECK_THROWS(one.exchange_first(&data, 8, nullptr, [] {}), NcclError);
-    CHECK(all_given_back() && fake().aborted == 2);
-    CHECK_THROWS(one.receive(&data, 4, nullptr), NcclError);
-    fake().calls_wait = false;
-  }
-  CHECK(all_given_back() && fake().aborted == 2);
-  // A message that waits is ended by an abort, which may come from any thread.
-  start();
-  {
-    NcclCommunicator one(library(), id(), NcclCommunicator::kReceiver, limits(5));
-    fake().calls_wait = true;
-    std::thread aborting([&] {
-      std::this_thread::sleep_for(std::chrono::milliseconds(50));
-      one.abort();
-    });
+    NcclCommunicator one(library(), id(), NcclCommunicator::kSender, limits(0.05));
+    fake().polls = FakeNccl::kForever;
     int data = 0;
     CHECK_THROWS(one.receive(&data, 4, nullptr), NcclError);
-    aborting.join();
-    fake().calls_wait = false;
+    one.close();  // the other side does not come: it is aborted
+    CHECK(all_given_back() && fake().destroyed == 0 && fake().aborted == 1);
   }
+  CHECK(all_given_back() && fake().aborted == 1);
 }
 
 void failures_are_told() {
@@ -155,17 +106,15 @@ void failures_are_told() {
   fake().make_result = 2;
   CHECK_THROWS(NcclCommunicator(library(), id(), NcclCommunicator::kSender, limits(5)), NcclError);
   fake().make_result = 0;
-  fake().split_result = 2;
-  CHECK_THROWS(NcclCommunicator(library(), id(), NcclCommunicator::kSender, limits(5)), NcclError);
-  fake().split_result = 7;
   NcclCommunicator one(library(), id(), NcclCommunicator::kSender, limits(5));
   fake().state = kNcclRemoteError;
   CHECK_THROWS(one.check(), NcclError);
   int data = 0;
+  CHECK_THROWS(one.send(&data, 4, nullptr), NcclError);
   fake().state = 0;
   fake().send_result = 5;
   CHECK_THROWS(one.send(&data, 4, nullptr), NcclError);
-  fake().send_result = 0;
+  fake().send_result = 7;
 }
 
 // It gives its memory back when the device has done everything else, which may be never.
@@ -182,7 +131,7 @@ void an_abort_waits_for_nothing() {
   CHECK(Clock::now() - begun < std::chrono::seconds(1));
   CHECK(!NcclCommunicator::wait_for_all(Clock::now() + std::chrono::milliseconds(20)));
   fake().aborts_wait = false;
-  CHECK(all_given_back() && fake().aborted == 4);
+  CHECK(all_given_back() && fake().aborted == 2);
 }
 
 void nothing_is_left_behind() {
@@ -192,14 +141,13 @@ void nothing_is_left_behind() {
     if (i % 2 == 0) one.close();
   }
   CHECK(all_given_back());
-  CHECK(fake().made == 400 && fake().destroyed == 200 && fake().aborted == 200);
+  CHECK(fake().made == 200 && fake().destroyed == 100 && fake().aborted == 100);
 }
 
 }  // namespace
 
 int main() {
   it_is_made_as_asked_for();
-  memory_is_enrolled_and_withdrawn();
   waits_have_limits();
   failures_are_told();
   an_abort_waits_for_nothing();

@@ -199,19 +199,6 @@ void a_link_that_carries_nothing_passes_the_deadline() {
   CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), ExchangeTimeout);
 }
 
-void a_call_of_nccl_that_does_not_return_is_ended() {
-  Two two(0.2);
-  const auto queue = std::make_shared<Queue>();
-  two.sides[0]->queue = queue;
-  TestChannel channel(two, 0, 0, 2, 64, queue);
-  channel.run(0, 3);
-  channel.queue->blocked = true;
-  channel.commit(4, 4);
-  CHECK(soon([&] { return two.sides[0]->failed > 0; }));
-  CHECK(is<NcclError>(two.sides[0]->courier.error()));
-  CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), NcclError);
-}
-
 void an_abort_ends_waits() {
   Two two;
   TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
@@ -247,7 +234,6 @@ int main() {
   one_that_dies_is_named_at_once();
   a_death_is_the_cause_of_what_nccl_says();
   a_link_that_carries_nothing_passes_the_deadline();
-  a_call_of_nccl_that_does_not_return_is_ended();
   an_abort_ends_waits();
   nonsense_is_refused();
 }

@@ -29,7 +29,7 @@ void one_that_is_missing_is_said_to_be_installed() {
   unsetenv("ASYNCDIFF_NCCL");
   // No loader finds one here, where nothing of it is installed.
   const std::string none = message_of([] { NcclLibrary::get(); });
-  CHECK(none.empty() || (has(none, "NCCL 2.19.0 or newer") && has(none, "ASYNCDIFF_NCCL")));
+  CHECK(none.empty() || (has(none, "NCCL 2.18.0 or newer") && has(none, "ASYNCDIFF_NCCL")));
   if (none.empty()) return;
   set_nccl_path("/nowhere/in/a/wheel.so");
   CHECK(has(message_of([] { NcclLibrary::get(); }), "/nowhere/in/a/wheel.so"));
@@ -39,7 +39,7 @@ void one_that_is_missing_is_said_to_be_installed() {
 
 void one_that_is_too_old_is_refused() {
   const std::string old = message_of([] { NcclLibrary(FAKE_OLD_NCCL); });
-  CHECK(has(old, "NCCL 2.17.1 is too old") && has(old, "2.19.0 or newer is needed"));
+  CHECK(has(old, "NCCL 2.17.1 is too old") && has(old, "2.18.0 or newer is needed"));
   CHECK(has(message_of([] { NcclLibrary(FAKE_BROKEN_NCCL); }), "has no ncclSend"));
 }
 

@@ -41,7 +41,6 @@ inline bool soon(const std::function<bool()>& so) {
 class Queue {
  public:
   std::atomic<bool> broken{false}, stuck{false};
-  std::atomic<bool> blocked{false};  // sending does not return before an abort
   std::atomic<int> aborts{0};
 
   void send(const std::byte* from, std::size_t nbytes, const Publication& then) {
@@ -89,18 +88,12 @@ class FakeLink final : public NcclLink {
   explicit FakeLink(std::shared_ptr<Queue> queue) : queue_(std::move(queue)) {}
   void send(const std::byte* from, std::size_t nbytes, const Publication& then) override {
     check();
-    while (queue_->blocked) {
-      if (queue_->aborts > 0) throw NcclError("aborted");
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
     queue_->send(from, nbytes, then);
   }
   void receive(std::byte* to, std::size_t nbytes, const Publication& then) override {
     check();
     queue_->receive(to, nbytes, then);
   }
-  Buffer allocate(std::size_t nbytes) override { return allocate_host(nbytes); }
-  void give_back(const Buffer&) noexcept override {}
   void check() override {
     if (queue_->broken) throw NcclError("the cable is out");
   }
@@ -118,17 +111,13 @@ struct Side {
             std::move(connections), failures, deadline,
             {[] {}, [this] { return over.load(); },
              [](int which) { return std::make_exception_ptr(ProcessLost(which, {which}, "gone")); },
-             [this] {
-               if (queue) ++queue->aborts;
-               ++failed;
-             }}) {
+             [this] { ++failed; }}) {
     static_cast<void>(process);
     courier.start();
   }
 
   std::atomic<bool> over{false};
   std::atomic<int> failed{0};
-  std::shared_ptr<Queue> queue;  // whose calls a failure ends
   FailureLog failures;
   NcclCourier courier;
 };
