@@ -112,8 +112,7 @@ def main() -> None:
             if found:
                 figures[f"{name} {args.setting.name} {mode}"] = found
                 print(f"{name}, {args.setting.name}, {mode}: {found}", flush=True)
-    if dist.get_rank() == 0:
-        results_file.write(args.out, figures)
+                results_file.write(args.out, figures)  # also where the rest is cut off
     dist.destroy_process_group()
 
 

@@ -64,4 +64,5 @@ def test_one_gpu_and_several_give_the_same_bits_for_prompts_of_two_lengths(
     for place in PLACES:
         with contextlib.closing(_denoiser(place, settings)) as denoiser:
             found += [by_branch(denoiser, call["sample"][:1], texts, False) for _ in range(2)]
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    # Twice on one GPU, then twice on several.
+    assert [float((found[0] - other).abs().max()) for other in found] == [0.0] * 4
