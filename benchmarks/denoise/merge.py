@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from denoise.models import MODELS
+from denoise.models import MODELS, QUANTISED, TRIES
 from results_file import OF_THE_RUN
 
 #: What may differ between the environments of runs on one machine; of GPUs see below.
@@ -37,7 +37,7 @@ def merge(documents: list[dict[str, Any]]) -> dict[str, Any]:
     for document in documents:
         for key, model in document["figures"].items():
             figures[key] = _model(figures[key], model) if key in figures else model
-    ordered = {k: figures[k] for k in [*MODELS, "tiny"] if k in figures}
+    ordered = {k: figures[k] for k in MODELS | QUANTISED | TRIES if k in figures}
     return {"environment": documents[0]["environment"], "figures": ordered}
 
 

@@ -5,17 +5,19 @@ Weights are random: speed does not depend on them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from denoise.loop import Loop
+from denoise.quantised import KINDS, quantise
 
 
 @dataclass(frozen=True)
 class Published:
     """A denoiser's diffusers class and configuration, and the picture that it is used for.
 
-    ``timestep_divisor``: what its pipeline divides the scheduler's timestep by.
+    ``timestep_divisor``: what its pipeline divides the scheduler's timestep by. ``weights``: how
+    they are quantised (:mod:`denoise.quantised`), if they are.
     """
 
     key: str
@@ -26,6 +28,12 @@ class Published:
     width: int
     frames: int | None = None
     timestep_divisor: float = 1.0
+    weights: str | None = None
+
+    def with_weights(self, kind: str) -> Published:
+        """The same with quantised weights."""
+        key, title = f"{self.key}-{kind.replace(' ', '-')}", f"{self.title}, {kind}"
+        return replace(self, key=key, title=title, weights=kind)
 
     def build(self, device: str, dtype: Any) -> Any:
         """The denoiser with random weights, in eval mode (on "meta": without memory)."""
@@ -37,7 +45,10 @@ class Published:
             module = getattr(diffusers, self.cls)(**self.config)
         # diffusers' own .to() warns about precision that random weights do not have.
         torch.nn.Module.to(module, device, dtype)
-        return module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+        if self.weights is not None:
+            quantise(module, self.weights)
+        return module
 
     def inputs(self, module: Any) -> dict[str, Any]:
         """Keyword arguments of one call at the published size."""
@@ -160,5 +171,10 @@ MODELS = {
         ),
     )
 }
-#: Nobody's: to try the benchmark with.
+#: Nobody's.
 TINY = Published("tiny", "a tiny UNet, 64²", "UNet2DConditionModel", _TINY, 64, 64)
+
+#: With quantised weights.
+QUANTISED = {m.key: m for m in (MODELS["flux"].with_weights(kind) for kind in KINDS)}
+#: To try the benchmark with.
+TRIES = {m.key: m for m in (TINY, TINY.with_weights("float8"))}

@@ -4,6 +4,7 @@
     python benchmarks/denoise/run.py --models flux --schedules 2,1,1 2,2,1 --rounds 3
     python benchmarks/denoise/run.py --modes graph      # without what is compiled
     python benchmarks/denoise/run.py --schedules 2,1,1 2,1,9,splitwarm 1,1,1,split
+    python benchmarks/denoise/run.py --models flux-float8-dynamic --dtype bfloat16  # torchao
     python benchmarks/denoise/run.py --device cpu --models tiny --dtype float32  # a try-out
 
 Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
@@ -57,7 +58,7 @@ from denoise.beside import Lock
 from denoise.exports import Exports
 from denoise.loop import Loop
 from denoise.memory import Memory
-from denoise.models import MODELS, TINY, Published
+from denoise.models import MODELS, QUANTISED, TRIES, Published
 from denoise.predicted import Alone, predicted
 from denoise.settings import OPTIONS, Setting
 from denoise.timings import Timings, steady, synchronize, timed
@@ -68,6 +69,7 @@ from plan_macs import macs_by_rank
 SUFFIX = {"graph": "", "compiled": ", compiled"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 STARTED = time.monotonic()
+KNOWN = MODELS | QUANTISED | TRIES
 
 
 def run_model(
@@ -284,7 +286,7 @@ class Saving:
     def __call__(self, new: dict[str, Any]) -> None:
         """Write what is known now."""
         self._all[self._key] = {**self._old, **new, "command": self._command}
-        keys = [k for k in [*MODELS, "tiny"] if k in self._all]
+        keys = [k for k in KNOWN if k in self._all]
         results_file.write(self._out, {k: self._all[k] for k in keys})
 
 
@@ -292,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["sd21", "sdxl"], choices=[*MODELS, "tiny"])
+    parser.add_argument("--models", nargs="+", default=["sd21", "sdxl"], choices=KNOWN)
     parser.add_argument(
         "--schedules",
         nargs="+",
@@ -343,7 +345,7 @@ def main() -> None:
     for key in args.models:
         save = Saving(args, figures, key)
         try:
-            run_model(MODELS.get(key, TINY), args, save, lock, exports)
+            run_model(KNOWN[key], args, save, lock, exports)
         except Exception:  # the other models may do better
             traceback.print_exc()
             failed = True

@@ -126,6 +126,43 @@ def test_a_loop_of_nan_is_not_timed() -> None:
 
 
 @pytest.mark.slow
+def test_quantised_weights_are_timed_like_others(tmp_path: Path) -> None:
+    """On one device and on two; each component holds its share in float8."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    out = tmp_path / "denoise.json"
+    command = [sys.executable, str(ROOT / "benchmarks/denoise/run.py"), "--device", "cpu"]
+    command += ["--models", "tiny-float8", "--dtype", "bfloat16", "--steps", "4", "--rounds", "1"]
+    command += ["--out", str(out), "--schedules", "2,1,1", "2,1,4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())["figures"]["tiny-float8"]
+    assert figures["title"].endswith("float8")
+    assert (
+        figures["N=2 S=1 w=4"]["distance_to_eager"]
+        == 0
+        < figures["N=2 S=1 w=1"]["distance_to_eager"]
+    )
+
+
+def test_denoisers_with_quantised_weights() -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    plain, tiny = (models.TRIES[k].build("cpu", torch.bfloat16) for k in ("tiny", "tiny-float8"))
+    layers = dict(tiny.named_modules())
+    kinds = {
+        name: type(layers[name].weight).__name__
+        for name, layer in plain.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    assert set(kinds.values()) == {"Float8Tensor"}
+    call = models.TINY.inputs(tiny)
+    assert tiny(**call)[0].isfinite().all()
+    published = models.QUANTISED["flux-float8-dynamic"]
+    assert published.title == "FLUX.1-dev, 1024², float8 dynamic"
+    with pytest.raises(SystemExit, match="--dtype bfloat16"):
+        models.TINY.with_weights("float8 dynamic").build("cpu", torch.float16)
+
+
+@pytest.mark.slow
 def test_runs_beside_each_other_are_put_batch(tmp_path: Path) -> None:
     """They prepare at once, time one after another, and one document comes of it."""
     script = str(ROOT / "benchmarks/denoise/run.py")
