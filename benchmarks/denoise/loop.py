@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-#: One evaluation of the denoiser: its arguments, then the noise prediction.
-Denoise = Callable[[dict[str, Any]], torch.Tensor]
+#: One evaluation of the denoiser: its arguments and which of a step's calls it is, then the noise
+#: prediction.
+Denoise = Callable[[dict[str, Any], int], torch.Tensor]
 
 
 class Loop:
     """A generation with guidance: DDIM steps from fixed noise, the conditioning fixed.
 
     ``inputs`` are keyword arguments of one call of the denoiser; a batch of twice the ``pictures``
-    is pairs, all unconditional rows first. The denoiser gets the scheduler's timesteps over
+    is pairs, all unconditional rows first. With ``branches=2`` guidance is a second call in each
+    step instead, with another text. The denoiser gets the scheduler's timesteps over
     ``timestep_divisor``.
     """
 
@@ -26,6 +28,7 @@ class Loop:
         guidance_scale: float = 5.0,
         timestep_divisor: float = 1.0,
         pictures: int = 1,
+        branches: int = 1,
     ) -> None:
         from diffusers import DDIMScheduler
 
@@ -38,6 +41,11 @@ class Loop:
         self.pictures = pictures
         self.guided = self.noise.shape[0] == 2 * pictures
         self.inputs = inputs
+        #: Of each call of a step. Made once, as pipelines make them.
+        self.calls = [inputs]
+        if branches == 2:
+            text = inputs["encoder_hidden_states"]
+            self.calls = [{**inputs, "encoder_hidden_states": text.flip(1)}, inputs]
         self.guidance_scale = guidance_scale
         #: The denoiser's timesteps, on its device, so that no step waits for a transfer.
         time = inputs["timestep"]
@@ -55,14 +63,18 @@ class Loop:
             sample = latents if beside is None else torch.cat([latents, beside], dim=-3)
             if self.guided:
                 sample = torch.cat([sample, sample])
-            predicted = denoise({**self.inputs, self.name: sample, "timestep": time})
+            moving = {self.name: sample, "timestep": time}
+            each = [denoise({**call, **moving}, n) for n, call in enumerate(self.calls)]
+            predicted = each[-1]
             if k == 0 and predicted.shape[-3] != latents.shape[-3]:
                 beside = latents.narrow(
                     -3, predicted.shape[-3], latents.shape[-3] - predicted.shape[-3]
                 )
                 latents = latents.narrow(-3, 0, predicted.shape[-3])
             if self.guided:
-                unconditional, conditional = predicted.chunk(2)
+                each = list(predicted.chunk(2))
+            if len(each) == 2:
+                unconditional, conditional = each
                 predicted = unconditional + self.guidance_scale * (conditional - unconditional)
             t = int(self.scheduler.timesteps[k])
             latents = self.scheduler.step(predicted, t, latents, return_dict=False)[0]

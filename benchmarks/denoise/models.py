@@ -17,7 +17,8 @@ class Published:
     """A denoiser's diffusers class and configuration, and the picture that it is used for.
 
     ``timestep_divisor``: what its pipeline divides the scheduler's timestep by. ``weights``: how
-    they are quantised (:mod:`denoise.quantised`), if they are.
+    they are quantised (:mod:`denoise.quantised`), if they are. ``branches``: how often its pipeline
+    calls it in a step.
     """
 
     key: str
@@ -29,6 +30,7 @@ class Published:
     frames: int | None = None
     timestep_divisor: float = 1.0
     weights: str | None = None
+    branches: int = 1
 
     def with_weights(self, kind: str) -> Published:
         """The same with quantised weights."""
@@ -58,7 +60,8 @@ class Published:
 
     def loop(self, inputs: dict[str, Any], steps: int) -> Loop:
         """A generation of so many steps from such keyword arguments."""
-        return Loop(inputs, steps, timestep_divisor=self.timestep_divisor)
+        divisor, branches = self.timestep_divisor, self.branches
+        return Loop(inputs, steps, timestep_divisor=divisor, branches=branches)
 
 
 _SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -124,6 +127,26 @@ _FLUX: dict[str, Any] = {
     "guidance_embeds": True,
 }
 
+_WAN: dict[str, Any] = {
+    "num_attention_heads": 12,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+}
+
+_TINY_WAN: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 4,
+}
+_TINY_QWEN: dict[str, Any] = {
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
 _TINY: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -134,6 +157,12 @@ _TINY: dict[str, Any] = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+
+
+def _qwen(key: str, title: str, config: dict[str, Any], size: int) -> Published:
+    cls = "QwenImageTransformer2DModel"
+    return Published(key, title, cls, config, size, size, timestep_divisor=1000.0, branches=2)
+
 
 MODELS = {
     m.key: m
@@ -169,6 +198,18 @@ MODELS = {
             1024,
             timestep_divisor=1000.0,
         ),
+        Published(
+            "wan",
+            "Wan 2.1 1.3B, 81 frames 480×832",
+            "WanTransformer3DModel",
+            _WAN,
+            480,
+            832,
+            81,
+            branches=2,
+        ),
+        _qwen("qwen", "Qwen-Image, 1024²", {}, 1024),
+        _qwen("qwen-half", "Qwen-Image, 30 of 60 layers, 1024²", {"num_layers": 30}, 1024),
     )
 }
 #: Nobody's.
@@ -177,4 +218,21 @@ TINY = Published("tiny", "a tiny UNet, 64²", "UNet2DConditionModel", _TINY, 64,
 #: With quantised weights.
 QUANTISED = {m.key: m for m in (MODELS["flux"].with_weights(kind) for kind in KINDS)}
 #: To try the benchmark with.
-TRIES = {m.key: m for m in (TINY, TINY.with_weights("float8"))}
+TRIES = {
+    m.key: m
+    for m in (
+        TINY,
+        TINY.with_weights("float8"),
+        Published(
+            "tiny-wan",
+            "a tiny Wan, 9 frames 64²",
+            "WanTransformer3DModel",
+            _TINY_WAN,
+            64,
+            64,
+            9,
+            branches=2,
+        ),
+        _qwen("tiny-qwen", "a tiny Qwen-Image, 64²", _TINY_QWEN, 64),
+    )
+}

@@ -50,7 +50,7 @@ class Pipeline:
 
     def run(self, loop: Loop) -> torch.Tensor:
         with self.denoiser.generation(loop.timesteps):
-            return loop(lambda kwargs: self.denoiser(**kwargs)[0]).clone()
+            return loop(lambda kwargs, _: self.denoiser(**kwargs)[0]).clone()
 
 
 def figures_of(values: list[float]) -> dict[str, float]:
@@ -72,7 +72,7 @@ def run_model(args: argparse.Namespace, key: str, pictures: int, mode: str) -> d
         module, height=model.height, width=model.width, frames=model.frames, batch=2 * pictures
     )
     loop = Loop(inputs, args.steps, timestep_divisor=model.timestep_divisor, pictures=pictures)
-    one: Any = Graphed(module, inputs, mode == "compiled") if gpus else Eager(module)
+    one: Any = Graphed(module, mode == "compiled") if gpus else Eager(module)
     many = Pipeline(module, inputs, devices, mode == "compiled")
     ways = {"one": one, "pipeline": many}
     results = {name: way.run(loop).float() for name, way in ways.items()}

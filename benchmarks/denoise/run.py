@@ -7,7 +7,8 @@
     python benchmarks/denoise/run.py --models flux-float8-dynamic --dtype bfloat16  # torchao
     python benchmarks/denoise/run.py --device cpu --models tiny --dtype float32  # a try-out
 
-Random weights at the published sizes, fp16, guidance on (a batch of two; FLUX has none), DDIM.
+Random weights at the published sizes, fp16, guidance on (a batch of two, or with Wan and Qwen-Image
+two calls a step; FLUX has none), DDIM.
 Each round runs, on one GPU, (a) eager, (b) the whole denoiser in a CUDA graph, (c) the same
 compiled by torch.compile; and (d) asyncdiff with each schedule, with and without compiled
 components; one after another. A ratio is taken within a round, against the single GPU in the same
@@ -116,7 +117,7 @@ def run_model(
     for mode in modes:
         begun = time.perf_counter()
         with lock.quiet() if mode == "graph" else contextlib.nullcontext():
-            ways[mode] = Graphed(module, inputs, compile=mode == "compiled")
+            ways[mode] = Graphed(module, compile=mode == "compiled")
         with lock.quiet():
             ways[mode].run(model.loop(inputs, min(args.steps[0], args.warm_steps)))
             synchronize()
@@ -135,7 +136,8 @@ def run_model(
                 if mode not in on_host:
                     on_host[mode] = copy.deepcopy(module).to("cpu")
                 before, begun, spared = Memory(), time.perf_counter(), exports.spared
-                team = Team(on_host[mode], inputs, setting, devices, mode == "compiled")
+                loop = model.loop(inputs, 2)
+                team = Team(on_host[mode], loop, setting, devices, mode == "compiled")
                 teams[setting.team, mode] = team
                 seconds = time.perf_counter() - begun + exports.spared - spared
                 partition = team.denoiser.partition.report()
@@ -210,7 +212,9 @@ def run_model(
                     entry["component_ms_alone"] = [round(t, 3) for t in times]
                     best = figures[bases[name]]["ms_a_step"]["median"]
                     share = best / setting.components / (2 if setting.split else 1)
-                    slowest = max(times[: setting.components])
+                    # A batch is halved where guidance is split; of two calls a rank has one.
+                    calls = max(1, model.branches // (2 if setting.split else 1))
+                    slowest = calls * max(times[: setting.components])
                     entry["efficiency_alone"] = round(share / slowest, 3)
                 figures[name]["memory_mib"] = memory.get(name)
                 save(figures)
@@ -249,14 +253,15 @@ def timed_alone(
     model: Published, module: torch.nn.Module, inputs: dict[str, Any], components: int, home: str
 ) -> Alone:
     """The denoiser in so many components, not compiled, each of them timed alone."""
-    team = Team(module, inputs, Setting(components, 1, 1), [home] * components, False)
+    loop = model.loop(inputs, 2)
+    team = Team(module, loop, Setting(components, 1, 1), [home] * components, False)
     try:
         Asynchronous(team, Setting(components, 1, 1)).run(model.loop(inputs, 3))
         parts = team.denoiser.partition.report()
         on_gpu = home != "cpu"  # there the times are the partition's own
         times = component_times(team.denoiser) if on_gpu else [c.ms for c in parts.components]
         print(f"   {components} components alone: {[round(t, 3) for t in times]} ms\n{parts}")
-        return Alone(parts, tuple(times))
+        return Alone(parts, tuple(model.branches * t for t in times))  # of a step
     finally:
         team.denoiser.close()
 
@@ -265,7 +270,7 @@ class Update:
     """A loop without a denoiser: what its sampler takes."""
 
     def run(self, loop: Loop) -> torch.Tensor:
-        return loop(lambda kwargs: loop.inputs[loop.name])
+        return loop(lambda kwargs, _: loop.inputs[loop.name])
 
 
 class Saving:

@@ -47,11 +47,11 @@ def main() -> None:
     module = model.build("cuda:0", torch.float16)
     inputs = model.inputs(module)
     devices = [f"cuda:{r}" for r in range(setting.ranks)]
-    one = Graphed(module, inputs)
+    one = Graphed(module)
     # A module of its own: a denoiser moves its weights, which the graph reads where they lie.
-    team = Team(copy.deepcopy(module).to("cpu"), inputs, setting, devices, False)
-    way = Asynchronous(team, setting)
     loops = [model.loop(inputs, steps) for steps in args.steps]
+    team = Team(copy.deepcopy(module).to("cpu"), loops[0], setting, devices, False)
+    way = Asynchronous(team, setting)
     per_step = {}
     for name, what in (("one GPU", one), ("tick", way)):
         what.run(loops[0])

@@ -178,8 +178,9 @@ def main() -> None:
     module = model.build("cuda:0", torch.float16)
     inputs = model.inputs(module)
     devices = [f"cuda:{r % gpus}" for r in range(setting.ranks)]
-    team = Team(module, inputs, setting, devices, args.compiled)
-    way, loop = Asynchronous(team, setting), model.loop(inputs, args.steps)
+    loop = model.loop(inputs, args.steps)
+    team = Team(module, loop, setting, devices, args.compiled)
+    way = Asynchronous(team, setting)
     for _ in range(2):
         way.run(loop)
     activities = [torch.profiler.ProfilerActivity.CUDA]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import asyncdiff
-from denoise.loop import Loop
+from denoise.loop import Denoise, Loop
 from denoise.settings import Setting
 
 
@@ -21,16 +23,17 @@ class Eager:
         self.module = module
 
     def run(self, loop: Loop) -> torch.Tensor:
-        return loop(lambda kwargs: self.module(**kwargs)[0])
+        return loop(lambda kwargs, _: self.module(**kwargs)[0])
 
 
 class Graphed:
     """(b) The whole denoiser in one CUDA graph: what a careful user has on one GPU.
 
     ``compile``: (c) compiled by torch.compile before that, with channels last: what the best has.
+    Each of a step's calls has a graph.
     """
 
-    def __init__(self, module: nn.Module, inputs: dict[str, Any], compile: bool = False) -> None:
+    def __init__(self, module: nn.Module, compile: bool = False) -> None:
         if compile:
             # Not in place: other CUDA graphs read the module's weights where they lie.
             module = copy.deepcopy(module)
@@ -38,10 +41,27 @@ class Graphed:
                 if weight.dim() == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             module = torch.compile(module, fullgraph=True, dynamic=False)
-        self._module = module  # its weights and kernels are what the graph uses
-        leaves, self._spec = pytree.tree_flatten(inputs)
+        self._module = module  # its weights and kernels are what the graphs use
+        self._calls: dict[int, _GraphedCall] = {}
+
+    def run(self, loop: Loop) -> torch.Tensor:
+        def denoise(kwargs: dict[str, Any], call: int) -> torch.Tensor:
+            if call not in self._calls:
+                self._calls[call] = _GraphedCall(self._module, kwargs, loop.name)
+            return self._calls[call](kwargs)
+
+        return loop(denoise)
+
+
+class _GraphedCall:
+    """A call of a module in a CUDA graph, with the conditioning that it was made with. ``name``: of
+    the latents."""
+
+    def __init__(self, module: nn.Module, inputs: dict[str, Any], name: str) -> None:
+        leaves, spec = pytree.tree_flatten(inputs)
+        self._moving = inputs[name].shape
         self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        kwargs = pytree.tree_unflatten(self._static, self._spec)
+        kwargs = pytree.tree_unflatten(self._static, spec)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
@@ -53,7 +73,7 @@ class Graphed:
         with torch.no_grad(), torch.cuda.graph(self._graph, stream=stream):
             self._out = module(**kwargs)[0]
 
-    def _denoise(self, kwargs: dict[str, Any]) -> torch.Tensor:
+    def __call__(self, kwargs: dict[str, Any]) -> torch.Tensor:
         for static, new in zip(self._static, pytree.tree_leaves(kwargs), strict=True):
             # The conditioning is the same object in every step: only new tensors are copied.
             if isinstance(new, torch.Tensor) and (new.dim() < 2 or new.shape == self._moving):
@@ -61,9 +81,15 @@ class Graphed:
         self._graph.replay()
         return self._out
 
-    def run(self, loop: Loop) -> torch.Tensor:
-        self._moving = loop.inputs[loop.name].shape
-        return loop(self._denoise)
+
+@contextlib.contextmanager
+def denoising(
+    denoiser: asyncdiff.AsyncDenoiser, loop: Loop, steps: int | None = None
+) -> Iterator[Denoise]:
+    """A generation of the loop's steps, or of the last ones."""
+    times = loop.timesteps if steps is None else loop.timesteps[-steps:]
+    with denoiser.generation(times, loop.scheduler, branches=len(loop.calls)):
+        yield lambda kwargs, _: denoiser(**kwargs)[0]
 
 
 class Team:
@@ -72,15 +98,16 @@ class Team:
     def __init__(
         self,
         module: nn.Module,
-        inputs: dict[str, Any],
+        loop: Loop,
         setting: Setting,
         devices: list[str],
         compile: bool,
     ) -> None:
+        several = len(loop.calls) > 1
         self.denoiser = asyncdiff.AsyncDenoiser(
             module,
             (),
-            inputs,
+            None if several else loop.inputs,
             devices=devices,
             components=setting.components,
             stride=setting.stride,
@@ -89,6 +116,10 @@ class Team:
             guidance="split" if setting.split else "batched",
             compile=compile,
         )
+        if several:  # a step of them tells ranks what they are for
+            with denoising(self.denoiser, loop, 1) as denoise, torch.no_grad():
+                for n, call in enumerate(loop.calls):
+                    denoise(call, n)
 
 
 class Asynchronous:
@@ -105,8 +136,8 @@ class Asynchronous:
             exact_tail=setting.tail,
             warmup_mode="split" if setting.split_warmup else "chain",
         )
-        with denoiser.generation(loop.timesteps, loop.scheduler):
-            return loop(lambda kwargs: denoiser(**kwargs)[0])
+        with denoising(denoiser, loop) as denoise:
+            return loop(denoise)
 
 
 def component_times(denoiser: Any, replays: int = 20) -> list[float]:

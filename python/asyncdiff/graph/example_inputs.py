@@ -50,8 +50,8 @@ def example_inputs(
     """Keyword arguments of one call, as the denoiser's diffusers pipeline makes it.
 
     ``height`` and ``width`` are pixels and ``scale`` pixels a latent; default is the size in the
-    configuration. ``batch`` 2 is one picture with guidance. Raises InputError for a class of
-    denoiser that is not known here.
+    configuration. ``batch`` 2 is one picture with guidance, where that is one call. Raises
+    InputError for a class of denoiser that is not known here.
     """
     name = type(module).__name__
     make = _BY_CLASS.get(name)
@@ -136,6 +136,27 @@ def _flux(make: _Maker) -> dict[str, Any]:
     return kwargs | ({"guidance": make(1).float()} if make.config.guidance_embeds else {})
 
 
+def _wan(make: _Maker) -> dict[str, Any]:
+    # Guidance is a second call. Four frames of the video are one of the latents, but for the first.
+    frames = ((make.frames or 81) - 1) // 4 + 1
+    return {
+        "hidden_states": make(1, make.config.in_channels, frames, make.h, make.w),
+        "timestep": make.whole(500, 1),
+        "encoder_hidden_states": make(1, 512, make.config.text_dim),
+    }
+
+
+def _qwen(make: _Maker) -> dict[str, Any]:
+    # Guidance is a second call. 2×2 latents are a token.
+    h, w = make.h // 2, make.w // 2
+    return {
+        "hidden_states": make(1, h * w, make.config.in_channels),
+        "timestep": make(1),
+        "encoder_hidden_states": make(1, 128, make.config.joint_attention_dim),
+        "img_shapes": [[(1, h, w)]],
+    }
+
+
 _BY_CLASS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "UNetSpatioTemporalConditionModel": _video_unet,
@@ -143,4 +164,6 @@ _BY_CLASS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "DiTTransformer2DModel": _dit,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "WanTransformer3DModel": _wan,
+    "QwenImageTransformer2DModel": _qwen,
 }

@@ -80,6 +80,24 @@ def test_every_way_gives_its_figures(tmp_path: Path) -> None:
         assert (row["distance_to_eager"] < 1e-5) == exact, name
     # N=1 exchanges nothing.
     assert rows["N=1 S=1 w=1 split"]["exchange_mib_per_tick"] == 0
+    # Guidance in two calls a step.
+    other = tmp_path / "branches.json"
+    command = [
+        *command[:4],
+        "--models",
+        "tiny-wan",
+        "tiny-qwen",
+        "--dtype",
+        "float32",
+        "--steps",
+        "5",
+    ]
+    command += ["--rounds", "1", "--out", str(other), "--schedules", "2,1,1", "1,1,1,split"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    for found in json.loads(other.read_text())["figures"].values():
+        assert 1e-5 < found["N=2 S=1 w=1"]["distance_to_eager"] < 0.2
+        assert found["N=1 S=1 w=1 split"]["distance_to_eager"] < 1e-5
     rows = figures["predicted"]["rows"]
     # Too few steps for nine exact ones.
     assert list(rows) == ["N=2 S=1 w=1", "N=3 S=1 w=1", "N=2 S=2 w=1", "N=3 S=2 w=1"]
