@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import InputError
 from .capture import Captured
 from .checkpoint import Checkpoint
-from .layers.quantized import check_weights, own_classes, plain, stays_at_home
+from .layers.quantized import own_classes, plain, settle_weights, stays_at_home
 from .writes import Written
 
 
@@ -43,7 +43,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, checkpoint: Checkpoint | None = None) -> None:
-        check_weights(module)
+        settle_weights(module)
         self.module = module
         self.checkpoint = checkpoint
         #: Where the module lay before its weights were spread.

@@ -18,9 +18,11 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.capture import capture
+from asyncdiff.graph.layers.quantized import parts_of
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.partition import partition
+from asyncdiff.processes.agreement import of_program
 
 TIMES = torch.tensor([0.5, 0.25], dtype=torch.bfloat16)
 
@@ -50,9 +52,9 @@ _SLOW = ("torchao int8", "torchao int8 dynamic", "GGUF Q4_0", "GGUF Q4_K", "GGUF
 def test_is_the_same_and_held_as_it_is(kind: str, tmp_path: Path) -> None:
     make, a_weight = quantized.KINDS[kind]
     module, call = make(tmp_path), quantized.arguments()
-    with torch.no_grad():
-        want = module(**call)[0]
     denoiser = AsyncDenoiser(module, (), call, components=2, warmup=2, split="estimate")
+    with torch.no_grad():
+        want = module(**call)[0]  # only now: it was prepared as it was loaded
     with contextlib.closing(denoiser):
         with denoiser.generation(TIMES):
             assert torch.equal(denoiser(**call)[0], want)
@@ -204,3 +206,14 @@ def test_a_checkpoint_of_quantised_weights(tmp_path: Path) -> None:
     module = quantized.torchao("int8", tmp_path)
     with pytest.raises(InputError, match="leave checkpoint out"):
         AsyncDenoiser(module, checkpoint=tmp_path)
+
+
+def test_what_a_wrapper_is_made_of(tmp_path: Path) -> None:
+    """Its bytes, and the values that processes compare, are those of codes and scales."""
+    module = quantized.torchao("float8", tmp_path)
+    weight = module.transformer_blocks[0].ff.net[2].weight
+    assert sum(part.nbytes for part in parts_of(weight)) < 0.6 * weight.nbytes
+    before = of_program(module, None)
+    weight.scale.mul_(2)
+    after = of_program(module, None)
+    assert [n for n in before if before[n] != after[n]] == ["the values of the denoiser's weights"]

@@ -163,6 +163,16 @@ def test_a_quality_knows_of_the_guider() -> None:
         assert "split" in handle.settings
 
 
+def test_guidance_that_begins_later_is_split() -> None:
+    """The first step has one call, and is known not to be half of a batch."""
+    make, _ = GUIDERS["in the middle"]
+    pipe, call = modular(make())
+    want = draw(pipe, call)
+    settings: dict[str, Any] = {"components": 1, "guidance": "split", "warmup": STEPS}
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, **settings):
+        assert reference.distance(draw(pipe, call), want) < 1e-5
+
+
 def test_wan_of_blocks() -> None:
     torch.manual_seed(0)
     transformer = diffusers.WanTransformer3DModel(

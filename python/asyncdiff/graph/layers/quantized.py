@@ -54,9 +54,9 @@ def stays_at_home(module: nn.Module) -> bool:
     return any(type(w).__module__.startswith(_AT_HOME) for w in own_classes(module).values())
 
 
-def check_weights(module: nn.Module) -> None:
-    """Raise InputError where layers compute with quantised weights in a way that no fixed graph
-    has."""
+def settle_weights(module: nn.Module) -> None:
+    """Have layers done with their weights what they do with them in their first call. Raises
+    InputError where they compute with quantised ones in a way that no fixed graph has."""
     for path, layer in module.named_modules():
         threshold = getattr(getattr(layer, "state", None), "threshold", 0.0)
         if type(layer).__module__.startswith(_AT_HOME) and threshold:
@@ -72,6 +72,9 @@ def check_weights(module: nn.Module) -> None:
                 f"layer {path} is bitsandbytes' 4-bit on a CPU, where it lays out its weights anew "
                 "in its first call: move the pipeline to a GPU first, or take torchao or GGUF"
             )
+        # Of bitsandbytes' int8, codes and scales go from the weight to the layer.
+        if getattr(getattr(layer, "weight", None), "CB", None) is not None:
+            layer.init_8bit_state()
 
 
 def has_labels(module: nn.Module) -> bool:

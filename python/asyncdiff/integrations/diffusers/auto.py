@@ -13,6 +13,7 @@ import torch
 
 from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
+from ...graph.layers.quantized import parts_of
 from ...graph.signature import Call, Role, Signature, has_several_latents
 from ...quality import Picked, Task, pick
 from ...runtime.pipelined import conditions_of
@@ -125,6 +126,6 @@ def _length(clean: CleanImage) -> float:
 def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device], share: float) -> bool:
     """Whether each device may hold the whole denoiser, in this share of its memory at most."""
     weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
-    size = sum(w.nbytes for w in weights)
+    size = sum(part.nbytes for w in weights for part in parts_of(w))
     room = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
     return all(size < share * r for r in room)

@@ -7,6 +7,7 @@ known when the first one is made: before settings are chosen, and the denoiser i
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import sys
 import textwrap
@@ -50,6 +51,20 @@ def calls_in_a_step(pipe: Any, name: str) -> int | None:
         return None
     others = [s for s in sites if line not in s.lines and s.loop is loops[0]]
     return 1 + sum(_hold(s.conditions, frame) for s in others)
+
+
+def most_conditions(guider: Any) -> int | None:
+    """How many calls the steps of a modular pipeline have at most, whose ``guider`` is in its first
+    step: some have more in the middle. None where there is no guider, or it does not tell."""
+    try:
+        probe, state = copy.copy(guider), guider.get_state()
+        found = []
+        for step in range(state["num_inference_steps"]):
+            probe.set_state(step, state["num_inference_steps"], state["timestep"])
+            found.append(probe.num_conditions)
+        return max(found, default=None)
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 @cache

@@ -23,7 +23,7 @@ from ...sampling.response import Response, respond
 from ...sampling.scheduler import check_scheduler
 from .auto import AutoSettings
 from .branches import BranchFinder, CallBranch
-from .call_sites import calls_in_a_step
+from .call_sites import calls_in_a_step, most_conditions
 from .step_bar import preparing
 from .timesteps import TimestepTracker, is_mixed
 
@@ -91,8 +91,8 @@ class Calls:
     def told(self, pipe: Any) -> int | None:
         """How many calls a step has by the code of a pipeline that runs, or by its guider, if it is
         modular; None: that does not tell."""
-        conditions = getattr(getattr(pipe, "guider", None), "num_conditions", None)
-        return conditions if isinstance(conditions, int) else calls_in_a_step(pipe, self.name)
+        guided = most_conditions(getattr(pipe, "guider", None))
+        return calls_in_a_step(pipe, self.name) if guided is None else guided
 
     @property
     def progress(self) -> tuple[int, int] | None:
