@@ -148,6 +148,17 @@ def bitsandbytes(kind: str, device: str = "cpu") -> Any:
     return module.to(device).eval().requires_grad_(False)
 
 
+def quanto(kind: str) -> Any:
+    """Quantised by optimum-quanto."""
+    package = pytest.importorskip(
+        "optimum.quanto", reason="optimum-quanto is not installed for tests"
+    )
+    module = transformer()
+    package.quantize(module, weights=getattr(package, kind))
+    package.freeze(module)
+    return module
+
+
 def cast_by_layer(_: Path) -> Any:
     """With diffusers' layerwise casting: stored in float8, computed in bfloat16."""
     module = transformer()
@@ -186,6 +197,8 @@ KINDS: dict[str, tuple[Any, float]] = {
     "GGUF BF16": (lambda folder: gguf("BF16", folder), 2.0),
     "layerwise casting": (cast_by_layer, 1.0),
     "mixed dtypes": (mixed, 4.0),
+    "quanto int8": (lambda _: quanto("qint8"), 1.0),
+    "quanto float8": (lambda _: quanto("qfloat8"), 1.0),
     "bitsandbytes nf4": (lambda _: bitsandbytes("nf4"), 0.5),
     "bitsandbytes int8": (lambda _: bitsandbytes("int8"), 1.0),
 }
