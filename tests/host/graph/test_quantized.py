@@ -217,3 +217,34 @@ def test_what_a_wrapper_is_made_of(tmp_path: Path) -> None:
     weight.scale.mul_(2)
     after = of_program(module, None)
     assert [n for n in before if before[n] != after[n]] == ["the values of the denoiser's weights"]
+
+
+def test_every_type_of_gguf() -> None:
+    """One layer of each that diffusers reads."""
+    package = pytest.importorskip("gguf", reason="gguf is not installed")
+    from diffusers.quantizers.gguf import utils
+
+    class Every(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator, layers = torch.Generator().manual_seed(0), []
+            for kind in utils.SUPPORTED_GGUF_QUANT_TYPES:
+                block, size = package.GGML_QUANT_SIZES[kind]
+                # Small bytes, so that scales among them are finite.
+                codes = torch.randint(0, 48, (4, 256 // block * size), generator=generator)
+                layer = utils.GGUFLinear(256, 4, compute_dtype=torch.float32)
+                layer.weight = utils.GGUFParameter(codes.to(torch.uint8), quant_type=kind)
+                layers.append(layer)
+            self.layers = torch.nn.ModuleList(layers)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return torch.stack([layer(sample * timestep) for layer in self.layers])
+
+    module, call = Every().eval(), (torch.ones(2, 256), torch.tensor(0.5))
+    want = module(*call)
+    assert len(want) > 10 and want.isfinite().all()
+    denoiser = AsyncDenoiser(module, call, components=2, split="estimate")
+    with contextlib.closing(denoiser), denoiser.generation([0.5]):
+        assert torch.equal(denoiser(*call), want)
+        weights = denoiser.partition.captured.weights.values()
+        assert sum(w.dtype is torch.uint8 for w in weights) == len(want)
