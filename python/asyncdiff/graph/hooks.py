@@ -45,6 +45,8 @@ def check_hooks(module: nn.Module) -> None:
             "exported denoiser would never call: remove it, handle.remove(), before the pipeline "
             "runs"
         )
+    if getattr(module, "_parallel_config", None) is not None:
+        _refuse(type(module).__name__, "parallel_config", module._parallel_config)
     for path, child in module.named_modules():
         layer = path or type(child).__name__
         _check_attached(layer, child)
@@ -114,7 +116,7 @@ def _refuse(layer: str, name: str, hook: object) -> None:
     if "parallel" in source:
         raise InputError(
             f"the denoiser is spread over processes by diffusers ({where}): load it without "
-            "enable_parallelism(), and let asyncdiff spread it"
+            "enable_parallelism() and parallel_config, and let asyncdiff spread it"
         )
     raise InputError(
         f"layers of the denoiser have hooks of diffusers ({where}), which asyncdiff does not know: "

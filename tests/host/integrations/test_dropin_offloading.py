@@ -115,3 +115,20 @@ def test_a_cache_is_refused_once_and_early(name: str) -> None:
         asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
     pipe.transformer.disable_cache()
     asyncdiff.parallelize(pipe, devices=["cpu"] * 2).restore()
+
+
+def test_a_denoiser_that_diffusers_spreads() -> None:
+    """Which needs several processes: its mark is enough, and so is one of its hooks."""
+    hooks = pytest.importorskip("diffusers.hooks.context_parallel")
+    pipe, _ = tiny_flux()
+    pipe.transformer._parallel_config = diffusers.ContextParallelConfig(ring_degree=2)
+    with pytest.raises(InputError, match="spread over processes by diffusers"):
+        asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
+    pipe.transformer._parallel_config = None
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    hook = hooks.ContextParallelSplitHook({}, diffusers.ContextParallelConfig(ring_degree=2))
+    registry.register_hook(hook, "cp_input")
+    with pytest.raises(InputError, match="spread over processes by diffusers"):
+        asyncdiff.parallelize(pipe, devices=["cpu"] * 2)
+    registry.remove_hook("cp_input")
+    asyncdiff.parallelize(pipe, devices=["cpu"] * 2).restore()
