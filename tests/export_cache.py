@@ -26,9 +26,11 @@ from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
 _KNOWN = {"torch", "diffusers", "transformers", "toys"}
 #: Those of a layer that would run while it is exported.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Where diffusers keeps hooks, and leaves an empty registry once it has looked for them.
+_REGISTRY = "_diffusers_hook"
 #: Attributes that are looked at apart, or mean nothing for the graph.
 _APART = {
-    *("_parameters", "_buffers", "_modules", HANDLE, CALLS, *_HOOKS),
+    *("_parameters", "_buffers", "_modules", HANDLE, CALLS, _REGISTRY, *_HOOKS),
     *("_state_dict_hooks", "_state_dict_pre_hooks"),
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }
@@ -104,7 +106,8 @@ def _of_module(module: nn.Module) -> Any:
 
 def _of_layer(path: str, layer: nn.Module, seen: dict[int, int]) -> Any:
     attributes = vars(layer)
-    if any(attributes[hooks] for hooks in _HOOKS):
+    registry = getattr(attributes.get(_REGISTRY), "hooks", None)
+    if registry or any(attributes[hooks] for hooks in _HOOKS):
         raise _UnknownError(path)
     weights = [*layer._parameters.items(), *layer._buffers.items()]
     parts = [(name, x) for name, x in (*weights, *layer._modules.items()) if x is not None]

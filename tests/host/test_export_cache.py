@@ -7,9 +7,10 @@ from typing import Any
 import export_cache
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models import attention_processor
 from export_cache import ExportCache
-from tiny_pipelines import draw, tiny_sd, tiny_unet
+from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_unet
 from toys import Toy, toy, toy_call
 
 import asyncdiff
@@ -100,14 +101,16 @@ def test_a_class_whose_functions_change_is_another(
     assert exports(unet, call) == 1
 
 
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
 def test_what_the_drop_in_hangs_on_a_denoiser_is_no_part_of_it(
-    exports: Exports, monkeypatch: pytest.MonkeyPatch
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, make: Any
 ) -> None:
+    """Nor is what diffusers does, where a pipeline names its calls."""
     monkeypatch.setattr(torch.export, "export", exports.cache)
     for _ in range(2):
-        pipe, call = tiny_sd()
+        pipe, call = make()
         with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate"):
-            draw(pipe, call)
+            draw(pipe, call | {"num_inference_steps": 2})
     assert exports.made == 1
 
 
@@ -125,6 +128,9 @@ def test_what_is_not_known_is_always_exported(exports: Exports) -> None:
         lambda module: module.down[0].register_forward_pre_hook(lambda *_: None),
         lambda module: setattr(module, "mix", torch.nn.Sequential(module.mix, Own())),
         lambda module: setattr(module.mix, "forward", module.mix.forward),
+        lambda module: HookRegistry.check_if_exists_or_initialize(module.mix).register_hook(
+            ModelHook(), "mine"
+        ),
         lambda module: setattr(module, "kept", iter([])),
         lambda module: setattr(module, "__class__", OwnToy),
     ):

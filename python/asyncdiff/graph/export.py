@@ -19,6 +19,7 @@ from ..errors import CaptureError
 from ..progress import stage
 from .layers.attention import attend, backends_recorded
 from .layers.casting import casts_traced
+from .layers.functional import replace_writes, writes
 from .layers.quantized import has_labels, hidden, with_labels
 from .side_effects import refused
 from .signature import Call, values_in
@@ -27,7 +28,6 @@ from .state.structure import Structure
 
 #: What can always be done.
 WITHOUT = "run the denoiser without asyncdiff (restore())"
-_Operation = torch._ops.OpOverload
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
 
@@ -62,10 +62,8 @@ def export(
                 exported = _taking(module, call, home) if valued or float in call.leaves else module
                 exported = with_labels(exported) if has_labels(module) else exported
                 program = torch.export.export(exported, (), kwargs, strict=False)
-                targets = {n.target for n in program.graph.nodes}
-                mutable = any(isinstance(t, _Operation) and t._schema.is_mutable for t in targets)
-                if mutable or hidden(program):
-                    # In-place operations have no place in a graph that is cut into pieces.
+                written = any(map(writes, program.graph.nodes))
+                if hidden(program) or (written and not replace_writes(program.graph)):
                     program = program.run_decompositions({})
             return program, numbers
         except FrozenError as e:
