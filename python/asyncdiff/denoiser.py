@@ -249,7 +249,7 @@ class AsyncDenoiser(Spread):
             engine = None if generation is None else generation.engine
             if engine is None:
                 return True
-            same = call.signature == engine.signature
+            same = call.signature == engine.signature and not engine.closed
             return same and not (options and self._engines.changed(engine))
 
     def call(self, call: Call, branch: int = 0) -> Any:

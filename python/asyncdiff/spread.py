@@ -18,7 +18,8 @@ from .errors import CaptureError, DeviceError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
 from .graph.compile import pays
-from .graph.signature import Call, KnownValues, Parser, by_values
+from .graph.signature import Call, Parser
+from .graph.state.values import KnownValues, by_values
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
 from .processes.agreement import of_program, of_settings

@@ -12,7 +12,7 @@ import torch
 
 from ..config import ONLY, Branch, GenerationSpec
 from ..errors import InputError
-from ..graph.signature import RESIDUALS, Call, Role, Signature
+from ..graph.signature import RESIDUALS, Call, Role, difference
 from ..graph.writes import Seen, Writes
 from ..processes.team import Team
 from ..runtime.cfg_parallel import Groups
@@ -94,10 +94,18 @@ class Generation:
             self.abandon()
             raise InputError(
                 f"the inputs changed in step {step} of a generation: "
-                f"{_difference(self.engine.signature, call.signature)}. Shapes, dtypes and options "
+                f"{difference(self.engine.signature, call.signature)}. Shapes, dtypes and options "
                 "may change between generations only"
             )
         step = self.next_step
+        if self.engine.closed:
+            self.abandon()
+            raise InputError(
+                f"other weights were put in the place of the denoiser's between two calls of step "
+                f"{step}, and its ranks had to be made anew for another call. Write into weights "
+                "(copy_()), or exchange them between steps, in a callback of the pipeline "
+                "(callback_on_step_end), or between generations"
+            )
         if self._drift is not None:
             self._settle(step, self._drift)
         if self._predictor is not None:
@@ -270,15 +278,3 @@ def _sent(phase: Phase) -> list[int]:
         sum(by_component[run.component] for run in tick.runs if run.ordinal != NOTHING)
         for tick in phase.plan.ticks
     ]
-
-
-def _difference(old: Signature, new: Signature) -> str:
-    before = {x.name: (x.shape, x.dtype) for x in old.inputs}
-    for x in new.inputs:
-        was = before.get(x.name)
-        if was != (x.shape, x.dtype):
-            then = f"{was[0]} {was[1]}" if was else "not a tensor"
-            return f"{x.name} was {then}, is {x.shape} {x.dtype}"
-    options = dict(old.constants)
-    changed = [n for n, v in new.constants if n not in options or options[n] != v]
-    return f"option {changed[0]} changed" if changed else "other arguments are given"

@@ -22,9 +22,10 @@ from .layers.casting import casts_traced
 from .layers.functional import replace_writes, writes
 from .layers.quantized import has_labels, hidden, with_labels
 from .side_effects import refused
-from .signature import Call, values_in
+from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
+from .state.values import values_in
 
 #: What can always be done.
 WITHOUT = "run the denoiser without asyncdiff (restore())"

@@ -108,6 +108,19 @@ class Call:
         return self.signature.places[role]
 
 
+def difference(old: Signature, new: Signature) -> str:
+    """What is other in a call, in words."""
+    before = {x.name: (x.shape, x.dtype) for x in old.inputs}
+    for x in new.inputs:
+        was = before.get(x.name)
+        if was != (x.shape, x.dtype):
+            then = f"{was[0]} {was[1]}" if was else "not a tensor"
+            return f"{x.name} was {then}, is {x.shape} {x.dtype}"
+    options = dict(old.constants)
+    changed = [n for n, v in new.constants if n not in options or options[n] != v]
+    return f"option {changed[0]} changed" if changed else "other arguments are given"
+
+
 def is_input(leaf: Any) -> bool:
     """Whether one of :attr:`Call.leaves` stands for a tensor."""
     return leaf is torch.Tensor or leaf is float
@@ -157,7 +170,12 @@ class Parser:
             self._last = last = ((spec, each), *self._parse(given, spec))
         _, call, places = last
         inputs = zip(places, call.signature.inputs, strict=True)
-        tensors = tuple([self._tensor(given[place], x) for place, x in inputs])
+        tensors = tuple(
+            [
+                x if isinstance(x := given[place], torch.Tensor) else self._of_number(x, which)
+                for place, which in inputs
+            ]
+        )
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise InputError(
                 "an input of the denoiser asks for its gradient, which ranks do not compute: call "
@@ -165,10 +183,9 @@ class Parser:
             )
         return replace(call, tensors=tensors)
 
-    def _tensor(self, given: Any, which: Input) -> torch.Tensor:
-        """An input; numbers (the timestep, a scale) would be frozen into the exported graph."""
-        if isinstance(given, torch.Tensor):
-            return given
+    def _of_number(self, given: Any, which: Input) -> torch.Tensor:
+        """A tensor for a number (the timestep, a scale), which would be frozen into the exported
+        graph."""
         if which.role is Role.TIMESTEP:
             return torch.tensor(given)
         if which.name not in self._numbers or self._numbers[which.name][0] != given:
@@ -212,77 +229,8 @@ class Parser:
         return call, [places[n] for n in tensors]
 
 
-#: What a constant begins with that is the values of a tensor.
-_VALUES = "values of a tensor: "
-
-
-#: By name, tensors whose values are known, how often they had been written to, and these values.
-KnownValues = dict[str, tuple[torch.Tensor, int, str]]
-
-
-def by_values(call: Call, known: KnownValues) -> Call:
-    """The same call with the values of conditioning that is no floating point numbers, masks of
-    tokens, say, and of numbers, among its constants: what is prepared for it is for these values
-    alone. The call itself, where there are none. On a GPU the host waits, unless they are
-    ``known``."""
-    marks = [leaf for leaf in call.leaves if is_input(leaf)]
-    each = zip(call.signature.inputs, call.tensors, marks, strict=True)
-    texts = [_constant_of(x, t, mark, known) for x, t, mark in each]
-    if all(text is None for text in texts):
-        return call
-    kept = [i for i, text in enumerate(texts) if text is None]
-    inputs = call.signature.inputs
-    pairs = zip(inputs, texts, strict=True)
-    found = tuple((x.name, text) for x, text in pairs if text is not None)
-    signature = replace(
-        call.signature,
-        inputs=tuple(inputs[i] for i in kept),
-        constants=call.signature.constants + found,
-    )
-    every = iter(texts)
-    leaves = tuple(_or(next(every), x) if is_input(x) else x for x in call.leaves)
-    tensors = tuple(call.tensors[i] for i in kept)
-    return replace(call, signature=signature, tensors=tensors, leaves=leaves)
-
-
-def values_in(constant: Any, device: torch.device) -> Any:
-    """A tensor on a device, for a constant that has its values; any other constant as it is."""
-    if not isinstance(constant, str) or not constant.startswith(_VALUES):
-        return constant
-    dtype, shape, values = constant.removeprefix(_VALUES).split(" ")
-    raw = torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, dtype))
-    return raw.reshape([int(n) for n in shape.split("x") if n]).to(device)
-
-
-def _or(constant: Any, leaf: Any) -> Any:
-    return leaf if constant is None else constant
-
-
-def _constant_of(x: Input, tensor: torch.Tensor, mark: Any, known: KnownValues) -> Any:
-    """What stands for an input among the constants; None for what stays an input."""
-    if x.role is not Role.CONDITIONING:
-        return None
-    if mark is float:
-        return float(tensor)
-    return None if tensor.is_floating_point() else _text_of(x.name, tensor, known)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _text_of(name: str, tensor: torch.Tensor, known: KnownValues) -> str:
-    version = -1 if tensor.is_inference() else tensor._version
-    if name in known and version >= 0:
-        before, then, text = known[name]
-        if before is tensor and then == version:
-            return text
-    plain = tensor.detach().cpu().contiguous()
-    shape = "x".join(map(str, plain.shape))
-    values = plain.reshape(-1).view(torch.uint8).numpy().tobytes().hex()
-    text = f"{_VALUES}{str(plain.dtype).removeprefix('torch.')} {shape} {values}"
-    known[name] = tensor, version, text
-    return text
 
 
 def check_devices(call: Call, cuda: bool) -> None:

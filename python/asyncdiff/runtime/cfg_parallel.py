@@ -130,6 +130,11 @@ class Groups:
         """See :meth:`asyncdiff.runtime.engine.Engine.over`."""
         return any(engine.over for engine in self.engines)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing runs any more."""
+        return self.engines[0].closed
+
     def give_up(self) -> None:
         """See :meth:`asyncdiff.runtime.engine.Engine.give_up`."""
         for engine in self.engines:

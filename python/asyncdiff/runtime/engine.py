@@ -101,7 +101,7 @@ class Engine:
         if compile is not None:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
-        self._clean = True
+        self._clean, self.closed = True, False
         #: ticks that were issued since the engine was made
         self._ticks = 0
         #: the plan that was prepared last
@@ -388,6 +388,7 @@ class Engine:
 
     def close(self) -> None:
         """Free threads, mailboxes and graphs."""
+        self.closed = True
         self._queue.close()
         self.synchronize()
         for worker in self.workers:

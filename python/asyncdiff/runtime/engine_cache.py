@@ -32,7 +32,7 @@ from .cutting import Cutter, Timed
 from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined, split_of
-from .prepared import Prepared
+from .prepared import Prepared, Turns, same_latents
 from .rebalance import component_ms
 
 log = logging.getLogger("asyncdiff")
@@ -72,6 +72,7 @@ class EngineCache:
         self._kept: OrderedDict[_Kind, Prepared] = OrderedDict()
         #: those that other branches were using when one was asked for last
         self._beside: list[Engine | Groups] = []
+        self._turns = Turns()
         self._cutter = Cutter(module, weights, config, places, team)
 
     def __len__(self) -> int:
@@ -127,8 +128,11 @@ class EngineCache:
         if kind not in self._kept or branch.index not in self._kept[kind].branches:
             config = self._config
             if kind not in self._kept:
+                self._turns.prepared(kind[0], _KEPT)
                 idle = self._idle(kind)
-                self._drop(idle[: max(0, len(self._kept) + 1 - _KEPT)])  # for its memory
+                over = idle[: max(0, len(self._kept) + 1 - _KEPT)]  # for its memory
+                self._turns.dropped([k[0] for k in over])
+                self._drop(over)
             like = next((e.partition for e in self._like(kind)), None)
             with bar(config.progress):
                 made = self._with_room(
@@ -159,7 +163,8 @@ class EngineCache:
 
     def _like(self, kind: _Kind) -> list[Engine | Groups]:
         """Engines whose cuts those of this kind had better share: ranks then hold their weights
-        once."""
+        once, and nothing is measured again. For other sizes of the latents other cuts may be
+        better."""
         same = self._kept[kind].engines if kind in self._kept else []
         # Not those of a denoiser that was another one: what they captured is shared, too.
         beside = [
@@ -168,8 +173,14 @@ class EngineCache:
             for e in kept.engines
             if any(e is b for b in self._beside) and kept.serves(e, self._state.version)
         ]
+        others = [
+            engine
+            for other, kept in reversed(self._kept.items())
+            for engine in kept.engines
+            if other[1:] == kind[1:] and other[0] != kind[0] and same_latents(other[0], kind[0])
+        ]
         count = self._config.components
-        return [e for e in (*same, *beside) if len(e.partition.components) == count]
+        return [e for e in (*same, *beside, *others) if len(e.partition.components) == count]
 
     def _places_of(self, branch: Branch) -> list[Place]:
         """The places of the ranks that run a branch: with guidance="split" those of a group."""

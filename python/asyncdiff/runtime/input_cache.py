@@ -59,9 +59,12 @@ class InputCache:
         self._writes.check()
 
     def forget(self) -> None:
-        """What rows were computed with is not known any more: none of them fits."""
+        """What rows, and what depends on the conditioning alone, were computed with is not known
+        any more: none of it fits, and ranks have to be given all of it again."""
         self.version += 1
         self._held.clear()
+        self._seen.clear()
+        self._first = True
 
     def _renew(self, new: Mapping[int, torch.Tensor], compare: bool) -> None:
         """Look at tensors, and begin a new version if rows of the ranks' tables depend on them;

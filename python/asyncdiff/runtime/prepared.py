@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..graph.signature import Role, Signature, difference
 from ..graph.state.structure import Structure
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
 from .cfg_parallel import Groups
 from .engine import Engine
+
+log = logging.getLogger("asyncdiff")
+
+#: So many kinds of calls are remembered that had to make room.
+_REMEMBERED = 32
 
 
 @dataclass
@@ -93,3 +101,42 @@ class Prepared:
         self.version, self.exchanges = version, self.weights.exchanges
         self.renewals += 1
         return True
+
+
+class Turns:
+    """Tells, once, when kinds of calls come in turns, and each is prepared again and again."""
+
+    def __init__(self) -> None:
+        #: those that had to make room, the last one at the end
+        self._gone: dict[Signature, None] = {}
+        self._last: Signature | None = None
+        self._told = False
+
+    def dropped(self, signatures: Iterable[Signature]) -> None:
+        """Calls of these signatures had to make room for others."""
+        for signature in signatures:
+            self._gone.pop(signature, None)
+            self._gone[signature] = None
+            if len(self._gone) > _REMEMBERED:
+                del self._gone[next(iter(self._gone))]
+
+    def prepared(self, signature: Signature, kept: int) -> None:
+        """Calls of this one are prepared, of which ``kept`` are kept."""
+        if signature in self._gone and not self._told and self._last is not None:
+            self._told = True
+            log.warning(
+                "the denoiser is prepared once more for calls that it had been prepared for: of "
+                "more than %d kinds, which come in turns, those used last are kept (%s). Draw what "
+                "is alike one after another, or make it alike: one size, prompts of one length",
+                kept,
+                difference(self._last, signature),
+            )
+        self._last = signature
+
+
+def same_latents(a: Signature, b: Signature) -> bool:
+    """Whether two calls have latents and times of the same shapes: only their conditioning
+    differs."""
+    moving = (Role.LATENTS, Role.TIMESTEP)
+    first, second = ([x for x in s.inputs if x.role in moving] for s in (a, b))
+    return first == second

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -12,6 +15,7 @@ from tiny_pipelines import tiny_unet
 from toys import Toy
 
 import asyncdiff
+from asyncdiff.runtime.worker import Worker
 
 STEPS = 8
 #: Which texts are called with in a step, in order.
@@ -226,6 +230,117 @@ def test_a_step_of_the_scheduler_that_a_callback_replaces_stays() -> None:
         torch.testing.assert_close(pipe(callback=replaces), want)
         assert pipe.scheduler.step is step
         torch.testing.assert_close(pipe(), want)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_the_scheduler_takes_steps_of_its_own(copied: Any) -> None:
+    """And is counted with the original; afterwards nothing is left on either."""
+    pipe, copies = Guided(), []
+
+    def swaps(k: int, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+        if k == 2:
+            pipe.scheduler.mark = 1
+            copies.append(copied(pipe.scheduler))
+            copies[0].mark = 2
+            noise = torch.ones(1, 4, 8, 8)
+            copies[0].step(noise, copies[0].timesteps[2], noise)
+            assert type(copies[0]) is type(pipe.scheduler)
+            assert copies[0].step.scheduler is copies[0] and pipe.scheduler.mark == 1
+        return texts
+
+    want = pipe()
+    with spread(pipe, warmup=99):
+        torch.testing.assert_close(pipe(), want)
+        pipe(callback=swaps)
+        torch.testing.assert_close(pipe(), want)
+    for scheduler in (pipe.scheduler, *copies):
+        assert {"step", "__reduce_ex__", "__setstate__"}.isdisjoint(vars(scheduler))
+
+
+class InTheMiddle(Guided):
+    """Two denoisers, and a beginning in the middle, as in image to image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.unet_2: Any = Toy().eval().requires_grad_(False)
+        self.config = SimpleNamespace(boundary_ratio=0.4)
+
+    @torch.no_grad()
+    def __call__(self, begin: int = 3) -> torch.Tensor:
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.scheduler.set_timesteps(10)
+        times = self.scheduler.timesteps[begin:]
+        self.num_timesteps = len(times)
+        for t in times:
+            denoiser = self.unet if t >= 400 else self.unet_2
+            noise = denoiser(latents, t, self.texts[0])[0]
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+
+def test_two_denoisers_and_a_beginning_in_the_middle() -> None:
+    """Each has exact steps at its own beginning and end."""
+    pipe = InTheMiddle()
+    want = {begin: pipe(begin) for begin in (0, 3, 7)}
+    with spread(pipe, warmup=1, exact_tail=1) as handle:
+        for begin, each in ((0, [6, 4]), (3, [3, 4]), (7, [3])):
+            pipe(begin)
+            steps = [c.report.steps for c in handle._calls if c.report]
+            assert steps == each
+    with spread(pipe, warmup=99):
+        for begin, latents in want.items():
+            torch.testing.assert_close(pipe(begin), latents)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("at", [0, 3])
+def test_weights_that_move_between_two_calls_of_a_step(elsewhere: bool, at: int) -> None:
+    """In the step in which branches begin they are noticed by the second one, and hold for both."""
+
+    def run(pipe: Any) -> torch.Tensor:
+        def order(k: int) -> Any:
+            yield 0
+            if k == at:
+                scale(pipe.unet, 1.3, elsewhere)
+            yield 1
+
+        return torch.stack([pipe(order=order), pipe()])
+
+    want, pipe = run(Guided()), Guided()
+    with spread(pipe, warmup=99):
+        got = run(pipe)
+    torch.testing.assert_close(got[1], want[1])
+    if at == 0:
+        torch.testing.assert_close(got[0], want[0])
+
+
+def test_weights_that_ranks_cannot_follow_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiled ones that share them: the branch that has begun begins again, and a loop of one's
+    own is told what to do."""
+    renew = Worker.renew
+    monkeypatch.setattr(Worker, "renew", lambda w, *a: None if renew(w, *a) else False)
+
+    def order(k: int, pipe: Any) -> Any:
+        yield 0
+        if k == 0:
+            scale(pipe.unet, 1.3, True)
+        yield 1
+
+    plain, pipe = Guided(), Guided()
+    want = [plain(order=partial(order, pipe=plain)), plain()]
+    with spread(pipe, warmup=99):
+        got = [pipe(order=partial(order, pipe=pipe)), pipe()]
+    torch.testing.assert_close(got, want)
+    own = asyncdiff.AsyncDenoiser(pipe.unet, devices=["cpu"] * 2, split="estimate", warmup=2)
+    x, (first, second, _) = torch.randn(1, 4, 8, 8), pipe.texts
+    with own.generation([9, 8], branches=2):
+        own(x, torch.tensor(9), first)
+        scale(pipe.unet, 0.9, True)
+        own(x, torch.tensor(9), second)
+        with pytest.raises(asyncdiff.InputError, match=r"between two calls of step 1.*copy_\(\)"):
+            own(x, torch.tensor(8), first)
+    own.close()
 
 
 def freeu(unet: Any, on: bool) -> None:

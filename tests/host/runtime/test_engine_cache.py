@@ -11,7 +11,7 @@ import torch
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff.runtime import engine_cache
+from asyncdiff.runtime import cutting, engine_cache
 from asyncdiff.runtime.engine import Engine
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
@@ -59,6 +59,42 @@ def test_one_has_to_go_before_another_is_made(memory: Memory, denoiser: AsyncDen
     for batch in (1, 2, 3, 4, 5, 1):
         denoiser.prepare(**toy_call(batch=batch))
     assert (memory.most, memory.tries) == (4, 6)
+
+
+def test_kinds_that_come_in_turns_are_told_of_once(
+    memory: Memory, denoiser: AsyncDenoiser, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "asyncdiff"):
+        for batch in (1, 2, 3, 4, 5):
+            denoiser.prepare(**toy_call(batch=batch))
+        assert not caplog.records
+        for batch in (1, 2, 3):
+            denoiser.prepare(**toy_call(batch=batch))
+    (said,) = caplog.records
+    assert "(sample was (5, 4, 8, 8) torch.float64, is (1, 4, 8, 8)" in said.getMessage()
+
+
+def test_calls_of_other_conditioning_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured for a prompt of another length, and ranks hold weights once."""
+    measured = []
+    measure = cutting.measure
+
+    def counted(captured: Any, *args: Any) -> Any:
+        measured.append(captured)
+        return measure(captured, *args)
+
+    monkeypatch.setattr(cutting, "measure", counted)
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2)
+    call = toy_call()
+    denoiser.prepare(**call)
+    cuts = denoiser.partition.cuts
+    for length in (7, 9, 11):
+        text = torch.randn(2, length, 6, dtype=torch.float64)
+        denoiser.prepare(**call | {"encoder_hidden_states": text})
+        assert denoiser.partition.cuts == cuts and len(measured) == 1
+    denoiser.prepare(**toy_call(size=16))
+    assert len(measured) == 2
+    denoiser.close()
 
 
 def test_others_are_dropped_where_memory_is_short(

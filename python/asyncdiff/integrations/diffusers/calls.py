@@ -279,21 +279,14 @@ class Calls:
             self._told = self.told(pipe)
             self._expected = self._were.get(self._told, self._told or 1)
         self._response = None  # of a scheduler that has not stepped yet
-        steps, ordered = self._steps(pipe), pipe is not None
-        return TimestepTracker(self._scheduler, time, steps, self._before, ordered=ordered)
-
-    def _steps(self, pipe: Any) -> int | None:
-        """How many steps of this denoiser there will be, as far as the pipeline tells."""
+        scheduler, ordered = self._scheduler, pipe is not None
         # Left by an earlier run, where another caller than the pipeline is under way.
         steps: int | None = getattr(pipe, "num_timesteps", None)
+        times = TimestepTracker(scheduler, time, steps, self._before, ordered=ordered)
         share = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
-        if not self._leads or share is None:
-            return steps
-        # Another denoiser has the later ones (Wan 2.2).
-        scheduler = self._scheduler
-        bound = share * scheduler.config.num_train_timesteps
-        mine = int((check_scheduler(scheduler) >= bound).sum())
-        return min(mine, steps or mine) or None
+        if self._leads and share is not None:  # another denoiser has the later ones (Wan 2.2)
+            times.end_before(share * scheduler.config.num_train_timesteps, time)
+        return times
 
     # ---- how a generation begins -------------------------------------------------------------
 

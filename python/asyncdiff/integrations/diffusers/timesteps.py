@@ -58,6 +58,14 @@ class TimestepTracker:
         self._limited = bool(steps)
         self._follow(steps, first)
 
+    def end_before(self, bound: float, now: torch.Tensor) -> None:
+        """Leave the timesteps below ``bound`` to another denoiser. ``now``: the first call's."""
+        mine = self.source[self.start : self.start + len(self.values)]
+        count = int((mine >= bound).sum())
+        if 0 < count < len(mine):
+            self._limited = True
+            self._follow(count, now)
+
     @property
     def reading(self) -> Reading:
         """How the first call is read."""
