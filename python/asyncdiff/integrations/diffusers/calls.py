@@ -160,7 +160,7 @@ class Calls:
 
     def serve(self, call: Call) -> Any:
         """The denoiser's result."""
-        where = call.indices(Role.TIMESTEP)
+        where = call.signature.places[Role.TIMESTEP]
         if not where:
             raise InputError("the denoiser has no timestep argument: use AsyncDenoiser")
         time = call.tensors[where[0]]
