@@ -80,8 +80,9 @@ def changes(module: Any) -> dict[str, list[Callable[[], Any]]]:
         module.set_adapters([names[-1]], [scale[0]])
 
     def fused() -> None:
+        scale[0] *= 0.9
         module.unfuse_lora()
-        module.fuse_lora()
+        module.fuse_lora(scale[0])
 
     return {
         "nothing": [lambda: None],

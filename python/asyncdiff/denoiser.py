@@ -283,7 +283,8 @@ class AsyncDenoiser(Spread):
         """What all processes have to be given alike for a generation."""
         settings = of_settings(self._config.compared())
         steps = {"the timesteps": digest([generation.timesteps])}
-        return {**settings, **steps, **of_call(call)}
+        # A generation may begin in the middle, where only process 0 has latents that count.
+        return {**settings, **steps, **of_call(call, latents=not self._team.first_only)}
 
     def generate(
         self,

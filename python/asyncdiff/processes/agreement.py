@@ -13,7 +13,7 @@ from torch import nn
 from ..graph.capture import Captured
 from ..graph.checkpoint import Checkpoint
 from ..graph.layers.quantized import parts_of
-from ..graph.signature import Call
+from ..graph.signature import Call, Role
 from ..graph.writes import bits, sample
 from ..partition.partition import Partition
 from .team import DIGEST
@@ -45,14 +45,19 @@ def of_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     return {f"the setting {n}": repr(v) for n, v in settings.items() if n != "devices"}
 
 
-def of_call(call: Call) -> dict[str, str]:
-    """The inputs of a call: which, of what shapes, and their values."""
+def of_call(call: Call, latents: bool = True) -> dict[str, str]:
+    """The inputs of a call: which, of what shapes, and their values; of what changes from step to
+    step only with ``latents``."""
     inputs = call.signature.inputs
     return {
         "the arguments of the denoiser": ", ".join(x.name for x in inputs),
         **{f"the shape of {x.name}": f"{list(x.shape)} {x.dtype}" for x in inputs},
         **{f"the argument {name}": repr(value) for name, value in call.signature.constants},
-        **{x.name: digest([t]) for x, t in zip(inputs, call.tensors, strict=True)},
+        **{
+            x.name: digest([t])
+            for x, t in zip(inputs, call.tensors, strict=True)
+            if latents or x.role is not Role.LATENTS
+        },
     }
 
 
