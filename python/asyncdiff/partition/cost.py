@@ -127,7 +127,8 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def count_macs(captured: Captured) -> dict[fx.Node, int]:
-    """Multiply-accumulates of every node, as torch's own FLOP counter counts them."""
+    """Multiply-accumulates of every node, as torch's own FLOP counter counts them; of products that
+    it does not know (of quantised weights), by their shapes."""
     macs = dict.fromkeys(captured.nodes, 0)
     heavy = ("conv", "linear", "mm", "matmul", "attention", "einsum")
     counted: dict[str, int] = {}  # the blocks of a denoiser are mostly alike
@@ -146,9 +147,18 @@ def count_macs(captured: Captured) -> dict[fx.Node, int]:
             counter.mod_tracker = _Untracked()  # type: ignore[assignment]
             with counter:
                 node.target(*args, **kwargs)  # type: ignore[operator]
-            counted[key] = counter.get_total_flops() // 2
+            counted[key] = counter.get_total_flops() // 2 or _of_product(node, args)
         macs[node] = counted[key]
     return macs
+
+
+def _of_product(node: fx.Node, args: Sequence[Any]) -> int:
+    """Those of a product of its first argument, whose rows are as long as what is summed up."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor) and x.dim() > 0]
+    if not any(word in str(node.target) for word in ("mm", "matmul")) or len(tensors) < 2:
+        return 0
+    made = tensors_of(node)
+    return made[0].numel() * tensors[0].shape[-1] if made else 0
 
 
 @torch.no_grad()

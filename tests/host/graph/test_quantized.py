@@ -20,7 +20,7 @@ from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.layers.quantized import parts_of
 from asyncdiff.graph.signature import parse
-from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.cost import Costs, count_macs
 from asyncdiff.partition.partition import partition
 from asyncdiff.processes.agreement import of_program
 
@@ -68,6 +68,8 @@ def test_is_the_same_and_held_as_it_is(kind: str, tmp_path: Path) -> None:
         if kind != "bitsandbytes int8":  # whose codes are no weight of the layer
             # In 4 bits of bitsandbytes with tables of its own.
             assert stored == pytest.approx(64 * 256 * a_weight, rel=0.2)
+        # What is computed is the same, whatever weights are.
+        assert sum(count_macs(captured).values()) == 2670592
         # As much as the denoiser itself has, and no copy of it decoded.
         plainly = 2 * sum(p.numel() for p in quantized.transformer().parameters())
         assert sum(held(denoiser)) < plainly * {"mixed dtypes": 1.4, "GGUF BF16": 1.1}.get(
