@@ -177,6 +177,15 @@ def test_what_numbers_are_inputs_of_a_graph() -> None:
     assert float(captured.weights[name]) == -8.0
     scale[0] = 0.0
     assert state.number() != number
+    scale[0] = None
+    assert state.number() != number and "mix.processor.scale.0" not in state.structure.slots
+    scale[0] = -8.0
+    assert state.number() == number
+    before, version = state.structure, state.version
+    scale[0] = 0.5
+    assert state.version != version and state.structure is before  # nothing else was looked at
+    scale[0] = -8.0
+    assert state.version == version
     scale[:] = [1.0, 2.0]
     assert state.number() != number
 

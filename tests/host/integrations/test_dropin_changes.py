@@ -260,6 +260,50 @@ def test_a_call_inside_a_call() -> None:
     handle.restore()
 
 
+def test_callbacks_that_interrupt_or_change_the_prompt() -> None:
+    """As diffusers documents both; what comes after is as ever."""
+    pipe = pipeline()
+
+    def interrupts(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 2
+        return kwargs
+
+    def changes(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        embeds = kwargs["prompt_embeds"]
+        return {"prompt_embeds": embeds.flip(1) * 20.0} if step == 2 else {}
+
+    ends = {"callback_on_step_end": interrupts}
+    other = {
+        "callback_on_step_end": changes,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    want = [run(pipe, **options) for options in ({}, ends, other)]
+    assert all(reference.distance(w, want[0]) > 1e-3 for w in want[1:])
+    handle = spread(pipe, warmup=STEPS)
+    for _ in range(2):
+        for options, due in zip(({}, ends, other), want, strict=True):
+            assert reference.distance(run(pipe, **options), due) < 1e-5
+    assert len(handle.denoiser._engines) == 1
+    handle.restore()
+
+
+@pytest.mark.slow
+def test_pipelines_that_share_a_denoiser_take_turns() -> None:
+    """One is parallelised, the other made of it; with batches of other sizes in between."""
+    pipe = pipeline()
+    other = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    two = {k: torch.cat([v, v]) for k, v in CALL.items() if isinstance(v, torch.Tensor)}
+    want = [run(pipe), draw(pipe, CALL | two, num_inference_steps=STEPS)]
+    handle = spread(pipe, warmup=STEPS)
+    for each in (pipe, other, pipe):
+        assert reference.distance(run(each), want[0]) < 1e-5
+        both = draw(each, CALL | two, num_inference_steps=STEPS)
+        assert reference.distance(both, want[1]) < 1e-5
+    handle.restore()
+    assert torch.equal(run(other), want[0])
+
+
 def tiny_wan() -> Any:
     """Two denoisers, guidance in two calls, prompts of two lengths."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from ..hooks import hooks_of, is_own
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
 from .numbers import Guards
-from .structure import Part, Structure
+from .structure import Part, Structure, is_number
 
 #: So many states are known again.
 _KNOWN = 8
@@ -79,7 +79,7 @@ class ModuleState:
         self._layers.clear()
 
     def _look(self) -> None:
-        if self._unchanged():
+        if self._unchanged() or self._moved():
             return
         take_out(self._module)
         self._layers = list(self._module.modules())
@@ -90,9 +90,46 @@ class ModuleState:
         self._attention = chosen()
         state = (*self._attention, *_State(made, self._guards, values).taken())
         self._number = self._count(self._known, state, self._copies)
+        self._count_version()
+
+    def _count_version(self) -> None:
+        made = self._structure
+        assert made is not None
+        values = ((name, slot.value) for name, slot in made.slots.items())
         tensors = ((name, id(t)) for name, t in made.tensors.items())
-        inputs = self._number, tuple(values.items()), tuple(tensors)
+        inputs = self._number, tuple(values), tuple(tensors)
         self._version = self._count(self._seen, inputs, made)
+
+    def _moved(self) -> bool:
+        """Whether nothing but numbers has changed, for which the same graphs are right."""
+        if self._structure is None or not self._layers:
+            return False
+        slots = {(id(s.container), s.key): name for name, s in self._structure.slots.items()}
+        changed = []
+        try:
+            same = _classes(self._layers) == self._classes and chosen() == self._attention
+            for i, (now, then) in enumerate(self._copies):
+                if now == then:
+                    continue
+                keys = _changed(now, then)
+                if not same or keys is None or any((id(now), key) not in slots for key in keys):
+                    return False
+                changed.append(i)
+                for key in keys:
+                    name = slots[id(now), key]
+                    if not is_number(now[key]):
+                        return False
+                    if self._guards.of(name, now[key]) != self._guards.of(name, then[key]):
+                        return False
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        for i in changed:
+            now, then = self._copies[i]
+            for key in _changed(now, then) or ():
+                then[key] = now[key]
+        if changed:
+            self._count_version()
+        return bool(changed)
 
     def _count(self, known: dict[Any, tuple[int, Any]], what: Any, held: Any) -> int:
         """The number of something that may have been there before; ``held`` while it is known, so
@@ -197,6 +234,17 @@ class _State:
 def _classes(layers: list[nn.Module]) -> list[tuple[type, Any]]:
     """The classes of layers, and their forwards, which may be exchanged too."""
     return [(type(x), type(x).forward) for x in layers]
+
+
+def _changed(now: Any, then: Any) -> list[Any] | None:
+    """The keys, or places, whose values are others; None where there are other ones."""
+    if isinstance(now, dict):
+        if list(now) != list(then):
+            return None
+        return [key for key, x in now.items() if x is not then[key] and x != then[key]]
+    if len(now) != len(then):
+        return None
+    return [i for i, x in enumerate(now) if x is not then[i] and x != then[i]]
 
 
 def _own(tensor: torch.Tensor) -> Any:

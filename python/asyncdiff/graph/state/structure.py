@@ -111,20 +111,21 @@ def _slots(part: Part) -> Iterator[Slot]:
         scales = attributes.get(SCALES)
         if isinstance(scales, dict):
             for key, name, value in entries(scales, part.adapters):
-                if _is_number(value):
+                if is_number(value):
                     yield Slot(part.below(f"{SCALES}.{name}"), scales, key, attributes, SCALES)
     processor: Any = vars(part.layer).get("processor")
     if part.name.rpartition(".")[2] == "processor":
         processor = part.layer
     attributes = getattr(processor, "__dict__", {})
     scale = attributes.get(_SCALE)
-    if _is_number(scale):
+    if is_number(scale):
         yield Slot(part.below(_SCALE), attributes, _SCALE, attributes)
     elif isinstance(scale, list):
         for i, value in enumerate(scale):
-            if _is_number(value):
+            if is_number(value):
                 yield Slot(part.below(f"{_SCALE}.{i}"), scale, i, attributes, _SCALE)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is one that may be moved."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
