@@ -124,7 +124,7 @@ def test_a_denoiser_gets_the_timesteps_of_its_pipeline() -> None:
     flux, sd3 = (models.MODELS[key].loop(inputs, 5) for key in ("flux", "sd3"))
     seen: list[torch.Tensor] = []
 
-    def denoise(kwargs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def denoise(kwargs: dict[str, torch.Tensor], call: int) -> torch.Tensor:
         seen.append(kwargs["timestep"])
         return kwargs["hidden_states"]
 
