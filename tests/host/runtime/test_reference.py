@@ -8,6 +8,9 @@ import torch
 
 import asyncdiff
 
+#: A case of each denoiser in which the pipeline is compared once more after ``restore()``.
+WHOLE = ("sd21_ddim_n3s2w3", "sdxl_euler_n3s2w1")
+
 
 @pytest.mark.parametrize("name", reference.NAMES)
 def test_reference_case(name: str) -> None:
@@ -22,6 +25,5 @@ def test_reference_case(name: str) -> None:
     report = handle.report()
     assert report.steps == spec["steps"]
     handle.restore()
-    plain = reference.run(pipe, spec)
-    again = reference.run(reference.pipeline(spec), spec)
-    assert torch.equal(plain, again)
+    if name in WHOLE:  # exactly the plain pipeline, as in test_families and test_diffusers
+        assert torch.equal(reference.run(pipe, spec), reference.run(reference.pipeline(spec), spec))
