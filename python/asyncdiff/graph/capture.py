@@ -103,6 +103,12 @@ class Captured:
             elif float(self.weights[name]) != slot.value:
                 self.weights[name].fill_(slot.value)
 
+    def let_go(self) -> None:
+        """Hold no weights of the module any more, until :meth:`follow`."""
+        for name in self.places:
+            if name in self.weights and self.weights[name].dim():
+                del self.weights[name]
+
     def unflatten(self, leaves: list[Any]) -> Any:
         """The denoiser's result from its leaves."""
         return pytree.tree_unflatten(leaves, self.out_spec)

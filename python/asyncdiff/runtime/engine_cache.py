@@ -32,7 +32,7 @@ from .cutting import Cutter, Timed
 from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined, split_of
-from .prepared import Prepared, Turns, same_latents
+from .prepared import Cuts, Prepared, Turns, same_latents
 from .rebalance import component_ms
 
 log = logging.getLogger("asyncdiff")
@@ -72,7 +72,7 @@ class EngineCache:
         self._kept: OrderedDict[_Kind, Prepared] = OrderedDict()
         #: those that other branches were using when one was asked for last
         self._beside: list[Engine | Groups] = []
-        self._turns = Turns()
+        self._turns, self._cuts = Turns(), Cuts()
         self._cutter = Cutter(module, weights, config, places, team)
 
     def __len__(self) -> int:
@@ -134,6 +134,7 @@ class EngineCache:
                 self._turns.dropped([k[0] for k in over])
                 self._drop(over)
             like = next((e.partition for e in self._like(kind)), None)
+            like = self._cuts.again(kind, self._state.structure, config.components) or like
             with bar(config.progress):
                 made = self._with_room(
                     lambda: self._ranks(
@@ -149,6 +150,7 @@ class EngineCache:
                 watch = WeightWatch(captured.weights.values())
                 self._kept[kind] = Prepared(self._weights, watch, self._state.version)
             self._kept[kind].take(branch.index, made)
+            self._cuts.keep(kind, made.partition)
         self._kept.move_to_end(kind)
         return self._kept[kind].asked(branch.index, self._state.version)
 
@@ -261,6 +263,7 @@ class EngineCache:
             self._beside = [e for e in self._beside if not any(e is d for d in dropped)]
             for engine in dropped:
                 engine.close()
+        self._cuts.let_go(e for kept in self._kept.values() for e in kept.engines)
         if kinds and self._places[0].device.type == "cuda":
             collect()
 

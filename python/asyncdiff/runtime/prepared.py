@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..graph.signature import Role, Signature, difference
 from ..graph.state.structure import Structure
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
+from ..partition.partition import Partition
 from .cfg_parallel import Groups
 from .engine import Engine
 
 log = logging.getLogger("asyncdiff")
 
+#: So many exported denoisers are kept.
+_CUTS = 16
 #: So many kinds of calls are remembered that had to make room.
 _REMEMBERED = 32
 
@@ -101,6 +105,39 @@ class Prepared:
         self.version, self.exchanges = version, self.weights.exchanges
         self.renewals += 1
         return True
+
+
+class Cuts:
+    """Denoisers that were exported and cut, by kind of calls, for when these come again whose
+    engines had to make room: a graph takes little memory, and its weights are the module's own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Partition] = {}
+        #: what is to be made again
+        self._asked: Partition | None = None
+
+    def keep(self, kind: Any, parts: Partition) -> None:
+        """Keep what was made for a kind."""
+        self._kept.pop(kind, None)
+        self._kept[kind], self._asked = parts, None
+        if len(self._kept) > _CUTS:
+            del self._kept[next(iter(self._kept))]
+
+    def again(self, kind: Any, structure: Structure, components: int) -> Partition | None:
+        """What was made for a kind, in so many components, with the weights that there are now."""
+        parts = self._kept.get(kind)
+        if parts is None or len(parts.components) != components:
+            return None
+        parts.captured.follow(structure)
+        self._asked = parts
+        return parts
+
+    def let_go(self, engines: Iterable[Engine | Groups]) -> None:
+        """Hold no weights that may be replaced meanwhile, but of what these engines run."""
+        used = {id(engine.partition.captured) for engine in engines}
+        for parts in self._kept.values():
+            if parts is not self._asked and id(parts.captured) not in used:
+                parts.captured.let_go()
 
 
 class Turns:

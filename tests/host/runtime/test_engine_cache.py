@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +74,34 @@ def test_kinds_that_come_in_turns_are_told_of_once(
             denoiser.prepare(**toy_call(batch=batch))
     (said,) = caplog.records
     assert "(sample was (5, 4, 8, 8) torch.float64, is (1, 4, 8, 8)" in said.getMessage()
+
+
+def test_kinds_that_come_again_are_not_exported_again(
+    denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But with the weights that there are then."""
+    exported = []
+    capture = cutting.capture
+
+    def counted(*args: Any) -> Any:
+        exported.append(args)
+        return capture(*args)
+
+    monkeypatch.setattr(cutting, "capture", counted)
+    module = denoiser.module
+    for batch in (1, 2, 3, 4, 5):
+        denoiser.prepare(**toy_call(batch=batch))
+    assert len(exported) == 5
+    before = weakref.ref(module.leave.weight)
+    module.leave.weight = torch.nn.Parameter(module.leave.weight * 2.0, requires_grad=False)
+    for batch in (1, 2, 3, 4):
+        call = toy_call(batch=batch)
+        with denoiser.generation([900]):
+            (got,) = denoiser(**call)
+        torch.testing.assert_close(got, module(**call)[0])
+    assert len(exported) == 5
+    gc.collect()
+    assert before() is None  # nothing holds what was replaced
 
 
 def test_calls_of_other_conditioning_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ its weights, and numbers that may be moved, are inputs of it.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,8 +49,9 @@ class ModuleState:
         self._known: dict[Any, tuple[int, Any]] = {}
         self._unused = itertools.count(1)
         self._number = 0
-        #: what there has been of states, weights and numbers, and what keeps its addresses
+        #: what there has been of states, weights by serial number, and numbers
         self._seen: dict[Any, tuple[int, Any]] = {}
+        self._serials: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._version = 0
 
     def number(self) -> int:
@@ -88,17 +90,27 @@ class ModuleState:
         self._structure = made = Structure(self._module)
         values = {name: slot.value for name, slot in made.slots.items()}
         self._attention = chosen()
-        state = (*self._attention, *_State(made, self._guards, values).taken())
-        self._number = self._count(self._known, state, self._copies)
+        of_layers = _State(made, self._guards, values)
+        state = (*self._attention, *of_layers.taken())
+        self._number = self._count(self._known, state, of_layers.held)
         self._count_version()
 
     def _count_version(self) -> None:
         made = self._structure
         assert made is not None
         values = ((name, slot.value) for name, slot in made.slots.items())
-        tensors = ((name, id(t)) for name, t in made.tensors.items())
+        tensors = ((name, self._serial(t)) for name, t in made.tensors.items())
         inputs = self._number, tuple(values), tuple(tensors)
-        self._version = self._count(self._seen, inputs, made)
+        self._version = self._count(self._seen, inputs, None)
+        if len(self._serials) > 2 * len(made.tensors):  # many are gone
+            self._serials = {n: x for n, x in self._serials.items() if x[0]() is not None}
+
+    def _serial(self, tensor: torch.Tensor) -> int:
+        """A number that no other tensor has or had, which may lie where another one was."""
+        known = self._serials.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            self._serials[id(tensor)] = known = weakref.ref(tensor), next(self._unused)
+        return known[1]
 
     def _moved(self) -> bool:
         """Whether nothing but numbers has changed, for which the same graphs are right."""
@@ -157,6 +169,8 @@ class _State:
 
     def __init__(self, structure: Structure, guards: Guards, values: dict[str, float]) -> None:
         self._structure = structure
+        #: what is known by its address
+        self.held: list[Any] = []
         #: of numbers that may be moved, by where they stand
         self._answers = {
             (id(slot.container), slot.key): (Guards, guards.of(name, values[name]))
@@ -182,7 +196,7 @@ class _State:
             and not unused(layer, n)
         )
         weights = tuple(
-            (name, None if x is None else (_own(x), x.shape, x.dtype, x.device))
+            (name, None if x is None else (self._own(x), x.shape, x.dtype, x.device))
             for where in (layer._parameters, layer._buffers)
             for _, name, x in entries(where, own)
         )
@@ -205,6 +219,13 @@ class _State:
             )
         return self._frozen_entry(vars(part.layer), name, value)
 
+    def _own(self, tensor: torch.Tensor) -> Any:
+        """Which one a tensor is that is more than its values: quantised, with labels."""
+        if type(tensor) in _PLAIN:
+            return None
+        self.held.append(tensor)
+        return type(tensor), id(tensor)
+
     def _frozen_entry(self, container: Any, key: Any, value: Any) -> Any:
         answer = self._answers.get((id(container), key))
         if answer is not None:
@@ -223,6 +244,7 @@ class _State:
         if _is_plain(value):
             return value
         if not isinstance(value, dict):
+            self.held.append(value)
             return object, id(value)
         return tuple(
             (n, self._frozen_entry(value, n, x))
@@ -245,11 +267,6 @@ def _changed(now: Any, then: Any) -> list[Any] | None:
     if len(now) != len(then):
         return None
     return [i for i, x in enumerate(now) if x is not then[i] and x != then[i]]
-
-
-def _own(tensor: torch.Tensor) -> Any:
-    """Which one a tensor is that is more than its values: quantised, with labels."""
-    return None if type(tensor) in _PLAIN else (type(tensor), id(tensor))
 
 
 def _containers(layer: nn.Module) -> Iterator[Any]:
