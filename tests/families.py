@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 from tiny_pipelines import tiny_flux, tiny_sd, tiny_sd3, tiny_unet
 
 #: A pipeline, and the arguments of a call of it.
@@ -165,6 +166,30 @@ _VAE = model(
     up_block_types=("UpDecoderBlock2D",),
     norm_num_groups=4,
 )
+
+
+def flux2_klein_kv() -> Family:
+    """The first step returns keys and values of the given picture, which later ones are given."""
+    vae = model(
+        "AutoencoderKLFlux2",
+        block_out_channels=(4,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4,
+        norm_num_groups=1,
+    )
+    denoiser = model("Flux2Transformer2DModel", **_FLUX2, guidance_embeds=False)
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    pipe = build("Flux2KleinKVPipeline", scheduler, vae=vae, transformer=denoiser)
+    image = {"image": Image.new("RGB", (64, 64), (90, 40, 200)), "num_inference_steps": 4}
+    return pipe, embeds(1, 8, 32, negative=False) | image | size(64)
+
+
+_FLUX2 = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+}  # fmt: skip
 _ROPE = {"axes_dims_rope": (4, 4, 8), "attention_head_dim": 16, "num_attention_heads": 2}
 _PIXART = {
     "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8,
@@ -190,11 +215,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "FLUX.2": transformer(
         "Flux2Pipeline",
         "Flux2Transformer2DModel",
-        {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-         "num_attention_heads": 2, "joint_attention_dim": 32, "timestep_guidance_channels": 16,
-         "axes_dims_rope": (4, 4, 4, 4)},
+        _FLUX2,
         embeds(1, 8, 32, negative=False) | size(64),
     ),
+    "FLUX.2 Klein KV": flux2_klein_kv,
     "Wan 2.1": transformer(
         "WanPipeline", "WanTransformer3DModel", _WAN, embeds(1, 8, 32) | size(16, 5)
     ),

@@ -19,6 +19,7 @@ from ..errors import CaptureError
 from ..progress import stage
 from .layers.attention import attend, backends_recorded
 from .layers.casting import casts_traced
+from .layers.containers import register_containers
 from .layers.functional import replace_writes, writes
 from .layers.quantized import has_labels, hidden, with_labels
 from .side_effects import refused
@@ -62,7 +63,7 @@ def export(
             ):
                 exported = _taking(module, call, home) if valued or float in call.leaves else module
                 exported = with_labels(exported) if has_labels(module) else exported
-                program = torch.export.export(exported, (), kwargs, strict=False)
+                program = _exported(exported, kwargs)
                 written = any(map(writes, program.graph.nodes))
                 if hidden(program) or (written and not replace_writes(program.graph)):
                     program = program.run_decompositions({})
@@ -73,6 +74,25 @@ def export(
                     f"{type(module).__name__} uses a scale in a way that is not known ({e})"
                 ) from e
             frozen |= e.names
+
+
+def _exported(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """The program of torch.export, also where the denoiser returns objects that hold tensors."""
+    try:
+        return torch.export.export(module, (), kwargs, strict=False)
+    except Exception as e:
+        if "not a known type" not in str(e):
+            raise
+
+    class Returning(type(module)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().forward(*args, **kwargs)
+            register_containers(pytree.tree_leaves(result))
+            return result
+
+    other: nn.Module = object.__new__(Returning)
+    object.__setattr__(other, "__dict__", module.__dict__)
+    return torch.export.export(other, (), kwargs, strict=False)
 
 
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from .layers.containers import register_containers
 
 #: Argument names of the latents, most specific first; else the first tensor argument.
 LATENTS = ("sample", "hidden_states", "latents", "x")
@@ -167,6 +168,8 @@ class Parser:
         each = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else (type(x), x) for x in given]
         last = self._last
         if last is None or (spec, each) != last[0]:
+            if register_containers(given):
+                return self(args, kwargs)
             self._last = last = ((spec, each), *self._parse(given, spec))
         _, call, places = last
         inputs = zip(places, call.signature.inputs, strict=True)

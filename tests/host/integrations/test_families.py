@@ -18,7 +18,7 @@ def test_family(name: str) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     def run() -> torch.Tensor:
-        drawn = draw(pipe, call, num_inference_steps=STEPS)
+        drawn = draw(pipe, {"num_inference_steps": STEPS} | call)
         return torch.as_tensor(drawn[0] if isinstance(drawn, (list, tuple)) else drawn)
 
     want = run()
