@@ -121,7 +121,9 @@ class _Traced(TorchFunctionMode):
             return args[0]
         if self._ahead:
             tensors = [x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)]
-            if tensors and all(type(t) is torch.Tensor for t in tensors):
+            whole = not getattr((kwargs or {}).get("dtype"), "is_floating_point", True)
+            made = function in (torch.zeros, torch.ones, torch.arange) and whole  # masks
+            if made or (tensors and all(type(t) is torch.Tensor for t in tensors)):
                 with _disable_current_modes():
                     return function(*args, **(kwargs or {}))
             if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):

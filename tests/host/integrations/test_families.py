@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from families import FAMILIES, STEPS
+from families import FAMILIES, STEPS, model, ones, randn
 from tiny_pipelines import draw
 
 import asyncdiff
@@ -32,3 +32,23 @@ def test_family(name: str) -> None:
     assert 0 < near < 2
     handle.restore()
     assert torch.equal(run(), want)
+
+
+def test_a_condition_on_an_input_that_is_all_0() -> None:
+    """HunyuanVideo 1.5 asks for the values of an image that is not given."""
+    module = model(
+        "HunyuanVideo15Transformer3DModel",
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=16, text_embed_2_dim=8,
+        image_embed_dim=12, rope_axes_dim=(2, 2, 4), target_size=16, task_type="t2v",
+    )  # fmt: skip
+    texts = {"encoder_hidden_states": randn(1, 6, 16), "encoder_hidden_states_2": randn(1, 4, 8)}
+    masks = {"encoder_attention_mask": ones(1, 6), "encoder_attention_mask_2": ones(1, 4)}
+    given = {"hidden_states": randn(1, 9, 2, 2, 2), "image_embeds": torch.zeros(1, 3, 12)}
+    call = texts | masks | given | {"timestep": torch.tensor([500.0]), "return_dict": False}
+    with torch.no_grad():
+        want = module(**call)[0]
+    denoiser = asyncdiff.AsyncDenoiser(module, devices=["cpu"] * 2, split="estimate")
+    with denoiser.generation([500.0]):
+        assert reference.distance(denoiser(**call)[0], want) < 1e-5
+    denoiser.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from ..signature import Call, Input, Role, is_input
 
 #: What a constant begins with that is the values of a tensor.
 _VALUES = "values of a tensor: "
+#: Stands for values that are all 0.
+_ZEROS = "zeros"
 
 
 #: By name, tensors whose values are known, how often they had been written to, and these values.
@@ -19,9 +22,9 @@ KnownValues = dict[str, tuple[torch.Tensor, int, str]]
 
 def by_values(call: Call, known: KnownValues) -> Call:
     """The same call with the values of conditioning that is no floating point numbers, masks of
-    tokens, say, and of numbers, among its constants: what is prepared for it is for these values
-    alone. The call itself, where there are none. On a GPU the host waits, unless they are
-    ``known``."""
+    tokens, say, of numbers, and of what is all 0 (an image that is not given), among its constants:
+    what is prepared for it is for these values alone. The call itself, where there are none. On a
+    GPU the host waits, unless they are ``known``."""
     marks = [leaf for leaf in call.leaves if is_input(leaf)]
     each = zip(call.signature.inputs, call.tensors, marks, strict=True)
     texts = [_constant_of(x, t, mark, known) for x, t, mark in each]
@@ -47,8 +50,10 @@ def values_in(constant: Any, device: torch.device) -> Any:
     if not isinstance(constant, str) or not constant.startswith(_VALUES):
         return constant
     dtype, shape, values = constant.removeprefix(_VALUES).split(" ")
-    raw = torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, dtype))
-    return raw.reshape([int(n) for n in shape.split("x") if n]).to(device)
+    sizes, kind = [int(n) for n in shape.split("x") if n], getattr(torch, dtype)
+    zeros = values == _ZEROS
+    content = bytearray(math.prod(sizes) * kind.itemsize) if zeros else bytearray.fromhex(values)
+    return torch.frombuffer(content, dtype=kind).reshape(sizes).to(device)
 
 
 def _or(constant: Any, leaf: Any) -> Any:
@@ -61,10 +66,11 @@ def _constant_of(x: Input, tensor: torch.Tensor, mark: Any, known: KnownValues) 
         return None
     if mark is float:
         return float(tensor)
-    return None if tensor.is_floating_point() else _text_of(x.name, tensor, known)
+    return _text_of(x.name, tensor, known) or None
 
 
 def _text_of(name: str, tensor: torch.Tensor, known: KnownValues) -> str:
+    """The values of a tensor as a constant; "" for floating point numbers that are not all 0."""
     version = -1 if tensor.is_inference() else tensor._version
     if name in known and version >= 0:
         before, then, text = known[name]
@@ -72,7 +78,10 @@ def _text_of(name: str, tensor: torch.Tensor, known: KnownValues) -> str:
             return text
     plain = tensor.detach().cpu().contiguous()
     shape = "x".join(map(str, plain.shape))
-    values = plain.reshape(-1).view(torch.uint8).numpy().tobytes().hex()
-    text = f"{_VALUES}{str(plain.dtype).removeprefix('torch.')} {shape} {values}"
+    if not plain.is_floating_point():
+        values = plain.reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+    else:
+        values = "" if plain.any() else _ZEROS
+    text = values and f"{_VALUES}{str(plain.dtype).removeprefix('torch.')} {shape} {values}"
     known[name] = tensor, version, text
     return text
