@@ -21,7 +21,10 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+#: The drop-in for videos is tried by tests of its own in every run.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "video" else n for n in EXAMPLES]
+)
 def test_example(
     name: str,
     tmp_path: Path,

@@ -256,6 +256,7 @@ def test_what_cannot_be_is_said(pipe: Any) -> None:
         displaced(pipe.unet.down_blocks[0].downsamplers[0].conv, 4, *torch.zeros(2, 1, 64, 4, 4))
 
 
+@pytest.mark.slow
 def test_work_adds_up(pipe: Any) -> None:
     all_of_it = float(total(pipe)) * 50
     for method in methods("cpu", "ddim", 50, ["a", "b"], True, False):
@@ -296,6 +297,7 @@ def test_macs_are_what_torch_counts(pipe: Any) -> None:
     assert within(pipe, ["mid_block"]) == mid // 2
 
 
+@pytest.mark.slow
 def test_a_quality_is_what_it_picks(pipe: Any, plain: torch.Tensor) -> None:
     four = Chosen("fast", 4, "cpu", guided=True)
     settings = four.settings(pipe, 12)

@@ -103,7 +103,13 @@ GUIDERS: dict[str, tuple[Any, set[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDERS)
+#: Hooks on layers are tried by "auto" in every run.
+SLOW = ("skip layers", "perturbed", "smoothed")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in GUIDERS]
+)
 def test_guiders_are_the_same(name: str) -> None:
     """Hooks of one call in a step are a branch's own."""
     make, calls = GUIDERS[name]
@@ -128,6 +134,7 @@ def test_guiders_are_the_same(name: str) -> None:
     assert torch.equal(draw(pipe, call), want)
 
 
+@pytest.mark.slow
 def test_hooks_of_smoothed_energy() -> None:
     from diffusers.hooks import smoothed_energy_guidance_utils as smoothed
 
