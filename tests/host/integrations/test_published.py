@@ -22,6 +22,9 @@ SIZES = {
     "animatediff": 1.28,
     "sd3": 2.03,
     "flux": 11.90,
+    "wan": 1.419,
+    "qwen": 20.43,
+    "qwen-half": 10.24,
 }
 #: Whole on one rank: nodes that no run computes because of rows, and values and KiB of a row.
 ROWS = {
@@ -32,6 +35,9 @@ ROWS = {
     "animatediff": (67, 22, 1260),
     "sd3": (410, 145, 4284),
     "flux": (522, 192, 2754),
+    "wan": (209, 92, 1449),
+    "qwen": (973, 363, 5226),
+    "qwen-half": (543, 183, 5190),
 }
 #: The others are larger; test_families has small transformers.
 _QUICK = ("sd21",)
