@@ -21,8 +21,13 @@ class Exports:
         capture, measure = cutting.capture, cutting.measure
 
         def captured(module: Any, call: Any) -> Any:
-            key = (id(module), call.signature)
-            return self._once(key, lambda: (capture(module, call), module))[0]
+            def made() -> Any:
+                found = capture(module, call)
+                return found, dict(found.weights), module
+
+            found, weights, _ = self._once((id(module), call.signature), made)
+            found.weights |= weights  # a denoiser that was closed has let go of them
+            return found
 
         def measured(captured: Any, tensors: Any, device: Any, *rest: Any) -> Any:
             def quietly() -> Any:
