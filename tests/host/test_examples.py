@@ -21,9 +21,12 @@ SAYS = {
 }
 
 
-#: The drop-in for videos is tried by tests of its own in every run.
+#: What these do is tried by tests of the drop-in in every run.
+SLOW = ("controlnet", "image_to_image", "video")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "video" else n for n in EXAMPLES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXAMPLES]
 )
 def test_example(
     name: str,

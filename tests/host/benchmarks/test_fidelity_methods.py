@@ -69,7 +69,10 @@ def test_exact_where_nothing_is_reused(pipe: Any, plain: torch.Tensor, method: M
 
 @pytest.mark.parametrize(
     "method",
-    [FasterDiffusion("2", 2, lambda n: range(0, n, 2)), DistriFusion(2, 1), FewerSteps(4)],
+    [
+        FasterDiffusion("2", 2, lambda n: range(0, n, 2)),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (DistriFusion(2, 1), FewerSteps(4))),
+    ],
     ids=lambda m: m.name,
 )
 def test_reuse_changes_the_picture_and_nothing_stays(

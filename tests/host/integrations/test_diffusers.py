@@ -201,7 +201,7 @@ def test_image_to_image_starts_in_the_middle(name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_sd3])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_transformers(make: Any, stride: int) -> None:
     """FLUX passes t/1000, SD3 t for each picture; with a stride, later times are made like that."""
     pipe, call = make()
@@ -266,8 +266,11 @@ MORE_SAMPLERS = (
 @pytest.mark.parametrize(
     "name",
     [
-        *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "PNDMScheduler"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_SAMPLERS),
+        *("HeunDiscreteScheduler", "PNDMScheduler"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("KDPM2AncestralDiscreteScheduler", *MORE_SAMPLERS)
+        ),
     ],
 )
 def test_any_sampler(name: str) -> None:
@@ -324,7 +327,7 @@ def video_denoisers() -> Any:
     return [svd, animate]
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_video_denoisers(index: int) -> None:
     """Stable Video Diffusion's and AnimateDiff's structure, exact step for step."""
     from asyncdiff.graph.example_inputs import example_inputs

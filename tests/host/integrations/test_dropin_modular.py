@@ -148,6 +148,7 @@ def test_hooks_of_smoothed_energy() -> None:
     assert reference.distance(got, draw(pipe, call)) < 1e-5 < reference.distance(got, before)
 
 
+@pytest.mark.slow
 def test_guiders_with_asynchronous_steps() -> None:
     """A branch with hooks keeps its history: its engine is the same in every step."""
     make, _ = GUIDERS["perturbed"]
