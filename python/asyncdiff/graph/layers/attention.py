@@ -65,7 +65,12 @@ def attend(*args: Any, **kwargs: Any) -> Tensor:
         return scaled_dot_product_attention(*args, **kwargs)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return _of_torch(
+    return _of_torch(*_of(given), [int(kernel.value) for kernel in kernels])
+
+
+def _of(given: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments that both of our operations begin with."""
+    return (
         given["query"],
         given["key"],
         given["value"],
@@ -74,7 +79,6 @@ def attend(*args: Any, **kwargs: Any) -> Tensor:
         given.get("is_causal", False),
         given.get("scale"),
         given.get("enable_gqa", False),
-        [int(kernel.value) for kernel in kernels],
     )
 
 
@@ -92,15 +96,13 @@ def _of_torch(
 ) -> Tensor:
     chosen = [kernel for kernel in _EVERY if int(kernel.value) in kernels]
     plain = dropout, causal
-    if query.is_cuda:
-        with sdpa_kernel(chosen):  # issued by one thread for all ranks
+    if query.is_cuda or SDPBackend.FLASH_ATTENTION in chosen:
+        # On GPUs one thread issues for all ranks; of the CPU's two this is the one that it takes.
+        switches = sdpa_kernel(chosen) if query.is_cuda else contextlib.nullcontext()
+        with switches:
             out = scaled_dot_product_attention(
                 query, key, value, mask, *plain, scale=scale, enable_gqa=grouped
             )
-    elif SDPBackend.FLASH_ATTENTION in chosen:  # of the CPU's two the one that it takes itself
-        out = scaled_dot_product_attention(
-            query, key, value, mask, *plain, scale=scale, enable_gqa=grouped
-        )
     else:  # without the process's switches, which other ranks' threads see
         if mask is not None and mask.dtype is torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
@@ -137,17 +139,7 @@ def _recording(name: str, call: Any) -> Any:
         asked = kwargs.get("return_lse") or kwargs.get("_parallel_config") is not None
         if asked or not set(kwargs) <= _TAKEN:
             return call(**kwargs)
-        return _of_others(
-            kwargs["query"],
-            kwargs["key"],
-            kwargs["value"],
-            kwargs.get("attn_mask"),
-            kwargs.get("dropout_p", 0.0),
-            kwargs.get("is_causal", False),
-            kwargs.get("scale"),
-            kwargs.get("enable_gqa", False),
-            name,
-        )
+        return _of_others(*_of(kwargs), name)
 
     return recorded
 
