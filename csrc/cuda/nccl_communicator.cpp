@@ -19,7 +19,7 @@ using Clock = std::chrono::steady_clock;
 
 // Most blocks of a kernel that carries a bundle, each of which takes a multiprocessor from what
 // computes beside it. Over a network NCCL takes a few anyway, which saturate it; more are of use
-// where hosts share an NVLink domain: 60 MB take a quarter longer with 16.
+// where hosts share an NVLink domain.
 constexpr int kMostBlocks = 32;
 constexpr int kBytes = 1;  // NCCL's number for unsigned bytes
 
