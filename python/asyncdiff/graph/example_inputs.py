@@ -25,7 +25,8 @@ class _Maker:
     w: int
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        made = self.like.new_empty(shape)
+        # Not by a method of the weight: quantised ones have few.
+        made = torch.empty(shape, device=self.like.device, dtype=self.like.dtype)
         if made.is_meta:
             return made
         return made.normal_(generator=torch.Generator(made.device).manual_seed(0))
