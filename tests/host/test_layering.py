@@ -19,11 +19,12 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher", "forking", "memory"),
+    ("progress", "deadline", "launcher", "forking", "memory", "environment", "phases"),
     ("graph", "schedule"),
     ("partition", "sampling", "microbatches"),
     ("processes",),
     ("config", "quality"),
+    ("preparation",),
     ("runtime",),
     ("spread", "generation"),
     ("denoiser", "ops"),
@@ -40,6 +41,7 @@ KNOWS_ONLY = {
     "sampling": {"sampling", "schedule"},
     "microbatches": {"microbatches", "graph"},
     "processes": {"processes", "graph", "partition", "memory"},
+    "preparation": {"preparation", "graph", "partition", "phases", "progress", "environment"},
     "demo": {"demo"},
 }
 #: Other people's packages that only some of ours know.
@@ -53,6 +55,7 @@ GUESTS = {
             "memory",
             "processes",
             "config",
+            "preparation",
             "runtime",
             "generation",
         ),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .commands.bench import bench
+from .commands.cache import cache
 from .commands.calibrate import calibrate
 from .commands.demo import demo
 from .commands.doctor import doctor
@@ -27,6 +28,7 @@ app = typer.Typer(
 for function in (demo, generate, plan, tune, calibrate, doctor):
     app.command()(spread(function))
 app.add_typer(bench)
+app.add_typer(cache)
 
 
 def command() -> Any:

@@ -47,7 +47,8 @@ class Component:
 
 @dataclass
 class Partition:
-    """Components, boundaries between them, and the order in which an exact step runs them."""
+    """Components, boundaries between them, and the order in which an exact step runs them.
+    ``settled``: its components were timed, and it was found that no other cut is better."""
 
     captured: Captured
     components: list[Component]
@@ -55,6 +56,7 @@ class Partition:
     exact_order: tuple[int, ...]
     cuts: tuple[str, ...] | None
     costs: Costs | None = None
+    settled: bool = False
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:

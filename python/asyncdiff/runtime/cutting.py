@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -12,8 +11,11 @@ from ..config import ParallelConfig
 from ..graph.capture import Captured, capture
 from ..graph.signature import Call
 from ..graph.weights import Weights
-from ..partition.cost import fused, link_speed, measure
+from ..partition.cost import Costs, fused, link_speed, measure
 from ..partition.partition import Partition, partition
+from ..phases import phase
+from ..preparation.captures import kept_capture
+from ..preparation.cuts import KeptCuts
 from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
 from .devices import Place
@@ -59,16 +61,16 @@ class Cutter:
         def cut() -> Partition:
             costs = None
             if split == "auto" and components > 1:
-                device, bring = self._places[0].device, self._weights.bring
-                costs = measure(captured, call.tensors, device, bring)
-                if config.compile:
-                    costs = fused(captured, costs)
-            return partition(
-                captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
-            )
+                costs = self._measured(captured, call)
+            with phase("cut"):
+                return partition(
+                    captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
+                )
 
         if isinstance(split, str):
-            made = self._alike(captured, cut)
+            kept = self._kept(captured, components, copies)
+            measured = split == "auto" and components > 1
+            made = self._alike(captured, (lambda: kept().get(cut)) if measured else cut)
             assert made is not None
             return made
         made = cut()
@@ -79,12 +81,38 @@ class Cutter:
         """What to make in place of the last of the cuts whose components were timed; None to keep
         it. See :func:`~.rebalance.next_cut`."""
         worth = WORTH_COMPILING if self._config.compile else WORTH
-        better = functools.partial(next_cut, timed, self._speed(), copies, worth)
-        return self._alike(timed[0][0].captured, better, [parts for parts, _ in timed])
+        known, speed = [parts for parts, _ in timed], self._speed()
+        kept = self._kept(known[0].captured, len(known[0].components), copies)
+
+        def decide() -> Partition | None:
+            better = next_cut(timed, speed, copies, worth)
+            last = known[-1] if better is None else better
+            if any(last is parts for parts in known):  # nothing is timed after this one
+                last.settled = True
+                kept().keep(last)
+            return better
+
+        return self._alike(known[0].captured, decide, known)
+
+    def _measured(self, captured: Captured, call: Call) -> Costs:
+        with phase("measure"):
+            device, bring = self._places[0].device, self._weights.bring
+            costs = measure(captured, call.tensors, device, bring)
+            return fused(captured, costs) if self._config.compile else costs
+
+    def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
+        """Makes what knows of cuts by earlier processes, in the process that cuts."""
+        devices = [place.device for place in self._places]
+        compiled = bool(self._config.compile)
+        return lambda: KeptCuts(captured, components, copies, devices, compiled)
 
     def _capture(self, call: Call) -> Captured:
         made: list[Captured] = []
-        self._team.together("export the denoiser", lambda: made.append(capture(self._module, call)))
+
+        def export() -> None:
+            made.append(kept_capture(self._module, call, lambda: capture(self._module, call)))
+
+        self._team.together("export the denoiser", export)
         self._team.agree("cut the denoiser", lambda: of_captured(made[0]))
         return made[0]
 
@@ -97,18 +125,21 @@ class Cutter:
         """What ``cut`` returns in process 0, in all; of the ``known`` ones, that which it was."""
         made: list[Partition | None] = []
 
-        def decide() -> list[str] | None:
+        def decide() -> tuple[list[str], bool] | None:
             made.append(cut())
-            return None if made[0] is None else list(made[0].cuts or ())
+            first = made[0]
+            return None if first is None else (list(first.cuts or ()), first.settled)
 
-        cuts = self._team.by(0, "cut the denoiser", decide)
-        if cuts is None:
+        decided = self._team.by(0, "cut the denoiser", decide)
+        if decided is None:
             return None
+        cuts, settled = decided
         if not made or made[0] is None:
             same = (parts for parts in known if parts.cuts == tuple(cuts))
             made = [next(same, None) or partition(captured, len(cuts) + 1, cuts or "estimate")]
         parts = made[0]
         assert parts is not None
+        parts.settled = settled
         self._team.agree("cut the denoiser", lambda: of_partition(parts))
         return parts
 

@@ -23,6 +23,7 @@ from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
+from ..phases import phase
 from ..processes.team import Team, lost
 from ..progress import Progress, stage
 from ..schedule.actions import Tick
@@ -50,6 +51,7 @@ class Engine:
     collective; all processes issue the same ticks.
     """
 
+    @phase("build")
     def __init__(
         self,
         partition: Partition,
@@ -114,6 +116,7 @@ class Engine:
         """Bytes that cross from one component to another."""
         return self.channels.bundle_bytes
 
+    @phase("compile")
     def _compile(self, progress: Progress) -> None:
         started = time.perf_counter()
         for worker in self.workers:
@@ -134,6 +137,7 @@ class Engine:
         self.team.together("record CUDA graphs", functools.partial(self._record, plan))
         self._ready = plan
 
+    @phase("capture")
     def _record(self, plan: Plan) -> None:
         for worker in self.workers:
             worker.graphs.try_again()

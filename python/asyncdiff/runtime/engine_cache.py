@@ -343,7 +343,8 @@ class EngineCache:
         if isinstance(beside, Groups):
             beside = beside.engines[0]
         engine = self._engine(call, parts, places, beside)
-        if components == 1 or self._config.split != "auto" or like is not None:
+        given = self._config.split != "auto" or like is not None
+        if components == 1 or given or parts.settled:
             return engine
         timed: list[Timed] = []
         # One that was timed before is there again when a new cut is slower, or has no memory.

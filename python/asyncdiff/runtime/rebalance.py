@@ -21,6 +21,7 @@ from ..graph.capture import Captured
 from ..memory import out_of_memory
 from ..partition.cost import Costs
 from ..partition.partition import Component, Partition, partition
+from ..phases import phase
 from .cuda_graphs import NotCapturable
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _RUNS = (3, 12)
 _ALIKE = 0.01
 
 
+@phase("balance")
 def component_ms(engine: Engine) -> list[float] | None:
     """Milliseconds of each component in a CUDA graph without exchange, all at once. Collective.
 

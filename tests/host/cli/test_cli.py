@@ -536,6 +536,21 @@ def test_a_model_that_is_not_there(run, monkeypatch):
 # --- the rest
 
 
+def test_cache(run, tmp_path, monkeypatch):
+    from asyncdiff.preparation.folder import preparations
+
+    code, out, _ = run("cache", "show")  # tests keep nothing
+    assert code == 0 and "nothing is kept" in out
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    preparations().write("graph", "abc", "a toy", {})
+    code, out, _ = run("cache", "show")
+    assert code == 0 and "a toy" in out and "1 entries" in out and str(tmp_path) in out
+    (entry,) = json.loads(run("cache", "show", "--json")[1])["entries"]
+    assert (entry["kind"], entry["key"], entry["of"]) == ("graph", "abc", "a toy")
+    assert "removed 1 entries" in run("cache", "clear")[1]
+    assert not json.loads(run("cache", "show", "--json")[1])["entries"]
+
+
 def test_doctor(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0 and "use" in json.loads(out)
@@ -574,7 +589,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "plan", "tune", "calibrate", "doctor", "bench"):
+    for command in ("demo", "generate", "plan", "tune", "calibrate", "doctor", "bench", "cache"):
         assert command in done.stdout
 
 

@@ -1,0 +1,1 @@
+"""What preparing a denoiser found out, kept on the disk for other processes."""

@@ -1,0 +1,74 @@
+"""The export of a denoiser, or what an earlier process kept of the same one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from ..graph.capture import Captured
+from ..graph.signature import Call
+from ..phases import phase
+from .folder import Folder, preparations
+from .graph_text import NotKeptError, of_data, to_data
+from .identity import UnknownError
+from .key import of_graph
+from .turns import alone
+
+log = logging.getLogger("asyncdiff")
+
+_KIND = "graph"
+
+
+def kept_capture(module: nn.Module, call: Call, export: Callable[[], Captured]) -> Captured:
+    """What ``export`` returns for ``module`` and ``call``: made of what the folder of preparations
+    has, where an equal denoiser was exported before, else exported and kept there. Processes that
+    ask for the same at the same time export it once. Raises what ``export`` does."""
+    folder = preparations()
+    if not folder.usable():
+        return _exported(export)
+    try:
+        with phase("load"):
+            key = of_graph(module, call)
+    except UnknownError as e:
+        log.debug("the export is not kept: %s", e)
+        return _exported(export)
+    found = _found(folder, key, module, call)
+    if found is not None:
+        return found
+    with alone(folder, _KIND, key):
+        found = _found(folder, key, module, call)
+        if found is None:
+            found = _exported(export)
+            _keep(folder, key, module, found)
+    return found
+
+
+@phase("export")
+def _exported(export: Callable[[], Captured]) -> Captured:
+    return export()
+
+
+@phase("load")
+def _found(folder: Folder, key: str, module: nn.Module, call: Call) -> Captured | None:
+    data = folder.read(_KIND, key)
+    if data is None:
+        return None
+    try:
+        return of_data(data, module, call)
+    except Exception as e:  # whatever is in a file that is not what it says
+        folder.say(f"a preparation on the disk is ignored, {folder.file(_KIND, key)}: {e!r}")
+        return None
+
+
+@phase("export")
+def _keep(folder: Folder, key: str, module: nn.Module, captured: Captured) -> None:
+    try:
+        data = to_data(captured)
+    except NotKeptError as e:
+        log.debug("the export is not kept: it has %s", e)
+        return
+    inputs = captured.signature.inputs
+    shapes = ", ".join(f"{x.name} {'x'.join(map(str, x.shape))}" for x in inputs[:2])
+    folder.write(_KIND, key, f"{type(module).__name__}: {shapes}", data)

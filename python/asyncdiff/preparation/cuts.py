@@ -1,0 +1,111 @@
+"""What nodes cost on a device, and where a denoiser was cut by that, kept for other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..graph.capture import Captured, tensors_of
+from ..partition.cost import Costs
+from ..partition.partition import Partition, partition
+from ..phases import phase
+from .folder import preparations
+from .identity import digest
+from .key import of_cuts
+from .turns import alone
+
+_KIND = "cuts"
+
+
+class KeptCuts:
+    """The cuts of ``captured`` in ``components`` parts for ranks on ``devices``, of which the last
+    ``copies`` run the last part; ``compiled``: by what they cost once they are."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        components: int,
+        copies: int,
+        devices: Sequence[torch.device],
+        compiled: bool,
+    ) -> None:
+        self._captured, self._components = captured, components
+        self._folder = preparations()
+        self._usable = self._folder.usable()
+        self._key = ""
+        if self._usable:
+            with phase("load"):
+                settings = [components, copies, compiled]
+                self._key = of_cuts(of_nodes(captured), devices, settings)
+
+    def get(self, make: Callable[[], Partition]) -> Partition:
+        """The cut that is known, else that which ``make`` returns, which is kept. Raises what
+        ``make`` does."""
+        if not self._usable:
+            return make()
+        found = self._found()
+        if found is not None:
+            return found
+        with alone(self._folder, _KIND, self._key):
+            found = self._found()
+            if found is None:
+                found = make()
+                self.keep(found)
+        return found
+
+    def keep(self, parts: Partition) -> None:
+        """Keep a cut, in the place of the one that is known."""
+        if not self._usable or parts.costs is None or parts.cuts is None:
+            return
+        nodes, costs = self._captured.nodes, parts.costs
+        data = {
+            "cuts": list(parts.cuts),
+            "settled": parts.settled,
+            "source": costs.source,
+            "ms": [costs.ms[n] for n in nodes],
+            "macs": [costs.macs[n] for n in nodes],
+        }
+        what = f"{len(nodes)} nodes in {self._components} components, {costs.source}"
+        self._folder.write(_KIND, self._key, what, data)
+
+    @phase("load")
+    def _found(self) -> Partition | None:
+        data = self._folder.read(_KIND, self._key)
+        if data is None:
+            return None
+        try:
+            return self._made(data)
+        except Exception as e:  # whatever is in a file that is not what it says
+            where = self._folder.file(_KIND, self._key)
+            self._folder.say(f"a preparation on the disk is ignored, {where}: {e!r}")
+            return None
+
+    def _made(self, data: dict[str, Any]) -> Partition:
+        nodes = self._captured.nodes
+        ms = dict(zip(nodes, map(float, data["ms"]), strict=True))
+        macs = dict(zip(nodes, map(int, data["macs"]), strict=True))
+        costs = Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN)
+        cuts = [str(name) for name in data["cuts"]]
+        made = partition(self._captured, self._components, cuts, costs=costs)
+        return replace(made, settled=bool(data["settled"]))
+
+
+#: In what is said of where costs are from.
+_AGAIN = ", in an earlier process"
+
+
+def of_nodes(captured: Captured) -> str:
+    """A word for a graph: its nodes, and the shapes, strides and dtypes of their values."""
+    return digest(
+        [
+            (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), _shapes(n))
+            for n in captured.graph.nodes
+        ]
+    )
+
+
+def _shapes(node: torch.fx.Node) -> list[Any]:
+    return [(tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors_of(node)]

@@ -1,0 +1,118 @@
+"""What a denoiser is, in a word that other processes come to as well: its layers, what they are
+set to, shapes of weights, and the code that computes."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph.layers.attention import chosen
+from .code import Code
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+#: Of a layer, what would run besides its forward.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Attributes that are looked at by themselves.
+_APART = ("_parameters", "_buffers", "_modules", *_HOOKS)
+#: Where diffusers keeps hooks.
+_REGISTRY = "_diffusers_hook"
+
+
+class UnknownError(Exception):
+    """Something on which an export may depend in a way that has no word: it is not kept."""
+
+
+def of_denoiser(module: nn.Module) -> str:
+    """A word for all that an export of ``module`` depends on besides its arguments and versions.
+    Raises UnknownError."""
+    code, seen = Code(), dict[int, int]()
+    layers = [
+        _of_layer(path, layer, seen, code)
+        for path, layer in module.named_modules(remove_duplicate=False)
+    ]
+    config = getattr(module, "config", None)
+    options = {k: v for k, v in config.items() if k[:1] != "_"} if isinstance(config, dict) else {}
+    modes = [(type(m).__qualname__, str(getattr(m, "device", ""))) for m in _modes()]
+    said = [layers, _frozen(options, code), [str(x) for x in chosen()], modes]
+    said.append(str(torch.get_default_dtype()))
+    return digest([*said, code.word()])
+
+
+def digest(value: Any) -> str:
+    """A word for nested lists and plain values."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).hexdigest()
+
+
+def _modes() -> list[Any]:
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+def _of_layer(path: str, layer: nn.Module, seen: dict[int, int], code: Code) -> list[Any]:
+    number = seen.setdefault(id(layer), len(seen))
+    if number < len(seen) - 1:  # what stands under several names
+        return [path, number]
+    attributes = vars(layer)
+    registry = getattr(attributes.get(_REGISTRY), "hooks", None)
+    if registry or "forward" in attributes or any(attributes.get(h) for h in _HOOKS):
+        raise UnknownError(f"{path} has hooks")
+    code.reach(type(layer), "forward")
+    weights = [
+        [name, seen.setdefault(id(x), len(seen)), _of_tensor(path, x)]
+        for where in (layer._parameters, layer._buffers)
+        for name, x in where.items()
+        if x is not None
+    ]
+    plain = [
+        [name, _frozen(x, code)]
+        for name, x in attributes.items()
+        if name not in _APART and (name[:1] != "_" or _is_plain(x))
+    ]
+    return [path, number, weights, plain]
+
+
+def _of_tensor(path: str, x: torch.Tensor) -> list[Any]:
+    if type(x) not in _TENSORS:
+        raise UnknownError(f"{path} has weights of a class of their own")
+    return [type(x).__name__, tuple(x.shape), x.stride(), str(x.dtype), str(x.device)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _frozen(value: Any, code: Code, depth: int = 8) -> Any:
+    """A value as it counts; 1, 1.0 and True are three."""
+    if depth == 0 or isinstance(value, (nn.Module, torch.Tensor)):
+        raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, value
+    if isinstance(value, (*_TORCH, enum.Enum)):
+        return type(value).__name__, str(value)
+    if isinstance(value, Mapping):
+        pairs = [(_frozen(k, code), _frozen(x, code, depth - 1)) for k, x in value.items()]
+        return type(value).__name__, pairs
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [_frozen(x, code, depth - 1) for x in value]
+    if isinstance(value, (set, frozenset)):
+        return type(value).__name__, sorted(repr(_frozen(x, code, depth - 1)) for x in value)
+    if isinstance(value, type):
+        code.value(value)
+        return "class", value.__module__, value.__qualname__
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        code.value(value)
+        return "function", value.__module__, value.__qualname__
+    if not hasattr(value, "__dict__"):
+        raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
+    code.reach(type(value), "__call__")
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    return name, [(k, _frozen(x, code, depth - 1)) for k, x in vars(value).items()]

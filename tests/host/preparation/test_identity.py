@@ -1,0 +1,119 @@
+"""Which denoisers are the same for an export, as far as other processes can tell."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+import toys
+from diffusers.models import attention_processor
+from tiny_pipelines import tiny_unet
+from torch import nn
+from toys import Toy, toy, toy_call
+
+from asyncdiff.graph.signature import parse
+from asyncdiff.preparation.identity import UnknownError, of_denoiser
+from asyncdiff.preparation.key import of_graph
+
+#: What a forward of a test names.
+_SCALE = 1.0
+
+
+def test_values_of_weights_do_not_count() -> None:
+    assert of_denoiser(toy(0)) == of_denoiser(toy(5))
+    assert of_denoiser(toy()) != of_denoiser(toy().float())
+    assert of_denoiser(toy()) != of_denoiser(Toy(width=12).double().eval())
+    shared = toy()
+    shared.up[1].bias = shared.up[0].bias
+    assert of_denoiser(toy()) != of_denoiser(shared)
+
+
+def test_options_count() -> None:
+    unet = tiny_unet()
+    words = [of_denoiser(unet)]
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    words.append(of_denoiser(unet))
+    unet.disable_freeu()
+    unet.set_attn_processor(attention_processor.AttnProcessor())
+    words.append(of_denoiser(unet))
+    unet.set_attn_processor(attention_processor.AttnProcessor2_0())
+    words.append(of_denoiser(unet.to(memory_format=torch.channels_last)))
+    assert len(set(words)) == 4
+
+
+def _forward(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    plain = Toy.forward
+    monkeypatch.setattr(Toy, "forward", lambda self, *a, **k: plain(self, *a, **k))
+
+
+def _constant(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    code = Toy.forward.__code__
+    other = tuple(2000 if x == 1000 else x for x in code.co_consts)
+    made = types.FunctionType(code.replace(co_consts=other), Toy.forward.__globals__)
+    monkeypatch.setattr(Toy, "forward", made)
+
+
+def _torchs(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    plain = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: plain(self, x) * 2)
+
+
+@pytest.mark.parametrize("patch", [_forward, _constant, _torchs])
+def test_code_counts(monkeypatch: pytest.MonkeyPatch, patch: Any) -> None:
+    before = of_denoiser(toy())
+    patch(monkeypatch, Toy)
+    assert of_denoiser(toy()) != before
+    monkeypatch.undo()
+    assert of_denoiser(toy()) == before
+
+
+def test_what_a_forward_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions and numbers, also those that a processor reaches, and attention put in place of
+    torch's."""
+    unet = tiny_unet()
+    before = of_denoiser(unet)
+    functional = torch.nn.functional
+    attend = functional.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", lambda *a, **k: attend(*a, **k))
+        assert of_denoiser(unet) != before
+
+    def helped(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return toys.helper(x) * _SCALE
+
+    monkeypatch.setattr(Toy, "forward", helped)
+    words = set()
+    for add, scale in ((1, 1.0), (2, 1.0), (2, 3.0)):
+        code = f"def helper(x): return x + {add}"
+        scope: dict[str, Any] = {}
+        exec(code, scope)
+        monkeypatch.setattr(toys, "helper", scope["helper"], raising=False)
+        monkeypatch.setitem(globals(), "_SCALE", scale)
+        words.add(of_denoiser(toy()))
+    assert len(words) == 3
+
+
+def test_inputs_count() -> None:
+    module = toy()
+
+    def word(**call: Any) -> str:
+        return of_graph(module, parse(module, (), toy_call() | call))
+
+    assert word() == word(sample=torch.zeros(2, 4, 8, 8, dtype=torch.float64))
+    assert word() != word(sample=torch.zeros(3, 4, 8, 8, dtype=torch.float64))
+    assert word() != word(timestep=torch.tensor(3.5))
+
+
+def test_what_has_no_word_is_said() -> None:
+    for change in (
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: setattr(module.mix, "forward", module.mix.forward),
+        lambda module: setattr(module, "kept", iter([])),
+        lambda module: setattr(module, "kept", [nn.Identity()]),
+    ):
+        module = toy()
+        change(module)
+        with pytest.raises(UnknownError):
+            of_denoiser(module)
