@@ -199,6 +199,7 @@ KINDS: dict[str, tuple[Any, float]] = {
     "mixed dtypes": (mixed, 4.0),
     "quanto int8": (lambda _: quanto("qint8"), 1.0),
     "quanto float8": (lambda _: quanto("qfloat8"), 1.0),
+    "quanto int4": (lambda _: quanto("qint4"), 0.5),
     "bitsandbytes nf4": (lambda _: bitsandbytes("nf4"), 0.5),
     "bitsandbytes int8": (lambda _: bitsandbytes("int8"), 1.0),
 }

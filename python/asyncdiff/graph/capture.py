@@ -21,6 +21,7 @@ from .layers.quantized import own_part, take_apart
 from .signature import Call, Role, Signature, is_input
 from .state.numbers import Guards
 from .state.structure import Structure
+from .state.values import values_in
 
 log = logging.getLogger("asyncdiff")
 
@@ -143,7 +144,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     except CaptureError:
         raise
     except Exception as e:  # the exporter raises what it likes
-        _check_inputs(module, kwargs, call)
+        _check_inputs(module, kwargs, call, home)
         raise CaptureError(
             f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
             + (_VALUES if any(words in str(e) for words in _OF_VALUES) else _VERSION)
@@ -177,12 +178,16 @@ def capture(module: nn.Module, call: Call) -> Captured:
     return captured
 
 
-def _check_inputs(module: nn.Module, kwargs: Mapping[str, Any], call: Call) -> None:
+def _check_inputs(
+    module: nn.Module, kwargs: Mapping[str, Any], call: Call, home: torch.device
+) -> None:
     """Raise InputError where the denoiser does not take these inputs, exported or not: tensors of
     their shapes, without memory, are passed to it as it is."""
     try:
+        # Constants may stand for tensors' values.
+        given = pytree.tree_map_only(str, lambda x: values_in(x, home), dict(kwargs))
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), unlogged():
-            module(**pytree.tree_map_only(torch.Tensor, mode.from_tensor, dict(kwargs)))
+            module(**pytree.tree_map_only(torch.Tensor, mode.from_tensor, given))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
         if type(e).__module__.startswith("torch."):  # what only tracing minds, such as values
             return

@@ -21,7 +21,7 @@ from .layers.attention import attend, backends_recorded
 from .layers.casting import casts_traced
 from .layers.containers import register_containers
 from .layers.functional import replace_writes, writes
-from .layers.quantized import has_labels, hidden, with_labels
+from .layers.quantized import has_labels, hidden, is_wrapper, with_labels, without_gradients
 from .side_effects import refused
 from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
@@ -58,6 +58,7 @@ def export(
                 numbers.standing_in(),
                 refused(module),
                 casts_traced(module),
+                without_gradients(module),
                 backends_recorded(),
                 _Traced(ahead=valued),
             ):
@@ -108,12 +109,20 @@ class _Traced(TorchFunctionMode):
     def __init__(self, *, ahead: bool) -> None:
         super().__init__()
         self._ahead = ahead
+        #: in a linear layer of a weight that is a wrapper
+        self._within = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function == _DATA:
             return args[0].detach()
+        linear = function is torch.nn.functional.linear and len(args) > 1
+        if linear and is_wrapper(args[1]) and not self._within:
+            return self._linear(types, args, kwargs or {})
+        # So asks optimum-quanto of an input that is traced, for it is no plain torch.Tensor.
+        if self._within and function is torch.Tensor.dequantize and not args[0].is_quantized:
+            return args[0]
         if function is scaled_dot_product_attention:
             return attend(*args, **(kwargs or {}))
         if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
@@ -129,6 +138,17 @@ class _Traced(TorchFunctionMode):
             if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
                 args = (args[0], _by_places(args[1]), *args[2:])
         return function(*args, **(kwargs or {}))
+
+    def _linear(self, types: Any, args: Any, kwargs: Any) -> Any:
+        """What a wrapper makes of a linear layer, seen here, too: by itself torch looks away while
+        a mode calls functions."""
+        self._within = True
+        try:
+            with self:
+                own = type(args[1]).__torch_function__
+                return own(torch.nn.functional.linear, types, args, kwargs)
+        finally:
+            self._within = False
 
 
 def _is_tensor(x: Any) -> bool:

@@ -204,6 +204,50 @@ def test_a_wrapper_without_functions_of_its_own() -> None:
         torch.testing.assert_close(denoiser(**call)[0], module(**call)[0])
 
 
+class _Coded(_Opaque):
+    """A weight of codes that are integers, in a wrapper of their own. Its linear layer decodes an
+    input that is no plain tensor, as optimum-quanto's does."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float64)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> _Coded:
+        return _Coded(inner["codes"])
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.nn.functional.linear:
+            x, weight, *bias = args
+            x = x if type(x) is torch.Tensor else x.dequantize()
+            decoded = weight.codes.codes.double() / 256
+            return torch.nn.functional.linear(x, decoded, *bias, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes.detach())
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def test_integers_within_a_weight_that_asks_for_its_gradient() -> None:
+    module, call = toy(), toy_call()
+    codes = torch.arange(module.mix.weight.numel(), dtype=torch.uint8)
+    codes = codes.view_as(module.mix.weight)
+    module.mix.weight = torch.nn.Parameter(_Coded(_Opaque(codes)))
+    denoiser = AsyncDenoiser(module, components=2, warmup=2, split="estimate")
+    with torch.no_grad(), contextlib.closing(denoiser), denoiser.generation([900, 500]):
+        assert torch.equal(denoiser(**call)[0], module(**call)[0])
+    assert module.mix.weight.requires_grad
+
+
 def test_a_checkpoint_of_quantised_weights(tmp_path: Path) -> None:
     module = quantized.torchao("int8", tmp_path)
     with pytest.raises(InputError, match="leave checkpoint out"):

@@ -10,6 +10,7 @@ as the denoiser does.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,20 @@ def _label(tensor: torch.Tensor, like: torch.Tensor) -> None:
     if "as_tensor" in labels:
         labels["as_tensor"] = lambda: tensor
     vars(tensor).update(labels)
+
+
+@contextlib.contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """Wrappers among the weights of a module ask for no gradient meanwhile: the exporter makes
+    parameters of what they are made of, which codes that are integers cannot be otherwise."""
+    asking = [w for w in own_classes(module).values() if is_wrapper(w) and w.requires_grad]
+    try:
+        for weight in asking:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in asking:
+            weight.requires_grad_(True)
 
 
 def hidden(program: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +50,9 @@ def values_in(constant: Any, device: torch.device) -> Any:
         return constant
     dtype, shape, values = constant.removeprefix(_VALUES).split(" ")
     sizes, kind = [int(n) for n in shape.split("x") if n], getattr(torch, dtype)
-    zeros = values == _ZEROS
-    content = bytearray(math.prod(sizes) * kind.itemsize) if zeros else bytearray.fromhex(values)
-    return torch.frombuffer(content, dtype=kind).reshape(sizes).to(device)
+    if values == _ZEROS:
+        return torch.zeros(sizes, dtype=kind, device=device)
+    return torch.frombuffer(bytearray.fromhex(values), dtype=kind).reshape(sizes).to(device)
 
 
 def _or(constant: Any, leaf: Any) -> Any:
