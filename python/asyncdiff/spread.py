@@ -127,10 +127,7 @@ class Spread(ReadOnlySettings, Locked):
             if valued is call or parts or self._team.several:
                 raise
             log.info("the denoiser is prepared for these masks of tokens alone: %s", e)
-            try:
-                engine = self._engines.get(valued, *args, **options)
-            except CaptureError:
-                raise e from None
+            engine = self._engines.get(valued, *args, **options)
             self._by_value = True
             return engine, valued
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from .signature import Call, Role, Signature, is_input
 from .state.numbers import Guards
 from .state.structure import Structure
 from .state.values import values_in
+from .tracing.where import where
 
 log = logging.getLogger("asyncdiff")
 
@@ -139,6 +141,7 @@ def capture(module: nn.Module, call: Call) -> Captured:
     tensors = [torch.empty_like(x, device=home) for x in call.tensors]
     kwargs = call.kwargs(tensors, number=lambda tensor: tensor)
     structure = Structure(module)
+    _check_leaves(name, call)
     try:
         program, numbers = export(module, kwargs, call, structure, home)
     except CaptureError:
@@ -146,7 +149,8 @@ def capture(module: nn.Module, call: Call) -> Captured:
     except Exception as e:  # the exporter raises what it likes
         _check_inputs(module, kwargs, call, home)
         raise CaptureError(
-            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}. "
+            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
+            f"{where(module, e)}. "
             + (_VALUES if any(words in str(e) for words in _OF_VALUES) else _VERSION)
         ) from e
     signature = program.graph_signature
@@ -178,6 +182,16 @@ def capture(module: nn.Module, call: Call) -> Captured:
     return captured
 
 
+def _check_leaves(name: str, call: Call) -> None:
+    """Raise CaptureError for arguments that are functions."""
+    for given, leaf in zip(call.names, call.leaves, strict=True):
+        if isinstance(leaf, (types.FunctionType, types.MethodType)):
+            raise CaptureError(
+                f"{name} is given a function ({given}: {leaf.__qualname__}), as a BlockMask of "
+                f"flexible attention has one, which is no input of a graph: {WITHOUT}"
+            )
+
+
 def _check_inputs(
     module: nn.Module, kwargs: Mapping[str, Any], call: Call, home: torch.device
 ) -> None:
@@ -194,7 +208,7 @@ def _check_inputs(
         shapes = ", ".join(f"{x.name} {tuple(x.shape)}" for x in call.signature.inputs)
         raise InputError(
             f"{type(module).__name__} does not take these inputs ({shapes}): "
-            f"{type(e).__name__}: {_first_lines(e)}"
+            f"{type(e).__name__}: {_first_lines(e)}{where(module, e)}"
         ) from e
     except Exception:
         return

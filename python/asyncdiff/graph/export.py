@@ -5,33 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.export import _trace
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import CaptureError
 from ..progress import stage
-from .layers.attention import attend, backends_recorded
+from .layers.attention import backends_recorded
 from .layers.casting import casts_traced
 from .layers.containers import register_containers
 from .layers.functional import replace_writes, writes
-from .layers.quantized import has_labels, hidden, is_wrapper, with_labels, without_gradients
+from .layers.quantized import has_labels, hidden, with_labels, without_gradients
 from .side_effects import refused
 from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
-from .state.values import values_in
+from .state.values import not_zero, values_in
+from .tracing.traced import Traced
 
 #: What can always be done.
 WITHOUT = "run the denoiser without asyncdiff (restore())"
 #: The exporter sets modes of the whole process, which two threads leave set for good.
 _exporting = threading.Lock()
+#: What of torch logs pages.
+_LOUD = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
 
 
 def export(
@@ -43,11 +44,12 @@ def export(
 ) -> tuple[Any, Numbers]:
     """The program of torch.export for a call with these arguments, and the numbers that are inputs
     of it. Raises what the exporter does."""
-    valued = any(values_in(x, home) is not x for x in call.leaves)
+    some = not_zero(call)
+    valued = bool(some) or any(values_in(x, home) is not x for x in call.leaves)
     # What is computed ahead is computed with the numbers that there are.
     frozen = set(structure.slots) if valued else set[str]()
     while True:
-        numbers = Numbers(structure.slots.values(), frozen)
+        numbers, traced = Numbers(structure.slots.values(), frozen), Traced(ahead=valued)
         try:
             with (
                 _exporting,
@@ -60,9 +62,11 @@ def export(
                 casts_traced(module),
                 without_gradients(module),
                 backends_recorded(),
-                _Traced(ahead=valued),
+                traced,
             ):
-                exported = _taking(module, call, home) if valued or float in call.leaves else module
+                exported = module
+                if valued or float in call.leaves:
+                    exported = _taking(module, call, home, traced, some)
                 exported = with_labels(exported) if has_labels(module) else exported
                 program = _exported(exported, kwargs)
                 written = any(map(writes, program.graph.nodes))
@@ -96,80 +100,11 @@ def _exported(module: nn.Module, kwargs: dict[str, Any]) -> Any:
     return torch.export.export(other, (), kwargs, strict=False)
 
 
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-class _Traced(TorchFunctionMode):
-    """Operations in the place of some that the exporter does not trace: it does not see
-    ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
-    written through the strides of a view, as ``fill_diagonal_`` does. Attention is by
-    the kernels that are chosen now. ``ahead``: what is made of tensors alone that have values is
-    computed at once, so that sizes may depend on it."""
-
-    def __init__(self, *, ahead: bool) -> None:
-        super().__init__()
-        self._ahead = ahead
-        #: in a linear layer of a weight that is a wrapper
-        self._within = False
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function == _DATA:
-            return args[0].detach()
-        linear = function is torch.nn.functional.linear and len(args) > 1
-        if linear and is_wrapper(args[1]) and not self._within:
-            return self._linear(types, args, kwargs or {})
-        # So asks optimum-quanto of an input that is traced, for it is no plain torch.Tensor.
-        if self._within and function is torch.Tensor.dequantize and not args[0].is_quantized:
-            return args[0]
-        if function is scaled_dot_product_attention:
-            return attend(*args, **(kwargs or {}))
-        if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
-            args[0].diagonal().fill_(args[1])
-            return args[0]
-        if self._ahead:
-            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if _is_tensor(x)]
-            whole = not getattr((kwargs or {}).get("dtype"), "is_floating_point", True)
-            made = function in (torch.zeros, torch.ones, torch.arange) and whole  # masks
-            if made or (tensors and all(type(t) is torch.Tensor for t in tensors)):
-                with _disable_current_modes():
-                    return function(*args, **(kwargs or {}))
-            if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-                args = (args[0], _by_places(args[1]), *args[2:])
-        return function(*args, **(kwargs or {}))
-
-    def _linear(self, types: Any, args: Any, kwargs: Any) -> Any:
-        """What a wrapper makes of a linear layer, seen here, too: by itself torch looks away while
-        a mode calls functions."""
-        self._within = True
-        try:
-            with self:
-                own = type(args[1]).__torch_function__
-                return own(torch.nn.functional.linear, types, args, kwargs)
-        finally:
-            self._within = False
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor)
-
-
-def _by_places(index: Any) -> Any:
-    """An index with the places of what masks choose in place of the masks."""
-    found: list[Any] = []
-    for part in index if isinstance(index, tuple) else (index,):
-        if type(part) is torch.Tensor and part.dtype is torch.bool:
-            with _disable_current_modes():
-                found += part.nonzero(as_tuple=True)
-        else:
-            found.append(part)
-    return tuple(found)
-
-
-def _taking(module: Any, call: Call, home: torch.device) -> nn.Module:
+def _taking(
+    module: Any, call: Call, home: torch.device, traced: Traced, some: Collection[str]
+) -> nn.Module:
     """The denoiser as another object, which takes constants that are values of tensors as these,
-    and tensors that stand for numbers as such."""
+    and tensors that stand for numbers as such; ``some`` are the inputs that are not all 0."""
     name = type(module).__name__
     if home.type == "meta" and float not in call.leaves:
         raise CaptureError(
@@ -184,6 +119,9 @@ def _taking(module: Any, call: Call, home: torch.device) -> nn.Module:
                 Argument(name, x) if mark is float else values_in(x, home)
                 for name, mark, x in zip(call.names, call.leaves, leaves, strict=True)
             ]
+            for name, x in zip(call.names, leaves, strict=True):
+                if name in some:
+                    traced.not_zero(x)
             return super().forward(**pytree.tree_unflatten(taken, spec))
 
     other: nn.Module = object.__new__(Taking)
@@ -193,14 +131,21 @@ def _taking(module: Any, call: Call, home: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """Without the pages that torch logs of operations that fail on tensors without memory: the
-    error that is raised says the same in a line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """Without the pages that torch logs of operations that fail on tensors without memory or on
+    values that are not known, and the graph so far that its exporter prints then: the error that is
+    raised says the same in a line."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    shadow = vars(_trace).setdefault("print", lambda *_, **__: None)
     try:
         yield
     finally:
-        logger.disabled = before
+        if vars(_trace).get("print") is shadow:
+            del vars(_trace)["print"]
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 @contextlib.contextmanager

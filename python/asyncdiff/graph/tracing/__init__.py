@@ -1,0 +1,1 @@
+"""What goes on while a denoiser is exported."""
