@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -54,4 +57,73 @@ def toy_call(batch: int = 2, size: int = 8, seed: int = 1) -> dict[str, torch.Te
         "sample": torch.randn(batch, 4, size, size, generator=g, dtype=torch.float64),
         "timestep": torch.tensor(900),
         "encoder_hidden_states": torch.randn(batch, 5, 6, generator=g, dtype=torch.float64),
+    }
+
+
+class Block(nn.Module):
+    """A transformer block that is modulated by the time and reads the text."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps)
+        self.shift = nn.Linear(2, width)
+        self.mixing = nn.Linear(width, 3 * width)
+        self.text = nn.Linear(6, width)
+        self.asking = nn.Linear(width, width)
+        self.wide = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.mixing(self.norm(x) + self.shift(time)[:, None]).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        known = self.text(text)
+        x = x + nn.functional.scaled_dot_product_attention(self.asking(x), known, known)
+        x = x + self.narrow(nn.functional.gelu(self.wide(x)))
+        return x, x[:, 1:]  # a view of what it returns besides
+
+
+class Tower(nn.Module):
+    """A diffusion transformer of equal blocks, or of blocks of these widths and epsilons."""
+
+    def __init__(self, depth: int = 6, widths: Sequence[int] = (), eps: Sequence[float] = ()):
+        super().__init__()
+        widths = widths or [8] * depth
+        eps = eps or [1e-5] * len(widths)
+        self.enter = nn.Linear(4, widths[0])
+        self.blocks = nn.ModuleList(map(Block, widths, eps))
+        self.leave = nn.Linear(widths[-1], 4)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        t = timestep.to(hidden_states.dtype).reshape(1) / 1000
+        time = torch.stack([t.sin(), t.cos()], dim=-1)
+        x = self.enter(hidden_states)
+        for block in self.blocks:
+            width = block.norm.weight.shape[0]
+            if x.shape[-1] != width:
+                x = torch.cat([x, x], dim=-1)[..., :width]
+            x, most = block(x, time, encoder_hidden_states)
+            x = torch.cat([most, x[:, :1]], dim=1)
+        return self.leave(x)
+
+
+def tower(**options: Any) -> Tower:
+    """A Tower with fixed weights, in eval mode, in float64."""
+    torch.manual_seed(0)
+    return Tower(**options).double().eval().requires_grad_(False)
+
+
+def tower_call() -> dict[str, torch.Tensor]:
+    """Keyword arguments of one call of a Tower."""
+    g = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 7, 4, generator=g, dtype=torch.float64),
+        "timestep": torch.tensor(900),
+        "encoder_hidden_states": torch.randn(2, 5, 6, generator=g, dtype=torch.float64),
     }

@@ -70,7 +70,9 @@ class ParallelConfig:
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape, up to four where components turn out unequal (results are cached on the disk,
             where torch keeps them) and makes a step a third faster; None for denoisers of at least
-            100 million parameters on GPUs.
+            100 million parameters on GPUs. "regions": modules that the denoiser has several times
+            (blocks) are compiled by themselves, once for all of them; "whole", which True is:
+            each component is compiled as one, but for what is pushed.
         progress: called with (what, done, of how many) during preparation; None for a bar where
             stderr is a terminal.
         deadline: seconds after which a rank that waits for another gives up; None takes
@@ -94,7 +96,7 @@ class ParallelConfig:
     warmup_mode: str = "chain"
     latents: str | None = None
     timestep: str | None = None
-    compile: bool | None = None
+    compile: bool | str | None = None
     progress: Progress | None = dataclasses.field(default=None, compare=False)
     deadline: float | None = None
 
@@ -119,6 +121,8 @@ class ParallelConfig:
         ):
             if getattr(self, name) not in words:
                 raise InputError(f"{name}={getattr(self, name)!r}: write {words[0]!r} or 'split'")
+        if self.compile not in (None, True, False, "whole", "regions"):
+            raise InputError(f"compile={self.compile!r}: write 'regions', 'whole', True or False")
         if self.schedule == "pipeline" and self.splits:
             raise PlanError(
                 "schedule='pipeline' keeps the conditions of a picture together: take "

@@ -83,3 +83,8 @@ class MismatchError(AsyncDiffError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.rank, self.what, *self.args), self.__dict__
+
+
+def reason(e: BaseException) -> str:
+    """An error in a line of at most 300 characters."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

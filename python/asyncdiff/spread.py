@@ -17,7 +17,7 @@ from .deadline import check_deadline
 from .errors import CaptureError, DeviceError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
-from .graph.compile import pays
+from .graph.compiled.compile import pays
 from .graph.signature import Call, Parser
 from .graph.state.values import KnownValues, by_values
 from .graph.weights import Weights

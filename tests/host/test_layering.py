@@ -37,7 +37,7 @@ LAYERS = (
 #: What knows less than its place allows: it may import these of ours, besides ``errors``.
 KNOWS_ONLY = {
     "schedule": {"schedule"},
-    "graph": {"graph", "progress"},
+    "graph": {"graph", "progress", "memory"},
     "sampling": {"sampling", "schedule"},
     "microbatches": {"microbatches", "graph"},
     "processes": {"processes", "graph", "partition", "memory"},

@@ -28,6 +28,8 @@ from .tracing.where import where
 log = logging.getLogger("asyncdiff")
 
 _Operation = torch._ops.OpOverload
+#: In the metadata of a node: its value lies in memory of what it is made of.
+VIEW = "asyncdiff_view"
 #: Nodes without effect on the result, which would pin the device of the export.
 _DROPPED = (torch.ops.aten._assert_tensor_metadata.default,)
 
@@ -75,6 +77,8 @@ class Captured:
         self.timed = self._descendants(Role.TIMESTEP) - self.variant
         self.once = self._descendants(Role.CONDITIONING) - self.variant - self.timed
         self.views = {n for n in self.nodes if _is_view(n)}
+        for node in self.views:
+            node.meta[VIEW] = True
 
     def ownable(self, node: fx.Node) -> bool:
         """Whether a component may own ``node``.

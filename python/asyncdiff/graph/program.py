@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from .capture import Captured, nbytes_of
+from .capture import VIEW, Captured, nbytes_of
 from .signature import Role
 
 #: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
@@ -25,6 +25,8 @@ ONCE = "once"
 TIMED = "timed"
 #: In the metadata of a node that can be kept: the bytes of its value.
 NBYTES = "asyncdiff_nbytes"
+#: What else is known of a program's nodes: of which modules they are, and whether they are views.
+_KNOWN = ("nn_module_stack", VIEW)
 
 
 class Emit(nn.Module):
@@ -101,6 +103,7 @@ def build(
                 env[source] = _attribute(captured, source, root, graph, device, weight)
         args, kwargs = resolve(node, env.__getitem__, device)
         env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        env[node].meta |= {k: node.meta[k] for k in _KNOWN if k in node.meta}
         _mark(captured, node, env[node])
         for target, index in sends.get(node, ()):
             graph.call_module("emit", (target, index, env[node]))

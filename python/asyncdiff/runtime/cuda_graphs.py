@@ -12,6 +12,7 @@ import torch
 
 import asyncdiff_core as core
 
+from ..errors import reason
 from ..memory import out_of_memory
 
 log = logging.getLogger("asyncdiff")
@@ -112,11 +113,6 @@ class GraphCache:
     def clear(self) -> None:
         """Drop all graphs. Call when idle."""
         self._graphs.clear()
-
-
-def reason(e: BaseException) -> str:
-    """An error in a line of at most 300 characters."""
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ class Engine:
     own place, where it gets noise predictions if none of these ranks is its own. ``tensors`` are
     the inputs of a call, in the order of the signature; their values are used for a first run,
     which fixes how values lie in memory. ``slots`` and ``extrapolate`` are those of the plans that
-    will be run. ``compile``: compile the components, and tell it how far that is. ``beside``: an
-    engine whose ranks' streams this one's ranks use, in turn with it.
+    will be run. ``compile`` is told how far compiling the components is, ``regions`` by themselves.
+    ``beside``: an engine whose ranks' streams this one's ranks use, in turn with it.
 
     Making an engine, :meth:`prepare`, :meth:`begin`, :meth:`finish` and :meth:`close` are
     collective; all processes issue the same ticks.
@@ -65,6 +65,7 @@ class Engine:
         extrapolate: float = 0.0,
         deadline: float | None = None,
         compile: Progress | None = None,
+        regions: Mapping[str, int] | None = None,
         beside: Engine | None = None,
     ) -> None:
         self.partition = partition
@@ -101,7 +102,8 @@ class Engine:
         #: seconds that compiling took
         self.compile_s = 0.0
         if compile is not None:
-            team.together("compile its ranks", functools.partial(self._compile, compile))
+            work = functools.partial(self._compile, compile, regions or {})
+            team.together("compile its ranks", work)
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
         self._clean, self.closed = True, False
         #: ticks that were issued since the engine was made
@@ -117,11 +119,10 @@ class Engine:
         return self.channels.bundle_bytes
 
     @phase("compile")
-    def _compile(self, progress: Progress) -> None:
+    def _compile(self, progress: Progress, regions: Mapping[str, int]) -> None:
         started = time.perf_counter()
         for worker in self.workers:
-            what = f"compiling rank {worker.rank}"
-            worker.compile(self._received(worker), functools.partial(progress, what))
+            worker.compile(self._received(worker), regions, progress)
         self.compile_s = time.perf_counter() - started
 
     def _received(self, worker: Worker) -> dict[int, list[torch.Tensor]]:

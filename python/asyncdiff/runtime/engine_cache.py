@@ -12,10 +12,11 @@ from typing import TypeVar
 from torch import nn
 
 from ..config import GROUPS, ONLY, Branch, ParallelConfig
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..graph.batch import BatchSplit
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
+from ..graph.compiled.regions import repeated
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
 from ..graph.weights import Weights
@@ -27,7 +28,6 @@ from ..processes.team import Team
 from ..progress import bar
 from ..schedule.plan import Plan, ring
 from .cfg_parallel import Groups, part
-from .cuda_graphs import reason
 from .cutting import Cutter, Timed
 from .devices import Place, collect
 from .engine import Engine
@@ -393,5 +393,6 @@ class EngineCache:
                 extrapolate=config.extrapolate,
                 deadline=config.deadline,
                 compile=progress,
+                regions=repeated(parts.captured) if config.compile == "regions" else None,
                 beside=beside,
             )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from ..graph.compile import compile_program
+from ..graph.compiled.compile import compile_program
 from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program, weight_name
 from ..graph.signature import Role
 from ..graph.weights import Held, Weights
 from ..graph.writes import Written
-from ..memory import out_of_memory
 from ..partition.partition import Partition
+from ..progress import Progress
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
-from .cuda_graphs import GraphCache, Issued, capturing, reason
+from .cuda_graphs import GraphCache, Issued, capturing
 from .exchange.buffers import moved_on
 from .exchange.push import Push, Sender
 from .exchange.results import Result
@@ -80,7 +81,7 @@ class Worker:
 
         # A program holds where its values go: every rank has its own.
         parts = hoist(partition.program(index, device, bring))
-        #: what the program was taken apart into, by whose weights it computes until it is compiled
+        #: what the program was taken apart into, by whose weights it computes
         self._parts = [part for part in (parts.once, parts.timed, parts.main) if part is not None]
         self.program = parts.main
         #: computes ``kept`` from the conditioning, when it has changed
@@ -140,21 +141,25 @@ class Worker:
         return sent, outputs
 
     def compile(
-        self, reads: Mapping[int, list[torch.Tensor]], progress: Callable[[int, int], None]
+        self,
+        reads: Mapping[int, list[torch.Tensor]],
+        regions: Mapping[str, int],
+        progress: Progress,
     ) -> None:
-        """Compile the program for inputs, and bundles by source, like those that are there.
+        """Compile the program for inputs, and bundles by source, like those that are there;
+        ``regions`` of it by themselves.
 
-        ``progress`` is told how many of how many segments are compiled. Runs it once, without
-        channels. Keeps the program as it is where inductor cannot compile it.
+        ``progress`` is told how many of how many pieces are compiled. Runs it once, without
+        channels. Keeps as it is what inductor cannot compile.
         """
-        try:
-            with self.current():
-                self.program = compile_program(self.program, self._arguments(reads), progress)
-            self.compiled = True
-        except Exception as e:  # whatever the model does that inductor cannot take
-            if out_of_memory(e):
-                raise
-            log.warning("rank %d runs uncompiled, which is slower: %s", self.rank, reason(e))
+        told = functools.partial(progress, f"compiling rank {self.rank}")
+        with self.current():
+            made = compile_program(self.program, self._arguments(reads), regions, told)
+        self._parts[-1] = self.program = made.program
+        self.compiled = made.pieces > 0
+        if made.refused:
+            what = f"a part of rank {self.rank}" if self.compiled else f"rank {self.rank}"
+            log.warning("%s runs uncompiled, which is slower: %s", what, made.refused[0])
         self.synchronize()
 
     def prepare(self, slots: Slots) -> None:
@@ -168,7 +173,7 @@ class Worker:
         anew for that, None where it is not possible. See
         :meth:`~..graph.weights.Weights.renew`. Call when idle."""
         moved = weights.renew(self._captured, self._held, written)
-        if moved is None or (moved and self.compiled):
+        if moved is None:
             return None
         for name, held in moved.items():
             for part in self._parts:

@@ -15,7 +15,8 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff import denoiser as front
 from asyncdiff import spread as where
 from asyncdiff.graph.capture import capture, nbytes_of
-from asyncdiff.graph.compile import compile_program, pays
+from asyncdiff.graph.compiled import compile as compiling
+from asyncdiff.graph.compiled.compile import compile_program, pays
 from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
 from asyncdiff.graph.weights import Weights
@@ -28,6 +29,12 @@ from asyncdiff.runtime.engine_cache import EngineCache
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 TIMES = [torch.tensor(900 - 100 * k) for k in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test gets what was compiled in another one."""
+    monkeypatch.setattr(compiling, "_known", compiling._Known())
 
 
 def run(denoiser: AsyncDenoiser) -> torch.Tensor:
@@ -88,15 +95,17 @@ def test_values_are_pushed_before_what_follows_them(segments: list[fx.GraphModul
     with torch.no_grad():
         run_program(program, inputs, trace)
     want, order = order, []
-    compiled = compile_program(program, inputs, lambda done, total: None)
+    compiled = compile_program(program, inputs, {}, lambda done, total: None).program
     order.clear()
-    for number, segment in enumerate(segments):
-        segment.register_forward_hook(lambda *_, number=number: order.append(number))
+    for name, segment in compiled.named_children():
+        if name.startswith("piece"):
+            segment.register_forward_hook(lambda *_, name=name: order.append(int(name[6:])))
     with torch.no_grad():
         run_program(compiled, inputs, trace)
     numbers = [x for x in order if isinstance(x, int)]
     pushed = [x for x in order if isinstance(x, tuple)]
-    assert numbers == list(range(len(segments))) and len(segments) == len(want) == 3
+    assert numbers == list(range(len(want))) and len(want) == 3
+    assert len(segments) == 2  # two of them are the same, with other weights
     assert [isinstance(x, int) for x in order] == [True, False] * 3
     for (t, i, value), (target, index, expected) in zip(pushed, want, strict=True):
         assert (t, i) == (target, index)
@@ -109,7 +118,7 @@ def test_every_computation_is_in_one_segment(segments: list[fx.GraphModule]) -> 
     parts = partition(captured, 1, "estimate")
     program = parts.program(0, torch.device("cpu"))
     inputs = [call.tensors[captured.inputs[n.name]] for n in parts.components[0].inputs]
-    compiled = compile_program(program, inputs, lambda done, total: None)
+    compiled = compile_program(program, inputs, {}, lambda done, total: None).program
     (segment,) = segments
     assert (
         len(segment.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)) == 3
