@@ -65,7 +65,7 @@ class Engine:
         extrapolate: float = 0.0,
         deadline: float | None = None,
         compile: Progress | None = None,
-        regions: Mapping[str, int] | None = None,
+        regions: Mapping[str, int] = {},
         beside: Engine | None = None,
     ) -> None:
         self.partition = partition
@@ -102,8 +102,7 @@ class Engine:
         #: seconds that compiling took
         self.compile_s = 0.0
         if compile is not None:
-            work = functools.partial(self._compile, compile, regions or {})
-            team.together("compile its ranks", work)
+            team.together("compile its ranks", functools.partial(self._compile, compile, regions))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
         self._clean, self.closed = True, False
         #: ticks that were issued since the engine was made

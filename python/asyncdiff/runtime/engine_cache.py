@@ -14,9 +14,9 @@ from torch import nn
 from ..config import GROUPS, ONLY, Branch, ParallelConfig
 from ..errors import InputError, reason
 from ..graph.batch import BatchSplit
+from ..graph.compiled.regions import repeated
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
-from ..graph.compiled.regions import repeated
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
 from ..graph.weights import Weights
@@ -393,6 +393,6 @@ class EngineCache:
                 extrapolate=config.extrapolate,
                 deadline=config.deadline,
                 compile=progress,
-                regions=repeated(parts.captured) if config.compile == "regions" else None,
+                regions=repeated(parts.captured) if config.compile == "regions" else {},
                 beside=beside,
             )
