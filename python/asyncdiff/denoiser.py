@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from .graph.signature import Call, check_devices, check_one_latents
 from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
+from .phases import Spent, recording
 from .processes.agreement import digest, of_call, of_settings
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
@@ -124,8 +124,8 @@ class AsyncDenoiser(Spread):
 
     # ---- preparation -------------------------------------------------------------------------
 
-    def prepare(self, *args: Any, steps: int | None = None, **kwargs: Any) -> None:
-        """Capture, split and place the denoiser for calls like this one.
+    def prepare(self, *args: Any, steps: int | None = None, **kwargs: Any) -> Spent:
+        """Capture, split and place the denoiser for calls like this one; what that took so far.
 
         ``steps``: also record the CUDA graphs of a generation with so many steps.
         """
@@ -137,9 +137,11 @@ class AsyncDenoiser(Spread):
                     "a generation with other inputs or options is under way, whose engine may "
                     "have to make room: prepare before it or after it"
                 )
-            self._engine, call = self._engine_for(call, beside=self._branches.engines(-1))
-            if steps is not None:
-                phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
+            with recording() as spent:
+                self._engine, call = self._engine_for(call, beside=self._branches.engines(-1))
+                if steps is not None:
+                    phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
+            return self._took(self._engine, spent)
 
     def _check(self, call: Call) -> None:
         check_devices(call, self._seat.type == "cuda")
@@ -264,15 +266,15 @@ class AsyncDenoiser(Spread):
                     "`with denoiser.generation(timesteps):`, once for each timestep"
                 )
             if generation.engine is None:
-                started = time.perf_counter()
-                call = joined(call)
-                given = functools.partial(self._given_to, generation, call)
-                which, others = generation.branch, self._branches.engines(branch)
-                self._engine, call = self._engine_for(
-                    call, "begin a generation", given, which, others
-                )
-                phases = phases_of(generation.spec, self._engines, self._engine, call, which)
-                generation.begin(phases, call, time.perf_counter() - started)
+                with recording() as spent:
+                    call = joined(call)
+                    given = functools.partial(self._given_to, generation, call)
+                    which, others = generation.branch, self._branches.engines(branch)
+                    self._engine, call = self._engine_for(
+                        call, "begin a generation", given, which, others
+                    )
+                    phases = phases_of(generation.spec, self._engines, self._engine, call, which)
+                generation.begin(phases, call, spent, self._took(self._engine, spent))
             result = self._branches.step(branch, call)
         return in_this_mode(result)
 

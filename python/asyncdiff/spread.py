@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from .graph.signature import Call, Parser
 from .graph.state.values import KnownValues, by_values
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
+from .phases import Spent
 from .processes.agreement import of_program, of_settings
 from .processes.team import Team
 from .runtime.cfg_parallel import Groups
@@ -50,6 +52,8 @@ class Spread(ReadOnlySettings, Locked):
         #: whether engines are for values of masks, because the denoiser's sizes depend on them
         self._by_value = False
         self._values: KnownValues = {}
+        #: what making engines ready took, whenever that was
+        self._spent: weakref.WeakKeyDictionary[Engine | Groups, Spent] = weakref.WeakKeyDictionary()
         self._team = Team.of(group, check_deadline(config.deadline), results)
         with contextlib.ExitStack() as undo:
             undo.callback(self._team.close)
@@ -130,6 +134,12 @@ class Spread(ReadOnlySettings, Locked):
             engine = self._engines.get(valued, *args, **options)
             self._by_value = True
             return engine, valued
+
+    def _took(self, engine: Engine | Groups, spent: Spent) -> Spent:
+        """Keep what was spent on an engine; all that was so far."""
+        every = self._spent.setdefault(engine, Spent())
+        every.add(spent)
+        return every
 
     # ---- settings ----------------------------------------------------------------------------
 

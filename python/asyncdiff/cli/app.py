@@ -13,6 +13,7 @@ from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.generate import generate
 from .commands.plan import plan
+from .commands.prepare import prepare
 from .commands.tune import tune
 from .failures import refuse_launchers
 from .options import spread
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main() tells users' mistakes from faults
     rich_markup_mode="rich",
 )
-for function in (demo, generate, plan, tune, calibrate, doctor):
+for function in (demo, generate, prepare, plan, tune, calibrate, doctor):
     app.command()(spread(function))
 app.add_typer(bench)
 app.add_typer(cache)
@@ -52,5 +53,5 @@ def options(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand not in ("plan", "doctor", "generate"):
+    if context.invoked_subcommand not in ("plan", "doctor", "generate", "prepare"):
         refuse_launchers()

@@ -14,6 +14,7 @@ from ..config import ONLY, Branch, GenerationSpec
 from ..errors import InputError
 from ..graph.signature import RESIDUALS, Call, Role, difference
 from ..graph.writes import Seen, Writes
+from ..phases import Spent
 from ..processes.team import Team
 from ..runtime.cfg_parallel import Groups
 from ..runtime.engine import Engine
@@ -64,14 +65,21 @@ class Generation:
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
 
-    def begin(self, phases: Sequence[Phase], call: Call, prepare_s: float) -> None:
+    def begin(
+        self,
+        phases: Sequence[Phase],
+        call: Call,
+        spent: Spent,
+        every: Spent,
+    ) -> None:
         """Take the engines for this generation, whose steps ``phases`` serve one after another;
-        ``call`` is its first. Raises PlanError where a calibration is for other waves."""
+        ``call`` is its first. ``spent`` on preparing now, and ``every`` time for such inputs.
+        Raises PlanError where a calibration is for other waves."""
         self._follow(phases)
         if self._predict is not None:
             self._predictor = self._predict(self._main.plan)
         self.engine = self._main.engine
-        self._prepare_s = prepare_s
+        self._prepare_s, self._prepare_phases = spent.total, every.in_order()
         for engine in self.engines:
             engine.begin(self.steps, call.tensors)
         self._started = time.perf_counter()
@@ -227,6 +235,7 @@ class Generation:
             ticks=len(ticks),
             total_ms=self._total_ms,
             prepare_s=self._prepare_s,
+            prepare_phases=self._prepare_phases,
             exchange_bytes=sum(sent),
             exchange_bytes_per_tick=max(steady, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,11 @@ class GenerationReport:
 
     Milliseconds are wall time from the first step's call to the end of the last step's
     computation, without preparation. ``prepare_s`` are seconds that it was prepared in, with what
-    was compiled then; ``compile_s`` those that compiling took for such inputs, whenever that was.
+    was compiled then; ``prepare_phases`` those that preparing took for such inputs, whenever that
+    was, by phase: what was kept on the disk was loaded ("load"), the denoiser exported ("export"),
+    its nodes timed ("measure"), it was cut ("cut"), ranks were made ready ("build"), compiled
+    ("compile"), timed ("balance"), and CUDA graphs recorded ("capture"). ``compile_s``: those that
+    compiling took for such inputs, whenever that was.
     ``exchange_bytes`` is all that ranks sent to others,
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
     the part of the exchange that computation did not hide (None if not measured). ``settings`` are
@@ -29,6 +33,7 @@ class GenerationReport:
     ticks: int
     total_ms: float
     prepare_s: float
+    prepare_phases: dict[str, float]
     exchange_bytes: int
     exchange_bytes_per_tick: int
     exposed_ms: float | None
@@ -54,8 +59,21 @@ class GenerationReport:
             f"{self.total_ms / self.steps:.2f} ms a step; "
             f"exchanged {self.exchange_bytes / 2**20:.1f} MiB "
             f"({self.exchange_bytes_per_tick / 2**20:.2f} MiB a tick), exposed {exposed}; "
-            f"prepared in {self.prepare_s:.1f} s"
+            f"prepared in {self.prepare_s:.1f} s{by_phase(self.prepare_phases, ' in all')}"
         )
+
+
+def by_phase(phases: Mapping[str, float], what: str = "") -> str:
+    """Seconds by phase, in words, of those that took a tenth of a second; nothing where none
+    did."""
+    told = [f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05]
+    return f" ({', '.join(told)} s{what})" if told else ""
+
+
+def sum_of_phases(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by phase of all of them."""
+    names = dict.fromkeys(name for phases in each for name in phases)
+    return {name: sum(phases.get(name, 0.0) for phases in each) for name in names}
 
 
 def in_turn(reports: Sequence[GenerationReport]) -> GenerationReport | None:
@@ -69,6 +87,7 @@ def in_turn(reports: Sequence[GenerationReport]) -> GenerationReport | None:
         ticks=sum(r.ticks for r in reports),
         total_ms=sum(r.total_ms for r in reports),
         prepare_s=sum(r.prepare_s for r in reports),
+        prepare_phases=sum_of_phases([r.prepare_phases for r in reports]),
         exchange_bytes=sum(r.exchange_bytes for r in reports),
         exposed_ms=sum(known) if known else None,
         compile_s=sum(r.compile_s for r in reports),
@@ -90,6 +109,7 @@ def of_branches(reports: list[GenerationReport]) -> GenerationReport:
         ticks=sum(r.ticks for r in reports),
         total_ms=max(r.total_ms for r in reports),
         prepare_s=sum(r.prepare_s for r in reports),
+        prepare_phases=sum_of_phases([r.prepare_phases for r in reports]),
         exchange_bytes=sum(r.exchange_bytes for r in reports),
         exchange_bytes_per_tick=max(r.exchange_bytes_per_tick for r in reports),
         exposed_ms=sum(exposed) if exposed else None,

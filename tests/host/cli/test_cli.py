@@ -551,6 +551,34 @@ def test_cache(run, tmp_path, monkeypatch):
     assert not json.loads(run("cache", "show", "--json")[1])["entries"]
 
 
+def test_prepare(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    options = ("--demo", "-N", 2, "-T", 3, "--devices", "cpu", "--size", "64x32", "--size", "32x32")
+    code, out, err = run("prepare", *options, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["kept_in"] == str(tmp_path / "preparations")
+    first, second = told["prepared"]
+    assert (first["width"], first["height"], second["width"]) == (64, 32, 32)
+    assert first["phases"]["export"] > 0 and first["seconds"] >= first["phases"]["export"]
+    code, out, _ = run("prepare", *options)
+    assert code == 0 and "64 x 32: " in out and "export" not in out and "kept in" in out
+    kept = json.loads(run("cache", "show", "--json")[1])["entries"]
+    assert sorted(e["kind"] for e in kept) == ["cuts", "cuts", "graph", "graph"]
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (("--size", "64"), "--size '64': write WIDTHxHEIGHT"),
+        (("--size", "64x64", "--height", "32"), "leave those out"),
+    ],
+)
+def test_prepare_says_what_is_wrong(run, options, said):
+    code, _, err = run("prepare", "--demo", *options)
+    assert code == 2 and said in err
+
+
 def test_doctor(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0 and "use" in json.loads(out)
@@ -589,7 +617,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "plan", "tune", "calibrate", "doctor", "bench", "cache"):
+    commands = "demo generate prepare plan tune calibrate doctor bench cache"
+    for command in commands.split():
         assert command in done.stdout
 
 

@@ -213,11 +213,12 @@ class Calls:
     # ---- which call it is --------------------------------------------------------------------
 
     @property
-    def _scheduler(self) -> Any:
+    def scheduler(self) -> Any:
+        """That of the pipeline that runs."""
         return (self.run.pipe or self._pipe).scheduler
 
     def _branch_of(self, call: Call, time: torch.Tensor) -> CallBranch:
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         source = check_scheduler(scheduler)
         if self._found.all:
             lead = self._found.all[0].times
@@ -279,7 +280,7 @@ class Calls:
             self._told = self.told(pipe)
             self._expected = self._were.get(self._told, self._told or 1)
         self._response = None  # of a scheduler that has not stepped yet
-        scheduler, ordered = self._scheduler, pipe is not None
+        scheduler, ordered = self.scheduler, pipe is not None
         # Left by an earlier run, where another caller than the pipeline is under way.
         steps: int | None = getattr(pipe, "num_timesteps", None)
         times = TimestepTracker(scheduler, time, steps, self._before, ordered=ordered)
@@ -324,7 +325,7 @@ class Calls:
 
     def _clean_image(self, times: TimestepTracker) -> CleanImage:
         """The clean images of these steps. Raises SchedulerError where they cannot be told."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         every = clean_image(scheduler, backwards=times.reading.backwards)
         clean = every.of_steps(times.start, len(times.values))
         if self._response is None:

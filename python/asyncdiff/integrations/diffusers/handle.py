@@ -16,11 +16,14 @@ from ...errors import InputError, PlanError
 from ...generation.report import GenerationReport, in_turn
 from ...microbatches import whole
 from ...partition.partition import Partition
+from ...phases import recording
+from ...progress import bar
 from ...sampling.calibration import Calibration
 from ...schedule.plan import Plan
 from .auto import AutoSettings
 from .calls import Calls, Run
 from .probe import FirstCall, as_generation
+from .rehearsal import Numbers, Preparation, Rehearsal, arguments, each_size, rehearse
 from .step_count import counting
 from .subclass import CALLS, HANDLE, denoiser_class, original, pipeline_class
 
@@ -51,6 +54,7 @@ class Handle(ReadOnlySettings):
         self.denoiser = self._calls[0].denoiser
         self._auto = self._calls[0].auto
         self._interrupting = False
+        self._rehearsal: Rehearsal | None = None
         #: what has a class of ours: the pipeline, its denoisers, shallow copies of them
         self._taken: list[weakref.ref[Any]] = []
         for calls in self._calls:
@@ -110,6 +114,52 @@ class Handle(ReadOnlySettings):
         """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
         several = [c.report for c in self._calls if c.report] if len(self._calls) > 1 else []
         return in_turn(several) or self.denoiser.report()
+
+    def prepare(
+        self,
+        height: Numbers = None,
+        width: Numbers = None,
+        *,
+        batch: Numbers = 1,
+        steps: int | None = None,
+        **call: Any,
+    ) -> list[Preparation]:
+        """Prepare for pictures of these sizes ahead of the first one, and tell what that took.
+
+        The pipeline runs to the end of its first step for each size, as it will for pictures:
+        settings are chosen, the denoiser is exported, cut, placed, compiled, its CUDA graphs are
+        recorded.
+
+        Args:
+            height, width: pixels, one number or one for each size (None: the pipeline's own). Four
+                sizes used last stay prepared in this process.
+            batch: pictures of a call, one number or one for each size.
+            steps: of a generation (None: the pipeline's own).
+            call: what else the pipeline is called with: what changes shapes, such as
+                ``guidance_scale``, ``image``, ``num_frames``, or a ``prompt`` where its length
+                matters (None: an empty one).
+
+        Raises InputError where the pipeline does not run with these arguments, and what its calls
+        raise.
+        """
+        sizes = list(each_size(height, width, batch))
+        made = []
+        with contextlib.ExitStack() as stack:
+            for calls in self._calls:
+                stack.enter_context(calls.denoiser.lock)
+            stack.enter_context(bar(self.config.progress))
+            for h, w, count in sizes:
+                given = arguments(self.pipe, h, w, count, steps, call)
+                self._rehearsal = Rehearsal(len(self._calls))
+                try:
+                    with recording() as spent:
+                        rehearse(self.pipe, given)
+                finally:
+                    self._rehearsal = None
+                phases = spent.in_order()
+                seconds = sum(phases.values())
+                made.append(Preparation(h, w, count, steps, seconds, phases, self.settings))
+        return made
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
         """Fit how waves predict clean images to this pipeline, and use it from now on, or the
@@ -216,8 +266,13 @@ class Handle(ReadOnlySettings):
                         "guidance in one batch: use AsyncDenoiser.calibrate()"
                     )
                 raise FirstCall(call)
+            if self._rehearsal is not None:
+                self._rehearsal.check(calls.scheduler)
             self._make_room(calls.run)
-            return calls.serve(call)
+            result = calls.serve(call)
+            if self._rehearsal is not None:
+                self._rehearsal.called(calls, calls.scheduler)
+            return result
 
     def _make_room(self, run: Run) -> None:
         """Before the first step, take models from the GPU that the pipeline offloads: the denoiser,
