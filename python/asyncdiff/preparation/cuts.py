@@ -22,7 +22,7 @@ _KIND = "cuts"
 
 class KeptCuts:
     """The cuts of ``captured`` in ``components`` parts for ranks on ``devices``, of which the last
-    ``copies`` run the last part; ``compiled``: by what they cost once they are."""
+    ``copies`` run the last part; ``compiled``: how they are compiled, if they are."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class KeptCuts:
         components: int,
         copies: int,
         devices: Sequence[torch.device],
-        compiled: bool,
+        compiled: bool | str,
     ) -> None:
         self._captured, self._components = captured, components
         self._folder = preparations()

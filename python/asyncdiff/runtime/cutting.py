@@ -103,7 +103,7 @@ class Cutter:
     def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
         devices = [place.device for place in self._places]
-        compiled = bool(self._config.compile)
+        compiled = self._config.compile or False
         return lambda: KeptCuts(captured, components, copies, devices, compiled)
 
     def _capture(self, call: Call) -> Captured:
