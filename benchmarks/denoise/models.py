@@ -147,6 +147,27 @@ _TINY_QWEN: dict[str, Any] = {
     "joint_attention_dim": 16,
     "axes_dims_rope": (4, 6, 6),
 }
+_TINY_SDXL: dict[str, Any] = {
+    **_SDXL,
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 128),
+    "attention_head_dim": [2, 4, 8],
+    "transformer_layers_per_block": [1, 1, 4],
+    "cross_attention_dim": 32,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
+_TINY_FLUX: dict[str, Any] = {
+    **_FLUX,
+    "in_channels": 16,
+    "num_layers": 4,
+    "num_single_layers": 8,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+}
 _TINY: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -234,5 +255,17 @@ TRIES = {
             branches=2,
         ),
         _qwen("tiny-qwen", "a tiny Qwen-Image, 64²", _TINY_QWEN, 64),
+        Published(
+            "tiny-sdxl", "SDXL's structure, 128²", "UNet2DConditionModel", _TINY_SDXL, 128, 128
+        ),
+        Published(
+            "tiny-flux",
+            "FLUX's structure, 128²",
+            "FluxTransformer2DModel",
+            _TINY_FLUX,
+            128,
+            128,
+            timestep_divisor=1000.0,
+        ),
     )
 }

@@ -101,7 +101,8 @@ class Team:
         loop: Loop,
         setting: Setting,
         devices: list[str],
-        compile: bool,
+        compile: bool | str,
+        progress: Any = None,
     ) -> None:
         several = len(loop.calls) > 1
         self.denoiser = asyncdiff.AsyncDenoiser(
@@ -115,6 +116,7 @@ class Team:
             delay=setting.delay,
             guidance="split" if setting.split else "batched",
             compile=compile,
+            progress=progress,
         )
         if several:  # a step of them tells ranks what they are for
             with denoising(self.denoiser, loop, 1) as denoise, torch.no_grad():

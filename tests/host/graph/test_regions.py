@@ -15,6 +15,7 @@ import torch
 from families import FAMILIES, STEPS
 from tiny_pipelines import draw
 from torch import fx, nn
+from torch._dynamo.utils import counters
 from toys import Block, tower, tower_call
 
 import asyncdiff
@@ -350,6 +351,21 @@ def test_quantised_weights_are_inputs_of_regions(
         denoiser.close()
     assert torch.equal(*drawn) and pieces
     assert not any(piece.graph.find_nodes(op="get_attr") for piece in pieces)
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_found_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process; here by one that has forgotten everything."""
+    found = []
+    for _ in range(2):
+        monkeypatch.setattr(compiling, "_known", compiling._Known())
+        counters.clear()
+        denoiser = spread(tower(depth=2), compile="regions")
+        run(denoiser)
+        denoiser.close()
+        found.append(dict(counters["inductor"]))
+    assert found[1]["fxgraph_cache_hit"] >= 2
+    assert not any("bypass" in name or "miss" in name for name in found[1])
 
 
 def written() -> fx.GraphModule:

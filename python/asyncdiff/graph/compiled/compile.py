@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...errors import reason
 from ...memory import out_of_memory
@@ -91,7 +94,7 @@ class _Compiler(fx.Interpreter):
         piece = self.module.get_submodule(target)
         assert isinstance(piece, fx.GraphModule)
         key = (self._pieces[target], self._settings, *map(_layout, args))
-        call = _known.get(key, lambda: torch._inductor.compile(piece, list(args)))
+        call = _known.get(key, lambda: _made(piece, args))
         result = None
         if not isinstance(call, str):
             try:
@@ -140,6 +143,22 @@ class _Known:
 
 #: Code has the number of its device in it: each device has its own. Weights are none of it.
 _known = _Known()
+
+
+def _made(piece: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
+    """What inductor makes of a piece.
+
+    It keeps on the disk only what was traced where sizes may vary, as torch.compile does. Here none
+    of them does.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    examples = [
+        mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]
+    with tracing(TracingContext(mode)):
+        call: Callable[..., Any] = torch._inductor.compile(piece, examples)
+    return call
 
 
 def _layout(value: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from ..capture import VIEW
 from .regions import module_paths
@@ -160,9 +161,9 @@ def _piece(
         if node not in env:
             env[node] = graph.get_attr(str(node.target))
             _take(root, program, node)
-    for node in nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta = {}  # inductor makes its own
+    for node in nodes:  # with names that are the same in all such pieces: caches go by them
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
     graph.output(tuple(env[node] for node in results))
     return fx.GraphModule(root, graph), digest, taken, results
 

@@ -1,0 +1,231 @@
+"""Measure what compiling components takes, whole and by regions, and how fast steps are then.
+
+    python benchmarks/denoise/compile.py                        # on two GPUs, five denoisers
+    python benchmarks/denoise/compile.py --models flux --ways regions
+    python benchmarks/denoise/compile.py --device cpu --dtype float32 --models tiny-sdxl  # a try
+
+Each way of a model is prepared in a process of its own, with nothing on the disk: inductor's cache
+and asyncdiff's are empty folders; then once more in another process, with what the first one left
+there. Each process draws ``--rounds`` loops of ``--steps`` steps. Reported are the seconds of the
+first generation by phase (``asyncdiff.phases``; ``total_s`` with what belongs to none), how many
+pieces there were and how many of them inductor was given, the milliseconds of a step (median,
+smallest, largest), of the components alone in CUDA graphs, and how far the result of a few exact
+steps is from the plain module's.
+
+What ``--out`` has already, from the same machine and versions, stays in it: it is written after
+each process, and a run that was stopped can go on with what is missing (``--again``: all anew).
+With ``--seconds`` it stops by itself. Caches stay in ``--caches``, if that is given: then another
+run finds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import results_file
+from denoise.models import MODELS, TRIES
+
+WAYS: dict[str, bool | str] = {"whole": "whole", "regions": "regions", "graphs": False}
+CACHES = ("cold", "warm")
+KNOWN = MODELS | TRIES
+OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
+#: Steps of which all are exact, to see whether what was compiled is right.
+EXACT = 3
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one way of one model, in this process."""
+    import torch
+
+    from asyncdiff.phases import recording
+    from denoise.settings import Setting
+    from denoise.timings import Timings, synchronize
+    from denoise.ways import Asynchronous, Eager, Team, component_times
+
+    model, way = KNOWN[args.models[0]], args.ways[0]
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    home = "cuda:0" if gpus else "cpu"
+    devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(args.components)]
+    module = model.build(home, getattr(torch, args.dtype))
+    inputs = model.inputs(module)
+    eager = Timings()
+    eager.take(Eager(module), model.loop(inputs, EXACT))
+    given = 0
+    inductor = torch._inductor.compile
+
+    def counted(*call: Any, **options: Any) -> Any:
+        nonlocal given
+        given += 1
+        return inductor(*call, **options)
+
+    torch._inductor.compile = counted
+    pieces: dict[str, int] = {}
+    setting = Setting(args.components, 1, 1)
+    loop = model.loop(inputs, args.steps)
+    synchronize()
+    with recording() as spent:
+        team = Team(module, loop, setting, devices, WAYS[way], told(pieces))
+        asynchronous = Asynchronous(team, setting)
+        asynchronous.run(loop)
+        synchronize()
+    timings = Timings()
+    for _ in range(args.rounds):
+        timings.take(asynchronous, loop)
+    report = team.denoiser.report()
+    figures = {
+        "phases_s": {name: round(s, 2) for name, s in spent.in_order().items()},
+        "total_s": round(spent.total, 2),
+        "compiled": report.compiled,
+        "pieces": sum(pieces.values()),
+        "given_to_inductor": given,
+        **timings.figures(args.steps),
+        "devices": devices,
+        "shared_gpus": gpus < args.components,
+        "commit": results_file.commit(),
+    }
+    if gpus:
+        figures["component_ms_alone"] = [round(t, 3) for t in component_times(team.denoiser)]
+    exact = Timings()
+    few = model.loop(inputs, EXACT)
+    exact.take(Asynchronous(team, Setting(args.components, 1, EXACT)), few)
+    figures["distance_to_eager"] = exact.distance(eager)
+    team.denoiser.close()
+    return figures
+
+
+def told(pieces: dict[str, int]) -> Any:
+    """Notes of how many pieces each rank's component consists."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("compiling"):
+            pieces[what] = total
+
+    return progress
+
+
+def run(args: argparse.Namespace, key: str, way: str, cache: str, folder: Path) -> dict[str, Any]:
+    """The figures of one way of one model, from a process of its own."""
+    if cache == "cold":
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    environment["ASYNCDIFF_CACHE"] = str(folder / "asyncdiff")
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--one", str(result), "--models", key, "--ways", way]
+    for name in ("components", "steps", "rounds", "dtype", "device"):
+        command += [f"--{name}", str(getattr(args, name))]
+    left = args.seconds - (time.monotonic() - args.started)
+    try:
+        done = subprocess.run(
+            command, env=environment, timeout=None if left == float("inf") else left
+        )
+    except subprocess.TimeoutExpired:
+        # Half a cache would be neither cold nor warm.
+        shutil.rmtree(folder, ignore_errors=True)
+        return {"failed": "no time was left"}
+    if done.returncode != 0 or not result.exists():
+        return {"failed": f"exit code {done.returncode}"}
+    figures: dict[str, Any] = json.loads(result.read_text())
+    return figures
+
+
+def compared(ways: dict[str, Any]) -> dict[str, float]:
+    """By what factor regions are slower than whole components, and in what part of the time they
+    are prepared, where both were measured."""
+    out: dict[str, float] = {}
+    for cache in CACHES:
+        both = [ways.get(way, {}).get(cache, {}) for way in ("regions", "whole")]
+        if any("ms_a_step" not in each for each in both):
+            continue
+        regions, whole = both
+        steps = regions["ms_a_step"]["median"] / whole["ms_a_step"]["median"]
+        out[f"step_{cache}"] = round(steps, 4)
+        out[f"total_{cache}"] = round(regions["total_s"] / whole["total_s"], 3)
+        compile = [each["phases_s"].get("compile", 0.0) for each in both]
+        out[f"compile_{cache}"] = round(compile[0] / compile[1], 3) if compile[1] else 0.0
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    standard = ["sd21", "sdxl", "svd", "sd3", "flux"]
+    parser.add_argument("--models", nargs="+", default=standard, choices=KNOWN)
+    parser.add_argument("--ways", nargs="+", default=["whole", "regions"], choices=WAYS)
+    parser.add_argument(
+        "--caches",
+        type=Path,
+        help="folder that the caches stay in (none: one that is removed in the end)",
+    )
+    parser.add_argument("--components", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--again", action="store_true", help="measure what --out has already")
+    parser.add_argument("--out", type=Path, default=OUT / "compile.json")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        args.one.write_text(json.dumps(measure(args)))
+        return
+    args.started = time.monotonic()
+    folder = args.caches or Path(tempfile.mkdtemp(prefix="asyncdiff-compile-"))
+    figures = results_file.continued(args.out)
+    failed = False
+    try:
+        for key in args.models:
+            failed |= not measured(args, key, figures, folder)
+    finally:
+        if args.caches is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"written to {args.out}")
+    raise SystemExit(failed)
+
+
+def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder: Path) -> bool:
+    """Put a model's figures into ``figures`` and ``--out``, process by process; whether none
+    failed."""
+    asked = {"steps": args.steps, "dtype": args.dtype, "components": args.components}
+    entry = figures.get(key, {})
+    if args.again or any(entry.get(name) != value for name, value in asked.items()):
+        entry = {"title": KNOWN[key].title, **asked, "ways": {}}
+    figures[key] = entry
+    good = True
+    for way in args.ways:
+        known = entry["ways"].setdefault(way, {})
+        for cache in CACHES:
+            if "total_s" in known.get(cache, {}):
+                continue
+            place = folder / f"{key}-{way}"
+            if cache == "warm" and not place.exists():  # it was made by another run
+                known.pop("cold", None)
+                known["cold"] = run(args, key, way, "cold", place)
+            known[cache] = run(args, key, way, cache, place)
+            entry["regions_over_whole"] = compared(entry["ways"])
+            results_file.write(args.out, figures)
+            print(f"{key}, {way}, {cache}: {json.dumps(known[cache])}", flush=True)
+            if "failed" in known[cache]:
+                good = False
+                break
+    print(f"{key}: regions over whole {entry.get('regions_over_whole')}", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    main()
