@@ -11,8 +11,7 @@ from ..graph.capture import Captured
 from ..graph.signature import Call
 from ..phases import phase
 from .folder import Folder, preparations
-from .graph_text import NotKeptError, of_data, to_data
-from .identity import UnknownError
+from .graph_text import of_data, to_data
 from .key import of_graph
 from .turns import alone
 
@@ -31,7 +30,7 @@ def kept_capture(module: nn.Module, call: Call, export: Callable[[], Captured]) 
     try:
         with phase("load"):
             key = of_graph(module, call)
-    except UnknownError as e:
+    except Exception as e:  # a denoiser without a word, or whatever its attributes raise
         log.debug("the export is not kept: %s", e)
         return _exported(export)
     found = _found(folder, key, module, call)
@@ -56,7 +55,10 @@ def _found(folder: Folder, key: str, module: nn.Module, call: Call) -> Captured 
     if data is None:
         return None
     try:
-        return of_data(data, module, call)
+        captured = of_data(data, module, call)
+        name, seconds = type(module).__name__, captured.seconds
+        log.info("captured %s by what was kept: %.1f s", name, seconds)
+        return captured
     except Exception as e:  # whatever is in a file that is not what it says
         folder.say(f"a preparation on the disk is ignored, {folder.file(_KIND, key)}: {e!r}")
         return None
@@ -66,8 +68,8 @@ def _found(folder: Folder, key: str, module: nn.Module, call: Call) -> Captured 
 def _keep(folder: Folder, key: str, module: nn.Module, captured: Captured) -> None:
     try:
         data = to_data(captured)
-    except NotKeptError as e:
-        log.debug("the export is not kept: it has %s", e)
+    except Exception as e:  # what has no words, or whatever its constants raise
+        log.debug("the export is not kept: %s", e)
         return
     inputs = captured.signature.inputs
     shapes = ", ".join(f"{x.name} {'x'.join(map(str, x.shape))}" for x in inputs[:2])

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from ..graph.writes import bits
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 #: Where code lies that versions tell of: Python's own, and torch's.
 _VERSIONED = (str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"), "<frozen")
@@ -56,6 +58,16 @@ class Code:
         if self._new((id(cls), method), cls):
             self._method(cls, method)
 
+    def kind(self, cls: type) -> None:
+        """Take in what all methods of a class reach: of an attention processor, say."""
+        self.value(cls)
+        for base in cls.__mro__:
+            file = getattr(sys.modules.get(base.__module__), "__file__", None)
+            if base is not object and not _versioned(file or ""):
+                for name, x in list(vars(base).items()):
+                    if isinstance(_inside(x), types.FunctionType):
+                        self.reach(cls, name)
+
     def value(self, value: Any, names: Iterable[str] = ()) -> None:
         """Take in what a function names. ``names``: what else it names, of a module's content.
 
@@ -75,6 +87,8 @@ class Code:
                 self._files.add(file)
         elif isinstance(value, types.ModuleType):
             self._module(value, names)
+        elif isinstance(value, torch.Tensor):  # which becomes a constant of the graph
+            self._say(repr(word_of_tensor(value)))
         elif not self._function(value):
             self._say("object", type(value).__module__, type(value).__qualname__)
 
@@ -148,6 +162,15 @@ class Code:
             else:
                 self.value(constant)
         return list(dict.fromkeys(names))
+
+
+def word_of_tensor(x: torch.Tensor) -> tuple[Any, ...]:
+    """A tensor that is no weight, by its values. On a GPU the host waits."""
+    about = type(x).__qualname__, tuple(x.shape), x.stride(), str(x.dtype), str(x.device)
+    if x.device.type == "meta" or x.numel() == 0:
+        return about
+    values = bits(x.detach().contiguous()).cpu().numpy()
+    return *about, hashlib.blake2b(values.data, digest_size=16).hexdigest()
 
 
 def _inside(value: Any) -> Any:

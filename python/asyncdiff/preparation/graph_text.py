@@ -23,9 +23,10 @@ from ..graph.layers.quantized import plain
 from ..graph.signature import Call
 from ..graph.state.numbers import Guards
 from ..graph.state.structure import Structure
+from ..graph.writes import bits
 
 #: Bytes of a tensor that is neither a weight nor an input, at most.
-_SMALL = 1 << 20
+_SMALL = 16 << 20
 #: Objects of torch that stand among arguments, by name.
 _NAMED = {
     "dtype": torch.dtype,
@@ -150,9 +151,7 @@ class _Writer:
             return self._shape(value)
         if isinstance(value, (list, tuple)):
             return [self._shape(x) if isinstance(x, torch.Tensor) else None for x in value]
-        if value is None or isinstance(value, (bool, int, float)):
-            return None
-        raise NotKeptError(f"a value that is a {type(value).__name__}")
+        return None  # nobody asks for any other
 
     def _shape(self, x: torch.Tensor) -> dict[str, Any]:
         numbers = [*x.shape, *x.stride(), x.storage_offset()]
@@ -188,12 +187,13 @@ def _target_text(target: Any) -> str:
 
 
 def _values(tensor: torch.Tensor) -> list[Any]:
-    """A small tensor by its bytes."""
-    if tensor.device.type != "cpu" or tensor.nbytes > _SMALL:
-        raise NotKeptError("a tensor of its own")
-    content = plain(tensor).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    """A tensor by its bytes, if these are few."""
+    if tensor.device.type == "meta" or tensor.nbytes > _SMALL:
+        raise NotKeptError("a tensor of its own that is large, or has no values")
+    content = bits(plain(tensor).contiguous()).cpu().numpy().tobytes()
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return [dtype, list(tensor.shape), base64.b64encode(content).decode()]
+    device = str(tensor.device)
+    return [dtype, list(tensor.shape), device, base64.b64encode(content).decode()]
 
 
 def _spec_text(spec: pytree.TreeSpec) -> str:
@@ -284,9 +284,9 @@ def _operation(text: str) -> Any:
 
 
 def _tensor(written: list[Any]) -> torch.Tensor:
-    dtype, shape, content = written
+    dtype, shape, device, content = written
     data = bytearray(base64.b64decode(content))
     kind = getattr(torch, dtype)
     if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(data, dtype=kind).reshape(shape)
+        return torch.empty(shape, dtype=kind, device=device)
+    return torch.frombuffer(data, dtype=kind).reshape(shape).to(device)

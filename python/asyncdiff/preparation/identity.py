@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..graph.layers.attention import chosen
-from .code import Code
+from .code import Code, word_of_tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -92,7 +92,9 @@ def _is_plain(value: Any) -> bool:
 
 def _frozen(value: Any, code: Code, depth: int = 8) -> Any:
     """A value as it counts; 1, 1.0 and True are three."""
-    if depth == 0 or isinstance(value, (nn.Module, torch.Tensor)):
+    if isinstance(value, torch.Tensor):
+        return word_of_tensor(value)
+    if depth == 0 or isinstance(value, nn.Module):
         raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
     if isinstance(value, _PLAIN):
         return type(value).__name__, value
@@ -113,6 +115,6 @@ def _frozen(value: Any, code: Code, depth: int = 8) -> Any:
         return "function", value.__module__, value.__qualname__
     if not hasattr(value, "__dict__"):
         raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
-    code.reach(type(value), "__call__")
+    code.kind(type(value))
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     return name, [(k, _frozen(x, code, depth - 1)) for k, x in vars(value).items()]

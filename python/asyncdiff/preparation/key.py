@@ -41,7 +41,6 @@ def of_cuts(graph: str, devices: Sequence[torch.device], settings: Sequence[Any]
     return digest([graph, where, shared, list(settings)])
 
 
-@cache
 def of_device(device: torch.device) -> str:
     """What a device is called, and what computes on it."""
     if device.type != "cuda":

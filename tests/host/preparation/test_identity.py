@@ -69,6 +69,27 @@ def test_code_counts(monkeypatch: pytest.MonkeyPatch, patch: Any) -> None:
     assert of_denoiser(toy()) == before
 
 
+class Helper:
+    """An object that a layer asks for something."""
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_objects_and_tensors_among_the_attributes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = toy()
+    words = [of_denoiser(module)]
+    module.helper, module.table = Helper(), torch.tensor([1.0, 2.0])
+    words.append(of_denoiser(module))
+    module.table = torch.tensor([1.0, 3.0])
+    words.append(of_denoiser(module))
+    module.helper.strength = 2
+    words.append(of_denoiser(module))
+    monkeypatch.setattr(Helper, "helped", lambda self, x: x + 2)
+    words.append(of_denoiser(module))
+    assert len(set(words)) == len(words)
+
+
 def test_what_a_forward_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions and numbers, also those that a processor reaches, and attention put in place of
     torch's."""

@@ -10,18 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import group_kept
 import pytest
 import torch
 from export_cache import ExportCache
+from group import run
 from tiny_pipelines import draw, tiny_sd, tiny_unet
-from toys import toy, toy_call
+from toys import tower, tower_call, toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.capture import Captured, capture, tensors_of
+from asyncdiff.graph.compiled.regions import repeated
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
-from asyncdiff.preparation import folder, turns
+from asyncdiff.preparation import captures, folder, turns
 from asyncdiff.preparation.captures import kept_capture
 from asyncdiff.preparation.folder import preparations
 from asyncdiff.preparation.graph_text import NotKeptError, of_data, to_data
@@ -103,15 +106,34 @@ def test_a_graph_is_made_of_data_again(make: Any) -> None:
     same(of_data(to_data(fresh), module, call), fresh)
 
 
+def test_its_regions_are_the_same() -> None:
+    module = tower()
+    call = parse(module, (), tower_call())
+    fresh = capture(module, call)
+    assert repeated(of_data(to_data(fresh), module, call)) == repeated(fresh) != {}
+
+
+def test_a_denoiser_that_fails_when_it_is_looked_at_is_prepared(
+    work: Work, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its attributes raise, or what is written of its graph."""
+    for name in ("of_graph", "to_data"):
+        with monkeypatch.context() as patch:
+            patch.setattr(captures, name, lambda *args: 1 / 0)
+            generated(split="estimate")
+    assert work.exports == 2 and not preparations().entries()
+
+
 class Odd(torch.nn.Module):
     """Constants of its own, numbers without an end, parts of a tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: float = 3.0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        self.turns = torch.tensor([1 + 2j, turn, 1j])  # as Qwen-Image has it: no buffer
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> dict[str, torch.Tensor]:
-        own = torch.tensor([1.0, 2.5, -0.0])
+        own = torch.tensor([1.0, 2.5, -0.0]) * self.turns.real.float()
         a, b = sample.masked_fill(sample > 9, float("-inf")).split([1, 2], dim=0)
         mixed = torch.cat([b, a * own + self.weight]) * timestep.to(torch.float32)
         return {"sample": mixed.to(torch.float64).nan_to_num(), "first": mixed[::2, 1:]}
@@ -128,6 +150,10 @@ def test_odd_arguments_and_constants(work: Work, kept: Path) -> None:
     for each in found:
         for name, value in expected.items():
             torch.testing.assert_close(each[name], value, rtol=0, atol=0)
+    other = AsyncDenoiser(Odd(4.0), devices=["cpu"], components=1)
+    with contextlib.closing(other), other.generation([2]):
+        torch.testing.assert_close(other(**call)["first"], Odd(4.0)(**call)["first"])
+    assert work.exports == 2
 
 
 def test_the_second_process_does_nothing_again(work: Work, kept: Path) -> None:
@@ -278,6 +304,15 @@ def test_two_processes_at_once_share_one_preparation(kept: Path) -> None:
         process.join(60)
     assert sorted(done for done, _, _ in found) == [(0, 0), (1, 1)]
     assert found[0][1:] == found[1][1:]
+
+
+def test_a_group_reads_what_a_group_has_kept(tmp_path: Path) -> None:
+    """The graph in each process, which one of them has exported, the cuts in the first one."""
+    found = run(group_kept.prepared, 2, tmp_path, ["cold", "warm"])
+    (done, *first), *others = found
+    assert sorted([done, others[0][0]]) in ([[0, 0], [1, 1]], [[0, 1], [1, 0]])
+    assert [other[0] for other in others[1:]] == [[0, 0], [0, 0]]
+    assert all(other[1:] == first for other in others)
 
 
 def test_who_waits_too_long_prepares_by_itself(
