@@ -88,7 +88,7 @@ class AsyncDenoiser(Spread):
     ) -> None:
         config = ParallelConfig.of(config, settings)
         check_split_argument(module, config.split, config.components)
-        self._branches = Branches(self._take_report)
+        self._branches = Branches(functools.partial(setattr, self, "_report"))
         self._report: GenerationReport | None = None
         #: the branch that the caller says the next calls are of
         self._said: int | None = None
@@ -134,8 +134,8 @@ class AsyncDenoiser(Spread):
             self._check(call)
             if self.active and not self.fits(call):
                 raise InputError(
-                    "a generation with other inputs or options is under way, whose engine may "
-                    "have to make room: prepare before it or after it"
+                    "a generation with other inputs or options is under way, whose engine may have "
+                    "to make room: prepare before it or after it"
                 )
             with recording() as spent:
                 self._engine, call = self._engine_for(call, beside=self._branches.engines(-1))
@@ -158,8 +158,8 @@ class AsyncDenoiser(Spread):
 
         ``scheduler``: the diffusers scheduler that takes the steps, its timesteps set; the last
         step is its last. Waves need it, to tell clean images. ``branches``: so many calls in each
-        step, in turns (for guidance in two calls, 2), or as :meth:`branch` says; each may have
-        inputs of its own shapes. With guidance="split" every second one has ranks of its own.
+        step, in turns (for guidance in two calls, 2), or as :meth:`branch` says, each of shapes of
+        its own. With guidance="split" every second one has ranks of its own.
 
         Raises PlanError where warmup exceeds the number of steps, SchedulerError where waves have
         no scheduler, or one whose α and σ cannot be had.
@@ -202,8 +202,7 @@ class AsyncDenoiser(Spread):
         """Begin a generation, giving up an unfinished one. Prefer :meth:`generation`.
 
         ``clean`` tells the clean images of these steps; waves need it, or ``predict``, which makes
-        what says what a step is given before its prediction arrives. ``branch``: of several that
-        are called in a step; those of others go on.
+        their predictor. ``branch``: of several that are called in a step; those of others go on.
         """
         with self.lock:
             if branch.count == 1:
@@ -211,7 +210,7 @@ class AsyncDenoiser(Spread):
             if predict is None and spec.config.schedule == "wavefront" and not spec.all_exact:
                 assert clean is not None
                 predict = functools.partial(predictor_of, spec, clean)
-            generation = Generation(spec, predict, branch)
+            generation = Generation(spec, predict, branch, self._branches.known(spec.timesteps))
             self._branches.begin(generation)
             return generation
 
@@ -233,8 +232,7 @@ class AsyncDenoiser(Spread):
     @property
     def step(self) -> int:
         """Index of the next step of the current generation; 0 without one."""
-        generation = self._branches.get(0)
-        return 0 if generation is None else generation.next_step
+        return 0 if (generation := self._branches.get(0)) is None else generation.next_step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the current generation: what ``module(*args, **kwargs)`` returns."""
@@ -243,43 +241,44 @@ class AsyncDenoiser(Spread):
             return self.call(self.parse(args, kwargs), branch)
 
     def fits(self, call: Call, *, options: bool = True, branch: int = 0) -> bool:
-        """Whether the generation under way can go on with this call: inputs of the same shapes,
-        dtypes and constants as before and, with ``options``, of a denoiser whose options are what
-        they were when it began."""
+        """Whether the generation under way can go on with this call: inputs of the same signature
+        and, with ``options``, of a denoiser whose options are what they were when it began."""
         with self.lock:
             generation = self._branches.get(branch)
-            engine = None if generation is None else generation.engine
-            if engine is None:
+            if generation is None or (engine := generation.engine) is None:
                 return True
             same = call.signature == engine.signature and not engine.closed
             return same and not (options and self._engines.changed(engine))
 
     def call(self, call: Call, branch: int = 0) -> Any:
-        """:meth:`__call__` for a call that :func:`asyncdiff.graph.signature.parse` took apart, of a
-        branch."""
-        with self.lock, self.own_modes():
-            self._check(call)
-            generation = self._branches.get(branch)
-            if generation is None or generation.done:
-                raise InputError(
-                    "no generation has steps left: call the denoiser inside "
-                    "`with denoiser.generation(timesteps):`, once for each timestep"
-                )
-            if generation.engine is None:
-                with recording() as spent:
-                    call = joined(call)
-                    given = functools.partial(self._given_to, generation, call)
-                    which, others = generation.branch, self._branches.engines(branch)
-                    self._engine, call = self._engine_for(
-                        call, "begin a generation", given, which, others
-                    )
-                    phases = phases_of(generation.spec, self._engines, self._engine, call, which)
-                generation.begin(phases, call, spent, self._took(self._engine, spent))
-            result = self._branches.step(branch, call)
-        return in_this_mode(result)
+        """:meth:`__call__` for a call of a branch, as ``graph.signature.parse`` takes it apart."""
+        with self.lock:
+            self._branches.came(branch, call)
+            with self.own_modes():
+                result = self._step(call, branch)
+            result = in_this_mode(result)
+            self._branches.returned(call)
+        return result
 
-    def _take_report(self, report: GenerationReport) -> None:
-        self._report = report
+    def _step(self, call: Call, branch: int) -> Any:
+        self._check(call)
+        generation = self._branches.get(branch)
+        if generation is None or generation.done:
+            raise InputError(
+                "no generation has steps left: call the denoiser inside "
+                "`with denoiser.generation(timesteps):`, once for each timestep"
+            )
+        if generation.engine is not None:
+            return self._branches.step(branch, call, self._branches.ready(call))
+        with recording() as spent:
+            call = joined(call)
+            given = functools.partial(self._given_to, generation, call)
+            which, others = generation.branch, self._branches.engines(branch)
+            self._engine, call = self._engine_for(call, "begin a generation", given, which, others)
+            phases = phases_of(generation.spec, self._engines, self._engine, call, which)
+        ready, every = self._branches.ready(call), self._took(self._engine, spent)
+        generation.begin(phases, call, spent, every, ready)
+        return self._branches.step(branch, call, ready)
 
     def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
         """What all processes have to be given alike for a generation."""

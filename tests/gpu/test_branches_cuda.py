@@ -4,6 +4,7 @@ the same bits on one GPU and on several."""
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import pytest
@@ -66,3 +67,68 @@ def test_one_gpu_and_several_give_the_same_bits_for_prompts_of_two_lengths(
             found += [by_branch(denoiser, call["sample"][:1], texts, False) for _ in range(2)]
     # Twice on one GPU, then twice on several.
     assert [float((found[0] - other).abs().max()) for other in found] == [0.0] * 4
+
+
+_PRODUCTS = 200
+
+
+class _Slow(torch.nn.Module):
+    """Something that takes a GPU milliseconds, on a sample and a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4096, device="cuda:0", dtype=torch.float16))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        out = sample + text
+        for _ in range(_PRODUCTS):
+            out = out @ self.weight
+        return (out + timestep.half(),)
+
+
+def test_the_second_branch_does_not_wait_for_the_first_one_of_a_new_prompt() -> None:
+    devices = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]
+    sample = torch.randn(4096, 4096, device="cuda:0", dtype=torch.float16)
+    times = torch.arange(1.0, 3.0, device="cuda:0")
+    denoiser = AsyncDenoiser(
+        _Slow(), devices=devices, components=1, guidance="split", warmup=1, compile=False
+    )
+
+    def seconds(text_between: bool) -> float:
+        """Of a generation of a step, for texts that it has not seen."""
+        texts = [torch.randn_like(sample) for _ in range(2)]
+        expected = [sample + text + times[0].half() for text in texts]
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        with denoiser.generation(times[:1], branches=2):
+            (first,) = denoiser(sample, times[0], texts[0])
+            other = texts[1]
+            if text_between:
+                other = torch.zeros_like(sample)
+                for _ in range(50):  # made while the first branch is under way, and long after
+                    other = other @ other
+                other = other + texts[1]
+            (second,) = denoiser(sample, times[0], other)
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - begun
+        for got, wanted in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0.01)
+        return taken
+
+    with contextlib.closing(denoiser):
+        for _ in range(3):
+            seconds(False)
+        taken = [seconds(False) for _ in range(5)]
+        for _ in range(3):
+            seconds(True)
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        weight = torch.eye(4096, device="cuda:0", dtype=torch.float16)
+        begun.record()
+        for _ in range(_PRODUCTS):
+            sample @ weight
+        ended.record()
+        ended.synchronize()
+        alone = begun.elapsed_time(ended) / 1e3
+    assert sorted(taken)[2] < 1.6 * alone, (taken, alone)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from ..graph.signature import Call, Role
+from ..graph.signature import Call
 from ..runtime.cfg_parallel import Groups
 from ..runtime.engine import Engine
-from ..runtime.step import Caller
+from ..runtime.step import READY_NOW, Ready
 from .generation import Generation
+from .readiness import Readiness
 from .report import GenerationReport, of_branches
-
-_Mark = tuple[Any, ...]
 
 
 class Branches:
@@ -27,7 +26,7 @@ class Branches:
     def __init__(self, report: Callable[[GenerationReport], None]) -> None:
         self._report = report
         self._all: dict[int, Generation] = {}
-        self._earlier: tuple[list[torch.Tensor], list[_Mark], Caller] | None = None
+        self._readiness = Readiness()
 
     def get(self, index: int) -> Generation | None:
         """The generation of a branch, whether or not it has steps left."""
@@ -55,10 +54,38 @@ class Branches:
         """Those that other branches than this one use."""
         return [e for i, g in self._all.items() if i != index for e in g.engines]
 
-    def step(self, index: int, call: Call) -> Any:
+    def known(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """The values of these timesteps, if another branch has them and the host knows them."""
+        return next((k for g in self._all.values() if (k := g.knows(timesteps)) is not None), None)
+
+    def came(self, index: int, call: Call) -> None:
+        """A call for a branch comes in; say :meth:`returned` when its result is given away."""
+        generation = self._all.get(index)
+        if self._several and generation is not None:
+            self._readiness.came(call, new=generation.next_step == 0)
+
+    def returned(self, call: Call) -> None:
+        """The result of a call is given to the caller."""
+        if self._several:
+            begun = sum(g.next_step > 0 for g in self._all.values())
+            self._readiness.returned(call, new_next=begun < self._expected)
+
+    def ready(self, call: Call) -> Ready:
+        """Since when its inputs have been ready, because those of an earlier call were."""
+        return self._readiness.of(call) if self._several else READY_NOW
+
+    @property
+    def _expected(self) -> int:
+        """How many there will be: some may begin with their first call."""
+        return max(len(self._all), *(g.branch.count for g in self._all.values()))
+
+    @property
+    def _several(self) -> bool:
+        return bool(self._all) and self._expected > 1
+
+    def step(self, index: int, call: Call, ready: Ready) -> Any:
         """The denoiser's result for the next step of a branch. Where it fails, all of them end."""
         generation = self._all[index]
-        ready = self._ready(call) if len(self._all) > 1 else None
         try:
             result = generation.step(call, ready)
             last = (g.steps - g.next_step == 1 for g in self._all.values() if not g.done)
@@ -79,24 +106,6 @@ class Branches:
 
     def stop(self) -> None:
         """Give up what is unfinished, and forget all of them."""
-        self._earlier = None
+        self._readiness.forget()
         while self._all:
             self._all.popitem()[1].abandon()
-
-    def _ready(self, call: Call) -> Caller | None:
-        """Since when what moves from step to step is ready, on the caller's stream: where an
-        earlier call in the step had the same, that one need not end before this one begins."""
-        moving = [
-            call.tensors[i] for role in (Role.LATENTS, Role.TIMESTEP) for i in call.indices(role)
-        ]
-        device = moving[0].device
-        if device.type != "cuda" or any(t.is_inference() for t in moving):
-            return None
-        marks = [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in moving]
-        if self._earlier is not None:
-            tensors, then, caller = self._earlier
-            untouched = [t._version for t in tensors] == [mark[1] for mark in then]
-            if marks == then and untouched and caller.stream == torch.cuda.current_stream(device):
-                return caller
-        self._earlier = moving, marks, Caller(device)
-        return self._earlier[2]

@@ -18,7 +18,7 @@ from ..phases import Spent
 from ..processes.team import Team
 from ..runtime.cfg_parallel import Groups
 from ..runtime.engine import Engine
-from ..runtime.step import Caller, Time
+from ..runtime.step import READY_NOW, Ready, Time
 from ..sampling.auto_warmup import Drift
 from ..sampling.calibration import Calibration, Shape
 from ..sampling.clean_image import CleanImage
@@ -34,7 +34,7 @@ class Generation:
 
     With ``predict`` the plans are of waves: their predictions come late, and what it makes for the
     main plan says what the sampler is given until then. ``branch``: which call in a step of the
-    sampler is meant by a step.
+    sampler is meant by a step. ``known``: the timesteps on the CPU, if that has them.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class Generation:
         spec: GenerationSpec,
         predict: Callable[[Plan], LatePredictor] | None = None,
         branch: Branch = ONLY,
+        known: torch.Tensor | None = None,
     ) -> None:
         self.spec = spec
         self.branch = branch
         self.timesteps = timesteps = spec.timesteps
         #: the same, known to the host: to a GPU's it has to wait once, before a generation begins
-        self._known = timesteps.detach().cpu()
+        self._known = timesteps.detach().cpu() if known is None else known
         self._seen, self._writes = Seen(timesteps), Writes()
         self.steps = spec.steps
         self.engine: Engine | Groups | None = None
@@ -65,12 +66,25 @@ class Generation:
         #: what changes from step to step, of the calls whose waves are under way
         self._inputs: dict[int, list[torch.Tensor]] = {}
 
+    def knows(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """The values of these timesteps, if they are its own and were not written to."""
+        mine = self._seen.tensor
+        same = (
+            timesteps.data_ptr() == mine.data_ptr()
+            and (timesteps.shape, timesteps.stride()) == (mine.shape, mine.stride())
+            and timesteps.dtype == mine.dtype
+            and not (timesteps.is_inference() or mine.is_inference())
+            and timesteps._version == self._seen.version
+        )
+        return self._known if same else None
+
     def begin(
         self,
         phases: Sequence[Phase],
         call: Call,
         spent: Spent,
         every: Spent,
+        ready: Ready = READY_NOW,
     ) -> None:
         """Take the engines for this generation, whose steps ``phases`` serve one after another;
         ``call`` is its first. ``spent`` on preparing now, and ``every`` time for such inputs.
@@ -81,7 +95,7 @@ class Generation:
         self.engine = self._main.engine
         self._prepare_s, self._prepare_phases = spent.total, every.in_order()
         for engine in self.engines:
-            engine.begin(self.steps, call.tensors)
+            engine.begin(self.steps, call.tensors, ready)
         self._started = time.perf_counter()
 
     def _follow(self, phases: Sequence[Phase]) -> None:
@@ -93,9 +107,8 @@ class Generation:
                     self._ticks.setdefault(step + phase.first, (phase, []))[1].append(tick)
         self._main = next(p for p in phases if p.main)
 
-    def step(self, call: Call, ready: Caller | None = None) -> Any:
-        """The denoiser's result for the next step. ``ready``: since when what moves has been ready
-        on the caller's stream, if not only now. Call :meth:`finish` after the last one."""
+    def step(self, call: Call, ready: Ready = READY_NOW) -> Any:
+        """The denoiser's result for the next step. Call :meth:`finish` after the last one."""
         assert self.engine is not None
         if call.signature != self.engine.signature:
             step = self.next_step
@@ -146,7 +159,7 @@ class Generation:
             self._follow([replace(p, plan=plan) for p in self._phases])
             self._drift = None
 
-    def _tick(self, step: int, call: Call, ready: Caller | None) -> dict[int, list[Any]]:
+    def _tick(self, step: int, call: Call, ready: Ready) -> dict[int, list[Any]]:
         """Issue the tick that serves ``step``, or those of its micro-batches; the results by step
         of the generation."""
         phase, ticks = self._ticks[step]
@@ -157,9 +170,7 @@ class Generation:
             results = phase.engine.tick(tick, call.tensors, times, earlier, ready=ready)
         return {k + first: leaves for k, leaves in results.items()} if first else results
 
-    def _by_waves(
-        self, step: int, call: Call, predictor: LatePredictor, ready: Caller | None
-    ) -> list[Any]:
+    def _by_waves(self, step: int, call: Call, predictor: LatePredictor, ready: Ready) -> list[Any]:
         """The denoiser's outputs for a step, from the waves that have arrived."""
         names = [call.signature.inputs[i].name for i in call.indices(Role.LATENTS)]
         latents = next(i for i, n in enumerate(names) if n.split(".")[0] not in RESIDUALS)

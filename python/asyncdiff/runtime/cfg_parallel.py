@@ -22,7 +22,7 @@ from ..schedule.actions import Tick
 from ..schedule.plan import Plan
 from .devices import Place
 from .engine import Engine
-from .step import Caller, Earlier, Times
+from .step import READY_NOW, Caller, Earlier, Ready, Times
 
 
 class Groups:
@@ -80,12 +80,12 @@ class Groups:
         for engine in self.engines:
             engine.prepare(plan)
 
-    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor], ready: Ready = READY_NOW) -> None:
         """Start a generation of so many steps, whose first call has these tensors."""
         self._parts.clear()
         parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]
         for g, engine in enumerate(self.engines):
-            engine.begin(steps, [p[g] for p in parts])
+            engine.begin(steps, [p[g] for p in parts], ready)
 
     def tick(
         self,
@@ -94,7 +94,7 @@ class Groups:
         times: Times,
         earlier: Earlier,
         *,
-        ready: Caller | None = None,
+        ready: Ready = READY_NOW,
     ) -> dict[int, list[Any]]:
         """Issue one tick; the noise predictions of the whole batch, by step."""
         parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]

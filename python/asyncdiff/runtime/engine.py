@@ -33,7 +33,7 @@ from .exchange.channels import Channels
 from .exchange.inputs import SharedInputs
 from .executor import RankQueue
 from .input_cache import InputCache
-from .step import Caller, Earlier, Inputs, Times
+from .step import READY_NOW, Caller, Earlier, Inputs, Ready, Times
 from .worker import Worker
 
 
@@ -153,18 +153,18 @@ class Engine:
 
     # ---- a generation ------------------------------------------------------------------------
 
-    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor], ready: Ready = READY_NOW) -> None:
         """Start a generation of so many steps, whose first call has these tensors: empty channels,
         nothing in flight.
 
         Its conditioning is compared with that of the generation before, if rows depend on it. On
-        CUDA the host waits for that, here and not later.
+        CUDA the host waits for that, here and not later; it was ``ready`` then, or is only now.
         """
         if not self._clean:
             self.abandon()
         for worker in self.workers:
             worker.rows.begin(steps)
-        self.conditioning.begin(tensors)
+        self.conditioning.begin(tensors, ready.everything)
         if self.channels.inputs is not None:
             self.channels.inputs.begin()
         with self.team.collective():
@@ -178,7 +178,7 @@ class Engine:
         times: Times,
         earlier: Earlier,
         caller: Caller | None = None,
-        ready: Caller | None = None,
+        ready: Ready = READY_NOW,
     ) -> dict[int, list[Any]]:
         """Issue one tick at the latents in ``tensors``; the noise predictions by step.
 
@@ -187,8 +187,8 @@ class Engine:
         any more. On CUDA the results are ready in order of the current stream of the latents'
         device. ``caller``: when all inputs are ready, if that is not what the stream is at now:
         other engines' results, which it waits for, may not be what this one has to wait for.
-        ``ready``: when those were that change from step to step, which is all where nothing else
-        is new.
+        ``ready``: the same, as far as it is known of what changes from step to step, which is all
+        where nothing else is new, and of the rest.
 
         Raises RankError; the generation is abandoned then.
         """
@@ -198,9 +198,9 @@ class Engine:
             home = tensors[self._latents[0]].device
             if self.channels.inputs is not None:
                 tensors, earlier = self._shared(self.channels.inputs, tick, tensors, earlier)
-                caller = ready = None
+                caller, ready = None, READY_NOW
             if self.cuda:
-                caller = caller or (None if fresh else ready) or Caller(home)
+                caller = caller or (ready.everything if fresh else ready.moves) or Caller(home)
             else:
                 # The ranks' threads may still read these after the caller went on to change them.
                 moving = {*self._latents, *fresh}

@@ -4,11 +4,13 @@ of timesteps that depend on them are computed again only when their values are o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..graph.writes import Seen, Writes
+from .step import Caller
 
 
 class InputCache:
@@ -31,16 +33,18 @@ class InputCache:
         self._first = True
         self._writes = Writes()
 
-    def begin(self, tensors: Sequence[torch.Tensor]) -> None:
+    def begin(self, tensors: Sequence[torch.Tensor], ready: Caller | None = None) -> None:
         """A generation begins, whose first call has these tensors: the ranks hold none of them.
 
         Values that rows depend on are compared with those of the generation before. On CUDA the
-        host waits for that, here and not later.
+        host waits for that, here and not later, and not for what the caller's stream has to do
+        since they were ``ready``.
         """
         self._seen.clear()
         self._first = True
         self._writes.clear()
-        self._renew({i: tensors[i] for i in self._of_rows}, compare=True)
+        with contextlib.nullcontext() if ready is None else ready.beside():
+            self._renew({i: tensors[i] for i in self._of_rows}, compare=True)
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> Sequence[int]:
         """Places of what is not what the ranks hold: they have to be given it now. A tensor is

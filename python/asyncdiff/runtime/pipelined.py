@@ -23,7 +23,7 @@ from ..schedule.actions import Tick
 from .cfg_parallel import Groups
 from .devices import Place
 from .engine import Engine
-from .step import Caller, Earlier, Times
+from .step import READY_NOW, Earlier, Ready, Times
 
 log = logging.getLogger("asyncdiff")
 
@@ -73,12 +73,12 @@ class Pipelined(Groups):
         """Bytes that cross from one component to another, of one micro-batch."""
         return self.engines[0].bundle_bytes
 
-    def begin(self, steps: int, tensors: Sequence[torch.Tensor]) -> None:
+    def begin(self, steps: int, tensors: Sequence[torch.Tensor], ready: Ready = READY_NOW) -> None:
         """See :meth:`asyncdiff.runtime.engine.Engine.begin`."""
         self._seen.clear()
         self._writes.clear()
         self._leaves.clear()
-        super().begin(steps, tensors)
+        super().begin(steps, tensors, ready)
 
     def tick(
         self,
@@ -87,7 +87,7 @@ class Pipelined(Groups):
         times: Times,
         earlier: Earlier,
         *,
-        ready: Caller | None = None,
+        ready: Ready = READY_NOW,
     ) -> dict[int, list[Any]]:
         """Issue one tick, of one micro-batch; nothing, or with the last one the noise predictions
         of the whole batch, by step. Its parts are ready in order of the micro-batches' streams."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,28 @@ class Caller:
         self.stream = torch.cuda.current_stream(device)
         # One event for all ranks: a rank must not wait for what others do with the inputs.
         self.ready = self.stream.record_event()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work of the caller's device that begins when this was made, and waits for nothing that
+        its stream has to do since; that waits for this work."""
+        stream = torch.cuda.Stream(self.stream.device)
+        stream.wait_event(self.ready)
+        with torch.cuda.stream(stream):
+            yield
+        self.stream.wait_stream(stream)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Since when the tensors of a call have been ready on the caller's stream, if not only now:
+    what ``moves`` from step to step, and ``everything``."""
+
+    moves: Caller | None = None
+    everything: Caller | None = None
+
+
+READY_NOW = Ready()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Since when the inputs of a step's later calls have been ready.
+
+The caller's stream waits for the result of every call. What it had to do before an earlier call of
+the same step was ready then, and a later call that needs no more need not wait for that result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..graph.signature import Call, Role
+from ..runtime.step import READY_NOW, Caller, Ready
+
+_Mark = tuple[Any, ...]
+
+
+class Readiness:
+    """What is known of the tensors of calls that follow each other.
+
+    Of what moves, a later call has the same memory, not written to since, as torch counts writes.
+    Conditioning that no call had before was there before the earlier call if nothing has been
+    allocated on its device since that returned, and has its first values if it was never written
+    to. (Who fills memory without torch, as by replaying a CUDA graph, does so before the step.)
+    """
+
+    def __init__(self) -> None:
+        self._earlier: tuple[list[torch.Tensor], list[_Mark], Caller] | None = None
+        #: how often memory had been allocated on a device when the last call returned
+        self._allocated: tuple[torch.device, int] | None = None
+        #: conditioning of the call that has come in that was there before the last one returned
+        self._there: list[torch.Tensor] | None = None
+
+    def came(self, call: Call, new: bool) -> None:
+        """A call comes in. ``new``: with conditioning that no call before had."""
+        self._there, allocated, self._allocated = None, self._allocated, None
+        if not new or allocated is None or allocated != _allocations(allocated[0]):
+            return
+        tensors = [call.tensors[i] for i in call.indices(Role.CONDITIONING)]
+        if all(t.device.type == "cpu" or _as_made(t, allocated[0]) for t in tensors):
+            self._there = tensors
+
+    def returned(self, call: Call, new_next: bool) -> None:
+        """Its result is given to the caller. ``new_next``: a call that comes may have conditioning
+        that none had before."""
+        device = call.tensors[call.indices(Role.LATENTS)[0]].device
+        if new_next and device.type == "cuda":
+            self._allocated = _allocations(device)
+
+    def of(self, call: Call) -> Ready:
+        """Since when the call's tensors are ready."""
+        moving = [
+            call.tensors[i] for role in (Role.LATENTS, Role.TIMESTEP) for i in call.indices(role)
+        ]
+        device = moving[0].device
+        if device.type != "cuda" or any(t.is_inference() for t in moving):
+            return READY_NOW
+        marks = [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in moving]
+        if self._earlier is not None:
+            tensors, then, caller = self._earlier
+            untouched = [t._version for t in tensors] == [mark[1] for mark in then]
+            if marks == then and untouched and caller.stream == torch.cuda.current_stream(device):
+                return Ready(caller, caller if self._same_as_came(call) else None)
+        self._earlier = moving, marks, Caller(device)
+        return Ready(self._earlier[2])
+
+    def _same_as_came(self, call: Call) -> bool:
+        there = self._there
+        now = [call.tensors[i] for i in call.indices(Role.CONDITIONING)]
+        return there is not None and [id(t) for t in now] == [id(t) for t in there]
+
+    def forget(self) -> None:
+        """What comes next has nothing to do with what came before."""
+        self._earlier = self._allocated = self._there = None
+
+
+def _as_made(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether a tensor on this device was never written to since it was made."""
+    return tensor.device == device and not tensor.is_inference() and tensor._version == 0
+
+
+def _allocations(device: torch.device) -> tuple[torch.device, int] | None:
+    """How often memory has been allocated; None where that is not counted."""
+    count = torch.cuda.memory_stats(device).get("allocation.all.allocated")
+    return None if not count else (device, count)
