@@ -1,15 +1,18 @@
 #include "nccl_communicator.hpp"
 
+#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
 
 #include "asyncdiff/errors.hpp"
+#include "background_thread.hpp"
 
 namespace asyncdiff {
 
@@ -22,135 +25,155 @@ using Clock = std::chrono::steady_clock;
 // where hosts share an NVLink domain.
 constexpr int kMostBlocks = 32;
 constexpr int kBytes = 1;  // NCCL's number for unsigned bytes
+constexpr std::chrono::milliseconds kGuardLooks{50};
 
-Clock::time_point after(double seconds) {
-  return Clock::now() +
-         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
+std::int64_t now() { return Clock::now().time_since_epoch().count(); }
 
-// Calls that may wait: for other work of the device, or, where a peer is gone, for nobody knows
-// what. Never destroyed: threads may be in it when the process ends.
-struct Departures {
-  std::mutex mutex;
-  std::condition_variable changed;
-  int count = 0;
+const char* sending(bool sends) { return sends ? "sending a bundle" : "receiving a bundle"; }
 
-  template <class Call>
-  void start(Call call) noexcept {
-    {
-      const std::lock_guard lock(mutex);
-      ++count;
-    }
-    const auto done = [this] {
-      const std::lock_guard lock(mutex);
-      --count;
-      changed.notify_all();
-    };
-    try {
-      std::thread([call, done] {
-        call();
-        done();
-      }).detach();
-    } catch (...) {
-      done();  // no thread can be had: the process is about to end anyway
-    }
+// Looks after all communicators of the process. Never destroyed: its thread does not end.
+class Guard {
+ public:
+  void add(NcclCommunicator* one) {
+    const std::lock_guard lock(mutex_);
+    all_.insert(one);
+    if (thread_ != nullptr) return;
+    thread_ = background_thread([this] {
+      for (;; std::this_thread::sleep_for(kGuardLooks)) {
+        const std::lock_guard looking(mutex_);
+        for (NcclCommunicator* each : all_) each->look_after();
+      }
+    });
   }
+  void remove(NcclCommunicator* one) {
+    const std::lock_guard lock(mutex_);
+    all_.erase(one);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<NcclCommunicator*> all_;
+  std::thread* thread_ = nullptr;
 };
 
-Departures& departures() {
-  static auto* all = new Departures;
-  return *all;
+Guard& guard() {
+  static auto* one = new Guard;
+  return *one;
 }
+
+// The result of making one, which its thread may outlive.
+struct Made {
+  NcclHandle* handle = nullptr;
+  NcclConfig config;
+};
 
 }  // namespace
 
 NcclCommunicator::NcclCommunicator(const NcclLibrary& library, const NcclUniqueId& id, int place,
-                                   const Limits& making)
-    : library_(library), other_(place == kSender ? kReceiver : kSender), limits_(making) {
-  NcclConfig config;
-  config.blocking = 0;
-  config.fewest_blocks = 1;
-  config.most_blocks = kMostBlocks;
+                                   std::function<void()> enter, const NcclLimits& making)
+    : library_(library),
+      other_(place == kSender ? kReceiver : kSender),
+      enter_(std::move(enter)),
+      limits_(making) {
+  const auto made = std::make_shared<Made>();
+  made->config.blocking = 1;
+  made->config.fewest_blocks = 1;
+  made->config.most_blocks = kMostBlocks;
   const std::string what = "connecting two ranks";
-  const int result = library_.make(&handle_, 2, id, place, &config);
-  try {
-    settle(result, what);
-  } catch (...) {
-    abort();
-    throw;
-  }
+  const int result = nccl_call(
+      what, making,
+      [made, enter = enter_, all = &library_, id, place] {
+        enter();
+        return all->make(&made->handle, 2, id, place, &made->config);
+      },
+      [made, all = &library_] {
+        if (made->handle != nullptr) all->abort(made->handle);
+      });
+  library_.check(result, what);
+  handle_ = made->handle;
+  guard().add(this);
 }
 
-NcclCommunicator::~NcclCommunicator() { abort(); }
+NcclCommunicator::~NcclCommunicator() {
+  guard().remove(this);
+  abort();
+}
 
-void NcclCommunicator::settle(int result, const std::string& what) {
-  const auto begun = Clock::now();
-  const auto limit = after(limits_.seconds);
-  while (result == kNcclInProgress || result == kNcclSuccess) {
-    // Also after a success: NCCL may still be at it.
-    int state = kNcclSuccess;
-    result = library_.async_error(handle_, &state);
-    if (result == kNcclSuccess) result = state;
-    if (result == kNcclSuccess) return;
-    if (result != kNcclInProgress) break;
-    if (limits_.check) limits_.check();
-    if (Clock::now() > limit) {
-      throw NcclError(what + ": NCCL is not done after " +
-                      std::to_string(static_cast<int>(limits_.seconds)) +
-                      " s; NCCL_DEBUG=INFO says what it waits for, NCCL_SOCKET_IFNAME which "
-                      "network interface it takes");
-    }
-    // A message is on its way in microseconds; making a communicator takes a second.
-    if (Clock::now() - begun < std::chrono::milliseconds(1)) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(200));
-    }
+template <class Call>
+void NcclCommunicator::carry(const char* what, Call call) {
+  NcclHandle* const handle = handle_;
+  if (handle == nullptr) throw NcclError(std::string(what) + ": the connection was given up");
+  int result = kNcclSuccess;
+  if (connected_) {
+    since_ = now();
+    result = call(handle);
+    since_ = 0;
+  } else {
+    const auto entered = [enter = enter_, call, handle] {
+      enter();
+      return call(handle);
+    };
+    result = nccl_call(what, limits_, entered, [] {});
+    connected_ = true;
   }
-  library_.check(result, what, handle_);
+  library_.check(result, what, handle);
 }
 
 void NcclCommunicator::send(const void* data, std::size_t nbytes, void* stream) {
-  if (handle_ == nullptr) throw NcclError("sending a bundle: the connection was given up");
-  settle(library_.send(data, nbytes, kBytes, other_, handle_, stream), "sending a bundle");
+  carry("sending a bundle", [=, to = other_, call = library_.send](NcclHandle* handle) {
+    return call(data, nbytes, kBytes, to, handle, stream);
+  });
 }
 
 void NcclCommunicator::receive(void* data, std::size_t nbytes, void* stream) {
-  if (handle_ == nullptr) throw NcclError("receiving a bundle: the connection was given up");
-  settle(library_.receive(data, nbytes, kBytes, other_, handle_, stream), "receiving a bundle");
+  carry("receiving a bundle", [=, from = other_, call = library_.receive](NcclHandle* handle) {
+    return call(data, nbytes, kBytes, from, handle, stream);
+  });
 }
 
 void NcclCommunicator::check() const {
-  if (handle_ == nullptr) return;
+  NcclHandle* const handle = handle_;
+  if (handle == nullptr) return;
   int state = kNcclSuccess;
   const std::string what = "exchanging bundles";
-  library_.check(library_.async_error(handle_, &state), what, handle_);
-  library_.check(state, what, handle_);
+  library_.check(library_.async_error(handle, &state), what, handle);
+  library_.check(state, what, handle);
+}
+
+void NcclCommunicator::look_after() noexcept {
+  const std::int64_t since = since_;
+  if (since == 0) return;
+  const auto taken = std::chrono::duration<double>(Clock::duration(now() - since));
+  if (taken < kGuardLooks) return;
+  bool useless = taken.count() > limits_.seconds;
+  try {
+    if (limits_.check) limits_.check();
+  } catch (...) {
+    useless = true;
+  }
+  if (useless) abort();
 }
 
 void NcclCommunicator::close() {
-  if (handle_ == nullptr) return;
+  NcclHandle* const handle = handle_.exchange(nullptr);
+  if (handle == nullptr) return;
   try {
-    settle(library_.finalize(handle_), "giving up a connection");
-  } catch (...) {
-    abort();  // the other side has gone without it, or will not come
-    return;
+    nccl_call(
+        "giving up a connection", limits_,
+        [handle, enter = enter_, all = &library_] {
+          enter();
+          const int result = all->finalize(handle);
+          return result == kNcclSuccess ? all->destroy(handle) : all->abort(handle);
+        },
+        [] {});
+  } catch (...) {  // the other side has gone without it, or will not come
   }
-  NcclHandle* const handle = std::exchange(handle_, nullptr);
-  departures().start([library = &library_, handle] { library->destroy(handle); });
-  wait_for_all(after(limits_.seconds));
 }
 
 void NcclCommunicator::abort() noexcept {
-  NcclHandle* const handle = std::exchange(handle_, nullptr);
+  NcclHandle* const handle = handle_.exchange(nullptr);
   if (handle == nullptr) return;
-  departures().start([library = &library_, handle] { library->abort(handle); });
-}
-
-bool NcclCommunicator::wait_for_all(Clock::time_point limit) {
-  Departures& all = departures();
-  std::unique_lock lock(all.mutex);
-  return all.changed.wait_until(lock, limit, [&] { return all.count == 0; });
+  start_nccl_call([all = &library_, handle] { all->abort(handle); });
 }
 
 }  // namespace asyncdiff

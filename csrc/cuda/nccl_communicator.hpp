@@ -1,40 +1,41 @@
 // A communicator of two ranks, of which one sends and the other receives.
 #pragma once
 
-#include <chrono>
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <string>
 
+#include "nccl_calls.hpp"
 #include "nccl_library.hpp"
 
 namespace asyncdiff {
 
-// Never waits for the other side without end: NCCL does its work in threads of its own, and whoever
-// waits for those has a limit, and can be called off. For one thread at a time.
+// NCCL's calls wait for the other side, some of them without end: making one, the first message,
+// giving it up. These run in threads of their own, and whoever waits for those has a limit, and can
+// be called off. The others return in microseconds; one that does not is aborted by a guard.
+// (Communicators that never wait begin a thread for each message, which takes three times as long.)
+// Messages, check() and close() are for one thread at a time; abort() is for any.
 class NcclCommunicator {
  public:
   static constexpr int kSender = 0, kReceiver = 1;
 
-  struct Limits {
-    double seconds;               // for the making, and for each call afterwards
-    std::function<void()> check;  // throws where waiting is of no use any more
-  };
-
-  // On the current device. Both sides make it at the same time. Throws NcclError, also where that
-  // takes longer than the limit, and what check() throws.
+  // `enter` is called first in each thread that calls NCCL for it: it makes the device current.
+  // Both sides make it at the same time. Throws NcclError, also where that takes longer than the
+  // limit, and what check() throws.
   NcclCommunicator(const NcclLibrary& library, const NcclUniqueId& id, int place,
-                   const Limits& making);
+                   std::function<void()> enter, const NcclLimits& making);
   // Aborts it.
   ~NcclCommunicator();
   NcclCommunicator(const NcclCommunicator&) = delete;
   NcclCommunicator& operator=(const NcclCommunicator&) = delete;
 
   // Of every call after the making.
-  void set_limits(const Limits& limits) { limits_ = limits; }
+  void set_limits(const NcclLimits& limits) { limits_ = limits; }
 
-  // Enqueue one message; the other side does its part with as many bytes. When they return, what
-  // is enqueued to the stream afterwards comes after it.
+  // Enqueue one message; the other side does its part with as many bytes. What is enqueued to the
+  // stream afterwards comes after it. With the first one NCCL connects, which takes a second.
   void send(const void* data, std::size_t nbytes, void* stream);
   void receive(void* data, std::size_t nbytes, void* stream);
   // Throws NcclError where the connection has failed.
@@ -45,17 +46,20 @@ class NcclCommunicator {
   // Ends what is in flight. Waits for nothing: NCCL gives back what it has in its own time.
   void abort() noexcept;
 
-  // Waits until what was closed or aborted in this process has been given back; false where that
-  // takes longer.
-  static bool wait_for_all(std::chrono::steady_clock::time_point limit);
+  // Aborts it if a call has taken longer than its limit, or is of no use any more. By the guard.
+  void look_after() noexcept;
 
  private:
-  void settle(int result, const std::string& what);
+  template <class Call>
+  void carry(const char* what, Call call);
 
   const NcclLibrary& library_;
-  NcclHandle* handle_ = nullptr;  // null: there is none any more
+  std::atomic<NcclHandle*> handle_{nullptr};  // null: there is none any more
   int other_;
-  Limits limits_;
+  std::function<void()> enter_;
+  NcclLimits limits_;
+  bool connected_ = false;
+  std::atomic<std::int64_t> since_{0};  // when the call that is under way began; 0: there is none
 };
 
 }  // namespace asyncdiff

@@ -30,8 +30,10 @@ namespace {
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
-// Between two looks at what kernels write: nothing wakes a thread for that. Short for a while after
-// there was something to do, as in a generation.
+// Between two looks at what kernels write: nothing wakes a thread for that. Right after there was
+// something to do, all the time: bundles follow each other, and waking up takes as long as one of
+// them. Then short for a while, as in a generation.
+constexpr milliseconds kBusy{2};
 constexpr microseconds kSoon{20};
 constexpr milliseconds kLater{1};
 constexpr milliseconds kWhile{200};
@@ -204,8 +206,13 @@ void NcclCourier::run() {
         events_.failed();
       }
     }
-    if (worked) last = Clock::now();
-    if (pause(!ended && Clock::now() - last < kWhile)) last = Clock::now();
+    const auto now = Clock::now();
+    if (worked) last = now;
+    if (!ended && now - last < kBusy) {
+      look_again();
+    } else if (pause(!ended && now - last < kWhile)) {
+      last = Clock::now();
+    }
   }
 }
 
@@ -356,6 +363,12 @@ void NcclCourier::write(int process, Peer& peer) {
 void NcclCourier::ended(int process, Peer& peer) {
   peer.open = false;
   if (!peer.left) std::rethrow_exception(events_.lost(process));
+}
+
+void NcclCourier::look_again() {
+  std::this_thread::yield();
+  const std::lock_guard lock(mutex_);
+  for (auto& [process, peer] : peers_) peer.speaks = true;
 }
 
 bool NcclCourier::pause(bool busy) {

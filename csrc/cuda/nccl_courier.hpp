@@ -101,7 +101,8 @@ class NcclCourier {
   void fail(const std::exception_ptr& error);
   // Why NCCL may have failed: null where that is told elsewhere.
   std::exception_ptr cause_of(const std::exception_ptr& error);
-  // Whether somebody woke it.
+  void look_again();
+  // Waits for a while, or until there is something to do. Whether somebody woke it.
   bool pause(bool busy);
   void wait(const NcclEnd& end, const char* operation, const std::function<bool()>& done);
 

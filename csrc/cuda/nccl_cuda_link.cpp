@@ -15,8 +15,7 @@
 namespace asyncdiff {
 
 NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::uint64_t* word,
-                           const NcclCommunicator::Limits& making,
-                           const NcclCommunicator::Limits& carrying)
+                           const NcclLimits& making, const NcclLimits& carrying)
     : device_(device) {
   const DeviceGuard guard(device_);
   preload_kernels();
@@ -26,7 +25,14 @@ NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::u
   check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest),
              "making a stream");
   try {
-    communicator_ = std::make_unique<NcclCommunicator>(NcclLibrary::get(), id, place, making);
+    const auto enter = [device] {
+      cudaSetDevice(device);
+      // So that whoever captures a graph in another thread is not disturbed.
+      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+      cudaThreadExchangeStreamCaptureMode(&mode);
+    };
+    communicator_ =
+        std::make_unique<NcclCommunicator>(NcclLibrary::get(), id, place, enter, making);
     exchange_first(place, word, making);
   } catch (...) {
     cudaStreamDestroy(stream_);
@@ -35,8 +41,7 @@ NcclCudaLink::NcclCudaLink(int device, const NcclUniqueId& id, int place, std::u
   communicator_->set_limits(carrying);
 }
 
-void NcclCudaLink::exchange_first(int place, std::uint64_t* word,
-                                  const NcclCommunicator::Limits& limits) {
+void NcclCudaLink::exchange_first(int place, std::uint64_t* word, const NcclLimits& limits) {
   first_ = allocate_device(device_, sizeof(std::uint64_t));
   store_word(word, 0);
   try {

@@ -19,7 +19,7 @@ class NcclCudaLink final : public NcclLink {
   // is exchanged, `word` being one in pinned memory, so that all is connected and loaded when this
   // returns. `carrying` is for what comes afterwards.
   NcclCudaLink(int device, const NcclUniqueId& id, int place, std::uint64_t* word,
-               const NcclCommunicator::Limits& making, const NcclCommunicator::Limits& carrying);
+               const NcclLimits& making, const NcclLimits& carrying);
 
   void send(const std::byte* from, std::size_t nbytes, const Publication& then) override;
   void receive(std::byte* to, std::size_t nbytes, const Publication& then) override;
@@ -31,7 +31,7 @@ class NcclCudaLink final : public NcclLink {
 
  private:
   void publish(const Publication& then);
-  void exchange_first(int place, std::uint64_t* word, const NcclCommunicator::Limits& limits);
+  void exchange_first(int place, std::uint64_t* word, const NcclLimits& limits);
 
   int device_;
   Buffer first_;  // of the first message; to free it would wait for the device

@@ -244,7 +244,7 @@ void NcclShared::abort_links() noexcept {
   for (const auto& [pair, one] : links_) one->abort();
 }
 
-NcclCommunicator::Limits NcclShared::limits(double seconds) const {
+NcclLimits NcclShared::limits(double seconds) const {
   return {seconds, [this] {
             processes_.check();
             if (failures_.failed()) throw Error("the exchange has failed or was aborted");
@@ -355,7 +355,7 @@ void NcclShared::close() {
   courier_.stop();
   if (!together) abort_links();
   for (const auto& [pair, one] : links_) one->close(together);
-  NcclCommunicator::wait_for_all(std::chrono::steady_clock::now() + std::chrono::seconds(2));
+  wait_for_nccl_calls(std::chrono::steady_clock::now() + std::chrono::seconds(2));
   ends_.clear();
   failures_.close();
   pinned_ = {};

@@ -77,7 +77,7 @@ class NcclShared {
   void close();
 
  private:
-  NcclCommunicator::Limits limits(double seconds) const;
+  NcclLimits limits(double seconds) const;
   std::exception_ptr lost(int process) const;
   void failed();
   void abort_links() noexcept;

@@ -13,15 +13,21 @@ FakeNccl fake_nccl;
 
 namespace {
 
-int result_of(std::atomic<int>& polls, int then) {
-  if (polls == 0) return then;
-  if (polls != FakeNccl::kForever) --polls;
-  return 7;
-}
-
 struct Communicator {
   int state = 0;
 };
+
+// How often one has been aborted while a message waited.
+void wait(const std::atomic<bool>& waits, int aborted) {
+  while (waits && fake_nccl.aborted == aborted) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+int message() {
+  wait(fake_nccl.messages_wait, fake_nccl.aborted);
+  return fake_nccl.send_result;
+}
 
 }  // namespace
 
@@ -47,19 +53,20 @@ int ncclCommInitRankConfig(Communicator** out, int ranks, Id id, int rank, void*
   fake_nccl.rank = rank;
   fake_nccl.id_byte = id.bytes[127];
   if (fake_nccl.make_result != 0) return fake_nccl.make_result;
+  while (fake_nccl.making_waits) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   *out = new Communicator;
   ++fake_nccl.made;
-  return 7;
+  return 0;
 }
 
 int ncclCommGetAsyncError(Communicator*, int* state) {
-  *state = result_of(fake_nccl.polls, fake_nccl.state);
+  *state = fake_nccl.state;
   return 0;
 }
 
 int ncclCommFinalize(Communicator*) {
   ++fake_nccl.finalized;
-  return 7;
+  return 0;
 }
 
 int ncclCommDestroy(Communicator* one) {
@@ -78,13 +85,13 @@ int ncclCommAbort(Communicator* one) {
 #ifndef FAKE_NCCL_WITHOUT_SEND
 int ncclSend(const void*, std::size_t count, int type, int peer, Communicator*, void* stream) {
   fake_nccl.last = {count, type, peer, stream};
-  return fake_nccl.send_result;
+  return message();
 }
 #endif
 
 int ncclRecv(void*, std::size_t count, int type, int peer, Communicator*, void* stream) {
   fake_nccl.last = {count, type, peer, stream};
-  return fake_nccl.send_result;
+  return message();
 }
 
 const char* ncclGetErrorString(int result) { return result == 6 ? "remote error" : "other error"; }

@@ -5,13 +5,10 @@
 #include <cstddef>
 
 struct FakeNccl {
-  static constexpr int kForever = -1;
-
-  // How often a call is still in progress when it is asked for, and what it then is.
-  std::atomic<int> polls{0};
+  // Which calls do not return, until this is over; a message's also ends when it is aborted.
+  std::atomic<bool> making_waits{false}, messages_wait{false}, aborts_wait{false};
   std::atomic<int> state{0};
-  std::atomic<int> id_result{0}, make_result{0}, send_result{7};
-  std::atomic<bool> aborts_wait{false};
+  std::atomic<int> id_result{0}, make_result{0}, send_result{0};
 
   std::atomic<int> made{0}, finalized{0}, destroyed{0}, aborted{0};
   unsigned char config[48];
