@@ -41,8 +41,8 @@ def test_bundles_arrive_in_order_eagerly_and_in_graphs(way: str, tmp_path: Path)
 
 @pytest.mark.parametrize("way", WAYS)
 def test_both_may_send_first_in_one_graph(way: str, tmp_path: Path) -> None:
-    """61 bundles each way, which NCCL alone would not send before they are asked for. Where two
-    processes take turns on one GPU, each turn carries a few MiB only, so they are smaller there."""
+    """61 bundles of 120 MiB each way, which NCCL alone would not send before they are asked for;
+    where two processes take turns on one GPU, each turn carries a few MiB only: of 16 there."""
     mega = 16 if "one GPU" in way else 120
     for result in run_between_hosts(way, "nccl_crossing", tmp_path, mega):
         assert result == [0, 61]
