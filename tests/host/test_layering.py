@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher", "forking", "memory", "environment", "phases"),
+    ("progress", "deadline", "launcher", "forking", "memory", "environment", "phases", "quiet"),
     ("graph", "schedule"),
     ("partition", "sampling", "microbatches"),
     ("processes",),

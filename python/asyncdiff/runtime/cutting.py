@@ -18,6 +18,7 @@ from ..preparation.captures import kept_capture
 from ..preparation.cuts import KeptCuts
 from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
+from ..quiet import undisturbed
 from .devices import Place
 from .link_speed import between_processes
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
@@ -95,7 +96,7 @@ class Cutter:
         return self._alike(known[0].captured, decide, known)
 
     def _measured(self, captured: Captured, call: Call) -> Costs:
-        with phase("measure"):
+        with phase("measure"), undisturbed():
             device, bring = self._places[0].device, self._weights.bring
             costs = measure(captured, call.tensors, device, bring)
             return fused(captured, costs) if self._config.compile else costs

@@ -22,6 +22,7 @@ from ..memory import out_of_memory
 from ..partition.cost import Costs
 from ..partition.partition import Component, Partition, partition
 from ..phases import phase
+from ..quiet import undisturbed
 from .cuda_graphs import NotCapturable
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _ALIKE = 0.01
 
 
 @phase("balance")
+@undisturbed()
 def component_ms(engine: Engine) -> list[float] | None:
     """Milliseconds of each component in a CUDA graph without exchange, all at once. Collective.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ...config import ParallelConfig, ReadOnlySettings
 from ...denoiser import AsyncDenoiser
@@ -21,6 +22,7 @@ from ...progress import bar
 from ...sampling.calibration import Calibration
 from ...schedule.plan import Plan
 from .auto import AutoSettings
+from .background import Background, plainly
 from .calls import Calls, Run
 from .probe import FirstCall, as_generation
 from .rehearsal import Numbers, Preparation, Rehearsal, arguments, each_size, rehearse
@@ -44,6 +46,7 @@ class Handle(ReadOnlySettings):
         self,
         pipe: Any,
         denoisers: Mapping[str, tuple[AsyncDenoiser, AutoSettings | None]],
+        plain: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.pipe = pipe
         self._calls = [
@@ -55,6 +58,8 @@ class Handle(ReadOnlySettings):
         self._auto = self._calls[0].auto
         self._interrupting = False
         self._rehearsal: Rehearsal | None = None
+        #: prepares while ``plain`` denoisers draw, until that is done
+        self._background = Background(plain, self._rehearse) if plain else None
         #: what has a class of ours: the pipeline, its denoisers, shallow copies of them
         self._taken: list[weakref.ref[Any]] = []
         for calls in self._calls:
@@ -150,16 +155,33 @@ class Handle(ReadOnlySettings):
             stack.enter_context(bar(self.config.progress))
             for h, w, count in sizes:
                 given = arguments(self.pipe, h, w, count, steps, call)
-                self._rehearsal = Rehearsal(len(self._calls))
-                try:
-                    with recording() as spent:
-                        rehearse(self.pipe, given)
-                finally:
-                    self._rehearsal = None
+                with recording() as spent:
+                    self._rehearse(self.pipe, given)
                 phases = spent.in_order()
                 seconds = sum(phases.values())
                 made.append(Preparation(h, w, count, steps, seconds, phases, self.settings))
         return made
+
+    def _rehearse(self, pipe: Any, given: Mapping[str, Any]) -> None:
+        with contextlib.ExitStack() as stack:
+            for calls in self._calls:
+                stack.enter_context(calls.denoiser.lock)
+            self._rehearsal = Rehearsal(len(self._calls))
+            try:
+                rehearse(pipe, given)
+            finally:
+                self._rehearsal = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether pictures are drawn in parallel: with ``prepare="background"`` the first ones are
+        not."""
+        return self._background is None or self._background.over
+
+    def wait(self) -> None:
+        """With ``prepare="background"``: wait until preparing has ended, if it has begun."""
+        if self._background is not None:
+            self._background.wait()
 
     def calibrate(self, *args: Any, **kwargs: Any) -> Calibration:
         """Fit how waves predict clean images to this pipeline, and use it from now on, or the
@@ -196,6 +218,8 @@ class Handle(ReadOnlySettings):
 
     def restore(self) -> None:
         """Make the pipeline what it was, weights back on their device. Safe to call twice."""
+        if not self.denoiser.forked:
+            self.wait()
         with contextlib.nullcontext() if self.denoiser.forked else self.denoiser.lock:
             if not self.active:
                 return
@@ -256,6 +280,9 @@ class Handle(ReadOnlySettings):
             calls.check_dtype(dtype)
 
     def _forward(self, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        plain = plainly.get()
+        if plain is not None:
+            return plain[calls.name](*args, **kwargs)
         # The denoiser's: a generation of its own must not come between two steps.
         with calls.denoiser.lock:
             call = calls.denoiser.parse(args, kwargs)
@@ -284,10 +311,19 @@ class Handle(ReadOnlySettings):
 
     def show(self, bar: Any) -> None:
         """The pipeline has made the bar of its steps."""
+        if plainly.get() is not None:
+            return
         for calls in self._calls:
             calls.run.shown = bar
 
     def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        background = self._background
+        if background is not None and not background.here:
+            background.begin(pipe, args, kwargs)
+            if not background.over:
+                with background.drawing():
+                    return run(pipe, *args, **kwargs)
+            self._background = None  # and with it, what has drawn meanwhile
         with contextlib.ExitStack() as stack:
             for calls in self._calls:
                 stack.enter_context(calls.denoiser.lock)

@@ -30,6 +30,7 @@ from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
 from .auto import AutoSettings
+from .background import BACKGROUND, FIRST, check_when, plain_copy
 from .denoisers import find_denoiser, find_denoisers
 from .handle import Handle
 from .subclass import HANDLE, twin
@@ -44,6 +45,7 @@ def parallelize(
     checkpoint: str | Path | Mapping[str, str | Path] | None = None,
     denoiser: str | Sequence[str] | None = None,
     quality: str | None = AUTO,
+    prepare: str = FIRST,
     config: ParallelConfig | None = None,
     **settings: Any,
 ) -> Handle:
@@ -80,6 +82,11 @@ def parallelize(
             ``warmup``, ``time_shift``, ``schedule``, ``delay``, ``order``, ``exact_tail``,
             ``extrapolate``, ``guidance``, ``warmup_mode``, or ``split`` as lists): then what is
             given holds, and the others are at their defaults. None: the same with nothing given.
+        prepare: "first": the first call prepares, and draws then. "background": the first calls
+            draw plainly, as the pipeline did, on one device, with a copy of the denoiser's layers
+            on the same weights, while a thread prepares for calls like the first of them; leave the
+            denoiser as it is until ``handle.ready`` (``handle.wait()``). Later calls of other sizes
+            prepare as ever.
         config, settings: by keyword, what :class:`asyncdiff.ParallelConfig` lists; ``config``: all
             of them at once, from which ``settings`` differ. Where there are no more steps than
             exact ones, all are exact.
@@ -88,6 +95,7 @@ def parallelize(
     pipeline untouched; with a group MismatchError and ProcessError, too. While a pipeline runs,
     CaptureError where the denoiser cannot be exported.
     """
+    check_when(prepare, group, checkpoint)
     if group is None:
         warn_of_processes()
     modules = find_denoisers(pipe, denoiser)
@@ -111,6 +119,8 @@ def parallelize(
         _check(pipe, module, config)
     if config.schedule == "wavefront":
         check_order(getattr(pipe, "scheduler", None))
+    later = prepare == BACKGROUND
+    plain = {n: plain_copy(twin(module)) for n, module in modules.items()} if later else {}
     made: dict[str, tuple[AsyncDenoiser, AutoSettings | None]] = {}
     with contextlib.ExitStack() as undo:
         for name, module in modules.items():
@@ -124,7 +134,7 @@ def parallelize(
             there = every or [p.device for p in places]
             chosen = auto and AutoSettings(auto, there, config, own, len(modules))
             made[name] = spread, chosen or None
-        handle = Handle(pipe, made)
+        handle = Handle(pipe, made, {n: x.to(made[n][0].home) for n, x in plain.items()})
         undo.pop_all()
     return handle
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...errors import InputError
+from .background import plainly
 
 #: The attribute of a parallelised pipeline or denoiser that is its handle; of a denoiser, that
 #: which serves its calls.
@@ -109,7 +110,8 @@ def denoiser_class(base: Any) -> type:
         @contextlib.contextmanager
         def cache_context(self: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
             calls = self.__dict__.get(CALLS)
-            named = contextlib.nullcontext() if calls is None else calls.named(name)
+            ours = calls is not None and plainly.get() is None
+            named = calls.named(name) if ours else contextlib.nullcontext()
             with base.cache_context(self, name, *args, **kwargs), named:
                 yield
 

@@ -1,0 +1,170 @@
+"""The first pictures do not wait for the engine, and are the plain pipeline's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from export_cache import ExportCache
+from tiny_pipelines import draw, tiny_flux, tiny_sd
+
+import asyncdiff
+from asyncdiff.errors import CaptureError, InputError
+from asyncdiff.runtime import cutting
+
+SETTINGS: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "split": "estimate"}
+
+
+class Coded(torch.nn.Parameter):
+    """A weight that is more than its values."""
+
+
+class Export:
+    """An export that waits until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may = threading.Event(), threading.Event()
+        self.calls = 0
+        plain = cutting.capture
+
+        def waiting(*args: Any) -> Any:
+            self.calls += 1
+            self.begun.set()
+            assert self.may.wait(60)
+            return plain(*args)
+
+        monkeypatch.setattr(cutting, "capture", waiting)
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch) -> Iterator[Export]:
+    made = Export(monkeypatch)
+    yield made
+    made.may.set()
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_pictures_are_plain_until_it_is_ready(make: Any, export: Export) -> None:
+    pipe, call = make()
+    want = torch.as_tensor(draw(pipe, call))
+    with asyncdiff.parallelize(pipe, prepare="background", warmup=1, **SETTINGS) as handle:
+        assert not handle.ready
+        for _ in range(2):
+            assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
+        assert export.begun.wait(60) and not handle.ready
+        with pytest.raises(InputError, match="no generation has finished"):
+            handle.report()
+        export.may.set()
+        handle.wait()
+        assert handle.ready
+        near = torch.as_tensor(draw(pipe, call))
+        assert not torch.equal(near, want)
+        assert handle.report().warmup == 1 and export.calls == 1
+    assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
+
+
+def test_random_numbers_are_those_of_the_plain_pipeline(export: Export) -> None:
+    pipe, call = tiny_sd()
+    call = {n: x for n, x in call.items() if n not in ("latents", "generator")}
+    torch.manual_seed(0)
+    want = torch.as_tensor(draw(pipe, call))
+    export.may.set()  # while it prepares, if it is quick enough
+    with asyncdiff.parallelize(pipe, prepare="background", warmup=99, **SETTINGS) as handle:
+        torch.manual_seed(0)
+        assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
+        handle.wait()
+
+
+def test_pictures_while_it_really_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, one that exports and one that draws, do not disturb each other."""
+    monkeypatch.setattr(torch.export, "export", ExportCache()._export)
+    pipe, call = tiny_sd()
+    want = torch.as_tensor(draw(pipe, call))
+    with asyncdiff.parallelize(pipe, prepare="background", warmup=99, **SETTINGS) as handle:
+        drawn = [torch.as_tensor(draw(pipe, call))]
+        while not handle.ready:
+            drawn.append(torch.as_tensor(draw(pipe, call)))
+        assert all(torch.equal(x, want) for x in drawn)
+        torch.testing.assert_close(torch.as_tensor(draw(pipe, call)), want)
+        assert handle.report().steps > 0
+
+
+def test_nothing_is_drawn_while_times_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is timed in the middle of a picture."""
+    pipe, call = tiny_sd()
+    said: list[str] = []
+    timing = threading.Event()
+    measure = cutting.measure
+
+    def slow(*args: Any) -> Any:
+        said.append("timing")
+        timing.set()
+        found = measure(*args)
+        said.append("timed")
+        return found
+
+    monkeypatch.setattr(cutting, "measure", slow)
+
+    def told(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        said.append("drawn")
+        return values
+
+    call = call | {"callback_on_step_end": told}
+    with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, prepare="background") as handle:
+        draw(pipe, call)
+        steps = said.count("drawn")
+        assert timing.wait(60)
+        draw(pipe, call)
+        handle.wait()
+    at = said.index("timing")
+    assert said[at + 1] == "timed" and at % steps == 0
+
+
+def test_what_fails_is_told_and_comes_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*args: Any) -> Any:
+        raise CaptureError("it cannot be exported")
+
+    monkeypatch.setattr(cutting, "capture", failing)
+    pipe, call = tiny_sd()
+    want = torch.as_tensor(draw(pipe, call))
+    with (
+        caplog.at_level(logging.WARNING, "asyncdiff"),
+        asyncdiff.parallelize(pipe, prepare="background", **SETTINGS) as handle,
+    ):
+        assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
+        handle.wait()
+        assert "cannot be exported" in caplog.text
+        with pytest.raises(CaptureError, match="cannot be exported"):
+            draw(pipe, call)
+
+
+def test_restoring_waits_for_what_is_under_way(export: Export) -> None:
+    pipe, call = tiny_sd()
+    want = torch.as_tensor(draw(pipe, call))
+    handle = asyncdiff.parallelize(pipe, prepare="background", **SETTINGS)
+    draw(pipe, call)
+    assert export.begun.wait(60)
+    threading.Timer(0.2, export.may.set).start()
+    handle.restore()
+    assert handle.ready and torch.equal(torch.as_tensor(draw(pipe, call)), want)
+
+
+def test_what_cannot_be_drawn_plainly_is_refused() -> None:
+    pipe, _ = tiny_sd()
+    for wrong, said in (
+        ({"prepare": "later"}, "prepare='later'"),
+        ({"prepare": "background", "checkpoint": "folder"}, "leave group and checkpoint out"),
+    ):
+        with pytest.raises(InputError, match=said):
+            asyncdiff.parallelize(pipe, **SETTINGS, **wrong)
+    weight = pipe.unet.conv_out.weight
+    pipe.unet.conv_out._parameters["weight"] = torch.Tensor._make_subclass(Coded, weight.data)
+    with pytest.raises(InputError, match=r"conv_out\.weight is quantised"):
+        asyncdiff.parallelize(pipe, prepare="background", **SETTINGS)
+    assert not hasattr(pipe, "_asyncdiff")
