@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -111,11 +112,17 @@ class Cutter:
         made: list[Captured] = []
 
         def export() -> None:
-            made.append(kept_capture(self._module, call, lambda: capture(self._module, call)))
+            made.append(kept_capture(self._module, call, lambda: self._exported(call)))
 
         self._team.together("export the denoiser", export)
         self._team.agree("cut the denoiser", lambda: of_captured(made[0]))
         return made[0]
+
+    def _exported(self, call: Call) -> Captured:
+        # The exporter switches kernels of CPUs off meanwhile, for the whole process.
+        others = self._weights.home.type == "cpu"
+        with undisturbed() if others else contextlib.nullcontext():
+            return capture(self._module, call)
 
     def _alike(
         self,

@@ -13,8 +13,10 @@ from export_cache import ExportCache
 from tiny_pipelines import draw, tiny_flux, tiny_sd
 
 import asyncdiff
+from asyncdiff.demo import model as demo_model
 from asyncdiff.errors import CaptureError, InputError
 from asyncdiff.runtime import cutting
+from asyncdiff.runtime.engine_cache import EngineCache
 
 SETTINGS: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "split": "estimate"}
 
@@ -23,13 +25,13 @@ class Coded(torch.nn.Parameter):
     """A weight that is more than its values."""
 
 
-class Export:
-    """An export that waits until it is let go on."""
+class Build:
+    """Making ranks ready, which waits until it is let go on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.may = threading.Event(), threading.Event()
         self.calls = 0
-        plain = cutting.capture
+        plain = EngineCache._engine
 
         def waiting(*args: Any) -> Any:
             self.calls += 1
@@ -37,59 +39,71 @@ class Export:
             assert self.may.wait(60)
             return plain(*args)
 
-        monkeypatch.setattr(cutting, "capture", waiting)
+        monkeypatch.setattr(EngineCache, "_engine", waiting)
 
 
 @pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch) -> Iterator[Export]:
-    made = Export(monkeypatch)
+def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
+    made = Build(monkeypatch)
     yield made
     made.may.set()
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
-def test_pictures_are_plain_until_it_is_ready(make: Any, export: Export) -> None:
+def test_pictures_are_plain_until_it_is_ready(make: Any, build: Build) -> None:
     pipe, call = make()
     want = torch.as_tensor(draw(pipe, call))
     with asyncdiff.parallelize(pipe, prepare="background", warmup=1, **SETTINGS) as handle:
         assert not handle.ready
         for _ in range(2):
             assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
-        assert export.begun.wait(60) and not handle.ready
+        assert build.begun.wait(60) and not handle.ready
         with pytest.raises(InputError, match="no generation has finished"):
             handle.report()
-        export.may.set()
+        build.may.set()
         handle.wait()
         assert handle.ready
         near = torch.as_tensor(draw(pipe, call))
         assert not torch.equal(near, want)
-        assert handle.report().warmup == 1 and export.calls == 1
+        assert handle.report().warmup == 1 and build.calls == 1
     assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
 
 
-def test_random_numbers_are_those_of_the_plain_pipeline(export: Export) -> None:
+def test_random_numbers_are_those_of_the_plain_pipeline(build: Build) -> None:
     pipe, call = tiny_sd()
     call = {n: x for n, x in call.items() if n not in ("latents", "generator")}
     torch.manual_seed(0)
     want = torch.as_tensor(draw(pipe, call))
-    export.may.set()  # while it prepares, if it is quick enough
+    build.may.set()  # while it prepares, if it is quick enough
     with asyncdiff.parallelize(pipe, prepare="background", warmup=99, **SETTINGS) as handle:
         torch.manual_seed(0)
         assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
         handle.wait()
 
 
-def test_pictures_while_it_really_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
+def shipped() -> Any:
+    pipe: Any = demo_model.load()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"prompt": "red heart", "num_inference_steps": 4, "output_type": "pt"}
+
+
+@pytest.mark.parametrize("make", [tiny_sd, pytest.param(shipped, marks=pytest.mark.slow)])
+def test_pictures_while_it_really_prepares(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads, one that exports and one that draws, do not disturb each other."""
     monkeypatch.setattr(torch.export, "export", ExportCache()._export)
-    pipe, call = tiny_sd()
-    want = torch.as_tensor(draw(pipe, call))
+    pipe, call = make()
+
+    def drawn() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.as_tensor(draw(pipe, call | {"generator": generator}))
+
+    want = drawn()
     with asyncdiff.parallelize(pipe, prepare="background", warmup=99, **SETTINGS) as handle:
-        drawn = [torch.as_tensor(draw(pipe, call))]
+        meanwhile = [drawn()]
         while not handle.ready:
-            drawn.append(torch.as_tensor(draw(pipe, call)))
-        assert all(torch.equal(x, want) for x in drawn)
-        torch.testing.assert_close(torch.as_tensor(draw(pipe, call)), want)
+            meanwhile.append(drawn())
+        assert all(torch.equal(x, want) for x in meanwhile)
+        torch.testing.assert_close(drawn(), want)
         assert handle.report().steps > 0
 
 
@@ -144,13 +158,13 @@ def test_what_fails_is_told_and_comes_again(
             draw(pipe, call)
 
 
-def test_restoring_waits_for_what_is_under_way(export: Export) -> None:
+def test_restoring_waits_for_what_is_under_way(build: Build) -> None:
     pipe, call = tiny_sd()
     want = torch.as_tensor(draw(pipe, call))
     handle = asyncdiff.parallelize(pipe, prepare="background", **SETTINGS)
     draw(pipe, call)
-    assert export.begun.wait(60)
-    threading.Timer(0.2, export.may.set).start()
+    assert build.begun.wait(60)
+    threading.Timer(0.2, build.may.set).start()
     handle.restore()
     assert handle.ready and torch.equal(torch.as_tensor(draw(pipe, call)), want)
 
