@@ -34,11 +34,3 @@ def shared_exports() -> Iterator[ExportCache]:
         cache = ExportCache()
         patch.setattr(torch.export, "export", cache)
         yield cache
-
-
-@pytest.fixture(scope="session", autouse=True)
-def nothing_kept() -> Iterator[None]:
-    """Tests, and processes that they start, keep no preparations, but for those of keeping them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASYNCDIFF_CACHE", "off")
-        yield

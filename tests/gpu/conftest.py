@@ -8,6 +8,17 @@ import pytest
 import torch
 
 import asyncdiff_core as core
+from asyncdiff.preparation import captures, cuts
+from asyncdiff.preparation.folder import Folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """Tests keep no preparations; what the exchange costs is kept as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (captures, cuts):
+            patch.setattr(module, "preparations", lambda: Folder(None))
+        yield
 
 
 def _missing() -> str | None:

@@ -21,8 +21,9 @@ _KIND = "cuts"
 
 
 class KeptCuts:
-    """The cuts of ``captured`` in ``components`` parts for ranks on ``devices``, of which the last
-    ``copies`` run the last part; ``compiled``: how they are compiled, if they are."""
+    """The cuts of ``captured`` in ``components`` parts for ranks on ``units`` of hardware, of which
+    the last ``copies`` run the last part; ``devices`` are those of this process. ``compiled``: how
+    they are compiled, if they are."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class KeptCuts:
         components: int,
         copies: int,
         devices: Sequence[torch.device],
+        units: Sequence[str],
         compiled: bool | str,
     ) -> None:
         self._captured, self._components = captured, components
@@ -39,7 +41,7 @@ class KeptCuts:
         if self._usable:
             with phase("load"):
                 settings = [components, copies, compiled]
-                self._key = of_cuts(of_nodes(captured), devices, settings)
+                self._key = of_cuts(of_nodes(captured), devices, units, settings)
 
     def get(self, make: Callable[[], Partition]) -> Partition:
         """The cut that is known, else that which ``make`` returns, which is kept. Raises what

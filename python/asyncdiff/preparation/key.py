@@ -33,12 +33,15 @@ def of_graph(module: nn.Module, call: Call) -> str:
     return digest([*said, of_denoiser(module), versions()])
 
 
-def of_cuts(graph: str, devices: Sequence[torch.device], settings: Sequence[Any]) -> str:
-    """The word for how a graph is cut for ranks on ``devices`` with these ``settings``."""
+def of_cuts(
+    graph: str, devices: Sequence[torch.device], units: Sequence[str], settings: Sequence[Any]
+) -> str:
+    """The word for how a graph is cut for ranks on ``units`` of hardware, of which ``devices`` are
+    those of this process, with these ``settings``."""
     where = [(d.type, of_device(d)) for d in devices]
-    # Which of them share a device decides, too.
-    shared = [devices.index(d) for d in devices]
-    return digest([graph, where, shared, list(settings)])
+    # Which of them share a unit decides, too, not what it is called.
+    shared = [list(units).index(u) for u in units]
+    return digest([graph, where, shared, list(settings), versions()])
 
 
 def of_device(device: torch.device) -> str:

@@ -104,9 +104,10 @@ class Cutter:
 
     def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
-        devices = [place.device for place in self._places]
+        devices = [p.device for p in self._places if p.process == self._team.process]
+        units = [f"{p.unit} of host {p.host}" for p in self._places]
         compiled = self._config.compile or False
-        return lambda: KeptCuts(captured, components, copies, devices, compiled)
+        return lambda: KeptCuts(captured, components, copies, devices, units, compiled)
 
     def _capture(self, call: Call) -> Captured:
         made: list[Captured] = []

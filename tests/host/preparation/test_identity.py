@@ -14,8 +14,9 @@ from torch import nn
 from toys import Toy, toy, toy_call
 
 from asyncdiff.graph.signature import parse
+from asyncdiff.preparation import key
 from asyncdiff.preparation.identity import UnknownError, of_denoiser
-from asyncdiff.preparation.key import of_graph
+from asyncdiff.preparation.key import of_cuts, of_graph
 
 #: What a forward of a test names.
 _SCALE = 1.0
@@ -125,6 +126,22 @@ def test_inputs_count() -> None:
     assert word() == word(sample=torch.zeros(2, 4, 8, 8, dtype=torch.float64))
     assert word() != word(sample=torch.zeros(3, 4, 8, 8, dtype=torch.float64))
     assert word() != word(timestep=torch.tensor(3.5))
+
+
+def test_where_ranks_are_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    words = [
+        of_cuts("graph", [cpu, cpu], units, settings)
+        for units, settings in (
+            (["a", "b"], [2, 1]),
+            (["a", "a"], [2, 1]),
+            (["a", "b"], [2, 2]),
+        )
+    ]
+    assert len(set(words)) == 3
+    assert of_cuts("graph", [cpu, cpu], ["c", "d"], [2, 1]) == words[0]  # called otherwise
+    monkeypatch.setattr(key, "versions", lambda: "others")
+    assert of_cuts("graph", [cpu, cpu], ["a", "b"], [2, 1]) != words[0]
 
 
 def test_what_has_no_word_is_said() -> None:
