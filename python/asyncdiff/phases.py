@@ -12,9 +12,20 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from .progress import stage
+
 #: In the order in which they are told: what is exported or loaded from the disk, nodes that are
 #: timed, the cut, ranks and channels, compiling, components that are timed, CUDA graphs.
 PHASES = ("load", "export", "measure", "cut", "build", "compile", "balance", "capture")
+
+
+#: What is shown of phases that tell nothing themselves.
+_SAID = {
+    "load": "looking for what was prepared before",
+    "cut": "cutting the denoiser",
+    "build": "making ranks ready",
+    "balance": "timing the components",
+}
 
 
 @dataclass
@@ -65,7 +76,14 @@ def recording() -> Iterator[Spent]:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Something that is the phase ``name`` of a preparation; also as a decorator."""
+    """Something that is the phase ``name`` of a preparation; also as a decorator. Whoever listens
+    to progress is told of it, where nothing inside tells more."""
+    with stage(_SAID[name]) if name in _SAID else contextlib.nullcontext(), _timed(name):
+        yield
+
+
+@contextlib.contextmanager
+def _timed(name: str) -> Iterator[None]:
     clock = _clock.get()
     if clock is None:
         yield

@@ -19,7 +19,8 @@ CSRC = ROOT / "csrc"
 #: Packages and modules of ``asyncdiff``, from the lowest up: each may import those below its line.
 LAYERS = (
     ("errors",),
-    ("progress", "deadline", "launcher", "forking", "memory", "environment", "phases", "quiet"),
+    ("progress", "deadline", "launcher", "forking", "memory", "environment", "quiet"),
+    ("phases",),
     ("graph", "schedule"),
     ("partition", "sampling", "microbatches"),
     ("processes",),

@@ -11,6 +11,7 @@ from toys import toy, toy_call
 from asyncdiff import AsyncDenoiser
 from asyncdiff import phases as module
 from asyncdiff.phases import PHASES, phase, recording
+from asyncdiff.progress import within
 
 
 @pytest.fixture
@@ -54,11 +55,15 @@ def test_as_a_decorator_and_with_errors(clock: list[float]) -> None:
 
 
 def test_preparing_has_its_phases() -> None:
-    with recording() as spent:
+    heard: list[str] = []
+    with recording() as spent, within(lambda what, *_: heard.append(what)):
         started = time.perf_counter()
         denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2)
         with contextlib.closing(denoiser):
             denoiser.prepare(**toy_call())
         took = time.perf_counter() - started
     assert {"export", "measure", "cut", "build"} <= spent.phases.keys() <= set(PHASES)
+    told = ["exporting the denoiser", "timing the denoiser's parts"]
+    told += ["cutting the denoiser", "making ranks ready", "timing the components"]
+    assert list(dict.fromkeys(heard)) == told
     assert sum(spent.phases.values()) <= spent.total and spent.total >= took

@@ -169,6 +169,22 @@ def test_restoring_waits_for_what_is_under_way(build: Build) -> None:
     assert handle.ready and torch.equal(torch.as_tensor(draw(pipe, call)), want)
 
 
+def test_a_pipeline_that_offloads_is_prepared_by_its_first_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Hook:
+        def offload(self) -> None:
+            pass
+
+    pipe, call = tiny_sd()
+    with asyncdiff.parallelize(pipe, prepare="background", warmup=1, **SETTINGS) as handle:
+        pipe._all_hooks = [Hook()]
+        pipe.maybe_free_model_hooks = lambda: None
+        draw(pipe, call)
+        assert handle.ready and handle.report().warmup == 1
+    assert "prepared by its first call" in caplog.text
+
+
 def test_what_cannot_be_drawn_plainly_is_refused() -> None:
     pipe, _ = tiny_sd()
     for wrong, said in (

@@ -69,6 +69,8 @@ class Background:
         self.denoisers = denoisers
         self._rehearse = rehearse
         self._thread: threading.Thread | None = None
+        #: whether the first call has to prepare
+        self._unfit = False
         #: one call at a time
         self._calls = threading.RLock()
         self._changed = threading.Condition()
@@ -82,7 +84,7 @@ class Background:
     @property
     def over(self) -> bool:
         """Whether it has ended, in one way or another."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._unfit or (self._thread is not None and not self._thread.is_alive())
 
     def begin(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Prepare for calls like this one, unless that has begun."""
@@ -91,6 +93,13 @@ class Background:
                 self._begin(pipe, args, kwargs)
 
     def _begin(self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if getattr(pipe, "_all_hooks", None):
+            log.warning(
+                "models of this pipeline are offloaded, which two threads cannot do at once: it is "
+                "prepared by its first call, not in the background"
+            )
+            self._unfit = True
+            return
         try:
             given = _arguments(pipe, args, kwargs)
         except TypeError:  # the pipeline will say so itself

@@ -119,7 +119,9 @@ def rehearse(pipe: Any, given: Mapping[str, Any]) -> None:
     try:
         pipe(**given)
     except Enough:
-        return
+        offloaded = getattr(pipe, "maybe_free_model_hooks", None)  # as at the end of its calls
+        if offloaded is not None:
+            offloaded()
     except AsyncDiffError:
         raise
     except (TypeError, ValueError, AttributeError) as e:
