@@ -114,8 +114,10 @@ def told(pieces: dict[str, int]) -> Any:
     return progress
 
 
-def run(args: argparse.Namespace, key: str, way: str, cache: str, folder: Path) -> dict[str, Any]:
-    """The figures of one way of one model, from a process of its own."""
+def run(
+    args: argparse.Namespace, key: str, way: str, cache: str, folder: Path
+) -> dict[str, Any] | None:
+    """The figures of one way of one model, from a process of its own; None where time ran out."""
     if cache == "cold":
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,24 +129,21 @@ def run(args: argparse.Namespace, key: str, way: str, cache: str, folder: Path) 
     command = [sys.executable, __file__, "--one", str(result), "--models", key, "--ways", way]
     for name in ("components", "steps", "rounds", "dtype", "device"):
         command += [f"--{name}", str(getattr(args, name))]
-    left = args.seconds - (time.monotonic() - args.started)
     try:
-        done = subprocess.run(
-            command, env=environment, timeout=None if left == float("inf") else left
-        )
+        done = subprocess.run(command, env=environment, timeout=args.left())
     except subprocess.TimeoutExpired:
         # Half a cache would be neither cold nor warm.
         shutil.rmtree(folder, ignore_errors=True)
-        return {"failed": "no time was left"}
-    if done.returncode != 0 or not result.exists():
+        return None
+    if done.returncode != 0:
         return {"failed": f"exit code {done.returncode}"}
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures
 
 
 def compared(ways: dict[str, Any]) -> dict[str, float]:
-    """By what factor regions are slower than whole components, and in what part of the time they
-    are prepared, where both were measured."""
+    """Regions over whole components, where both were measured: milliseconds of a step, and of all
+    components alone, seconds of the first generation and of compiling."""
     out: dict[str, float] = {}
     for cache in CACHES:
         both = [ways.get(way, {}).get(cache, {}) for way in ("regions", "whole")]
@@ -154,6 +153,9 @@ def compared(ways: dict[str, Any]) -> dict[str, float]:
         steps = regions["ms_a_step"]["median"] / whole["ms_a_step"]["median"]
         out[f"step_{cache}"] = round(steps, 4)
         out[f"total_{cache}"] = round(regions["total_s"] / whole["total_s"], 3)
+        if all("component_ms_alone" in each for each in both):  # however evenly it was cut
+            alone = [sum(each["component_ms_alone"]) for each in both]
+            out[f"alone_{cache}"] = round(alone[0] / alone[1], 4)
         compile = [each["phases_s"].get("compile", 0.0) for each in both]
         out[f"compile_{cache}"] = round(compile[0] / compile[1], 3) if compile[1] else 0.0
     return out
@@ -184,23 +186,26 @@ def main() -> None:
     if args.one is not None:
         args.one.write_text(json.dumps(measure(args)))
         return
-    args.started = time.monotonic()
+    started = time.monotonic()
+    # None waits for ever; nothing is begun in the last seconds.
+    finite = args.seconds != float("inf")
+    args.left = lambda: max(started + args.seconds - time.monotonic(), 1) if finite else None
     folder = args.caches or Path(tempfile.mkdtemp(prefix="asyncdiff-compile-"))
     figures = results_file.continued(args.out)
-    failed = False
+    good = True
     try:
         for key in args.models:
-            failed |= not measured(args, key, figures, folder)
+            good &= measured(args, key, figures, folder)
     finally:
         if args.caches is None:
             shutil.rmtree(folder, ignore_errors=True)
     print(f"written to {args.out}")
-    raise SystemExit(failed)
+    raise SystemExit(not good)
 
 
 def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder: Path) -> bool:
     """Put a model's figures into ``figures`` and ``--out``, process by process; whether none
-    failed."""
+    failed, or was left out for lack of time."""
     asked = {"steps": args.steps, "dtype": args.dtype, "components": args.components}
     entry = figures.get(key, {})
     if args.again or any(entry.get(name) != value for name, value in asked.items()):
@@ -208,22 +213,25 @@ def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder
     figures[key] = entry
     good = True
     for way in args.ways:
-        known = entry["ways"].setdefault(way, {})
+        known, place = entry["ways"].setdefault(way, {}), folder / f"{key}-{way}"
+        if "total_s" in known.get("cold", {}) and "total_s" not in known.get("warm", {}):
+            # What the cold process left may be gone.
+            known = entry["ways"][way] = known if place.exists() else {}
         for cache in CACHES:
             if "total_s" in known.get(cache, {}):
                 continue
-            place = folder / f"{key}-{way}"
-            if cache == "warm" and not place.exists():  # it was made by another run
-                known.pop("cold", None)
-                known["cold"] = run(args, key, way, "cold", place)
-            known[cache] = run(args, key, way, cache, place)
+            found = run(args, key, way, cache, place)
+            if found is None:
+                print(f"{key}, {way}, {cache}: no time was left", flush=True)
+                return False
+            known[cache] = found
             entry["regions_over_whole"] = compared(entry["ways"])
             results_file.write(args.out, figures)
-            print(f"{key}, {way}, {cache}: {json.dumps(known[cache])}", flush=True)
-            if "failed" in known[cache]:
+            print(f"{key}, {way}, {cache}: {json.dumps(found)}", flush=True)
+            if "failed" in found:
                 good = False
                 break
-    print(f"{key}: regions over whole {entry.get('regions_over_whole')}", flush=True)
+    print(f"{key}: regions over whole {entry['regions_over_whole']}", flush=True)
     return good
 
 

@@ -17,7 +17,7 @@ import torch
 import results_file
 import tables
 from asyncdiff.schedule.plan import build
-from denoise import merge, models, table, timings
+from denoise import compile, merge, models, table, timings
 from denoise.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +54,35 @@ def test_written_weights_are_timed(tmp_path: Path) -> None:
     (figures,) = json.loads(out.read_text())["figures"].values()
     for change in ("nothing", "state dict", "scale", "replaced", "fused"):
         assert figures[change]["exports"] == 0 and len(figures[change]["each_ms"]) == 2
+
+
+@pytest.mark.slow
+def test_compiling_is_measured_cold_and_warm(tmp_path: Path) -> None:
+    out = tmp_path / "compile.json"
+    command = [sys.executable, str(ROOT / "benchmarks/denoise/compile.py"), "--device", "cpu"]
+    command += ["--models", "tiny", "--ways", "graphs", "--dtype", "float32", "--steps", "3"]
+    command += ["--rounds", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    ways = json.loads(out.read_text())["figures"]["tiny"]["ways"]["graphs"]
+    cold, warm = ways["cold"], ways["warm"]
+    assert cold["phases_s"]["export"] > 0 and "export" not in warm["phases_s"]
+    assert sum(cold["phases_s"].values()) <= cold["total_s"] + 0.1
+    assert warm["distance_to_eager"] < 1e-5 and not warm["compiled"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert json.loads(out.read_text())["figures"]["tiny"]["ways"]["graphs"] == ways
+    assert again.returncode == 0
+
+
+def test_regions_are_compared_with_whole_components() -> None:
+    def figures(total: float, compile: float, ms: float) -> dict[str, Any]:
+        return {"total_s": total, "phases_s": {"compile": compile}, "ms_a_step": {"median": ms}}
+
+    ways = {"whole": {"cold": figures(100, 80, 20.0)}, "regions": {"cold": figures(50, 20, 20.2)}}
+    want = {"step_cold": 1.01, "total_cold": 0.5, "compile_cold": 0.25}
+    assert compile.compared(ways) == want  # and nothing of what was not measured
+    ways["regions"]["warm"] = {"failed": "exit code 1"}
+    assert compile.compared(ways) == want
 
 
 @pytest.mark.slow
