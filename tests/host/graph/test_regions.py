@@ -394,6 +394,26 @@ def test_writes_to_views_of_inputs_are_seen_by_later_pieces() -> None:
     assert torch.equal(got[0], want[0]) and torch.equal(mine, other)
 
 
+@pytest.mark.slow
+def test_code_for_one_tensor_given_twice_is_right_for_two() -> None:
+    """Two blocks may share a weight where others have two; weights may ask for gradients."""
+    root = nn.Module()
+    root.add_module("emit", Emit())
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    twice = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    graph.output([graph.call_function(torch.ops.aten.add.Tensor, (twice, y))])
+    program = fx.GraphModule(root, graph)
+    program.add_module("emit", root.emit)
+    a, b = torch.ones(3, requires_grad=True), torch.full((3,), 5.0)
+    first = compile_program(program, [a, a], {}, lambda *_: None)
+    second = compile_program(program, [b, a], {}, lambda *_: None)
+    assert first.program.piece_0.call is second.program.piece_0.call
+    with torch.no_grad():
+        assert torch.equal(first.program(a, a)[0], torch.full((3,), 3.0))
+        assert torch.equal(second.program(b, a)[0], torch.full((3,), 11.0))
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(InputError, match="write 'regions', 'whole', True or False"):
         spread(tower(), compile="blocks")
