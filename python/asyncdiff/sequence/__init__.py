@@ -1,0 +1,1 @@
+"""Sequence parallelism: the tokens of a transformer shared out among ranks."""

@@ -1,0 +1,294 @@
+"""Which dimensions of a node's inputs are dimensions of its output.
+
+Dimension i of an input *flows* to dimension o of the output where output[…, k, …] along o needs
+input[…, k, …] along i only: then a share of the one gives that share of the other. Operations that
+are not known let nothing flow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+#: For an input, by its dimensions: of the output, or None.
+Dims = list[int | None]
+#: By input; None where nothing but its dtype counts.
+Flow = dict[fx.Node, Dims | None]
+
+
+def flow_of(node: fx.Node) -> Flow:
+    """The dimensions of each tensor that a node takes; empty for an operation that is not known."""
+    rule = _RULES.get(operation(node))
+    return {} if rule is None else rule(node)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's value; of several, of the first."""
+    value = node.meta["val"]
+    if isinstance(value, (list, tuple)):
+        value = value[0]
+    return tuple(value.shape)
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, however it was given."""
+    if len(node.args) > place:
+        return node.args[place]
+    return node.kwargs.get(name, default)
+
+
+def wrapped(dim: int, dims: int) -> int:
+    """A dimension counted from the front."""
+    return dim + dims if dim < 0 else dim
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node's value is a tensor, or several."""
+    if not isinstance(node, fx.Node):
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], torch.Tensor)
+    )
+
+
+def operation(node: fx.Node) -> str:
+    """What a node does: the name of its operation, without its overload."""
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+
+
+def _pointwise(node: fx.Node) -> Flow:
+    out = shape_of(node)
+    flow: Flow = {}
+    for source in filter(is_tensor, node.all_input_nodes):
+        shape = shape_of(source)
+        before = len(out) - len(shape)
+        flow[source] = [
+            d + before if size == out[d + before] else None for d, size in enumerate(shape)
+        ]
+    return flow
+
+
+def _first(*lost: Callable[[fx.Node, int], Sequence[int]]) -> Callable[[fx.Node], Flow]:
+    """The first input's dimensions are the output's, but for those that are ``lost``."""
+
+    def rule(node: fx.Node) -> Flow:
+        (source, dims) = (node.args[0], len(shape_of(node.args[0])))  # type: ignore[arg-type]
+        gone = {wrapped(d, dims) for each in lost for d in each(node, dims)}
+        assert isinstance(source, fx.Node)
+        return {source: [None if d in gone else d for d in range(dims)]}
+
+    return rule
+
+
+def _last(_: fx.Node, __: int) -> Sequence[int]:
+    return (-1,)
+
+
+def _normalized(node: fx.Node, _: int) -> Sequence[int]:
+    return range(-len(node.args[1]), 0)  # type: ignore[arg-type]
+
+
+def _dim(place: int, default: int | None = None) -> Callable[[fx.Node, int], Sequence[int]]:
+    def lost(node: fx.Node, _: int) -> Sequence[int]:
+        return (int(argument(node, place, "dim", default)),)
+
+    return lost
+
+
+def _reduced(node: fx.Node) -> Flow:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    over = argument(node, 1, "dim")
+    over = range(dims) if over is None else [over] if isinstance(over, int) else over
+    gone = {wrapped(int(d), dims) for d in over}
+    if argument(node, 2, "keepdim", False):
+        return {source: [None if d in gone else d for d in range(dims)]}
+    left = itertools.count()
+    return {source: [None if d in gone else next(left) for d in range(dims)]}
+
+
+def _permuted(node: fx.Node) -> Flow:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    order = [wrapped(int(d), dims) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    return {source: [order.index(d) for d in range(dims)]}
+
+
+def _transposed(node: fx.Node) -> Flow:
+    source, a, b = node.args
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    to: Dims = list(range(dims))
+    a, b = wrapped(int(a), dims), wrapped(int(b), dims)  # type: ignore[arg-type]
+    to[a], to[b] = b, a
+    return {source: to}
+
+
+def _reshaped(node: fx.Node) -> Flow:
+    """Of a view those dimensions that are the same before and after, with as much before them."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    out = _strides(shape_of(node))
+    return {source: [out.get(key) for key in _strides(shape_of(source))]}
+
+
+def _strides(shape: Sequence[int]) -> dict[tuple[int, int, int], int]:
+    """Dimensions by how much is before them, how long they are, and how many of that there were."""
+    found: dict[tuple[int, int, int], int] = {}
+    before = 1
+    for d, size in enumerate(shape):
+        count = 0
+        while (before, size, count) in found:
+            count += 1
+        found[before, size, count] = d
+        before *= size
+    return found
+
+
+def _unsqueezed(node: fx.Node) -> Flow:
+    source, dim = node.args
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    new = wrapped(int(dim), dims + 1)  # type: ignore[arg-type]
+    return {source: [d + (d >= new) for d in range(dims)]}
+
+
+def _squeezed(node: fx.Node) -> Flow:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = shape_of(source)
+    given = argument(node, 1, "dim", range(len(shape)))
+    which = {wrapped(int(d), len(shape)) for d in ([given] if isinstance(given, int) else given)}
+    gone = {d for d in which if shape[d] == 1}
+    left = itertools.count()
+    return {source: [None if d in gone else next(left) for d in range(len(shape))]}
+
+
+def _cast(node: fx.Node) -> Flow:
+    """type_as: the second input's dtype."""
+    source, like = node.args
+    assert isinstance(source, fx.Node) and isinstance(like, fx.Node)
+    return {like: None, source: list(range(len(shape_of(source))))}
+
+
+def _stacked(node: fx.Node) -> Flow:
+    new = wrapped(int(argument(node, 1, "dim", 0)), len(shape_of(node)))
+    return {
+        source: [d + (d >= new) for d in range(len(shape_of(source)))]
+        for source in node.all_input_nodes
+    }
+
+
+def _without(place: int) -> Callable[[fx.Node], Flow]:
+    """A dimension is gone, the others are there (unbind, select)."""
+
+    def rule(node: fx.Node) -> Flow:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        dims = len(shape_of(source))
+        gone = wrapped(int(argument(node, place, "dim", 0)), dims)
+        return {source: [None if d == gone else d - (d > gone) for d in range(dims)]}
+
+    return rule
+
+
+def _sliced(node: fx.Node) -> Flow:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    whole = shape_of(source) == shape_of(node)
+    gone = wrapped(int(argument(node, 1, "dim", 0)), dims)
+    return {source: [None if d == gone and not whole else d for d in range(dims)]}
+
+
+def _scattered(node: fx.Node) -> Flow:
+    """slice_scatter: both inputs, but for the dimension that is written to in part."""
+    into, source = node.args[:2]
+    assert isinstance(into, fx.Node) and isinstance(source, fx.Node)
+    dims = len(shape_of(into))
+    gone = wrapped(int(argument(node, 2, "dim", 0)), dims)
+    to: Dims = [None if d == gone else d for d in range(dims)]
+    return {into: to, source: list(to)}
+
+
+def _concatenated(node: fx.Node) -> Flow:
+    dims = len(shape_of(node))
+    gone = wrapped(int(argument(node, 1, "dim", 0)), dims)
+    return {
+        source: [None if d == gone else d for d in range(len(shape_of(source)))]
+        for source in node.all_input_nodes
+    }
+
+
+def _multiplied(node: fx.Node) -> Flow:
+    """matmul: rows are the first's, columns the second's, batches both's."""
+    first, second = node.args[:2]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    out, a, b = len(shape_of(node)), shape_of(first), shape_of(second)
+    if len(a) < 2 or len(b) < 2:
+        return {}
+    batches: dict[fx.Node, Dims] = {}
+    for source, shape in ((first, a), (second, b)):
+        before = out - len(shape)
+        same = [shape[d] == shape_of(node)[d + before] for d in range(len(shape) - 2)]
+        batches[source] = [d + before if s else None for d, s in enumerate(same)] + [None, None]
+    batches[first][-2] = out - 2
+    batches[second][-1] = out - 1
+    return {**batches}
+
+
+def _element(node: fx.Node) -> Flow:
+    """One of several values; of a tensor what is at an index of its first dimension."""
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    dims = len(shape_of(source))
+    if isinstance(source.meta["val"], (list, tuple)):
+        return {source: list(range(dims))}
+    return {source: [None, *range(dims - 1)]} if isinstance(index, int) else {}
+
+
+_ANY_SHAPE = (
+    *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs"),
+    *("sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "leaky_relu", "elu", "softplus"),
+    *("erf", "clamp", "clamp_min", "clamp_max", "where", "maximum", "minimum", "lerp", "square"),
+    *("hardtanh", "mish", "logical_not", "logical_and", "logical_or", "bitwise_not", "eq", "ne"),
+    *("lt", "le", "gt", "ge", "addcmul", "nan_to_num", "masked_fill", "rsub", "sign", "round"),
+    *("floor", "ceil", "to", "_to_copy", "dropout", "clone", "contiguous", "alias"),
+    *("detach", "empty_like", "zeros_like", "ones_like", "full_like", "lift_fresh_copy", "float"),
+    *("expand_as", "view_as", "isnan", "__and__", "__or__", "bitwise_and", "bitwise_or", "copy"),
+)
+_RULES: dict[str, Callable[[fx.Node], Flow]] = {
+    **dict.fromkeys(_ANY_SHAPE, _pointwise),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshaped),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "prod", "var", "std"), _reduced),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax"), _first(_dim(1, -1))),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _first(_dim(2, 0))),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _first(_normalized)),
+    **dict.fromkeys(("linear", "view_as_complex", "glu"), _first(_last)),
+    "view_as_real": _first(),
+    "permute": _permuted,
+    "transpose": _transposed,
+    "unsqueeze": _unsqueezed,
+    "squeeze": _squeezed,
+    "expand": _pointwise,
+    "type_as": _cast,
+    "stack": _stacked,
+    "unbind": _without(1),
+    "select": _without(1),
+    "slice": _sliced,
+    "slice_scatter": _scattered,
+    "cat": _concatenated,
+    "matmul": _multiplied,
+    "bmm": _multiplied,
+    "getitem": _element,
+}

@@ -1,0 +1,189 @@
+"""Denoisers whose tokens are shared out among ranks compute what they compute whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import sequence
+import torch
+from families import FAMILIES
+from torch import nn
+
+from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.signature import Call, parse
+from asyncdiff.sequence.axis import Axis
+from asyncdiff.sequence.flow import operation
+from asyncdiff.sequence.sharding import ATTENTION, Sharding, shard
+
+#: Of each family the attention in which picture tokens meet, and what is computed whole although
+#: tokens come in, which is how the picture is put together in the end.
+SERVED: dict[str, tuple[int, list[str]]] = {
+    "FLUX": (4, []),
+    "FLUX.2": (2, []),
+    "SD3": (3, ["reshape"]),
+    "Qwen-Image": (2, []),
+    "Wan 2.1": (2, []),
+    "LTX": (2, []),
+    "CogVideoX": (2, []),
+    "Hunyuan Video": (2, ["view"]),
+    "Chroma": (2, []),
+    "CogView4": (2, ["view"]),
+    "PixArt": (2, ["reshape"]),
+    "AuraFlow": (2, ["reshape"]),
+    "Ovis": (2, []),
+}
+
+
+class _Stop(Exception):
+    pass
+
+
+@cache
+def _of_family(name: str) -> tuple[Captured, Call, list[torch.Tensor]]:
+    """A family's denoiser in its first call, and what it returns."""
+    pipe, args = FAMILIES[name]()
+    module, given = pipe.transformer, {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        given["call"] = args, kwargs
+        raise _Stop
+
+    module.forward, plain = look, module.forward
+    with pytest.raises(_Stop):
+        pipe(**args)
+    del module.forward
+    positional, named = given["call"]
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(plain(*positional, **named))
+    call = parse(module, positional, named)
+    return capture(module, call), call, [x for x in expected if isinstance(x, torch.Tensor)]
+
+
+def _values(captured: Captured, call: Call) -> list[Any]:
+    """Of the placeholders; arguments that are no tensors are in the graph."""
+    of_inputs = {name: call.tensors[index] for name, index in captured.inputs.items()}
+    places = captured.graph.find_nodes(op="placeholder")
+    return [captured.weights.get(n.name, of_inputs.get(n.name)) for n in places]
+
+
+def _check(captured: Captured, call: Call, sharding: Sharding, expected: Any, ranks: int) -> int:
+    """Every rank has the same result; how often all had to meet for it."""
+    outputs, gatherer = sequence.run(captured, sharding, ranks, _values(captured, call))
+    for found in outputs:
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    return gatherer.count
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", SERVED)
+def test_families(name: str, ranks: int) -> None:
+    captured, call, expected = _of_family(name)
+    sharding = shard(captured)
+    attention, whole = SERVED[name]
+    assert len(sharding.attention) == attention
+    assert [operation(n) for n in sharding.unknown] == whole
+    # Keys and values at each, and the result.
+    assert _check(captured, call, sharding, expected, ranks) == 2 * attention + 1
+    # What depends on the latents and is computed whole is what comes before the tokens, or after.
+    heavy = [n for n in captured.nodes if n in captured.variant and operation(n) == "linear"]
+    tokens = max(n.meta["val"].shape[-2] if n.meta["val"].dim() > 2 else 1 for n in heavy)
+    for node in heavy:
+        value = node.meta["val"]
+        if value.dim() > 2 and value.shape[-2] == tokens > 1:
+            assert sharding.axis(node) is not None or node in sharding.entries, node
+
+
+# ---- what no family has --------------------------------------------------------------------------
+
+
+class _Toy(nn.Module):
+    """Attention, and something else between two linear layers."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.between = tokens, between
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        split = self.qkv(sample).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(*split.unbind(0))
+        out = out.transpose(1, 2).flatten(2)
+        return (sample + self.out(self.between(out)) * timestep,)
+
+
+class _Masked(nn.Module):
+    """Text and picture in one sequence, with a mask of keys, one of queries and keys, or none but
+    causal."""
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.text, self.qkv = nn.Parameter(torch.randn(1, 5, 8)), nn.Linear(8, 24)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        both = torch.cat([self.text, sample], 1)
+        parts = self.qkv(both).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        causal = self.mask is None
+        out = nn.functional.scaled_dot_product_attention(*parts, self.mask, is_causal=causal)
+        return (sample * timestep + out.transpose(1, 2).flatten(2)[:, 5:],)
+
+
+def _run(module: nn.Module, shape: tuple[int, ...], ranks: int) -> tuple[Sharding, int]:
+    torch.manual_seed(0)
+    module = module.eval()
+    sample, timestep = torch.randn(shape), torch.tensor(3.0)
+    call = parse(module, (sample, timestep), {})
+    captured = capture(module, call)
+    sharding = shard(captured)
+    with torch.no_grad():
+        expected = module(sample, timestep)
+    return sharding, _check(captured, call, sharding, expected, ranks)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 16])
+def test_uneven_shares(tokens: int) -> None:
+    sharding, met = _run(_Toy(torch.nn.functional.gelu, tokens), (2, tokens, 8), 3)
+    assert not sharding.unknown and met == 3
+    assert {a for a in sharding.axes.values() if isinstance(a, Axis)} >= {Axis(1, (tokens,))}
+
+
+def test_what_mixes_tokens_is_computed_whole_and_named() -> None:
+    sharding, met = _run(_Toy(lambda x: x.cumsum(1), 6), (1, 6, 8), 2)
+    assert [operation(n) for n in sharding.unknown] == ["cumsum"]
+    assert met == 4  # keys, values, what cumsum takes, the result
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x @ torch.ones(8, 8),
+        lambda x: (
+            x.view(2, -1, 2, 4).transpose(1, 2).reshape(2, 2, -1, 4).transpose(1, 2).flatten(2)
+        ),
+        lambda x: torch.stack(x.chunk(2, -1), 1).mean(1).repeat_interleave(2, -1),
+        lambda x: torch.where(x > 0, x, x.softmax(-1)).unsqueeze(0).squeeze(0),
+        lambda x: x.expand(2, 6, 8) * x[:, :, :1] + x.amax(-1, keepdim=True),
+        lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))).flatten(-2),
+    ],
+    ids=["matmul", "views", "parts", "values", "broadcast", "complex"],
+)
+def test_operations(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    sharding, met = _run(_Toy(between, 6), (2, 6, 8), 2)
+    assert [operation(n) for n in sharding.unknown] in ([], ["repeat_interleave"])
+    assert met == 3 + len(sharding.unknown)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", ["keys", "both", "causal"])
+def test_masks(kind: str, ranks: int) -> None:
+    mask = None
+    if kind != "causal":
+        mask = torch.rand(1, 1, 1 if kind == "keys" else 12, 12) > 0.3
+        mask[..., 0] = True
+    sharding, _ = _run(_Masked(mask), (1, 7, 8), ranks)
+    assert len(sharding.attention) == (0 if kind == "causal" else 1)
+    assert [ATTENTION in operation(n) for n in sharding.unknown] == [True] * (kind == "causal")

@@ -1,0 +1,62 @@
+"""Sequence-parallel graphs run in the threads of one process, as ranks would."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from asyncdiff.graph.capture import Captured
+from asyncdiff.sequence.program import program
+from asyncdiff.sequence.sharding import Sharding
+
+
+class Gatherer:
+    """All-gathers between so many threads, in the order in which each of them asks."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.parts: list[Any] = [None] * ranks
+        self.count = 0
+
+    def of(self, rank: int) -> Any:
+        def gather(local: torch.Tensor, dim: int) -> torch.Tensor:
+            self.parts[rank] = local
+            self.barrier.wait()
+            out = torch.cat(self.parts, dim)
+            self.count += rank == 0
+            self.barrier.wait()
+            return out
+
+        return gather
+
+
+def run(
+    captured: Captured, sharding: Sharding, ranks: int, values: Sequence[torch.Tensor]
+) -> tuple[list[list[Any]], Gatherer]:
+    """The outputs of every rank, whose inputs are the values of the placeholders."""
+    gatherer = Gatherer(ranks)
+    out: list[Any] = [None] * ranks
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            graph = program(captured, sharding, rank, ranks, gatherer.of(rank))
+            with torch.no_grad():
+                out[rank] = list(fx.Interpreter(captured.root, graph=graph).run(*values))
+        except BaseException as e:
+            errors.append(e)
+            gatherer.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return out, gatherer
