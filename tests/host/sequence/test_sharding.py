@@ -97,6 +97,19 @@ def test_families(name: str, ranks: int) -> None:
             assert sharding.axis(node) is not None or node in sharding.entries, node
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVED)
+def test_families_in_half_precision(name: str) -> None:
+    """Where diffusers clips values, and casts them; nothing is computed."""
+    captured, call, _ = _of_family(name)
+    module = FAMILIES[name]()[0].transformer.to("meta", torch.float16)
+    tensors = [t.half() if t.is_floating_point() else t for t in call.tensors]
+    half = capture(module, parse(module, (), call.kwargs(tensors)))
+    plain, found = shard(captured), shard(half)
+    assert len(found.attention) == len(plain.attention)
+    assert [operation(n) for n in found.unknown] == [operation(n) for n in plain.unknown]
+
+
 # ---- what no family has --------------------------------------------------------------------------
 
 
