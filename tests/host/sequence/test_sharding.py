@@ -78,16 +78,20 @@ def _check(captured: Captured, call: Call, sharding: Sharding, expected: Any, ra
     return gatherer.count
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("name", SERVED)
-def test_families(name: str, ranks: int) -> None:
+#: Those that are tried every time.
+_OFTEN = ("FLUX", "FLUX.2", "SD3", "Qwen-Image", "Wan 2.1", "LTX", "CogVideoX", "Hunyuan Video")
+_FAMILIES = [n if n in _OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in SERVED]
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_families(name: str) -> None:
     captured, call, expected = _of_family(name)
     sharding = shard(captured)
     attention, whole = SERVED[name]
     assert len(sharding.attention) == attention
     assert [operation(n) for n in sharding.unknown] == whole
-    # Keys and values at each, and the result.
-    assert _check(captured, call, sharding, expected, ranks) == 2 * attention + 1
+    for ranks in (2, 3, 4):  # keys and values at each, and the result
+        assert _check(captured, call, sharding, expected, ranks) == 2 * attention + 1
     # What depends on the latents and is computed whole is what comes before the tokens, or after.
     heavy = [n for n in captured.nodes if n in captured.variant and operation(n) == "linear"]
     tokens = max(n.meta["val"].shape[-2] if n.meta["val"].dim() > 2 else 1 for n in heavy)
