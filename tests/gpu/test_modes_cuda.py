@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PLACES, devices_for
-from toys import toy, toy_call
+from toys import tower, tower_call, toy, toy_call
 
 from asyncdiff import AsyncDenoiser, AutoWarmup
 from asyncdiff.graph.batch import BatchSplit
@@ -51,6 +51,35 @@ def test_compiled_components_are_those_that_were(
     torch.testing.assert_close(got, want, rtol=close, atol=close)
     assert torch.equal(run(compiled, dtype), got)  # replayed from the beginning
     compiled.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_blocks_are_compiled_once_for_a_device(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, call = devices_for(place, 2), tower_call()
+    text, gelu = call["encoder_hidden_states"].to("cuda"), torch.ops.aten.gelu.default
+    given: list[int] = []
+    inductor = torch._inductor.compile
+
+    def counted(piece: Any, arguments: Any) -> Any:
+        given.append(len(piece.graph.find_nodes(op="call_function", target=gelu)))
+        return inductor(piece, arguments)
+
+    def drawn(compile: bool | str) -> torch.Tensor:
+        halves = [["enter", "blocks.0", "blocks.1", "blocks.2"], ["blocks.3", "blocks.4"]]
+        halves[1] += ["blocks.5", "leave"]
+        denoiser = AsyncDenoiser(tower().to("cuda"), devices=devices, split=halves, compile=compile)
+        latents = call["hidden_states"].to("cuda")
+        with denoiser.generation(TIMES):
+            for t in TIMES.to("cuda"):
+                latents = latents - 0.1 * denoiser(latents, t, encoder_hidden_states=text)
+        assert denoiser.report().compiled == bool(compile) and denoiser.report().cuda_graphs
+        denoiser.close()
+        return latents
+
+    want = drawn(False)
+    monkeypatch.setattr(torch._inductor, "compile", counted)
+    torch.testing.assert_close(drawn("regions"), want, rtol=1e-9, atol=1e-9)
+    assert sum(given) == len({*devices})
 
 
 @pytest.mark.parametrize("place", PLACES)
