@@ -20,7 +20,10 @@ class Exports:
         self._kept: dict[Any, tuple[Any, float]] = {}  # also keeps alive what the keys name
         capture, measure = cutting.capture, cutting.measure
 
-        def captured(module: Any, call: Any) -> Any:
+        def captured(module: Any, call: Any, sizes: Any = None) -> Any:
+            if sizes is not None:  # it lets go of weights
+                return capture(module, call, sizes)
+
             def made() -> Any:
                 found = capture(module, call)
                 return found, dict(found.weights), module

@@ -23,6 +23,7 @@ from .signature import Call, Role, Signature, is_input
 from .state.numbers import Guards
 from .state.structure import Structure
 from .state.values import values_in
+from .tracing.symbols import OpenSizes
 from .tracing.where import where
 
 log = logging.getLogger("asyncdiff")
@@ -133,8 +134,9 @@ class Captured:
         return {n for n in found if n.op == "call_function"}
 
 
-def capture(module: nn.Module, call: Call) -> Captured:
-    """Export ``module`` for the shapes, dtypes and constants of ``call``.
+def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) -> Captured:
+    """Export ``module`` for the shapes, dtypes and constants of ``call``. Sizes in ``open_sizes``
+    stay symbols, if they can (:mod:`.tracing.resizing` puts numbers in their place).
 
     The weights may lie on any device, the meta device included; nothing is computed. Raises
     CaptureError with the exporter's reason.
@@ -147,11 +149,12 @@ def capture(module: nn.Module, call: Call) -> Captured:
     structure = Structure(module)
     _check_leaves(name, call)
     try:
-        program, numbers = export(module, kwargs, call, structure, home)
+        program, numbers = export(module, kwargs, call, structure, home, open_sizes)
     except CaptureError:
         raise
     except Exception as e:  # the exporter raises what it likes
-        _check_inputs(module, kwargs, call, home)
+        if open_sizes is None:
+            _check_inputs(module, kwargs, call, home)
         raise CaptureError(
             f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
             f"{where(module, e)}. "
@@ -164,8 +167,10 @@ def capture(module: nn.Module, call: Call) -> Captured:
     for node in list(graph.nodes):
         if node.target in _DROPPED:
             graph.erase_node(node)
+    graph.eliminate_dead_code()
     weights, names, inputs = _placeholders(module, program, call)
     take_apart(graph, weights, names)
+    _drop_unused(graph, weights, names, set(program.constants))
     of_numbers = {id(tensor): n for n, tensor in numbers.tensors.items()}
     places = {n: of_numbers.get(id(w)) or structure.name_of(w) for n, w in weights.items()}
     captured = Captured(
@@ -181,7 +186,8 @@ def capture(module: nn.Module, call: Call) -> Captured:
         guards=numbers.guards,
         seconds=time.perf_counter() - started,
     )
-    _check_sizes(name, captured)
+    if open_sizes is None:
+        _check_sizes(name, captured)
     log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
     return captured
 
@@ -257,6 +263,16 @@ def _placeholders(
         raise CaptureError(f"torch.export made {len(user)} inputs of {len(call.leaves)} arguments")
     tensors = [n for n, leaf in zip(user, call.leaves, strict=True) if is_input(leaf)]
     return weights, names, {name: index for index, name in enumerate(tensors)}
+
+
+def _drop_unused(
+    graph: fx.Graph, weights: dict[str, torch.Tensor], names: dict[str, str], constants: set[str]
+) -> None:
+    """Take away constants of which nothing is made."""
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users and names.get(node.name) in constants:
+            del weights[node.name], names[node.name]
+            graph.erase_node(node)
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
 from .state.values import not_zero, values_in
+from .tracing.symbols import OpenSizes, dynamic_shapes, symbols_kept
 from .tracing.traced import Traced
 
 #: What can always be done.
@@ -41,9 +42,11 @@ def export(
     call: Call,
     structure: Structure,
     home: torch.device,
+    open_sizes: OpenSizes | None = None,
 ) -> tuple[Any, Numbers]:
     """The program of torch.export for a call with these arguments, and the numbers that are inputs
-    of it. Raises what the exporter does."""
+    of it. Sizes in ``open_sizes`` stay symbols in it, if they can. Raises what the exporter
+    does."""
     some = not_zero(call)
     valued = bool(some) or any(values_in(x, home) is not x for x in call.leaves)
     # What is computed ahead is computed with the numbers that there are.
@@ -63,12 +66,14 @@ def export(
                 without_gradients(module),
                 backends_recorded(),
                 traced,
+                symbols_kept(module) if open_sizes else contextlib.nullcontext(),
             ):
                 exported = module
                 if valued or float in call.leaves:
                     exported = _taking(module, call, home, traced, some)
                 exported = with_labels(exported) if has_labels(module) else exported
-                program = _exported(exported, kwargs)
+                shapes = None if open_sizes is None else dynamic_shapes(call, open_sizes)
+                program = _exported(exported, kwargs, shapes)
                 written = any(map(writes, program.graph.nodes))
                 if hidden(program) or (written and not replace_writes(program.graph)):
                     program = program.run_decompositions({})
@@ -81,10 +86,10 @@ def export(
             frozen |= e.names
 
 
-def _exported(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any) -> Any:
     """The program of torch.export, also where the denoiser returns objects that hold tensors."""
     try:
-        return torch.export.export(module, (), kwargs, strict=False)
+        return torch.export.export(module, (), kwargs, strict=False, dynamic_shapes=shapes)
     except Exception as e:
         if "not a known type" not in str(e):
             raise

@@ -11,12 +11,14 @@ from torch import nn
 from ..config import ParallelConfig
 from ..graph.capture import Captured, capture
 from ..graph.signature import Call
+from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
 from ..partition.cost import Costs, fused, link_speed, measure
 from ..partition.partition import Partition, partition
 from ..phases import phase
 from ..preparation.captures import kept_capture
 from ..preparation.cuts import KeptCuts
+from ..preparation.sizes import Sizes
 from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
 from ..quiet import undisturbed
@@ -29,7 +31,8 @@ Timed = tuple[Partition, list[float]]
 
 
 class Cutter:
-    """Cuts ``module`` for ranks at ``places``. All methods are collective."""
+    """Cuts ``module`` for ranks at ``places``; ``state`` tells which one it is by now. All methods
+    are collective."""
 
     def __init__(
         self,
@@ -38,9 +41,11 @@ class Cutter:
         config: ParallelConfig,
         places: Sequence[Place],
         team: Team,
+        state: Callable[[], int],
     ) -> None:
         self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
+        self._sizes, self._state = Sizes(module), state
         self._bytes_per_ms: float | None = None
 
     def first(
@@ -113,17 +118,23 @@ class Cutter:
         made: list[Captured] = []
 
         def export() -> None:
-            made.append(kept_capture(self._module, call, lambda: self._exported(call)))
+            state = self._state()
+            made.append(
+                kept_capture(
+                    self._module, call, lambda: self._sizes.capture(call, state, self._exported)
+                )
+            )
+            self._sizes.saw(made[0], state)
 
         self._team.together("export the denoiser", export)
         self._team.agree("cut the denoiser", lambda: of_captured(made[0]))
         return made[0]
 
-    def _exported(self, call: Call) -> Captured:
+    def _exported(self, call: Call, *sizes: OpenSizes) -> Captured:
         # The exporter switches kernels of CPUs off meanwhile, for the whole process.
         others = self._weights.home.type == "cpu"
         with undisturbed() if others else contextlib.nullcontext():
-            return capture(self._module, call)
+            return capture(self._module, call, *sizes)
 
     def _alike(
         self,

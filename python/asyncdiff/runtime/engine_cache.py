@@ -73,7 +73,7 @@ class EngineCache:
         #: those that other branches were using when one was asked for last
         self._beside: list[Engine | Groups] = []
         self._turns, self._cuts = Turns(), Cuts()
-        self._cutter = Cutter(module, weights, config, places, team)
+        self._cutter = Cutter(module, weights, config, places, team, self._state.number)
 
     def __len__(self) -> int:
         return len(self._kept)

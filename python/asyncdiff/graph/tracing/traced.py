@@ -20,7 +20,8 @@ class Traced(TorchFunctionMode):
     """Operations in the place of some that the exporter does not trace: it does not see
     ``tensor.data``, and takes what is made of it for a constant; and it cannot take apart what is
     written through the strides of a view, as ``fill_diagonal_`` does. Attention is by
-    the kernels that are chosen now. ``ahead``: what is made of tensors alone that have values is
+    the kernels that are chosen now. A tensor made of a symbol is one whose value is not known.
+    ``ahead``: what is made of tensors alone that have values is
     computed at once, so that sizes may depend on it, and so is whether a tensor is all 0, of those
     that :meth:`not_zero` was told of."""
 
@@ -53,6 +54,8 @@ class Traced(TorchFunctionMode):
         # So asks optimum-quanto of an input that is traced, for it is no plain torch.Tensor.
         if self._within and function is torch.Tensor.dequantize and not args[0].is_quantized:
             return args[0]
+        if function in (torch.as_tensor, torch.tensor) and isinstance(args[0], torch.SymInt):
+            return torch.scalar_tensor(*args, **{"dtype": torch.int64, **kwargs})
         return self._at_once(function, args, kwargs) if self._ahead else function(*args, **kwargs)
 
     def _linear(self, types: Any, args: Any, kwargs: Any) -> Any:
