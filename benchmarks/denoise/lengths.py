@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results_file.ROOT / "out" / "lengths.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    figures = {}
+    figures = results_file.continued(args.out)  # those of other models stay
     for key in args.models:
         figures[key] = measure(key)
         print(f"{key}: {json.dumps(figures[key])}", flush=True)
