@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..capture import Captured
+from ..capture import VIEW, Captured
 from ..signature import Signature
 from ..state.structure import Structure
 
@@ -221,7 +221,7 @@ class _Copy:
                 self._orders[node] = order
                 shown = [shown[i] for i in order]
             env[node] = made = into.create_node(node.op, target, args, kwargs, twin.name)
-            made.meta = {k: x for k, x in node.meta.items() if k != "val"}
+            made.meta = {k: x for k, x in node.meta.items() if k not in ("val", VIEW)}
             if shown is not None:
                 made.meta["val"] = shown
             self._made.append(made)
