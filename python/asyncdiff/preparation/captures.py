@@ -18,6 +18,8 @@ from .turns import alone
 log = logging.getLogger("asyncdiff")
 
 _KIND = "graph"
+#: Characters that tell people what an entry is of.
+_SHORT = 120
 
 
 def kept_capture(module: nn.Module, call: Call, export: Callable[[], Captured]) -> Captured:
@@ -71,6 +73,6 @@ def _keep(folder: Folder, key: str, module: nn.Module, captured: Captured) -> No
     except Exception as e:  # what has no words, or whatever its constants raise
         log.debug("the export is not kept: %s", e)
         return
-    inputs = captured.signature.inputs
-    shapes = ", ".join(f"{x.name} {'x'.join(map(str, x.shape))}" for x in inputs[:2])
-    folder.write(_KIND, key, f"{type(module).__name__}: {shapes}", data)
+    inputs = [x for x in captured.signature.inputs if x.shape]
+    shapes = ", ".join(f"{x.name} {'x'.join(map(str, x.shape))}" for x in inputs)
+    folder.write(_KIND, key, f"{type(module).__name__}: {shapes}"[:_SHORT], data)

@@ -62,12 +62,13 @@ class Folder:
         try:
             data = _read(where)
             content = _content(data, kind, key)
-            os.utime(where)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as e:
             self.say(f"a preparation on the disk is ignored, {where}: {e}")
             return None
+        with contextlib.suppress(OSError):  # one that is read-only serves, too
+            os.utime(where)
         return content
 
     def write(self, kind: str, key: str, of: str, content: Any) -> None:

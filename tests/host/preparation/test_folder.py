@@ -13,6 +13,7 @@ import pytest
 
 from asyncdiff.preparation import folder as module
 from asyncdiff.preparation.folder import Folder, preparations
+from asyncdiff.preparation.turns import alone
 
 CONTENT = {"cuts": ["relu_2"], "ms": [0.1, 1e-9]}
 
@@ -146,6 +147,24 @@ def test_a_home_that_is_read_only_costs_a_line(
             preparations().write("cuts", "abc", "a toy", CONTENT)
             assert preparations().read("cuts", "abc") is None
         assert where in said(caplog)
+
+
+def test_a_folder_that_is_read_only_serves(
+    folder: Folder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the image of a container."""
+
+    def refused(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "utime", refused)
+        patch.setattr(module.tempfile, "mkstemp", refused)
+        assert folder.read("cuts", "abc") == CONTENT and not caplog.records
+        folder.write("cuts", "new", "a toy", CONTENT)
+        with alone(folder, "cuts", "abc"):
+            assert folder.read("cuts", "abc") == CONTENT
+    assert "Read-only file system" in said(caplog)
 
 
 def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def prepare(
     if not speaks():
         return
     folder = preparations()
-    kept = str(folder.path) if folder.usable() else None
+    kept = str(folder.path) if folder.usable() and folder.entries() else None
     if as_json:
         told = {"model": subject.name, "devices": spread.devices, "kept_in": kept}
         console.emit_json(told | {"prepared": [each.to_dict() for each in made]})
