@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import threading
 from collections import OrderedDict
@@ -157,7 +158,8 @@ def _made(piece: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]
         for x in arguments
     ]
     with tracing(TracingContext(mode)):
-        call: Callable[..., Any] = torch._inductor.compile(piece, examples)
+        # A copy: inductor rewrites what it is given, and the piece may have to run as it is.
+        call: Callable[..., Any] = torch._inductor.compile(copy.deepcopy(piece), examples)
     return call
 
 
