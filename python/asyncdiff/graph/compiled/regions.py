@@ -12,9 +12,9 @@ from torch import fx
 from ..capture import Captured, tensors_of
 from .structure import computes, structure
 
-#: Operations that a region has at least. Linear layers, attentions and normalisations repeat too;
-#: by themselves they would be fused with nothing.
-_LEAST = 8
+#: Operations that a region has at least. Linear layers, attentions and normalisations (eight
+#: operations, where they are spelled out) repeat too: by themselves they are fused with nothing.
+_LEAST = 9
 #: A module of which no more than this part is left without the modules that it has again is no
 #: region: these are.
 _MOSTLY_REPEATED = 0.6
