@@ -28,6 +28,7 @@ from .processes.agreement import digest, of_call, of_settings
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
 from .runtime.pipelined import joined
+from .runtime.step import READY_NOW
 from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, last_steps
 from .sampling.predictor import LatePredictor
@@ -229,11 +230,6 @@ class AsyncDenoiser(Spread):
         """Whether a generation has steps left, of any branch."""
         return self._branches.active
 
-    @property
-    def step(self) -> int:
-        """Index of the next step of the current generation; 0 without one."""
-        return 0 if (generation := self._branches.get(0)) is None else generation.next_step
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the current generation: what ``module(*args, **kwargs)`` returns."""
         with self.lock:
@@ -252,33 +248,37 @@ class AsyncDenoiser(Spread):
 
     def call(self, call: Call, branch: int = 0) -> Any:
         """:meth:`__call__` for a call of a branch, as ``graph.signature.parse`` takes it apart."""
+        branches = self._branches
         with self.lock:
-            self._branches.came(branch, call)
+            if branches.several:
+                branches.came(branch, call)
             with self.own_modes():
-                result = self._step(call, branch)
+                self._check(call)
+                generation = branches.get(branch)
+                if generation is None or generation.done:
+                    raise InputError(
+                        "no generation has steps left: call the denoiser inside "
+                        "`with denoiser.generation(timesteps):`, once for each timestep"
+                    )
+                if generation.engine is None:
+                    call = self._begin(generation, call)
+                ready = branches.ready(call) if branches.several else READY_NOW
+                result = branches.step(branch, call, ready)
             result = in_this_mode(result)
-            self._branches.returned(call)
+            if branches.several:
+                branches.returned(call)
         return result
 
-    def _step(self, call: Call, branch: int) -> Any:
-        self._check(call)
-        generation = self._branches.get(branch)
-        if generation is None or generation.done:
-            raise InputError(
-                "no generation has steps left: call the denoiser inside "
-                "`with denoiser.generation(timesteps):`, once for each timestep"
-            )
-        if generation.engine is not None:
-            return self._branches.step(branch, call, self._branches.ready(call))
+    def _begin(self, generation: Generation, call: Call) -> Call:
         with recording() as spent:
             call = joined(call)
             given = functools.partial(self._given_to, generation, call)
-            which, others = generation.branch, self._branches.engines(branch)
+            which, others = generation.branch, self._branches.engines(generation.branch.index)
             self._engine, call = self._engine_for(call, "begin a generation", given, which, others)
             phases = phases_of(generation.spec, self._engines, self._engine, call, which)
-        ready, every = self._branches.ready(call), self._took(self._engine, spent)
-        generation.begin(phases, call, spent, every, ready)
-        return self._branches.step(branch, call, ready)
+        every = self._took(self._engine, spent)
+        generation.begin(phases, call, spent, every, self._branches.ready(call))
+        return call
 
     def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
         """What all processes have to be given alike for a generation."""

@@ -27,6 +27,10 @@ class Branches:
         self._report = report
         self._all: dict[int, Generation] = {}
         self._readiness = Readiness()
+        #: how many there will be: some may begin with their first call
+        self._expected = 0
+        #: whether :meth:`came`, :meth:`ready` and :meth:`returned` have to know of calls
+        self.several = False
 
     def get(self, index: int) -> Generation | None:
         """The generation of a branch, whether or not it has steps left."""
@@ -49,6 +53,8 @@ class Branches:
         if old is not None:
             old.abandon()
         self._all[index] = generation
+        self._expected = max(len(self._all), generation.branch.count)
+        self.several = self._expected > 1
 
     def engines(self, index: int) -> list[Engine | Groups]:
         """Those that other branches than this one use."""
@@ -61,27 +67,17 @@ class Branches:
     def came(self, index: int, call: Call) -> None:
         """A call for a branch comes in; say :meth:`returned` when its result is given away."""
         generation = self._all.get(index)
-        if self._several and generation is not None:
+        if generation is not None:
             self._readiness.came(call, new=generation.next_step == 0)
 
     def returned(self, call: Call) -> None:
         """The result of a call is given to the caller."""
-        if self._several:
-            begun = sum(g.next_step > 0 for g in self._all.values())
-            self._readiness.returned(call, new_next=begun < self._expected)
+        begun = sum(g.next_step > 0 for g in self._all.values())
+        self._readiness.returned(call, new_next=begun < self._expected)
 
     def ready(self, call: Call) -> Ready:
         """Since when its inputs have been ready, because those of an earlier call were."""
-        return self._readiness.of(call) if self._several else READY_NOW
-
-    @property
-    def _expected(self) -> int:
-        """How many there will be: some may begin with their first call."""
-        return max(len(self._all), *(g.branch.count for g in self._all.values()))
-
-    @property
-    def _several(self) -> bool:
-        return bool(self._all) and self._expected > 1
+        return self._readiness.of(call) if self.several else READY_NOW
 
     def step(self, index: int, call: Call, ready: Ready) -> Any:
         """The denoiser's result for the next step of a branch. Where it fails, all of them end."""
