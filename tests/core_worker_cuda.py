@@ -52,6 +52,8 @@ class OnGpu:
         self.sending, self.receiving = torch.cuda.Stream(), torch.cuda.Stream()
         self.count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.wrong = torch.zeros_like(self.count)
+        # What follows a get is loaded before the first one: the host may have to wait for that.
+        self.wrong.add_((torch.zeros_like(self.source[0]) != self.count).sum())
         torch.cuda.synchronize()
 
     def send(self, slot: int) -> None:

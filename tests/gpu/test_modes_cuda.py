@@ -12,6 +12,7 @@ from toys import tower, tower_call, toy, toy_call
 
 from asyncdiff import AsyncDenoiser, AutoWarmup
 from asyncdiff.graph.batch import BatchSplit
+from asyncdiff.graph.compiled import compile as compiling
 from asyncdiff.graph.conditions import batched_inputs
 from asyncdiff.graph.signature import parse
 
@@ -78,6 +79,7 @@ def test_blocks_are_compiled_once_for_a_device(place: str, monkeypatch: pytest.M
 
     want = drawn(False)
     monkeypatch.setattr(torch._inductor, "compile", counted)
+    monkeypatch.setattr(compiling, "_known", compiling._Known())  # nothing of other tests
     torch.testing.assert_close(drawn("regions"), want, rtol=1e-9, atol=1e-9)
     assert sum(given) == len({*devices})
 

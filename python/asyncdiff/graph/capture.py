@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from .export import WITHOUT, export, unlogged
+from .layers.products import fill_rows
 from .layers.quantized import own_part, take_apart
 from .signature import Call, Role, Signature, is_input
 from .state.numbers import Guards
@@ -170,6 +171,7 @@ def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) 
     graph.eliminate_dead_code()
     weights, names, inputs = _placeholders(module, program, call)
     take_apart(graph, weights, names)
+    fill_rows(graph)
     _drop_unused(graph, weights, names, set(program.constants))
     of_numbers = {id(tensor): n for n, tensor in numbers.tensors.items()}
     places = {n: of_numbers.get(id(w)) or structure.name_of(w) for n, w in weights.items()}

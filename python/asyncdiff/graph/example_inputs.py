@@ -25,11 +25,13 @@ class _Maker:
     w: int
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        # Not by a method of the weight: quantised ones have few.
-        made = torch.empty(shape, device=self.like.device, dtype=self.like.dtype)
-        if made.is_meta:
-            return made
-        return made.normal_(generator=torch.Generator(made.device).manual_seed(0))
+        # Not by a method of the weight: quantised ones have few. Nor in place: who looks whether a
+        # tensor was written to finds what pipelines make, too.
+        device, dtype = self.like.device, self.like.dtype
+        if self.like.is_meta:
+            return torch.empty(shape, device=device, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     def whole(self, value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full(shape, value, device=self.like.device, dtype=dtype)

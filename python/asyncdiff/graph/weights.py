@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import InputError
 from .capture import Captured
 from .checkpoint import Checkpoint
-from .layers.quantized import own_classes, plain, settle_weights, stays_at_home
+from .layers.quantized import move, own_classes, plain, settle_weights, stays_at_home
 from .writes import Written
 
 
@@ -85,7 +85,7 @@ class Weights:
             return
         if self.home.type == "cuda" and not self._offloaded and self._freed is None:
             self._offloaded = True  # a part of it, should the host have no memory for all
-            nn.Module.to(self.module, "cpu")
+            move(self.module, torch.device("cpu"))
 
     def restore(self) -> None:
         """Put the module back where it was, and as it was, also after :meth:`channels_last` or
@@ -103,9 +103,9 @@ class Weights:
             self._freed.restore()
         if self._offloaded:
             try:
-                nn.Module.to(self.module, self.home)
+                move(self.module, self.home)
             except BaseException:
-                nn.Module.to(self.module, "cpu")
+                move(self.module, torch.device("cpu"))
                 raise
             self._offloaded = False
 

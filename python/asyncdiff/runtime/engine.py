@@ -306,16 +306,12 @@ class Engine:
     def abandon(self, cause: BaseException | None = None) -> None:
         """Stop a generation in the middle, and wait until this process's ranks are idle.
 
-        With a ``cause`` something went wrong, and ranks of other processes wait no longer; without,
-        they are left to end what was issued, as this process's are: the others may be about to stop
-        at the same step.
+        With a ``cause`` something went wrong, and ranks wait no longer; without, all ranks end what
+        was issued: its results are the caller's already.
         """
         # Of a process that has ended everybody is told by the core.
-        told = isinstance(cause, ProcessError) or (cause is None and self.team.several)
-        if not self._clean and not told:
-            reason = "the generation was abandoned"
-            if cause is not None:
-                reason += f" ({type(cause).__name__}: {cause})"
+        if not self._clean and cause is not None and not isinstance(cause, ProcessError):
+            reason = f"the generation was abandoned ({type(cause).__name__}: {cause})"
             own = self.channels.own_rank
             with contextlib.suppress(core.CoreError):
                 self.fabric.abort(own, reason)

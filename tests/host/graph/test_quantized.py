@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 import quantized
 import torch
 from tiny_pipelines import draw
+from torch import fx
+from torch._higher_order_ops.out_dtype import out_dtype
 from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.capture import capture
-from asyncdiff.graph.layers.quantized import parts_of
+from asyncdiff.graph.layers.products import fill_rows
+from asyncdiff.graph.layers.quantized import move, parts_of
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, count_macs
 from asyncdiff.partition.partition import partition
@@ -296,3 +300,32 @@ def test_every_type_of_gguf() -> None:
         names = [n for n, name in captured.names.items() if name.endswith(".weight")]
         assert len(names) == len(want)
         assert {captured.weights[n].dtype for n in names} == {torch.uint8}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_products_of_integers_have_rows_enough(rows: int) -> None:
+    torch.manual_seed(0)
+    left = torch.randint(-128, 127, (rows, 32), dtype=torch.int8)
+    right = torch.randint(-128, 127, (32, 24), dtype=torch.int8)
+    graph = fx.Graph()
+    a, b = (graph.placeholder(name) for name in "ab")
+    a.meta["val"], b.meta["val"] = left.to("meta"), right.to("meta")
+    product = graph.call_function(out_dtype, (torch.ops.aten.mm.default, torch.int32, a, b))
+    product.meta["val"] = torch.empty(rows, 24, dtype=torch.int32, device="meta")
+    graph.output(product)
+    fill_rows(graph)
+    (found,) = graph.find_nodes(op="call_function", target=out_dtype)
+    assert found.args[2].meta["val"].shape[0] == 17
+    assert all("val" in n.meta for n in graph.nodes if n.op == "call_function")
+    got = fx.Interpreter(torch.nn.Module(), graph=graph).run(left, right)
+    assert torch.equal(got, left.int() @ right.int())
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "GGUF Q4_K"])
+def test_weights_go_elsewhere_although_somebody_refers_to_them(kind: str, tmp_path: Path) -> None:
+    module = quantized.KINDS[kind][0](tmp_path)
+    weights = [p for p in module.parameters() if type(p) is not torch.nn.Parameter]
+    references = [weakref.ref(p) for p in weights]
+    move(module, torch.device("meta"))
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert len(references) == len(weights) > 0

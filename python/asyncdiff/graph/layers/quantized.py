@@ -176,6 +176,28 @@ def take_apart(graph: fx.Graph, weights: dict[str, torch.Tensor], names: dict[st
         graph.erase_node(node)
 
 
+def move(module: nn.Module, device: torch.device) -> None:
+    """``module.to(device)``, also where somebody has weak references to wrappers among its weights,
+    as torch's exporter and compiler do: torch does not move these in place then, so others that are
+    equal take theirs."""
+    try:
+        nn.Module.to(module, device)
+        return
+    except RuntimeError as e:
+        if "swap" not in str(e):
+            raise
+    moved: dict[int, nn.Parameter] = {}
+    for layer in module.modules():
+        for name, weight in layer._parameters.items():
+            if weight is None or weight.device == device:
+                continue
+            if id(weight) not in moved:
+                to = weight.detach().to(device)
+                moved[id(weight)] = nn.Parameter(to, requires_grad=weight.requires_grad)
+            layer._parameters[name] = moved[id(weight)]
+    nn.Module.to(module, device)  # buffers
+
+
 def own_part(module: nn.Module, name: str, found: torch.Tensor) -> torch.Tensor:
     """The tensor in a module's wrapper that a decomposed program knows by another object."""
     path, _, last = name.partition(_TAKEN_APART)
