@@ -33,6 +33,7 @@ def channel() -> Iterator[core.Channel]:
     fabric.close()
 
 
+@pytest.mark.slow
 def test_compiled_code_of_two_processes(tmp_path: Path) -> None:
     """Whole graphs, in their order; compiled for the first slot, and once more for any."""
     for wrong, counts in run(group_ops.exchange, 2, tmp_path):

@@ -285,6 +285,7 @@ def test_a_gate_that_opened_too_early_is_closed_for_longer(
         closed.round(lambda: None, lambda held: held, lambda: None)
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path: Path) -> None:
     """NCCL's links over gloo, on the CPU: who sends and receives what, and in which order."""
     from torch.distributed import TCPStore

@@ -551,6 +551,7 @@ def test_cache(run, tmp_path, monkeypatch):
     assert not json.loads(run("cache", "show", "--json")[1])["entries"]
 
 
+@pytest.mark.slow
 def test_prepare(run, tmp_path, monkeypatch):
     monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
     options = ("--demo", "-N", 2, "-T", 3, "--devices", "cpu", "--size", "64x32", "--size", "32x32")

@@ -84,7 +84,10 @@ def test_structure_is_stable_diffusions(pipe: Any) -> None:
     assert sum(p.numel() for p in pipe.unet.parameters()) < 8e6
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "euler"])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dpm", "euler")]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", *_SLOW])
 def test_draws_what_the_prompt_says(scheduler: str) -> None:
     pipe = demo_model.load(scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)

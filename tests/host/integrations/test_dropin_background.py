@@ -49,7 +49,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
     made.may.set()
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+@pytest.mark.parametrize("make", [tiny_sd, pytest.param(tiny_flux, marks=pytest.mark.slow)])
 def test_pictures_are_plain_until_it_is_ready(make: Any, build: Build) -> None:
     pipe, call = make()
     want = torch.as_tensor(draw(pipe, call))

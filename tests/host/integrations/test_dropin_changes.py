@@ -103,6 +103,7 @@ def test_other_inputs_in_a_step_that_was_not_due() -> None:
     handle.restore()
 
 
+@pytest.mark.slow
 def test_inputs_that_change_in_every_step() -> None:
     """Each of them would be exported and compiled."""
     pipe = pipeline()

@@ -109,6 +109,7 @@ def test_what_cannot_be_prepared_is_said(shipped: Any) -> None:
         assert made.phases
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_it_prepared(
     shipped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

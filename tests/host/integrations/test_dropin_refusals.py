@@ -16,10 +16,13 @@ from toys import toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, CaptureError
 
-SPLITS: list[Any] = ["estimate", [["transformer_blocks.0"], ["transformer_blocks.1"]]]
+SPLITS: list[Any] = [
+    pytest.param("estimate", marks=pytest.mark.slow, id="estimate"),
+    pytest.param([["transformer_blocks.0"], ["transformer_blocks.1"]], id="by hand"),
+]
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=["estimate", "by hand"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_sizes_that_depend_on_values_of_masks(split: Any) -> None:
     """Mochi drops what its mask of tokens drops: it is prepared for each mask."""
     torch.manual_seed(0)
@@ -162,7 +165,7 @@ class Twice:
         return latents
 
 
-@pytest.mark.parametrize("quality", [None, "exact"])
+@pytest.mark.parametrize("quality", [None, pytest.param("exact", marks=pytest.mark.slow)])
 def test_pipelines_that_call_twice_in_a_step(quality: str | None) -> None:
     """Whether or not their code tells beforehand, and with a scheduler that takes no steps."""
     pipe, text = Twice(), torch.randn(1, 8, 32)

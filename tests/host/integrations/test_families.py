@@ -11,7 +11,12 @@ from tiny_pipelines import draw
 import asyncdiff
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+#: Those that take longest are tried in CI.
+_LONG = ("FLUX.2 Klein KV", "Mochi", "AnimateDiff", "Hunyuan Video", "Lumina 2")
+_MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FAMILIES]
+
+
+@pytest.mark.parametrize("name", _MARKED)
 def test_family(name: str) -> None:
     """Exact with all steps exact, near with one, and as it was after ``restore()``."""
     pipe, call = FAMILIES[name]()

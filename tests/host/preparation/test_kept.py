@@ -306,6 +306,7 @@ def test_two_processes_at_once_share_one_preparation(kept: Path) -> None:
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.slow
 def test_a_group_reads_what_a_group_has_kept(tmp_path: Path) -> None:
     """The graph in each process, which one of them has exported, the cuts in the first one."""
     found = run(group_kept.prepared, 2, tmp_path, ["cold", "warm"])

@@ -16,7 +16,9 @@ def alike(in_group: list[Any], alone: Any) -> None:
         assert found == alone
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize(
+    "processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_settings(processes: int, tmp_path: Path) -> None:
     """Every schedule; the last case with a process that owns two ranks."""
     results = run(group_bits.settings, processes, tmp_path)

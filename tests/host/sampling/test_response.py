@@ -121,7 +121,12 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(
-    ("steps", "delay", "warmup", "tail"), [(25, 1, 3, 2), (50, 1, 5, 1), (50, 3, 8, 2)]
+    ("steps", "delay", "warmup", "tail"),
+    [
+        (25, 1, 3, 2),
+        pytest.param(50, 1, 5, 1, marks=pytest.mark.slow),
+        pytest.param(50, 3, 8, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_paying_back_is_never_worse(
     name: str, steps: int, delay: int, warmup: int, tail: int
