@@ -10,7 +10,6 @@ from tiny_pipelines import draw
 
 import asyncdiff
 
-
 #: Those that take longest are tried in CI.
 _LONG = ("FLUX.2 Klein KV", "Mochi", "AnimateDiff", "Hunyuan Video", "Lumina 2")
 _MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FAMILIES]
