@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -40,6 +41,11 @@ struct Call {
 
 bool begin(std::function<void()> call) {
   Calls& all = calls();
+  // Not while the process ends: what NCCL uses goes then. Handlers run the last one first, and
+  // those of what it uses are there already.
+  static const int registered =
+      std::atexit([] { wait_for_nccl_calls(Clock::now() + std::chrono::seconds(2)); });
+  static_cast<void>(registered);
   const auto leave = [&all] {
     const std::lock_guard lock(all.mutex);
     --all.count;
