@@ -21,21 +21,26 @@ class Readiness:
 
     Of what moves, a later call has the same memory, not written to since, as torch counts writes.
     Conditioning that no call had before was there before the earlier call if nothing has been
-    allocated on its device since that returned, and has its first values if it was never written
-    to. (Who fills memory without torch, as by replaying a CUDA graph, does so before the step.)
+    allocated on its device between that call and this one, but by calls, and has its first values
+    if it was never written to. (Who fills memory without torch, as by replaying a CUDA graph, does
+    so before the step.)
     """
 
     def __init__(self) -> None:
         self._earlier: tuple[list[torch.Tensor], list[_Mark], Caller] | None = None
         #: how often memory had been allocated on a device when the last call returned
         self._allocated: tuple[torch.device, int] | None = None
+        #: whether nothing was between any two calls since the earlier one
+        self._unbroken = False
         #: conditioning of the call that has come in that was there before the last one returned
         self._there: list[torch.Tensor] | None = None
 
     def came(self, call: Call, new: bool) -> None:
         """A call comes in. ``new``: with conditioning that no call before had."""
         self._there, allocated, self._allocated = None, self._allocated, None
-        if not new or allocated is None or allocated != _allocations(allocated[0]):
+        if allocated is None or allocated != _allocations(allocated[0]):
+            self._unbroken = False
+        if not new or not self._unbroken or allocated is None:
             return
         tensors = [call.tensors[i] for i in call.indices(Role.CONDITIONING)]
         if all(t.device.type == "cpu" or _as_made(t, allocated[0]) for t in tensors):
@@ -62,7 +67,7 @@ class Readiness:
             untouched = [t._version for t in tensors] == [mark[1] for mark in then]
             if marks == then and untouched and caller.stream == torch.cuda.current_stream(device):
                 return Ready(caller, caller if self._same_as_came(call) else None)
-        self._earlier = moving, marks, Caller(device)
+        self._earlier, self._unbroken = (moving, marks, Caller(device)), True
         return Ready(self._earlier[2])
 
     def _same_as_came(self, call: Call) -> bool:
