@@ -36,6 +36,15 @@ class Preparing:
             self._told(what, done, total)
 
 
+def running_modes(split_guidance: bool, split_warmup: bool, compile: bool | None) -> dict[str, Any]:
+    """Arguments of the library for how guidance and exact steps run, and whether is compiled."""
+    return {
+        "guidance": "split" if split_guidance else "batched",
+        "warmup_mode": "split" if split_warmup else "chain",
+        "compile": compile,
+    }
+
+
 @dataclass(frozen=True)
 class Spread:
     """How a command spreads a generation: its devices, those of this process alone where there are

@@ -10,7 +10,7 @@ import typer
 from ...launcher import speaks
 from .. import console, files
 from .. import options as opt
-from ..running import Preparing, Spread, check_call, noise, picture, shared, what_ran
+from ..running import Preparing, Spread, check_call, noise, picture, running_modes, shared, what_ran
 from ..subject import Model, Picture
 from .demo import ENLARGED
 
@@ -43,11 +43,7 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted_speedup
 
-    modes: dict[str, Any] = {
-        "guidance": "split" if split_guidance else "batched",
-        "warmup_mode": "split" if split_warmup else "chain",
-        "compile": compile,
-    }
+    modes = running_modes(split_guidance, split_warmup, compile)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)

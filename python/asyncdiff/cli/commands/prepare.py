@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...launcher import speaks
 from .. import console
 from .. import options as opt
-from ..running import Preparing, Spread, check_call
+from ..running import Preparing, Spread, check_call, running_modes
 from ..subject import Model, Picture
 
 
@@ -46,11 +46,7 @@ def prepare(
     from ... import parallelize
     from ...preparation.folder import preparations
 
-    modes: dict[str, Any] = {
-        "guidance": "split" if split_guidance else "batched",
-        "warmup_mode": "split" if split_warmup else "chain",
-        "compile": compile,
-    }
+    modes = running_modes(split_guidance, split_warmup, compile)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()
