@@ -72,7 +72,7 @@ class _Builder:
             assert isinstance(source, fx.Node)
             return self._parts(node, source, forms)
         args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: self._given(n, forms.get(n, _natural(self, n)))
+            (node.args, node.kwargs), lambda n: self._given(n, forms.get(n, self._sharding.axis(n)))
         )
         if axis is not None and not entry and name in ("view", "reshape", "_unsafe_view", "expand"):
             size = list(shape_of(node))
@@ -171,7 +171,3 @@ class _Builder:
         if len(parts) == 1:
             return parts[0]
         return self._graph.call_function(aten.cat.default, (parts, dim))
-
-
-def _natural(builder: _Builder, node: fx.Node) -> Form:
-    return builder._sharding.axis(node)

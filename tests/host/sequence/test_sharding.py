@@ -120,9 +120,9 @@ def test_families_in_half_precision(name: str) -> None:
 class _Toy(nn.Module):
     """Attention, and something else between two linear layers."""
 
-    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor], tokens: int) -> None:
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.tokens, self.between = tokens, between
+        self.between = between
         self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
@@ -163,13 +163,13 @@ def _run(module: nn.Module, shape: tuple[int, ...], ranks: int) -> tuple[Shardin
 
 @pytest.mark.parametrize("tokens", [2, 7, 16])
 def test_uneven_shares(tokens: int) -> None:
-    sharding, met = _run(_Toy(torch.nn.functional.gelu, tokens), (2, tokens, 8), 3)
+    sharding, met = _run(_Toy(torch.nn.functional.gelu), (2, tokens, 8), 3)
     assert not sharding.unknown and met == 3
     assert {a for a in sharding.axes.values() if isinstance(a, Axis)} >= {Axis(1, (tokens,))}
 
 
 def test_what_mixes_tokens_is_computed_whole_and_named() -> None:
-    sharding, met = _run(_Toy(lambda x: x.cumsum(1), 6), (1, 6, 8), 2)
+    sharding, met = _run(_Toy(lambda x: x.cumsum(1)), (1, 6, 8), 2)
     assert [operation(n) for n in sharding.unknown] == ["cumsum"]
     assert met == 4  # keys, values, what cumsum takes, the result
 
@@ -189,7 +189,7 @@ def test_what_mixes_tokens_is_computed_whole_and_named() -> None:
     ids=["matmul", "views", "parts", "values", "broadcast", "complex"],
 )
 def test_operations(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    sharding, met = _run(_Toy(between, 6), (2, 6, 8), 2)
+    sharding, met = _run(_Toy(between), (2, 6, 8), 2)
     assert [operation(n) for n in sharding.unknown] in ([], ["repeat_interleave"])
     assert met == 3 + len(sharding.unknown)
 
