@@ -1,5 +1,7 @@
 #include "nccl_calls.hpp"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -43,8 +45,10 @@ bool begin(std::function<void()> call) {
   Calls& all = calls();
   // Not while the process ends: what NCCL uses goes then. Handlers run the last one first, and
   // those of what it uses are there already.
-  static const int registered =
-      std::atexit([] { wait_for_nccl_calls(Clock::now() + std::chrono::seconds(2)); });
+  static const pid_t process = getpid();  // a forked child has none of these threads
+  static const int registered = std::atexit([] {
+    if (getpid() == process) wait_for_nccl_calls(Clock::now() + std::chrono::seconds(2));
+  });
   static_cast<void>(registered);
   const auto leave = [&all] {
     const std::lock_guard lock(all.mutex);
