@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ class World:
     def __init__(self, count: int, folder: Path, hosts: str = "") -> None:
         self.count = count
         self.said: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.met: Counter[int] = Counter()  # by epoch
         self.processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, str(p), str(count), str(folder), str(DEADLINE)],
@@ -44,23 +47,36 @@ class World:
         for line in process.stdout:
             self.said.put(json.loads(line))
 
-    def hear(
-        self, key: str, count: int, seconds: float, value: object = None
-    ) -> list[dict[str, Any]]:
-        """The next ``count`` messages, all about ``key`` (and of this ``value``); those that
-        processes have met may come between."""
+    def hear(self, key: str, count: int, seconds: float) -> list[dict[str, Any]]:
+        """The next ``count`` messages, all about ``key``; those that processes have met, which may
+        come between, are kept for :meth:`hear_met`."""
         limit = time.monotonic() + seconds
         out: list[dict[str, Any]] = []
         while len(out) < count:
-            try:
-                told = self.said.get(timeout=max(limit - time.monotonic(), 0.01))
-            except queue.Empty:
-                pytest.fail(f"{key}: only {out} within {seconds} s; {self.errors()}")
-            if key in told and value in (None, told[key]):
+            told = self._next(limit, lambda: f"{key}: only {out} within {seconds} s")
+            if key in told:
                 out.append(told)
             else:
-                assert "met" in told, (key, out, told, self.errors())
+                self._keep(told, (key, out))
         return out
+
+    def hear_met(self, epoch: int, count: int, seconds: float) -> None:
+        """So many processes have met, which may have been told before the last of what came before
+        that: each process has a thread here that listens to it, and any of these may be late."""
+        limit = time.monotonic() + seconds
+        while self.met[epoch] < count:
+            told = self._next(limit, lambda: f"met: only {self.met} within {seconds} s")
+            self._keep(told, ("met", epoch))
+
+    def _keep(self, told: dict[str, Any], heard: object) -> None:
+        assert "met" in told, (heard, told, self.errors())
+        self.met[told["met"]] += 1
+
+    def _next(self, limit: float, late: Callable[[], str]) -> dict[str, Any]:
+        try:
+            return self.said.get(timeout=max(limit - time.monotonic(), 0.01))
+        except queue.Empty:
+            pytest.fail(f"{late()}; {self.errors()}")
 
     def errors(self) -> str:
         for process in self.processes:
@@ -79,7 +95,7 @@ def kill_all_but_one(count: int, rng: random.Random, folder: Path, hosts: str = 
             # Mostly when they have met again, however long that takes on a busy machine: whoever
             # is missed there costs the others their time.
             if rng.random() < 0.9:
-                world.hear("met", len(left), 30, count - len(left))
+                world.hear_met(count - len(left), len(left), 30)
             time.sleep(rng.random() * 0.4)
             victim = rng.choice(sorted(left))
             world.processes[victim].kill()
