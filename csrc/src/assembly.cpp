@@ -170,6 +170,14 @@ void Assembly::process_ended(int process) {
   lost(process, "has ended without closing the fabric: it was killed, or crashed");
 }
 
+void Assembly::check_ended(const std::vector<int>& members) {
+  check_own();
+  for (int p : members) {
+    if (watcher_->has_ended(p)) process_ended(p);
+  }
+  check();
+}
+
 void Assembly::lost_because_left(int process) {
   end(BoardNote::kLeft, process,
       name_of(process) + " has closed the fabric, or ended, while others still need it");

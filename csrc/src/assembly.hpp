@@ -63,6 +63,8 @@ class Assembly {
   // This process needs no fabric any more.
   void leave();
   bool left(int process) const;
+  // Ends everything because of a process among these that has ended, and throws that, if one has.
+  void check_ended(const std::vector<int>& members);
   // Ends everything because that process has left.
   void lost_because_left(int process);
   // Throws in a child that was forked from the process that this belongs to.

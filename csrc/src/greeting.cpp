@@ -21,7 +21,7 @@ namespace asyncdiff {
 namespace {
 
 constexpr char kMagic[8] = {'a', 's', 'y', 'n', 'c', 'd', 'i', 'f'};
-constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kVersion = 4;
 
 struct Head {
   char magic[8];
@@ -33,20 +33,30 @@ struct Head {
 // After the head, and alone in later rounds: what the process has to say, or what failed.
 constexpr char kWell = '=';
 constexpr char kFailed = '!';
-constexpr char kMissed = '?';  // because of a process that did not come, whose number follows
+// Because of a process that did not come, or that has ended, whose number follows.
+constexpr char kMissed = '?';
+constexpr char kLost = '-';
 
-// What went wrong in this process or, told by its answer, in another one.
+bool is(char kind, const std::string& answer) { return !answer.empty() && answer[0] == kind; }
+
+// Throws an error of the kind if the answer is of it.
+template <class Kind>
+void throw_of(char kind, const std::string& answer) {
+  const std::size_t end = answer.find('\n');
+  if (!is(kind, answer) || end == std::string::npos) return;
+  throw Kind(std::atoi(answer.c_str() + 1), {}, answer.substr(end + 1));
+}
+
+// What went wrong in this process or, told by its answer, in another one. That one has ended is the
+// reason of all else, and not all can know it by themselves.
 void throw_any(const std::exception_ptr& mine, const std::vector<std::string>& answers) {
+  for (const std::string& answer : answers) throw_of<ProcessLost>(kLost, answer);
   if (mine) std::rethrow_exception(mine);
   for (std::size_t p = 0; p < answers.size(); ++p) {
-    if (answers[p].compare(0, 1, std::string(1, kWell)) == 0) continue;
-    const std::size_t end = answers[p].find('\n');
-    if (answers[p].compare(0, 1, std::string(1, kMissed)) == 0 && end != std::string::npos) {
-      throw CollectiveTimeout(std::atoi(answers[p].c_str() + 1), {}, answers[p].substr(end + 1));
-    }
-    const std::string text = answers[p].compare(0, 1, std::string(1, kFailed)) == 0
-                                 ? answers[p].substr(1)
-                                 : "it says nothing that this version knows";
+    if (is(kWell, answers[p])) continue;
+    throw_of<CollectiveTimeout>(kMissed, answers[p]);
+    const std::string text =
+        is(kFailed, answers[p]) ? answers[p].substr(1) : "it says nothing that this version knows";
     throw Error("process " + std::to_string(p) + " could not make a fabric: " + text);
   }
 }
@@ -54,12 +64,32 @@ void throw_any(const std::exception_ptr& mine, const std::vector<std::string>& a
 std::string answer(const std::function<std::string()>& work, std::exception_ptr& error) {
   try {
     return kWell + work();
+  } catch (const ProcessLost& e) {
+    error = std::current_exception();
+    return kLost + std::to_string(e.process) + "\n" + e.what();
   } catch (const CollectiveTimeout& e) {
     error = std::current_exception();
     return kMissed + std::to_string(e.process) + "\n" + e.what();
   } catch (const std::exception& e) {
     error = std::current_exception();
     return kFailed + std::string(e.what());
+  }
+}
+
+// Work that fails where another process has ended fails because of that: survivors take the names
+// of its memory away.
+template <class Work>
+void among(const std::vector<Identity>& identities, std::size_t me, const Work& work) {
+  try {
+    work();
+  } catch (const Error&) {
+    for (std::size_t p = 0; p < identities.size(); ++p) {
+      if (!has_ended(identities[p], identities[me])) continue;
+      throw ProcessLost(static_cast<int>(p), {},
+                        "process " + std::to_string(p) +
+                            " has ended while a fabric was made: it was killed, or crashed");
+    }
+    throw;
   }
 }
 
@@ -153,11 +183,11 @@ Greeting greet(Rendezvous& rendezvous, std::size_t nbytes, double seconds) {
           offers.push_back(parts[1]);
         }
         const auto first = std::find(out.hosts.begin(), out.hosts.end(), out.hosts[me]);
-        out.memory =
-            segment
-                ? segment->buffer()
-                : open_shared(handles[static_cast<std::size_t>(first - out.hosts.begin())], nbytes);
-        out.connections = crossing->connect(offers, seconds);
+        const auto maker = static_cast<std::size_t>(first - out.hosts.begin());
+        among(out.identities, me, [&] {
+          out.memory = segment ? segment->buffer() : open_shared(handles[maker], nbytes);
+          out.connections = crossing->connect(offers, seconds);
+        });
         return std::string();
       },
       error);

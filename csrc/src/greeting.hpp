@@ -21,9 +21,10 @@ struct Greeting {
 };
 
 // Collective. Connecting takes `seconds` at most, which should be less than the others wait at the
-// rendezvous: else they take who waits for one that is missing. Throws CollectiveTimeout,
-// everywhere, for a process that is not reached, InvalidArgument where processes are of different
-// versions, and the same Error everywhere if it fails in one.
+// rendezvous: else they take who waits for one that is missing. Throws, everywhere,
+// CollectiveTimeout for a process that is not reached and ProcessLost for one that is seen to have
+// ended; InvalidArgument where processes are of different versions, and the same Error everywhere
+// if it fails in one.
 Greeting greet(Rendezvous& rendezvous, std::size_t nbytes, double seconds);
 
 // Throws InvalidArgument, for `process`, if this is not how a process greets.

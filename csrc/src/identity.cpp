@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -59,6 +60,10 @@ Stat stat_in(const std::string& folder) {
 
 std::string folder_of(std::int32_t pid) { return "/proc/" + std::to_string(pid); }
 
+// Ticks by which the beginning of a process may differ from what it says itself: an emulator of
+// another architecture tells its own. A number is another process's only after thousands of others.
+constexpr std::uint64_t kSameStart = 1000;
+
 std::atomic<unsigned> fork_count{0};
 
 }  // namespace
@@ -104,6 +109,18 @@ bool lives(std::int32_t pid) {
 }
 
 std::uint64_t start_of(std::int32_t pid) { return stat_in(folder_of(pid)).start; }
+
+bool is_anothers(const Identity& who) {
+  const std::uint64_t start = start_of(who.pid);
+  const std::uint64_t apart = start > who.start ? start - who.start : who.start - start;
+  return who.start != 0 && start != 0 && apart > kSameStart;
+}
+
+bool has_ended(const Identity& who, const Identity& self) {
+  const bool near = std::strcmp(who.machine, self.machine) == 0 && self.pid_namespace != 0 &&
+                    who.pid_namespace == self.pid_namespace;
+  return near && (!lives(who.pid) || is_anothers(who));
+}
 
 unsigned forks() {
   static const int watched = pthread_atfork(nullptr, nullptr, [] { ++fork_count; });

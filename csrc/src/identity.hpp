@@ -28,6 +28,12 @@ bool stopped(std::int32_t pid);
 // When a process of this PID namespace began; 0 unknown.
 std::uint64_t start_of(std::int32_t pid);
 
+// Whether the number of a process of this PID namespace is another's by now, which began at another
+// time.
+bool is_anothers(const Identity& who);
+// Whether a process is known to have ended; of this host and PID namespace alone is that known.
+bool has_ended(const Identity& who, const Identity& self);
+
 // How often this process and its ancestors were forked: a child has another number than its parent.
 unsigned forks();
 

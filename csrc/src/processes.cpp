@@ -117,16 +117,20 @@ std::vector<std::string> Party::all_gather(const std::string& mine) const {
   return all_gather(mine, "go on", work_seconds());
 }
 
-Party::Failure Party::failure_of(const std::function<void()>& work) {
+Party::Failure Party::failure_of(const std::function<void()>& work) const {
   const auto named = [](const std::string& text) { return text.empty() ? "unknown error" : text; };
+  Failure out;
   try {
     work();
     return {};
   } catch (const std::exception& error) {
-    return {named(error.what()), std::current_exception()};
+    out = {named(error.what()), std::current_exception()};
   } catch (...) {
-    return {named(""), std::current_exception()};
+    out = {named(""), std::current_exception()};
   }
+  // Not left to the next call: what all have sent by then is taken, whoever has ended meanwhile.
+  assembly_->check_ended(members_);
+  return out;
 }
 
 void Party::throw_any(const std::string& what, const Failure& mine,

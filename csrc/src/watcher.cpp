@@ -26,10 +26,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kBeatMilliseconds = 100;
 
-// Ticks by which the beginning of a process may differ from what it says itself: an emulator of
-// another architecture tells its own. A number is another process's only after thousands of others.
-constexpr std::uint64_t kSameStart = 1000;
-
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434  // on every architecture
 #endif
@@ -39,9 +35,7 @@ constexpr std::uint64_t kSameStart = 1000;
 int descriptor_of(const Identity& who) {
   const int out = static_cast<int>(syscall(SYS_pidfd_open, who.pid, 0));
   if (out < 0) return errno == ESRCH ? -2 : -1;
-  const std::uint64_t start = start_of(who.pid);
-  const std::uint64_t apart = start > who.start ? start - who.start : who.start - start;
-  if (who.start != 0 && start != 0 && apart > kSameStart) {
+  if (is_anothers(who)) {
     close(out);
     return -2;
   }
@@ -96,6 +90,11 @@ Watcher::~Watcher() {
 bool Watcher::is_stopped(int process) const {
   const auto p = static_cast<std::size_t>(process);
   return descriptors_[p] >= 0 && stopped(all_[p].pid);
+}
+
+bool Watcher::has_ended(int process) const {
+  return asyncdiff::has_ended(all_[static_cast<std::size_t>(process)],
+                              all_[static_cast<std::size_t>(own_)]);
 }
 
 void Watcher::forget() { thread_ = nullptr; }  // not deleted: a thread that is not cannot be joined

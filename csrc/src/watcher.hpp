@@ -29,6 +29,8 @@ class Watcher {
   void all_there() { all_there_ = true; }
   // Whether a process is stopped, by a signal or a debugger; false where nobody can tell.
   bool is_stopped(int process) const;
+  // Whether a process is known to have ended, maybe before the thread has noticed.
+  bool has_ended(int process) const;
   // In a forked child, where the thread is not.
   void forget();
 

@@ -9,8 +9,9 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
 #include "../src/board.hpp"
@@ -21,6 +22,7 @@
 #include "asyncdiff/memory.hpp"
 #include "asyncdiff/shared_memory.hpp"
 #include "check.hpp"
+#include "in_processes.hpp"
 
 using namespace asyncdiff;
 
@@ -46,10 +48,6 @@ std::string message_of(Call call) {
     return error.what();
   }
   return "";
-}
-
-bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
 }
 
 void hosts_are_told_apart() {
@@ -151,6 +149,53 @@ void an_end_is_noticed(bool by_beats) {
   waitpid(child, nullptr, 0);
 }
 
+// A process that is another one than the one that greets, and whose memory loses its name.
+class Ended final : public Rendezvous {
+ public:
+  Ended(std::shared_ptr<Rendezvous> mine, Identity other)
+      : mine_(std::move(mine)), other_(std::move(other)) {}
+  int process() const override { return mine_->process(); }
+  int processes() const override { return mine_->processes(); }
+  std::vector<std::string> all_gather(const std::string& text) override {
+    std::string said = text;
+    const Identity own = own_identity();
+    const std::size_t at = said.find(std::string(reinterpret_cast<const char*>(&own), sizeof own));
+    if (at != std::string::npos) std::memcpy(said.data() + at, &other_, sizeof other_);
+    const std::size_t name = said.find("/asyncdiff-");
+    if (name != std::string::npos) CHECK(shm_unlink(said.c_str() + name) == 0);
+    return mine_->all_gather(said);
+  }
+
+ private:
+  std::shared_ptr<Rendezvous> mine_;
+  Identity other_;
+};
+
+// It made the memory of all, and was killed; whoever noticed took the memory's name away before
+// another one had opened it.
+void whose_memory_is_gone_is_told(bool number_is_anothers) {
+  Identity other = own_identity();
+  if (number_is_anothers) {
+    other.start += 100000;
+  } else {
+    other.pid = fork();
+    if (other.pid == 0) _exit(0);
+    waitpid(other.pid, nullptr, 0);
+  }
+  std::atomic<int> lost{0};
+  const auto thrown = in_processes(3, [&](int p, std::shared_ptr<Rendezvous> rendezvous) {
+    if (p == 0) rendezvous = std::make_shared<Ended>(rendezvous, other);
+    try {
+      greet(*rendezvous, 4096, 1);
+    } catch (const ProcessLost& error) {
+      if (error.process == 0) ++lost;
+      throw;
+    }
+  });
+  for (const std::string& text : thrown) CHECK(has(text, "process 0 has ended"));
+  CHECK(lost == 3);
+}
+
 }  // namespace
 
 int main() {
@@ -159,4 +204,6 @@ int main() {
   who_lives_is_known();
   an_end_is_noticed(false);
   an_end_is_noticed(true);
+  whose_memory_is_gone_is_told(false);
+  whose_memory_is_gone_is_told(true);
 }

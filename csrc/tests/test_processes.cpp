@@ -1,10 +1,12 @@
 // What processes do together, played by threads: a failure of one is everybody's, and so is a call
 // that they make differently.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -14,79 +16,13 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/host_fabric.hpp"
 #include "asyncdiff/processes.hpp"
+#include "asyncdiff/socket_rendezvous.hpp"
 #include "check.hpp"
+#include "in_processes.hpp"
 
 using namespace asyncdiff;
 
 namespace {
-
-class Meeting {
- public:
-  explicit Meeting(int count) : texts_(static_cast<std::size_t>(count)) {}
-
-  std::vector<std::string> gather(int process, const std::string& text) {
-    std::unique_lock lock(mutex_);
-    texts_[static_cast<std::size_t>(process)] = text;
-    const int round = round_;
-    if (++there_ == static_cast<int>(texts_.size())) {
-      last_ = texts_;
-      there_ = 0;
-      ++round_;
-      came_.notify_all();
-    } else if (!came_.wait_for(lock, std::chrono::seconds(2), [&] { return round_ != round; })) {
-      throw Error("somebody did not come");
-    }
-    return last_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable came_;
-  std::vector<std::string> texts_, last_;
-  int there_ = 0;
-  int round_ = 0;
-};
-
-class Guest final : public Rendezvous {
- public:
-  Guest(std::shared_ptr<Meeting> meeting, int process, int count)
-      : meeting_(std::move(meeting)), process_(process), count_(count) {}
-  int process() const override { return process_; }
-  int processes() const override { return count_; }
-  std::vector<std::string> all_gather(const std::string& mine) override {
-    return meeting_->gather(process_, mine);
-  }
-
- private:
-  std::shared_ptr<Meeting> meeting_;
-  int process_;
-  int count_;
-};
-
-// What work(process, rendezvous) threw in each of them; empty where nothing.
-std::vector<std::string> in_processes(
-    int count, const std::function<void(int, std::shared_ptr<Rendezvous>)>& work) {
-  const auto meeting = std::make_shared<Meeting>(count);
-  std::vector<std::string> thrown(static_cast<std::size_t>(count));
-  std::vector<std::thread> threads;
-  for (int p = 0; p < count; ++p) {
-    threads.emplace_back([&, p] {
-      try {
-        work(p, std::make_shared<Guest>(meeting, p, count));
-      } catch (const std::exception& error) {
-        thrown[static_cast<std::size_t>(p)] = error.what();
-      } catch (int) {
-        thrown[static_cast<std::size_t>(p)] = "an int";
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return thrown;
-}
-
-bool has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 template <class Throw>
 std::vector<std::string> together(Throw throws) {
@@ -106,6 +42,43 @@ void any_failure_is_everybodys() {
   CHECK(has(thrown[2], "process 1 could not take memory: unknown error"));
   thrown = together([] { throw 7; });
   CHECK(thrown[1] == "an int" && has(thrown[0], "unknown error"));
+}
+
+// Not the failure itself, which is that process's doing: its memory may have lost its name.
+void a_failure_is_that_a_process_has_ended() {
+  int told[2];
+  CHECK(pipe(told) == 0);
+  const std::string address = "/tmp/asyncdiff-test-" + std::to_string(getpid());
+  const auto process = [&](int p) {
+    return Processes(
+        {0, 1},
+        std::make_shared<SocketRendezvous>(SocketAddress{"", 0, address}, p, 2, "a key", 10), 5);
+  };
+  const pid_t child = fork();
+  if (child == 0) {
+    const Processes processes = process(1);
+    CHECK(write(told[1], "x", 1) == 1);
+    try {
+      processes.everybody().together("open memory", [] {});
+    } catch (const Error&) {
+    }
+    _exit(0);
+  }
+  const Processes processes = process(0);
+  bool lost = false;
+  try {
+    processes.everybody().together("open memory", [&] {
+      char text = 0;
+      CHECK(read(told[0], &text, 1) == 1);
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));  // it has sent that it is done
+      kill(child, SIGKILL);
+      waitpid(child, nullptr, 0);
+      throw Error("it is not there");
+    });
+  } catch (const ProcessLost& error) {
+    lost = error.process == 1 && error.ranks == std::vector<int>{1};
+  }
+  CHECK(lost);
 }
 
 using Make = std::function<void(int, HostFabric&)>;
@@ -315,6 +288,7 @@ void the_end_of_a_chain_is_named() {
 }  // namespace
 
 int main() {
+  a_failure_is_that_a_process_has_ended();  // first: it forks
   any_failure_is_everybodys();
   a_difference_is_named();
   receivers_and_ranks_may_differ();

@@ -59,7 +59,8 @@ class ASYNCDIFF_EXPORT Party {
     std::string text;
     std::exception_ptr error;
   };
-  static Failure failure_of(const std::function<void()>& work);
+  // Throws ProcessLost, in all, where work failed and a member has ended: because of that.
+  Failure failure_of(const std::function<void()>& work) const;
   void throw_any(const std::string& what, const Failure& mine,
                  const std::vector<std::string>& all) const;
 
