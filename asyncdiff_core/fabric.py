@@ -136,11 +136,20 @@ class Fabric:
         """Everybody's bytes, by process, in some 10 microseconds; collective among all processes.
 
         For what they have to agree on, and to wait for each other: a process that ends is noticed
-        at once, one that lives is waited for for ``timeout`` seconds (None: the deadline). Raises
+        at once, one that lives is waited for for ``timeout`` seconds (None: the deadline), which
+        begin anew with each :meth:`heartbeat` of it. Raises
         ProcessLost and CollectiveTimeout (the fabric is over then, in all processes), and
         InvalidArgument where a process makes another call.
         """
         return self._native.all_gather(mine, timeout)
+
+    def heartbeat(self, doing: str) -> None:
+        """Tell the processes that wait for this one in a collective call that it goes on.
+
+        They wait their time anew; their error, should it pass, ends with ``doing``, of which 96
+        bytes are kept. Not collective; any thread may call it.
+        """
+        self._native.heartbeat(doing)
 
     def close(self) -> None:
         """End the fabric: nothing can be exchanged any more.

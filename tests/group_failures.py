@@ -21,6 +21,7 @@ from toys import Toy, toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff.errors import AsyncDiffError
+from asyncdiff.progress import heartbeat
 from asyncdiff.runtime.worker import Worker
 from asyncdiff.sampling.calibration import Calibration, Shape
 
@@ -169,6 +170,37 @@ def gone(member: Member) -> Any:
     again = AsyncDenoiser(toy(), group=member.group("again", left), split=SPLIT, deadline=20)
     found["again"] = loop(again, call)
     again.close()
+    return found
+
+
+#: Seconds for which one that prepares may say nothing.
+SILENCE = 1.5
+
+
+def silent(member: Member) -> Any:
+    """Process 1 takes long to prepare, and says so; then it stands still."""
+    os.environ["ASYNCDIFF_PREPARE_DEADLINE"] = str(SILENCE)
+    whole, call = member.group(), toy_call()
+    warm_up = Worker.warm_up
+
+    def busy(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        for part in range(10):
+            heartbeat(f"part {part}")
+            time.sleep(0.3)
+        return warm_up(self, *args, **kwargs)
+
+    def still(self: Worker, *args: Any, **kwargs: Any) -> Any:
+        heartbeat("the last part")
+        time.sleep(3 * SILENCE)
+        return warm_up(self, *args, **kwargs)
+
+    found: dict[str, Any] = {}
+    for name, does in {"busy": busy, "still": still}.items():
+        if member.process == 1:
+            Worker.warm_up = does  # type: ignore[assignment,method-assign]
+        denoiser = AsyncDenoiser(toy(), group=whole, split=SPLIT, deadline=DEADLINE)
+        found[name] = told(lambda d=denoiser: loop(d, call))  # type: ignore[misc]
+        denoiser.close()
     return found
 
 

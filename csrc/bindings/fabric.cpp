@@ -87,6 +87,7 @@ void register_fabric(py::module_& m) {
             return out;
           },
           py::arg("mine"), py::arg("seconds"))
+      .def("heartbeat", &Fabric::heartbeat, py::arg("doing"), Unlocked())
       .def("close", &Fabric::close, Unlocked());
 
   py::class_<HostFabric, Fabric, std::shared_ptr<HostFabric>>(m, "HostFabric")

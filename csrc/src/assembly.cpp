@@ -96,6 +96,16 @@ void Assembly::on_told(std::function<void(const std::string&)> heard) {
 
 void Assembly::tell(const std::string& text) { relay_->tell(text); }
 
+void Assembly::heartbeat(const std::string& doing) {
+  check_own();
+  board_.member(process_).step.say(doing);
+  relay_->say_step(doing);
+}
+
+const BoardStep& Assembly::step(int process) const {
+  return relay_->reaches(process) ? relay_->step(process) : board_.member(process).step;
+}
+
 void Assembly::ring_changed(int process) {
   if (relay_->reaches(process)) {
     relay_->ring_changed();

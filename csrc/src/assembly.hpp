@@ -39,11 +39,17 @@ class Assembly {
   int host(int process) const { return hosts_[static_cast<std::size_t>(process)]; }
 
   // Sends `mine` to all members, this process among them, and returns what each sent, by process
-  // (empty for the others). Any two processes make the calls that they share in the same order.
+  // (empty for the others). Any two processes make the calls that they share in the same order. Who
+  // lives is waited for for so many seconds, which begin anew with each of its heartbeats.
   // Throws ProcessLost, CollectiveTimeout, and InvalidArgument where a process is in a call of
   // other members; after any of these no call can be made any more. `what` is for messages.
   std::vector<std::string> exchange(const std::vector<int>& members, const std::string& mine,
                                     const std::string& what, double seconds);
+
+  // Tells all processes that this one goes on, and with what.
+  void heartbeat(const std::string& doing);
+  // What another one said last.
+  const BoardStep& step(int process) const;
 
   // Called, by any thread, when a process is gone or a call has failed. Empty: by nobody. It is not
   // called any more once this returns.

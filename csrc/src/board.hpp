@@ -2,9 +2,12 @@
 // make together, and who is gone.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <string>
 
 #include "signal.hpp"
 
@@ -21,11 +24,37 @@ struct BoardNote {
   char text[1000];
 };
 
+// What a process does now, for those that wait for it, and how often it has said so. One that reads
+// while another text is written gets some of both.
+struct BoardStep {
+  static constexpr std::size_t kWords = 12;
+
+  std::atomic<std::uint32_t> count;
+  std::atomic<std::uint64_t> words[kWords];
+
+  // What is longer is cut.
+  void say(const std::string& text) {
+    std::uint64_t whole[kWords] = {};
+    std::memcpy(whole, text.data(), std::min(text.size(), sizeof whole));
+    for (std::size_t i = 0; i < kWords; ++i) words[i].store(whole[i], std::memory_order_relaxed);
+    count.fetch_add(1, std::memory_order_release);
+  }
+  std::string text() const {
+    char whole[kWords * sizeof(std::uint64_t) + 1] = {};
+    for (std::size_t i = 0; i < kWords; ++i) {
+      const std::uint64_t word = words[i].load(std::memory_order_relaxed);
+      std::memcpy(whole + i * sizeof word, &word, sizeof word);
+    }
+    return whole;
+  }
+};
+
 // One for each process.
 struct alignas(128) BoardMember {
   Signal changed;  // something for this process lies in a ring, has left one, or somebody is gone
   std::atomic<std::uint32_t> left;   // whether it has closed its fabric, or dropped it
   std::atomic<std::uint32_t> beats;  // grows while it lives, where somebody needs that
+  BoardStep step;                    // of a process of this host
 };
 
 // Bytes from one process to another: a queue with one writer and one reader.

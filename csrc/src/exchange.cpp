@@ -48,12 +48,13 @@ class Assembly::Call {
       if (p == all_.process_) continue;
       peers_.emplace_back();
       peers_.back().process = p;
+      peers_.back().steps = all_.step(p).count.load(std::memory_order_acquire);
     }
   }
 
   void run(double seconds) {
-    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                             std::chrono::duration<double>(seconds));
+    const auto patience =
+        std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
     Signal& changed = all_.board_.member(all_.process_).changed;
     while (true) {
       bool moved = false;
@@ -65,9 +66,10 @@ class Assembly::Call {
       if (done) return;
       all_.check();  // only now: who is done may have ended
       if (moved) continue;
-      const auto look = std::min<Clock::time_point>(deadline, Clock::now() + kLook);
+      const auto look = std::min<Clock::time_point>(heard() + patience, Clock::now() + kLook);
       if (!changed.wait([this] { return ready(); }, look)) {
-        if (look == deadline) late(seconds);
+        const auto limit = Clock::now() - patience;
+        if (heard() <= limit) late(seconds, limit);
         find_stopped();
       }
       check_left();
@@ -110,7 +112,9 @@ class Assembly::Call {
     std::size_t size_bytes = 0;  // of `size` that have come
     std::size_t received = 0;
     std::string text;
-    int looks = 0;  // in a row at which it was stopped
+    int looks = 0;                           // in a row at which it was stopped
+    std::uint32_t steps = 0;                 // that it had said,
+    Clock::time_point heard = Clock::now();  // and when the last of them, or this call, was there
 
     bool whole() const { return size_bytes == sizeof size && received == size; }
     bool complete(std::size_t to_send) const { return sent == to_send && whole(); }
@@ -184,13 +188,28 @@ class Assembly::Call {
     }
   }
 
-  [[noreturn]] void late(double seconds) {
+  // When that one was heard of for which that is longest ago.
+  Clock::time_point heard() {
+    Clock::time_point out = Clock::time_point::max();
+    for (Peer& peer : peers_) {
+      if (peer.complete(out_.size())) continue;
+      const std::uint32_t steps = all_.step(peer.process).count.load(std::memory_order_acquire);
+      if (steps != peer.steps) peer.heard = Clock::now();
+      peer.steps = steps;
+      out = std::min(out, peer.heard);
+    }
+    return out;
+  }
+
+  [[noreturn]] void late(double seconds, Clock::time_point limit) {
     int first = -1;
     std::string missing;
     for (const Peer& peer : peers_) {
-      if (peer.complete(out_.size())) continue;
+      if (peer.complete(out_.size()) || peer.heard > limit) continue;
       if (first < 0) first = peer.process;
-      missing += (missing.empty() ? "" : ", ") + all_.name_of(peer.process);
+      const std::string doing = all_.step(peer.process).text();
+      missing += (missing.empty() ? "" : ", ") + all_.name_of(peer.process) +
+                 (doing.empty() ? "" : " (whose last word was '" + doing + "')");
     }
     char waited[32];
     std::snprintf(waited, sizeof waited, "%g s", seconds);

@@ -61,6 +61,8 @@ std::vector<std::string> Fabric::all_gather(const std::string& mine, double seco
   return processes().all_gather(mine, seconds);
 }
 
+void Fabric::heartbeat(const std::string& doing) const { processes().heartbeat(doing); }
+
 void Fabric::check_own(const Channel& channel) const {
   if (!made(channel)) {
     throw InvalidArgument("channel '" + channel.name() +

@@ -229,6 +229,10 @@ std::vector<std::string> Processes::all_gather(const std::string& mine, double s
   return all;
 }
 
+void Processes::heartbeat(const std::string& doing) const {
+  if (assembly_) assembly_->heartbeat(doing);
+}
+
 void Processes::tell_other_hosts(const std::string& text) const {
   if (assembly_) assembly_->tell(text);
 }

@@ -26,7 +26,7 @@ namespace asyncdiff {
 namespace {
 
 // Kinds of messages between hosts.
-constexpr char kRing = 'r', kLeft = 'e', kNote = 'n', kTold = 'f', kBeat = 'b';
+constexpr char kRing = 'r', kLeft = 'e', kNote = 'n', kTold = 'f', kStep = 's', kBeat = 'b';
 
 // Seconds that a process which leaves, or ends, takes to say so.
 constexpr double kGoodbye = 1;
@@ -89,6 +89,8 @@ void Relay::say_left() {
 void Relay::say_note(const std::string& note) { say(kNote, note); }
 
 void Relay::tell(const std::string& text) { say(kTold, text); }
+
+void Relay::say_step(const std::string& text) { say(kStep, text); }
 
 void Relay::run() {
   const double beat = patience_ / 4;
@@ -226,6 +228,9 @@ void Relay::handle(int process, Peer& peer, const Frame& frame) {
       break;
     case kTold:
       events_.told(frame.payload);
+      break;
+    case kStep:
+      peer.step.say(frame.payload);
       break;
     default:  // a beat
       break;

@@ -43,6 +43,8 @@ class Relay {
   // Whether such a process has left, and all that it sent before lies in the ring, or has been
   // read: other processes of this host may know it earlier, or later.
   bool left(int process) const { return peers_.at(process).left_told; }
+  // What such a process does now.
+  const BoardStep& step(int process) const { return peers_.at(process).step; }
   // A ring of such a process was written to, or read from.
   void ring_changed();
   // To all processes of other hosts, before what is written to rings after it: that this process
@@ -51,6 +53,8 @@ class Relay {
   void say_left();
   void say_note(const std::string& note);
   void tell(const std::string& text);
+  // What this process does now.
+  void say_step(const std::string& text);
 
  private:
   struct Peer {
@@ -60,6 +64,7 @@ class Relay {
     bool left = false;
     std::atomic<bool> left_told{false};
     std::string waiting;  // that has come, and is not yet in the ring
+    BoardStep step{};
     Clock::time_point heard = Clock::now();
   };
 

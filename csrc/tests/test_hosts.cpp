@@ -213,6 +213,25 @@ struct Interrupted {};
 std::atomic<bool> interrupting{false};
 
 // A begin that waits for another host, and has begun on its own, is none when it is interrupted.
+void who_goes_on_is_waited_for_on_all_hosts() {
+  all_well(on_hosts("aba", [](Fabric& fabric, int process) {
+    for (int i = 0; process == 1 && i < 15; ++i) {
+      fabric.heartbeat("part " + std::to_string(i));
+      usleep(50000);
+    }
+    fabric.all_gather("", 0.5);
+    if (process == 1) usleep(900000);
+    std::string text;
+    try {
+      fabric.all_gather("", 0.5);
+    } catch (const CollectiveTimeout& error) {
+      CHECK(error.process == 1);
+      text = error.what();
+    }
+    CHECK(text.find("(whose last word was 'part 14')") != std::string::npos);
+  }));
+}
+
 void an_interrupted_begin_can_be_repeated() {
   all_well(on_hosts("aab", [](Fabric& fabric, int process) {
     const auto way = fabric.channel(0, {1, 2}, numbers(10), 1, "way");
@@ -305,6 +324,7 @@ int main() {
   a_call_that_was_made_counts();
   who_ends_is_lost_on_all_hosts(SIGKILL);
   who_ends_is_lost_on_all_hosts(SIGSTOP);
+  who_goes_on_is_waited_for_on_all_hosts();
   an_interrupted_begin_can_be_repeated();
   strangers_are_refused();
   an_interface_that_is_not_there_is_named();

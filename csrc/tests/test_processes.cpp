@@ -254,6 +254,33 @@ void who_does_not_come_is_named() {
   }
 }
 
+void who_goes_on_is_waited_for() {
+  std::string text;
+  const auto thrown = on_fabrics(
+      [&](int p, HostFabric& fabric) {
+        for (int i = 0; p == 1 && i < 20; ++i) {
+          fabric.heartbeat("part " + std::to_string(i));
+          std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        }
+        fabric.all_gather("", 0.5);
+        if (p == 1) {
+          fabric.heartbeat("the last part");
+          std::this_thread::sleep_for(std::chrono::milliseconds(900));
+        }
+        try {
+          fabric.all_gather("", 0.5);
+        } catch (const CollectiveTimeout& error) {
+          CHECK(error.process == 1);
+          if (p == 0) text = error.what();
+        }
+      },
+      3);
+  for (const std::string& each : thrown) CHECK(each.empty());
+  CHECK(
+      has(text,
+          "waited 0.5 s at 'gather' for process 1 (rank 1) (whose last word was 'the last part')"));
+}
+
 void the_end_of_a_chain_is_named() {
   std::vector<std::string> texts(3);
   const auto run = [&](bool closes) {
@@ -296,5 +323,6 @@ int main() {
   only_the_ends_make_a_channel();
   calls_of_others_are_not_mixed_up();
   who_does_not_come_is_named();
+  who_goes_on_is_waited_for();
   the_end_of_a_chain_is_named();
 }

@@ -1,10 +1,16 @@
-"""Environment variables that Python code of ours reads itself; the core reads the others, and this
-one too, in csrc/src/env.cpp."""
+"""Environment variables that Python code of ours reads itself; the core reads the others, and
+``ASYNCDIFF_CACHE`` too, in csrc/src/env.cpp."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from .errors import InputError
+
+#: Seconds. One piece that inductor compiles, or a wait for another process that prepares the same,
+#: takes minutes and says nothing meanwhile.
+_PREPARE_DEADLINE = 900.0
 
 
 def cache_folder() -> Path | None:
@@ -21,3 +27,20 @@ def cache_folder() -> Path | None:
         return Path(shared) / "asyncdiff"
     home = os.environ.get("HOME", "")
     return Path(home) / ".cache" / "asyncdiff" if home else None
+
+
+def prepare_deadline() -> float:
+    """Seconds for which a process that prepares may say nothing of going on, before others give it
+    up: ``ASYNCDIFF_PREPARE_DEADLINE``, else 900. Raises InputError for what is not a positive
+    number of seconds, at most a day."""
+    given = os.environ.get("ASYNCDIFF_PREPARE_DEADLINE", "")
+    try:
+        seconds = float(given) if given else _PREPARE_DEADLINE
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:
+        raise InputError(
+            f"ASYNCDIFF_PREPARE_DEADLINE={given!r}: write a positive number of seconds, at most a "
+            "day"
+        )
+    return seconds

@@ -18,8 +18,32 @@ Progress = Callable[[str, int, int], None]
 _listening: ContextVar[tuple[Progress, ...]] = ContextVar("asyncdiff_progress", default=())
 
 
+#: Called with what is done now.
+Watch = Callable[[str], None]
+
+_watching: ContextVar[tuple[Watch, ...]] = ContextVar("asyncdiff_watching", default=())
+
+
+def heartbeat(doing: str) -> None:
+    """Tell those who only want to know that this goes on, and with what; nobody shows it."""
+    for watch in _watching.get():
+        watch(doing)
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Let ``watch`` know of each :func:`heartbeat` meanwhile, and of all that is told."""
+    before = _watching.get()
+    now = _watching.set(before if watch in before else (*before, watch))
+    try:
+        yield
+    finally:
+        _watching.reset(now)
+
+
 def tell(what: str, done: int, total: int) -> None:
     """Tell everybody who listens."""
+    heartbeat(f"{what}: {done} of {total}")
     for progress in _listening.get():
         progress(what, done, total)
 

@@ -42,7 +42,7 @@ KNOWS_ONLY = {
     "sampling": {"sampling", "schedule"},
     "microbatches": {"microbatches", "graph"},
     "sequence": {"sequence", "graph"},
-    "processes": {"processes", "graph", "partition", "memory"},
+    "processes": {"processes", "graph", "partition", "memory", "progress", "environment"},
     "preparation": {"preparation", "graph", "partition", "phases", "progress", "environment"},
     "demo": {"demo"},
 }

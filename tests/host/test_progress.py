@@ -103,3 +103,19 @@ def test_a_bar_that_is_switched_off_stays_silent(capfd: pytest.CaptureFixture[st
         assert time.perf_counter() > started
     assert capfd.readouterr().err == ""
     assert heard[0] == "exporting the denoiser"
+
+
+def test_who_watches_is_told_of_everything_and_nobody_shows_it() -> None:
+    seen: list[str] = []
+    told: list[tuple[str, int, int]] = []
+    with progress.watched(seen.append), progress.watched(seen.append):
+        progress.heartbeat("a weight")
+        with (
+            progress.bar(lambda *what: told.append(what)),
+            progress.stage("exporting the denoiser"),
+        ):
+            pass
+    progress.heartbeat("nobody watches")
+    stage = "exporting the denoiser"
+    assert seen == ["a weight", f"{stage}: 0 of 1", f"{stage}: 1 of 1"]
+    assert told == [(stage, 0, 1), (stage, 1, 1)]

@@ -62,9 +62,12 @@ class ASYNCDIFF_EXPORT Fabric {
   // Whether reset() helps after a failure or an abort; else close the fabric and make another one.
   virtual bool recovers() const { return true; }
   // Everybody's bytes, by process; collective among all processes. Waits at most so many seconds
-  // for a process that lives. Throws ProcessLost and CollectiveTimeout; then the fabric is over in
-  // all processes: close it and make another one.
+  // for a process that lives, which begin anew with each of its heartbeats. Throws ProcessLost and
+  // CollectiveTimeout; then the fabric is over in all processes: close it and make another one.
   std::vector<std::string> all_gather(const std::string& mine, double seconds) const;
+  // Tells those that wait for this process in a call that they make together that it goes on, and
+  // with what (96 bytes are kept, for their message). Not collective.
+  void heartbeat(const std::string& doing) const;
 
   // Ends the fabric: nothing can be exchanged any more. Nothing may be in flight. Mailbox memory
   // lives on while somebody holds it.

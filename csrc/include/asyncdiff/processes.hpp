@@ -117,6 +117,10 @@ class ASYNCDIFF_EXPORT Processes {
 
   // Liveness, where there are several processes.
 
+  // Tells those that wait for this process, in a call that they make together, that it goes on, and
+  // with what (96 bytes are kept). They wait their time anew.
+  void heartbeat(const std::string& doing) const;
+
   // wake() is called, by any thread, when a process has gone. Empty: nobody is called any more.
   void on_end(std::function<void()> wake) const;
   // Whether a process has ended or a collective call has failed: nothing goes on any more.

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..progress import heartbeat
 from .capture import Captured
 from .checkpoint import Checkpoint
 from .layers.quantized import move, own_classes, plain, settle_weights, stays_at_home
@@ -148,6 +149,7 @@ class Weights:
 
     def bring(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
         """The weight of placeholder ``name`` on ``device``, of which nothing is kept here."""
+        heartbeat(f"reading weights: {name}")  # a disk may be slow
         weight = captured.weights[name]
         if weight.device.type == "meta" and self._freed is not None:
             return self._freed.read(captured.names[name], weight).to(device)

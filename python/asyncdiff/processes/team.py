@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import asyncdiff_core as core
 
 from .. import errors
+from ..environment import prepare_deadline
 from ..errors import (
     AsyncDiffError,
     DeviceError,
@@ -21,13 +22,11 @@ from ..errors import (
     RankError,
 )
 from ..memory import out_of_memory
+from ..progress import watched
 from .group import membership
 
 #: Deadlines that coming together may last: processes load their models before.
 _PATIENCE = 10
-#: Seconds that a process which has much to do is waited for, as long as it lives and nobody has
-#: stopped it (SIGSTOP).
-_BUSY = 3600.0
 #: What differs where processes do not make the same call.
 _CALL = "the call"
 _T = TypeVar("_T")
@@ -47,8 +46,12 @@ class Team:
         fabric: core.HostFabric | None = None,
         process: int = 0,
         first_only: bool = False,
+        patience: float | None = None,
     ) -> None:
         self._fabric = fabric
+        #: seconds that a process which has much to do is waited for while it says nothing; None: as
+        #: long as for anything
+        self._patience = patience
         #: whether only process 0 gets noise predictions, of several
         self.first_only = first_only
         #: this process, and how many there are
@@ -63,14 +66,15 @@ class Team:
     def of(cls, group: Any, deadline: float, results: str = "all") -> Team:
         """The processes of ``group`` (None: this one alone; else see
         :func:`~asyncdiff.processes.group.membership`), which wait ``deadline`` seconds for each
-        other, and ten times as long to come together. ``results``: who gets noise predictions,
-        "all" or "first". Raises InputError for other ``results``, DeviceError for processes that
-        cannot exchange."""
+        other, and ten times as long to come together; one that is :meth:`busy` and says nothing of
+        going on they wait for as long as ``ASYNCDIFF_PREPARE_DEADLINE`` says. ``results``: who gets
+        noise predictions, "all" or "first". Raises InputError for other ``results`` and for what
+        that variable cannot mean, DeviceError for processes that cannot exchange."""
         if results not in ("all", "first"):
             raise InputError(f"results={results!r}: write 'all' or 'first'")
         if group is None:
             return cls()
-        patience = _PATIENCE * deadline
+        patience, busy = _PATIENCE * deadline, max(deadline, prepare_deadline())
         member = membership(group, patience)
         try:
             meeting = core.StoreRendezvous(member.store, member.process, member.processes)
@@ -80,7 +84,7 @@ class Team:
         except core.errors.ProcessError as e:
             raise lost(e) from e
         only = results == "first" and member.processes > 1
-        team = cls(fabric, member.process, only)
+        team = cls(fabric, member.process, only, busy)
         # Who ends in good order is missed by those only that still need it.
         atexit.register(_close, weakref.ref(team))
         return team
@@ -95,7 +99,7 @@ class Team:
         if self._fabric is None:
             return [mine]
         with self.collective():
-            timeout = _BUSY if self._busy else None
+            timeout = self._patience if self._busy else None
             return self._fabric.all_gather(mine, timeout=timeout)
 
     @property
@@ -184,12 +188,18 @@ class Team:
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
         """Around what takes long in all processes, maybe in some longer than in others: they are
-        waited for as long as they live and are not stopped."""
+        waited for as long as they live, are not stopped, and say from time to time that they go on
+        (:func:`~asyncdiff.progress.heartbeat`, which all that is told of progress is)."""
         self._busy += 1
         try:
-            yield
+            with watched(self._beat):
+                yield
         finally:
             self._busy -= 1
+
+    def _beat(self, doing: str) -> None:
+        if self._fabric is not None and not self._closed:
+            self._fabric.heartbeat(doing)
 
     def check(self) -> None:
         """Raise ProcessError where another process is known to have ended, without waiting."""

@@ -23,6 +23,7 @@ from asyncdiff import (
     PlanError,
     SchedulerError,
 )
+from asyncdiff.environment import prepare_deadline
 from asyncdiff.processes.team import Team
 from asyncdiff.runtime.devices import Place, fabric
 from asyncdiff.runtime.engine import Engine
@@ -80,6 +81,19 @@ def test_the_deadline_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ASYNCDIFF_DEADLINE", "soon")
     with pytest.raises(InputError, match="ASYNCDIFF_DEADLINE='soon'"):
         make()
+
+
+def test_for_how_long_a_process_that_prepares_may_say_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ASYNCDIFF_PREPARE_DEADLINE", raising=False)
+    assert prepare_deadline() == 900
+    monkeypatch.setenv("ASYNCDIFF_PREPARE_DEADLINE", "2.5")
+    assert prepare_deadline() == 2.5
+    for wrong in ("soon", "-1", "nan", "1e9"):
+        monkeypatch.setenv("ASYNCDIFF_PREPARE_DEADLINE", wrong)
+        with pytest.raises(InputError, match=f"ASYNCDIFF_PREPARE_DEADLINE='{wrong}'"):
+            prepare_deadline()
 
 
 def test_what_the_core_says_of_devices_is_a_device_error_of_ours(

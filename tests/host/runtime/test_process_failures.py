@@ -70,6 +70,18 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", ["", "ab"])
+def test_who_stands_still_while_it_prepares_is_named(hosts: str, tmp_path: Path) -> None:
+    other, one = run(group_failures.silent, 2, tmp_path, hosts=hosts)
+    assert other["busy"]["kind"] == one["busy"]["kind"] == "none"
+    assert other["busy"]["seconds"] > 3 > group_failures.SILENCE
+    for told in (other["still"], one["still"]):
+        assert (told["kind"], told["rank"]) == ("ProcessError", 1), told
+        assert "whose last word was 'the last part'" in told["text"]
+    assert other["still"]["seconds"] < 3 * group_failures.SILENCE
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize(
     ("processes", "hosts"), [(2, ""), (3, ""), (4, ""), (2, "ab"), (3, "aba"), (4, "aabb")]
