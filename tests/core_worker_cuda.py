@@ -178,6 +178,8 @@ def cuda_churn(process: int, processes: int, folder: Path, gpus: int, changes: i
 
     early = 0
     source = torch.arange(1 << 20, dtype=torch.int32, device=device)
+    # What follows a get is loaded before the first one: the host may have to wait for that.
+    assert torch.equal(source[:7], source[:7].clone())
     torch.cuda.synchronize(device)
     for n in range(changes):
         receivers = [1] if n % 2 == 0 else list(range(1, processes))

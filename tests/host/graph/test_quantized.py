@@ -302,20 +302,24 @@ def test_every_type_of_gguf() -> None:
         assert {captured.weights[n].dtype for n in names} == {torch.uint8}
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 16, 17])
-def test_products_of_integers_have_rows_enough(rows: int) -> None:
+def test_products_of_integers_have_rows_enough(rows: int, decomposed: bool) -> None:
     torch.manual_seed(0)
     left = torch.randint(-128, 127, (rows, 32), dtype=torch.int8)
     right = torch.randint(-128, 127, (32, 24), dtype=torch.int8)
     graph = fx.Graph()
     a, b = (graph.placeholder(name) for name in "ab")
     a.meta["val"], b.meta["val"] = left.to("meta"), right.to("meta")
-    product = graph.call_function(out_dtype, (torch.ops.aten.mm.default, torch.int32, a, b))
+    if decomposed:
+        product = graph.call_function(torch.ops.aten._int_mm.default, (a, b))
+    else:
+        product = graph.call_function(out_dtype, (torch.ops.aten.mm.default, torch.int32, a, b))
     product.meta["val"] = torch.empty(rows, 24, dtype=torch.int32, device="meta")
     graph.output(product)
     fill_rows(graph)
-    (found,) = graph.find_nodes(op="call_function", target=out_dtype)
-    assert found.args[2].meta["val"].shape[0] == 17
+    (found,) = graph.find_nodes(op="call_function", target=product.target)
+    assert found.args[-2].meta["val"].shape[0] == 17
     assert all("val" in n.meta for n in graph.nodes if n.op == "call_function")
     got = fx.Interpreter(torch.nn.Module(), graph=graph).run(left, right)
     assert torch.equal(got, left.int() @ right.int())

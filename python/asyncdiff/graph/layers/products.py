@@ -20,15 +20,19 @@ _ROWS = 17
 def fill_rows(graph: fx.Graph) -> None:
     """Give products of integers that have too few rows further ones, of zeros, and take them from
     the result: the others are the same."""
-    for node in list(graph.find_nodes(op="call_function", target=out_dtype)):
-        operation, dtype, left = node.args[:3]
+    for node in list(graph.nodes):
+        factor = _first_factor(node)
+        if factor is None:
+            continue
+        left = node.args[factor]
         rows = left.meta["val"].shape[0]
-        if (operation, dtype) != (aten.mm.default, torch.int32) or rows >= _ROWS:
+        if rows >= _ROWS:
             continue
         with graph.inserting_before(node):
             more = [0, 0, 0, _ROWS - rows]
             wide = graph.call_function(aten.constant_pad_nd.default, (left, more))
-            product = graph.call_function(out_dtype, (operation, dtype, wide, node.args[3]))
+            others = (*node.args[:factor], wide, *node.args[factor + 1 :])
+            product = graph.call_function(node.target, others)
             result = graph.call_function(aten.slice.Tensor, (product, 0, 0, rows))
         wide.meta["val"] = aten.constant_pad_nd.default(left.meta["val"], more)
         value = node.meta["val"]
@@ -38,3 +42,15 @@ def fill_rows(graph: fx.Graph) -> None:
             made.meta = {**node.meta, "val": made.meta["val"]}
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+
+def _first_factor(node: fx.Node) -> int | None:
+    """Which argument is the first factor of a product of integers; None for another operation."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten._int_mm.default:
+        return 0
+    # Until the graph is decomposed; on CPUs also afterwards.
+    if node.target is out_dtype and node.args[:2] == (aten.mm.default, torch.int32):
+        return 2
+    return None
