@@ -12,6 +12,8 @@ OPTIONS = {
     "waves": ("waves", "schedule='wavefront'"),
     "split": ("split", "guidance='split': twice the ranks"),
     "splitwarm": ("split_warmup", "warmup_mode='split'"),
+    "sequence": ("sequence", "schedule='sequence'"),
+    "sequencewarm": ("sequence_warmup", "warmup_mode='sequence'"),
 }
 
 
@@ -27,6 +29,8 @@ class Setting:
     waves: bool = False
     split: bool = False
     split_warmup: bool = False
+    sequence: bool = False
+    sequence_warmup: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Setting:
@@ -56,7 +60,16 @@ class Setting:
     @property
     def schedule(self) -> str:
         """The schedule's name."""
+        if self.sequence:
+            return "sequence"
         return "wavefront" if self.waves else "asyncdiff"
+
+    @property
+    def warmup_mode(self) -> str:
+        """How exact steps run."""
+        return {(1, 0): "split", (0, 1): "sequence"}.get(
+            (self.split_warmup, self.sequence_warmup), "chain"
+        )
 
     @property
     def ranks(self) -> int:

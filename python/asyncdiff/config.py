@@ -17,7 +17,7 @@ from .progress import Progress
 from .sampling.auto_warmup import AutoWarmup
 from .sampling.calibration import Calibration
 from .sampling.predictor import check_order
-from .schedule.plan import check_delay, check_numbers, check_schedule, rank_count
+from .schedule.plan import EXACT, check_delay, check_numbers, check_schedule, rank_count
 
 #: One entry a rank, or None: all GPUs, else the CPU.
 Devices = Sequence[str | int | torch.device] | None
@@ -32,7 +32,7 @@ class ParallelConfig:
     """Settings of a parallelised denoiser. Immutable, and checked when made.
 
     Attributes:
-        devices: one entry a rank (N + S − 1; waves and pipelines: N; twice that with
+        devices: one entry a rank (N + S − 1; N in other schedules than the published one; twice that with
             guidance="split"), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None
             for all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
@@ -49,9 +49,11 @@ class ParallelConfig:
         schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024); ``"wavefront"``: an
             evaluation passes through the components in successive ticks, and the sampler goes on
             with an extrapolated clean image until it arrives (docs/guide/waves.md), closer to the
-            sequential result, at the same speed; or ``"pipeline"``, for batches of at least N
+            sequential result, at the same speed; ``"pipeline"``, for batches of at least N
             pictures: components work on different pictures in turn, and every step is exact
-            (docs/guide/pipeline.md).
+            (docs/guide/pipeline.md); or ``"sequence"``, for transformers: N ranks hold all of the
+            denoiser, share out its tokens and exchange keys and values, and every step is exact
+            (docs/guide/sequence.md).
         delay: of waves only: ticks until a wave's prediction arrives, from 1 to N − 1; with N − 1,
             which None means, nothing inside a wave is stale.
         order: of waves only: how far the clean image is extrapolated, from 0 (held) to 1 (in a
@@ -63,9 +65,10 @@ class ParallelConfig:
             of other components are moved on before they are used.
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
             first half of the ranks takes the first condition, the others the second one.
-        warmup_mode: "chain" (exact steps run one component after another), or "split": the exact
-            steps but the last of the first ones run whole on two devices, a condition each. Those
-            hold the whole denoiser then.
+        warmup_mode: "chain" (exact steps run one component after another); "split": the exact
+            steps but the last of the first ones run whole on two devices, a condition each; or
+            "sequence": they run on all ranks, which share out the tokens. Those devices hold the
+            whole denoiser then.
         latents, timestep: names of those arguments, where they are not the usual ones.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape, up to four where components turn out unequal (results are cached on the disk,
@@ -117,18 +120,24 @@ class ParallelConfig:
     def _check_modes(self) -> None:
         for name, words in (
             ("guidance", ("batched", "split")),
-            ("warmup_mode", ("chain", "split")),
+            ("warmup_mode", ("chain", "split", "sequence")),
         ):
             if getattr(self, name) not in words:
-                raise InputError(f"{name}={getattr(self, name)!r}: write {words[0]!r} or 'split'")
+                said = " or ".join(map(repr, words))
+                raise InputError(f"{name}={getattr(self, name)!r}: write {said}")
         if self.compile not in (None, True, False, "whole", "regions"):
             raise InputError(f"compile={self.compile!r}: write 'regions', 'whole', True or False")
-        if self.schedule == "pipeline" and self.splits:
+        if self.schedule == "pipeline" and (self.splits or self.warmup_mode != "chain"):
             raise PlanError(
                 "schedule='pipeline' keeps the conditions of a picture together: take "
                 "guidance='batched' and warmup_mode='chain', and more components for more devices"
             )
-        if self.warmup_mode == "split" and self.auto_warmup is not None:
+        if self.schedule == "sequence" and self.warmup_mode != "chain":
+            raise PlanError(
+                f"warmup_mode={self.warmup_mode!r} does not go with schedule='sequence', in which "
+                "every step is exact and runs alike: leave it out"
+            )
+        if self.warmup_mode != "chain" and self.auto_warmup is not None:
             raise PlanError(
                 "warmup='auto' needs warmup_mode='chain': the last exact step, which fills the "
                 "mailboxes, is not known ahead"
@@ -174,7 +183,7 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> int:
-        """Ranks of one group: N + S − 1; N for waves and pipelines."""
+        """Ranks of one group: N + S − 1; N in all schedules but the published one."""
         return rank_count(self.components, self.stride, self.schedule)
 
     @property
@@ -210,7 +219,7 @@ class ParallelConfig:
         PlanError for them.
         """
         times = torch.as_tensor(timesteps)
-        if self.schedule == "pipeline":
+        if self.schedule in EXACT:
             return GenerationSpec(self, times, max(len(times), 1), 0)
         warmup, tail = self.exact_steps(len(times)), self.exact_tail
         if shorten and warmup + tail > len(times):
@@ -312,7 +321,7 @@ class GenerationSpec:
 
     @property
     def split_steps(self) -> tuple[int, int]:
-        """Exact steps at both ends that run split over two devices. The last one of the warm-up
+        """Exact steps at both ends that run split over devices. The last one of the warm-up
         fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first one at
         the end of waves, with which the waves under way arrive."""
         if self.config.warmup_mode == "chain":

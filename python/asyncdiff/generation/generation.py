@@ -248,7 +248,7 @@ class Generation:
             prepare_s=self._prepare_s,
             prepare_phases=self._prepare_phases,
             exchange_bytes=sum(sent),
-            exchange_bytes_per_tick=max(steady, default=0),
+            exchange_bytes_per_tick=max(steady or sent, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
             cuda_graphs=all(w.graphs.used for w in engine.workers),
@@ -290,11 +290,12 @@ def _number(time: torch.Tensor) -> Time:
 
 
 def _sent(phase: Phase) -> list[int]:
-    """Bytes of the boundary that ranks send to others, tick by tick."""
+    """Bytes of boundaries, or of tokens, that ranks send to others, tick by tick."""
     by_component: dict[int, int] = defaultdict(int)
     for (source, target), nbytes in phase.engine.bundle_bytes.items():
         by_component[source] += nbytes * len(phase.plan.ranks_of(target))
+    inside = phase.plan.schedule == "sequence"  # of each run
     return [
-        sum(by_component[run.component] for run in tick.runs if run.ordinal != NOTHING)
+        sum(by_component[run.component] for run in tick.runs if inside or run.ordinal != NOTHING)
         for tick in phase.plan.ticks
     ]

@@ -36,14 +36,14 @@ def plan_of(
     warmup: int | None = None,
     microbatches: int | None = None,
 ) -> Plan:
-    """The plan of a generation, for each group of ranks; with warmup_mode="split" without the exact
-    steps that run split. ``warmup``: with this many exact steps. ``parts`` tells which components
+    """The plan of a generation, for each group of ranks; with warmup_mode="split" or "sequence" without
+    the exact steps that run so. ``warmup``: with this many exact steps. ``parts`` tells which components
     exchange (None: not known yet; each sends to all later ones). ``microbatches``: of a pipeline
     (None: not known yet)."""
     config = spec.config
     before, after = spec.split_steps
     if before == spec.steps:
-        return _exact(before)
+        return _exact(before, config.ranks if config.warmup_mode == "sequence" else 1)
     return _build(
         config.components,
         config.stride,
@@ -70,17 +70,22 @@ def phases_of(
     """The phases of a generation of calls like this one, which ``engine`` was got for, with every
     CUDA graph recorded."""
     before, after = spec.split_steps
+
+    def whole(steps: int, first: int = 0, main: bool = True) -> Phase:
+        made = engines.whole(call, branch, spec.config.warmup_mode)
+        return Phase(made, _exact(steps, len(made.partition.components)), first, main)
+
     if before == spec.steps:
-        phases = [Phase(engines.whole(call, branch), plan_of(spec, None))]
+        phases = [whole(before)]
         engines.prepare(phases[0].engine, phases[0].plan)
         return phases
     count = engine.microbatches if isinstance(engine, Pipelined) else None
     phases = [Phase(engine, plan_of(spec, engine.partition, microbatches=count), before)]
     if before:
-        phases.insert(0, Phase(engines.whole(call, branch), _exact(before), main=False))
+        phases.insert(0, whole(before, main=False))
     if after:
         first = spec.steps - after
-        phases.append(Phase(engines.whole(call, branch), _exact(after), first, main=False))
+        phases.append(whole(after, first, main=False))
     for phase in phases:
         engines.prepare(phase.engine, phase.plan)
     if spec.auto_warmup is not None:  # whenever exact steps end, nothing is to be recorded then
@@ -89,6 +94,7 @@ def phases_of(
     return phases
 
 
-def _exact(steps: int) -> Plan:
-    """The plan of exact steps on a rank that has the whole denoiser."""
-    return _build(1, 1, steps, steps, exchanges=())
+def _exact(steps: int, ranks: int = 1) -> Plan:
+    """The plan of exact steps on ranks that have the whole denoiser: of each condition one, or
+    several that share out its tokens."""
+    return _build(ranks, 1, steps, steps, schedule="sequence", exchanges=())

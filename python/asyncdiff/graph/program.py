@@ -40,18 +40,49 @@ class Emit(nn.Module):
             self.sink(target, index, value)
 
 
+class Meet(nn.Module):
+    """Where a program of several ranks, each with a share of the tokens, is given those of all of
+    them: by what :func:`run_program` was given, if that has a method ``take``."""
+
+    sink: Sink | None = None
+
+    def forward(
+        self, meeting: int, index: int, value: torch.Tensor, dim: int, length: int
+    ) -> torch.Tensor:
+        """All ranks' values like ``value``, one after another along ``dim``, where they have
+        ``length`` together; without anybody to meet, zeros."""
+        take = getattr(self.sink, "take", None)
+        if take is not None:
+            taken: torch.Tensor = take(meeting, index, value, dim)
+            return taken
+        shape = list(value.shape)
+        shape[dim] = length - shape[dim]
+        return joined([value, value.new_zeros(shape)], dim)
+
+
+def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Tensors one after another along ``dim``, as a new one whose dimensions lie in memory in the
+    order in which those of the first lie."""
+    first = parts[0]
+    order = sorted(range(first.dim()), key=lambda d: (-first.stride(d), d))
+    together = torch.cat([part.permute(order) for part in parts], order.index(dim))
+    return together.permute([order.index(d) for d in range(first.dim())])
+
+
 def run_program(
     program: fx.GraphModule, arguments: Sequence[torch.Tensor], sink: Sink | None
 ) -> list[Any]:
-    """What ``program`` returns for ``arguments``; its boundary values go to ``sink`` meanwhile."""
-    emit = program.emit
-    assert isinstance(emit, Emit)
-    emit.sink = sink
+    """What ``program`` returns for ``arguments``; its boundary values go to ``sink`` meanwhile,
+    which in a program of several ranks gives it those of others."""
+    ends = [end for end in (program.emit, getattr(program, "meet", None)) if end is not None]
+    for end in ends:
+        end.sink = sink
     try:
         outputs: list[Any] = program(*arguments)
         return outputs
     finally:
-        emit.sink = None
+        for end in ends:
+            end.sink = None
 
 
 def resolve(
@@ -96,15 +127,15 @@ def build(
     env: dict[fx.Node, fx.Node] = {}
     for node in [*inputs, *reads]:
         env[node] = graph.placeholder(node.name)
-        _mark(captured, node, env[node])
+        mark(captured, node, env[node])
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in env:
-                env[source] = _attribute(captured, source, root, graph, device, weight)
+                env[source] = attribute(captured, source, root, graph, device, weight)
         args, kwargs = resolve(node, env.__getitem__, device)
         env[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         env[node].meta |= {k: node.meta[k] for k in _KNOWN if k in node.meta}
-        _mark(captured, node, env[node])
+        mark(captured, node, env[node])
         for target, index in sends.get(node, ()):
             graph.call_module("emit", (target, index, env[node]))
     graph.output([env[o] if isinstance(o, fx.Node) else o for o in outputs])
@@ -118,7 +149,7 @@ def weight_name(placeholder: str) -> str:
     return f"w_{placeholder}"
 
 
-def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
+def mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
     """Say in the metadata of ``made``, the program's ``node``, whether its value can be kept."""
     if node in captured.views or not isinstance(node.meta.get("val"), torch.Tensor):
         return
@@ -129,7 +160,7 @@ def _mark(captured: Captured, node: fx.Node, made: fx.Node) -> None:
         made.meta |= {KEEP: ONCE if node in captured.once else TIMED, NBYTES: nbytes_of(node)}
 
 
-def _attribute(
+def attribute(
     captured: Captured,
     source: fx.Node,
     root: nn.Module,
@@ -137,6 +168,10 @@ def _attribute(
     device: torch.device,
     weight: Callable[[str, torch.device], torch.Tensor],
 ) -> fx.Node:
+    """The node that reads a weight, or the body of a higher-order operation, which ``root`` gets.
+
+    ``source`` is its node in the captured graph, ``weight`` brings a weight to the device.
+    """
     name = weight_name(source.name)
     if source.op == "get_attr":  # the body of a higher-order operation
         body = captured.root.get_submodule(str(source.target))

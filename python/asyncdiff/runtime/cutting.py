@@ -15,6 +15,7 @@ from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
 from ..partition.cost import Costs, fused, link_speed, measure
 from ..partition.partition import Partition, partition
+from ..partition.shards import Shards, shards
 from ..phases import phase
 from ..preparation.captures import kept_capture
 from ..preparation.cuts import KeptCuts
@@ -83,6 +84,16 @@ class Cutter:
         made = cut()
         self._team.agree("cut the denoiser", lambda: of_partition(made))
         return made
+
+    def shards(self, call: Call, ranks: int, like: Partition | None = None) -> Shards:
+        """The denoiser, for calls like this one, with its tokens shared out among so many ranks.
+        ``like``: what is exported already, if that is for the same signature."""
+        known = like is not None and like.captured.signature == call.signature
+        captured = like.captured if like is not None and known else self._capture(call)
+        if known and isinstance(like, Shards) and len(like.components) == ranks:
+            return like
+        with phase("cut"):
+            return shards(captured, ranks)
 
     def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
         """What to make in place of the last of the cuts whose components were timed; None to keep

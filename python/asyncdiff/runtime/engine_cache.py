@@ -138,7 +138,12 @@ class EngineCache:
             with bar(config.progress):
                 made = self._with_room(
                     lambda: self._ranks(
-                        call, config.components, self._places_of(branch), kind[2], like=like
+                        call,
+                        config.components,
+                        self._places_of(branch),
+                        kind[2],
+                        like=like,
+                        tokens=config.schedule == "sequence",
                     ),
                     kind,
                 )
@@ -228,25 +233,34 @@ class EngineCache:
             return split_of(call, call.indices(Role.LATENTS)[0], config.components)
         return _CONDITIONS if config.guidance == "split" and branch.count == 1 else None
 
-    def whole(self, call: Call, branch: Branch) -> Engine | Groups:
-        """The engine of two devices that have the whole denoiser, a condition each; of one of them
-        for a branch of several. Only after :meth:`get` for the same call."""
+    def whole(self, call: Call, branch: Branch, mode: str) -> Engine | Groups:
+        """The engine of exact steps on devices that have the whole denoiser. ``mode``, the
+        warmup_mode: "split", two with a condition each, or one of them for a branch of several;
+        "sequence", all of them, with a share of the tokens each. Only after :meth:`get` for the
+        same call."""
         kind = next(reversed(self._kept))
         ranks = self._kept[kind].branches[branch.index]
-        if ranks.whole is None:
+        if mode not in ranks.whole:
+            mine = ranks.engine
             first = self._places[0]
             places = [first, next((p for p in self._places if p != first), first)]
             split: BatchSplit | None = _CONDITIONS
-            known = ranks.engine.batched if isinstance(ranks.engine, Groups) else None
-            like = None
-            if branch.count > 1:
+            known = mine.batched if isinstance(mine, Groups) else None
+            like, count = None, 1
+            if mode == "sequence":
+                places, split, count = self._places_of(branch), kind[2], self._config.ranks
+                like = mine.partition
+            elif branch.count > 1:
                 places, split = [places[branch.index % GROUPS]], None
-                like = ranks.engine.partition
+                like = mine.partition
             with self._team.busy():
-                ranks.whole = self._with_room(
-                    lambda: self._ranks(call, 1, places, split, known, like), kind
+                ranks.whole[mode] = self._with_room(
+                    lambda: self._ranks(
+                        call, count, places, split, known, like, mode == "sequence"
+                    ),
+                    kind,
                 )
-        return ranks.whole
+        return ranks.whole[mode]
 
     def prepare(self, engine: Engine | Groups, plan: Plan) -> None:
         """Make an engine of the calls that were asked for last ready for ``plan``."""
@@ -294,13 +308,15 @@ class EngineCache:
         split: BatchSplit | None,
         batched: Sequence[bool] | None = None,
         like: Partition | None = None,
+        tokens: bool = False,
     ) -> Engine | Groups:
-        """Ranks at ``places`` that run ``components`` of the denoiser; with ``split`` an engine
+        """Ranks at ``places`` that run ``components`` of the denoiser, or with ``tokens`` so many
+        shares of its tokens; with ``split`` an engine
         for each part of the batch: of conditions on devices of their own, of pictures in turn on
         all of them. ``batched``: which inputs hold all parts of it, if that is known. ``like``:
         what is to be cut alike, where that can be."""
         if split is None:
-            return self._even(call, components, places, like)
+            return self._even(call, components, places, like, tokens)
         in_turn = self._config.schedule == "pipeline"
         ranks = len(places) if in_turn else len(places) // split.count
         if batched is None and self._weights.checkpoint is not None:
@@ -323,7 +339,7 @@ class EngineCache:
             for g in range(split.count):
                 of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
                 if not engines:
-                    made = first = self._even(mine[0], components, of_group, like)
+                    made = first = self._even(mine[0], components, of_group, like, tokens)
                 else:
                     beside = first if in_turn else None
                     made = self._engine(mine[g], first.partition, of_group, beside)
@@ -333,12 +349,21 @@ class EngineCache:
         return (Pipelined if in_turn else Groups)(engines, call, batched, split)
 
     def _even(
-        self, call: Call, components: int, places: Sequence[Place], like: Partition | None = None
+        self,
+        call: Call,
+        components: int,
+        places: Sequence[Place],
+        like: Partition | None = None,
+        tokens: bool = False,
     ) -> Engine:
         """An engine, cut ``like`` another one, where there is one; else, where its components turn
-        out too unequal, cut again."""
+        out too unequal, cut again. With ``tokens``: see :meth:`_ranks`."""
         copies = len(places) - components + 1
-        parts = self._cutter.first(call, components, copies, like)
+        parts: Partition
+        if tokens:
+            parts = self._cutter.shards(call, components, like)
+        else:
+            parts = self._cutter.first(call, components, copies, like)
         beside = next((e for e in self._beside if e.places == list(places)), None)
         if isinstance(beside, Groups):
             beside = beside.engines[0]

@@ -25,14 +25,19 @@ _REMEMBERED = 32
 
 @dataclass
 class Ranks:
-    """What a branch has: the engine of the components, and maybe one that has the whole denoiser on
-    a device, or a condition on each of two."""
+    """What a branch has: the engine of the components, and those of exact steps on devices that have
+    the whole denoiser, by warmup_mode."""
 
     engine: Engine | Groups
-    whole: Engine | Groups | None = None
+    whole: dict[str, Engine | Groups] = field(default_factory=dict)
     #: of the denoiser, and how often its weights had been taken anew, when it was asked for last
     version: int = 0
     renewals: int = 0
+
+    @property
+    def engines(self) -> list[Engine | Groups]:
+        """All of them."""
+        return [self.engine, *self.whole.values()]
 
 
 @dataclass
@@ -60,16 +65,14 @@ class Prepared:
     @property
     def engines(self) -> list[Engine | Groups]:
         """All of them."""
-        both = ((ranks.engine, ranks.whole) for ranks in self.branches.values())
-        return [engine for pair in both for engine in pair if engine is not None]
+        return [engine for ranks in self.branches.values() for engine in ranks.engines]
 
     def take(self, index: int, engine: Engine | Groups) -> None:
         """Keep an engine for a branch, in place of the one before, if there is one."""
         old = self.branches.pop(index, None)
         self.branches[index] = Ranks(engine)
-        for over in () if old is None else (old.engine, old.whole):
-            if over is not None:
-                over.close()
+        for over in () if old is None else old.engines:
+            over.close()
 
     def asked(self, index: int, version: int) -> Engine | Groups:
         """The engine of a branch, which is asked for at this version of the denoiser."""
@@ -82,7 +85,7 @@ class Prepared:
         its weights also not taken anew because another branch has asked; ``version``: that of the
         denoiser now."""
         for ranks in self.branches.values():
-            if engine is ranks.engine or engine is ranks.whole:
+            if any(engine is e for e in ranks.engines):
                 same = (ranks.version, ranks.renewals) == (version, self.renewals)
                 return same and not self.stale(version)
         return False

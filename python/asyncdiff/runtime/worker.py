@@ -13,6 +13,7 @@ from torch import fx
 
 import asyncdiff_core as core
 
+from ..errors import DeviceError
 from ..graph.compiled.compile import compile_program
 from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program, weight_name
@@ -24,6 +25,7 @@ from ..progress import Progress
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
 from .cuda_graphs import GraphCache, Issued, capturing
 from .exchange.buffers import moved_on
+from .exchange.meetings import Meetings
 from .exchange.push import Push, Sender
 from .exchange.results import Result
 from .rows import Rows
@@ -98,6 +100,9 @@ class Worker:
         self.senders: dict[int, Sender] = {}
         #: where its noise predictions go besides, if they do
         self.result: Result | None = None
+        #: where tokens are shared out: its part in the meetings of all ranks
+        self.meetings: Meetings | None = None
+        self._meets = hasattr(self.program, "meet")
         #: by sending component, the channels that bring bundles
         self.receivers: dict[int, core.Channel] = {}
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
@@ -122,12 +127,15 @@ class Worker:
     ) -> tuple[dict[int, list[torch.Tensor]], list[Any]]:
         """Run once, without channels, on bundles given by source.
 
-        Returns the bundles by target, with dense values, and the outputs.
+        Returns the bundles by target, with dense values, and the outputs; where tokens are shared
+        out, what is given at each meeting, without values.
         """
         sent: dict[int, list[torch.Tensor]] = {}
 
         def collect(target: int, index: int, value: torch.Tensor) -> None:
-            sent.setdefault(target, []).append(value.clone())  # dense, in the same order
+            # Dense, in the same order. Of tokens that are shared out only the layout counts.
+            kept = torch.empty_like(value, device="meta") if self._meets else value.clone()
+            sent.setdefault(target, []).append(kept)
 
         if self.device.type == "cuda":
             # Weights, inputs and ``reads`` were brought here on other streams.
@@ -167,6 +175,15 @@ class Worker:
         with self.current():
             self.rows.prepare()
             self.graphs.record(slots, lambda: self.execute(slots))
+
+    def check_meetings(self) -> None:
+        """Raise DeviceError where ranks meet within a run that is no CUDA graph: launched one after
+        another, they would wait for what the host launches only afterwards."""
+        if self.meetings is not None and self.stream is not None and not self.graphs.used:
+            raise DeviceError(
+                f"rank {self.rank} cannot be recorded as a CUDA graph, which sharing out tokens "
+                "needs: take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain'"
+            )
 
     def renew(self, weights: Weights, written: Written) -> bool | None:
         """Compute with the weights that the denoiser has now; whether graphs have to be recorded
@@ -230,12 +247,15 @@ class Worker:
             reads[source] = bundle
         senders = {} if write == NOTHING else self.senders
         result = self.result if delivers else None
-        if not senders and result is None:
+        meetings = self.meetings
+        if not senders and result is None and meetings is None:
             return Issued(run_program(self.program, self._arguments(reads), None))
         push = Push(senders, write, self.stream, self.comm, result)
         # A copy of the last component has values for others, but only the component sends them.
-        sink = push if senders else None
+        sink = meetings or (push if senders else None)
         outputs = run_program(self.program, self._arguments(reads), sink)
+        if meetings is not None:
+            meetings.finish()
         push.finish(outputs)
         self._spent += push.spent
         self._pushes += 1
@@ -268,6 +288,7 @@ class Worker:
         self.receivers.clear()
         self.senders.clear()
         self.result = None
+        self.meetings = None
 
     # ---- pieces of a run ---------------------------------------------------------------------
 

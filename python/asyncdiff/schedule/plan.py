@@ -21,14 +21,16 @@ from .published import Published
 from .wavefront import Waves, lagged
 
 __all__ = [
-    "ASYNCHRONOUS", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain",
+    "ASYNCHRONOUS", "EXACT", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain",
     "check_delay", "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
 ]  # fmt: skip
 
-#: "asyncdiff": as published. The others: see :mod:`asyncdiff.schedule.wavefront` and
-#: :mod:`asyncdiff.schedule.pipeline`.
+#: "asyncdiff": as published. "wavefront": see :mod:`asyncdiff.schedule.wavefront`.
 ASYNCHRONOUS = ("asyncdiff", "wavefront")
-SCHEDULES = (*ASYNCHRONOUS, "pipeline")
+#: Those of which every step is exact. "pipeline": see :mod:`asyncdiff.schedule.pipeline`.
+#: "sequence": all ranks run each step at once, each on its share of the tokens.
+EXACT = ("pipeline", "sequence")
+SCHEDULES = (*ASYNCHRONOUS, *EXACT)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """World size: N + S − 1; N for waves and pipelines."""
+        """World size: N + S − 1; N in all schedules but the published one."""
         return rank_count(self.components, self.stride, self.schedule)
 
     def component_of(self, rank: int) -> int:
@@ -118,8 +120,8 @@ def check_schedule(
         raise PlanError(f"exact_tail must be a whole number of at least 0, not {exact_tail!r}")
     if not 0 <= extrapolate <= 2:
         raise PlanError(f"extrapolate={extrapolate!r}: take 0 (off) to 2; 1 is a straight line")
-    if schedule == "pipeline":
-        _check_pipeline(stride, time_shift, extrapolate, exact_tail)
+    if schedule in EXACT:
+        _check_exact(schedule, stride, time_shift, extrapolate, exact_tail)
     if schedule == "wavefront" and time_shift:
         raise PlanError(
             "time_shift belongs to schedule='asyncdiff': a wave runs at its own timestep"
@@ -131,13 +133,15 @@ def check_schedule(
         )
 
 
-def _check_pipeline(stride: int, time_shift: bool, extrapolate: float, exact_tail: int) -> None:
+def _check_exact(
+    schedule: str, stride: int, time_shift: bool, extrapolate: float, exact_tail: int
+) -> None:
     several = isinstance(stride, int) and stride > 1
     options = {"time_shift": time_shift, "extrapolate": extrapolate, "exact_tail": exact_tail}
     for name, given in {"stride": several, **options}.items():
         if given:
             raise PlanError(
-                f"{name} does not go with schedule='pipeline', in which every step is exact: leave "
+                f"{name} does not go with schedule={schedule!r}, in which every step is exact: leave "
                 "it out, or take another schedule"
             )
 
@@ -214,7 +218,9 @@ def build(
     the values of other components are moved on before they are used (0: they are used as they
     came). Of "wavefront" only: ``delay``, ticks from a wave's start to its prediction, from 1
     to N − 1 (None: N − 1). Of "pipeline" only:
-    ``microbatches`` (None: as many as components); every step is exact, whatever ``warmup`` is.
+    ``microbatches`` (None: as many as components). In this and in "sequence", where ``components``
+    is the number of ranks and they exchange nothing but inside of their runs, every step is exact,
+    whatever ``warmup`` is.
 
     Raises PlanError for numbers and options that no plan has.
     """
@@ -225,8 +231,10 @@ def build(
         extrapolate=extrapolate,
         exact_tail=exact_tail,
     )
-    if schedule == "pipeline":
+    if schedule in EXACT:
         warmup = steps
+    if schedule == "sequence":
+        exchanges = ()
     check_numbers(components, stride, warmup, steps, exact_tail)
     check_delay(delay, schedule, components)
     edges = tuple(chain(components) if exchanges is None else exchanges)

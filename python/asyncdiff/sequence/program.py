@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..graph.capture import Captured
+from ..graph.program import KEEP, NBYTES, mark
 from .axis import Axis
 from .flow import is_tensor, operation, shape_of
 from .sharding import PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
@@ -19,6 +20,9 @@ aten = torch.ops.aten
 #: gather(local, dim): of all ranks, one after another along a dimension. All call it in the same
 #: order.
 Gather = Callable[[torch.Tensor, int], torch.Tensor]
+#: In the metadata of such a call: for which node of the captured graph all meet, and how long the
+#: dimension then is.
+MEETING = "asyncdiff_meeting"
 
 
 def program(
@@ -39,9 +43,12 @@ class _Builder:
         #: values as their nodes have them, and in forms that others need
         self._own: dict[fx.Node, Any] = {}
         self._formed: dict[tuple[fx.Node, Form], fx.Node] = {}
+        #: the node that is being built
+        self._building: fx.Node | None = None
 
     def build(self) -> fx.Graph:
         for node in self._captured.graph.nodes:
+            self._building = node
             if node.op == "output":
                 outputs = [
                     self._given(o, None) if isinstance(o, fx.Node) else o
@@ -52,6 +59,7 @@ class _Builder:
                 self._own[node] = self._computed(node)
             else:
                 self._own[node] = self._graph.node_copy(node)
+                mark(self._captured, node, self._own[node])
             if node in self._sharding.entries:
                 axis = self._sharding.axis(node)
                 assert axis is not None
@@ -80,6 +88,8 @@ class _Builder:
             args = (args[0], size, *args[2:])
         made = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        if node not in self._sharding.axes:
+            mark(self._captured, node, made)
         return made
 
     def _parts(self, node: fx.Node, source: fx.Node, forms: Mapping[fx.Node, Form]) -> Any:
@@ -123,8 +133,11 @@ class _Builder:
 
     def _make(self, node: fx.Node, axis: Axis | None, form: Form) -> fx.Node:
         if isinstance(form, Keys):
-            assert axis == form.axis
-            return self._graph.call_function(self._gather, (self._own[node], form.axis.dim))
+            assert axis == form.axis and self._building is not None
+            local, dim = self._own[node], form.axis.dim
+            made = self._graph.call_function(self._gather, (local, dim))
+            made.meta[MEETING] = self._building.name, form.axis.length
+            return made
         if axis is not None:
             # Whole, in its own order; then, if need be, in another form.
             keys = self._given(node, Keys(axis))
@@ -170,4 +183,7 @@ class _Builder:
         ]
         if len(parts) == 1:
             return parts[0]
-        return self._graph.call_function(aten.cat.default, (parts, dim))
+        made = self._graph.call_function(aten.cat.default, (parts, dim))
+        # What is the same for a whole generation is put together once.
+        made.meta |= {k: value.meta[k] for k in (KEEP, NBYTES) if k in value.meta}
+        return made

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from ..capture import VIEW
+from ..program import Emit, Meet
 from .regions import module_paths
 from .structure import computes, structure, unlike
 
@@ -125,7 +126,7 @@ def _assembled(program: fx.GraphModule, parts: Sequence[fx.Node | list[fx.Node]]
     numbers = itertools.count()
     for part in parts:
         if isinstance(part, fx.Node):
-            graph.node_copy(part, value)
+            env[part] = graph.node_copy(part, value)
             continue
         name = f"piece_{next(numbers)}"
         piece, digest, given, results = _piece(program, part)
@@ -136,10 +137,12 @@ def _assembled(program: fx.GraphModule, parts: Sequence[fx.Node | list[fx.Node]]
         for place, result in enumerate(results):
             env[result] = graph.call_function(operator.getitem, (called, place))
     graph.node_copy(program.graph.output_node(), value)
-    emit = program.get_submodule("emit")
-    root.add_module("emit", emit)
+    ends = {name: end for name, end in program.named_children() if isinstance(end, (Emit, Meet))}
+    for name, end in ends.items():
+        root.add_module(name, end)
     made = fx.GraphModule(root, graph)
-    made.add_module("emit", emit)  # GraphModule keeps only what its graph uses
+    for name, end in ends.items():  # GraphModule keeps only what its graph uses
+        made.add_module(name, end)
     return Cut(made, digests)
 
 

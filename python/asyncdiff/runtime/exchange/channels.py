@@ -17,11 +17,13 @@ from torch import fx
 import asyncdiff_core as core
 
 from ...partition.partition import Partition
+from ...partition.shards import Shards
 from ...processes.team import Team
 from ..devices import Place, fabric
 from ..worker import Worker
 from .buffers import layout_of, memory_of, tensors_in
 from .inputs import SharedInputs
+from .meetings import connect
 from .results import MODE, SLOTS, Arrivals, Result, among_constants
 
 #: A layout as plain data: element type, shape and strides of each tensor.
@@ -81,8 +83,12 @@ class Channels:
         edges, outputs = self._first_run(workers)
         self._specs = outputs
         with self._team.collective():
-            for (i, j), layout in edges.items():
-                self._boundary(workers, i, j, layout)
+            if isinstance(self._partition, Shards):
+                ranks = len(self._partition.components)
+                self.bundle_bytes = connect(self.fabric, edges, ranks, workers, self._mode)
+            else:
+                for (i, j), layout in edges.items():
+                    self._boundary(workers, i, j, layout)
             if self._team.several:
                 for rank in self._delivering:
                     self._result(workers, rank, outputs)
@@ -105,7 +111,7 @@ class Channels:
 
     def _first_run(self, workers: Mapping[int, Worker]) -> tuple[dict[_Edge, core.Layout], _Specs]:
         """Run an exact step, one component after another: layouts of bundles by (from, to), and of
-        what the last component returns."""
+        what the last component returns; of ranks that share out tokens, by (from, meeting)."""
         bundles: dict[_Edge, list[torch.Tensor]] = {}
         specs: dict[_Edge, _Specs] = {}
         count = len(self._partition.components)
@@ -126,7 +132,8 @@ class Channels:
             specs.update({(rank, int(target)): found for target, found in sent.items()})
         copies = [rank for rank in self._delivering if rank in workers and rank >= count]
         self._team.together("run its copies", lambda: [run(rank) for rank in copies] and None)
-        assert set(specs) == set(self._partition.boundaries)
+        if not isinstance(self._partition, Shards):
+            assert set(specs) == set(self._partition.boundaries)
         return {edge: _layout(found) for edge, found in specs.items()}, outputs
 
     def _read(

@@ -1,0 +1,117 @@
+"""A captured denoiser whose tokens are shared out among ranks, each of which has all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..errors import PartitionError
+from ..graph.capture import Captured
+from ..graph.layers.quantized import plain
+from ..sequence.axis import Axis
+from ..sequence.flow import operation
+from ..sequence.module import rank_module
+from ..sequence.sharding import Keys, Sharding, shard
+from .cost import Costs, estimate
+from .partition import Component, Partition
+from .report import ComponentReport, PartitionReport
+
+#: Of the multiply-accumulates of a step, what has to be shared out: else ranks mostly do the same.
+_SHARED = 0.5
+
+
+@dataclass
+class Shards(Partition):
+    """Ranks as if they were components: each has all nodes, for its share of the tokens, and
+    returns the whole result. Nothing crosses between them but where tokens meet."""
+
+    sharding: Sharding | None = None
+
+    def program(
+        self,
+        index: int,
+        device: torch.device,
+        weight: Callable[[str, torch.device], torch.Tensor] | None = None,
+    ) -> fx.GraphModule:
+        """The program of rank ``index``; see :func:`asyncdiff.sequence.module.rank_module`."""
+        assert self.sharding is not None
+        return rank_module(
+            self.captured,
+            self.sharding,
+            index,
+            len(self.components),
+            self.components[index].inputs,
+            device,
+            weight or (lambda name, device: plain(self.captured.weights[name]).to(device)),
+        )
+
+    def report(self) -> PartitionReport:
+        """What each rank computes; prints as a table, ``to_dict`` for JSON."""
+        assert self.sharding is not None
+        costs = estimate(self.captured)
+        run = [n for n in self.captured.nodes if self.captured.each_run(n)]
+        reports = []
+        for c in self.components:
+            parts = {n: _part(self.sharding, n, c.index, len(self.components)) for n in run}
+            ms = sum(costs.ms[n] * part for n, part in parts.items())
+            macs = round(sum(costs.macs[n] * part for n, part in parts.items()))
+            weights = sum(self.captured.weights[w].numel() for w in c.weights)
+            paths = [p for p in map(self.captured.module_path, run) if p] or [""]
+            reports.append(ComponentReport(len(run), ms, macs, weights, paths[0], paths[-1]))
+        return PartitionReport(reports, [], costs.source, None)
+
+
+def shards(captured: Captured, ranks: int) -> Shards:
+    """``captured`` with its tokens shared out among so many ranks.
+
+    Raises PartitionError for a denoiser in which tokens cannot be followed, or of which too much
+    would be computed by each rank, saying by which operations; and where there are too few tokens.
+    """
+    sharding = shard(captured)
+    _check(captured, sharding, ranks)
+    used = {s for n in captured.nodes for s in n.all_input_nodes}
+    used |= {o for o in captured.outputs if isinstance(o, fx.Node)}
+    inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
+    weights = sorted(n.name for n in used if n.name in captured.weights)
+    nodes = list(captured.nodes)
+    parts = [Component(r, nodes, nodes, inputs, weights) for r in range(ranks)]
+    return Shards(captured, parts, {}, tuple(range(ranks)), None, None, True, sharding)
+
+
+def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
+    hint = "take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain', for this denoiser"
+    if not sharding.attention:
+        raise PartitionError(
+            "the denoiser's tokens cannot be shared out among ranks: there is no attention between "
+            f"tokens that could be followed to what they are made of; {hint}"
+        )
+    costs: Costs = estimate(captured)
+    run = [n for n in captured.nodes if captured.each_run(n)]
+    whole = sum(costs.macs[n] for n in run)
+    mine = sum(costs.macs[n] for n in run if _part(sharding, n, 0, 2) < 1)
+    if mine < _SHARED * whole:
+        unknown = ", ".join(dict.fromkeys(map(operation, sharding.unknown))) or "none by name"
+        raise PartitionError(
+            f"of the denoiser's work {100 * mine / max(whole, 1):.0f} % could be shared out among "
+            f"ranks by tokens; it ends at operations through which tokens are not followed "
+            f"({unknown}); {hint}"
+        )
+    axes = [a for forms in sharding.forms.values() for a in forms.values()]
+    for axis in (a.axis if isinstance(a, Keys) else a for a in axes):
+        if isinstance(axis, Axis) and axis.local(0, ranks) == 0:
+            raise PartitionError(
+                f"{axis.length} tokens cannot be shared out among {ranks} ranks: take fewer "
+                f"devices, or {hint}"
+            )
+
+
+def _part(sharding: Sharding, node: fx.Node, rank: int, ranks: int) -> float:
+    """The share of a node's work that a rank does."""
+    axes = sharding.axes.get(node)
+    axis = next((a for a in axes if a), None) if isinstance(axes, list) else axes
+    if axis is None or node in sharding.entries:
+        return 1.0
+    return axis.local(rank, ranks) / max(axis.length, 1)
