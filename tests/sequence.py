@@ -1,17 +1,47 @@
-"""Sequence-parallel graphs run in the threads of one process, as ranks would."""
+"""Denoisers of families in their first call, and sequence-parallel graphs run in the threads of one
+process, as ranks would."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
+from families import FAMILIES
 from torch import fx
 
-from asyncdiff.graph.capture import Captured
+from asyncdiff.graph.capture import Captured, capture
+from asyncdiff.graph.signature import Call, parse
 from asyncdiff.sequence.program import program
 from asyncdiff.sequence.sharding import Sharding
+
+
+class _Stop(Exception):
+    pass
+
+
+@cache
+def of_family(name: str) -> tuple[Captured, Call, list[torch.Tensor]]:
+    """A family's denoiser in its first call, and what it returns."""
+    pipe, args = FAMILIES[name]()
+    module, given = pipe.transformer, {}
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        given["call"] = args, kwargs
+        raise _Stop
+
+    module.forward, plain = look, module.forward
+    with pytest.raises(_Stop):
+        pipe(**args)
+    del module.forward
+    positional, named = given["call"]
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(plain(*positional, **named))
+    call = parse(module, positional, named)
+    return capture(module, call), call, [x for x in expected if isinstance(x, torch.Tensor)]
 
 
 class Gatherer:

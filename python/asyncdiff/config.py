@@ -32,9 +32,9 @@ class ParallelConfig:
     """Settings of a parallelised denoiser. Immutable, and checked when made.
 
     Attributes:
-        devices: one entry a rank (N + S − 1; N in other schedules than the published one; twice that with
-            guidance="split"), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``); None
-            for all GPUs, else the CPU.
+        devices: one entry a rank (N + S − 1; N in all schedules but the published one; twice that
+            with guidance="split"), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``);
+            None for all GPUs, else the CPU.
         components: N, the parts that the denoiser is split into.
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = all steps gives the sequential result.

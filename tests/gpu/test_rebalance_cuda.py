@@ -12,7 +12,7 @@ import asyncdiff
 from asyncdiff.graph.capture import Captured
 from asyncdiff.partition.cost import Costs
 from asyncdiff.runtime import cutting
-from asyncdiff.runtime import engine_cache as prepared
+from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime import rebalance as recut
 from asyncdiff.runtime.engine import Engine
 

@@ -235,7 +235,8 @@ class Generation:
         engine, plan = self.engine, self._main.plan
         ticks = [tick for phase in self._phases for tick in phase.plan.ticks]
         sent = [nbytes for phase in self._phases for nbytes in _sent(phase)]
-        steady = [b for tick, b in zip(ticks, sent, strict=True) if not tick.exact]
+        every = self.spec.config.schedule == "sequence"
+        steady = [b for tick, b in zip(ticks, sent, strict=True) if every or not tick.exact]
         exposed = engine.exposed_ms()
         return GenerationReport(
             components=self.spec.config.components,
@@ -248,7 +249,7 @@ class Generation:
             prepare_s=self._prepare_s,
             prepare_phases=self._prepare_phases,
             exchange_bytes=sum(sent),
-            exchange_bytes_per_tick=max(steady or sent, default=0),
+            exchange_bytes_per_tick=max(steady, default=0),
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
             cuda_graphs=all(w.graphs.used for w in engine.workers),

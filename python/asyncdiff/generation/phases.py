@@ -36,10 +36,10 @@ def plan_of(
     warmup: int | None = None,
     microbatches: int | None = None,
 ) -> Plan:
-    """The plan of a generation, for each group of ranks; with warmup_mode="split" or "sequence" without
-    the exact steps that run so. ``warmup``: with this many exact steps. ``parts`` tells which components
-    exchange (None: not known yet; each sends to all later ones). ``microbatches``: of a pipeline
-    (None: not known yet)."""
+    """The plan of a generation, for each group of ranks; without the exact steps that run on
+    devices with the whole denoiser, by ``warmup_mode``. ``warmup``: with this many exact steps.
+    ``parts`` tells which components exchange (None: not known yet; each sends to all later ones).
+    ``microbatches``: of a pipeline (None: not known yet)."""
     config = spec.config
     before, after = spec.split_steps
     if before == spec.steps:

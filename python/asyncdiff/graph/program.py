@@ -64,7 +64,8 @@ def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Tensors one after another along ``dim``, as a new one whose dimensions lie in memory in the
     order in which those of the first lie."""
     first = parts[0]
-    order = sorted(range(first.dim()), key=lambda d: (-first.stride(d), d))
+    strides = first.stride()
+    order = sorted(range(first.dim()), key=lambda d: (-strides[d], d))
     together = torch.cat([part.permute(order) for part in parts], order.index(dim))
     return together.permute([order.index(d) for d in range(first.dim())])
 
@@ -74,7 +75,7 @@ def run_program(
 ) -> list[Any]:
     """What ``program`` returns for ``arguments``; its boundary values go to ``sink`` meanwhile,
     which in a program of several ranks gives it those of others."""
-    ends = [end for end in (program.emit, getattr(program, "meet", None)) if end is not None]
+    ends = [end for end in program.children() if isinstance(end, (Emit, Meet))]
     for end in ends:
         end.sink = sink
     try:

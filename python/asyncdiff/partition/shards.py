@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from ..graph.layers.quantized import plain
 from ..sequence.axis import Axis
 from ..sequence.flow import operation
 from ..sequence.module import rank_module
-from ..sequence.sharding import Keys, Sharding, shard
+from ..sequence.sharding import Form, Sharding, shard
 from .cost import Costs, estimate
 from .partition import Component, Partition
 from .report import ComponentReport, PartitionReport
@@ -99,13 +99,22 @@ def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
             f"ranks by tokens; it ends at operations through which tokens are not followed "
             f"({unknown}); {hint}"
         )
-    axes = [a for forms in sharding.forms.values() for a in forms.values()]
-    for axis in (a.axis if isinstance(a, Keys) else a for a in axes):
-        if isinstance(axis, Axis) and axis.local(0, ranks) == 0:
+    for axis in _gathered(captured, sharding):
+        if axis.local(0, ranks) == 0:
             raise PartitionError(
                 f"{axis.length} tokens cannot be shared out among {ranks} ranks: take fewer "
                 f"devices, or {hint}"
             )
+
+
+def _gathered(captured: Captured, sharding: Sharding) -> Iterator[Axis]:
+    """Of all values that ranks give to each other, where their tokens are."""
+    outputs: dict[fx.Node, Form] = {o: None for o in captured.outputs if isinstance(o, fx.Node)}
+    for forms in [*sharding.forms.values(), outputs]:
+        for node, form in forms.items():
+            axis = sharding.axis(node)
+            if axis is not None and node not in sharding.entries and form != axis:
+                yield axis
 
 
 def _part(sharding: Sharding, node: fx.Node, rank: int, ranks: int) -> float:

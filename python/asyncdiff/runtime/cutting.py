@@ -24,7 +24,7 @@ from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
 from ..quiet import undisturbed
 from .devices import Place
-from .link_speed import between_processes
+from .exchange.link_speed import between_processes
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
 #: A cut, and the milliseconds of its components.

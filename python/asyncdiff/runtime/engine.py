@@ -146,8 +146,6 @@ class Engine:
                 for action in tick.runs:
                     if action.rank in self.by_rank:
                         self.by_rank[action.rank].prepare(action.slots)
-        for worker in self.workers:
-            worker.check_meetings()
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""

@@ -3,7 +3,6 @@ denoiser stays what it was."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,28 +11,24 @@ from typing import TypeVar
 from torch import nn
 
 from ..config import GROUPS, ONLY, Branch, ParallelConfig
-from ..errors import InputError, reason
+from ..errors import reason
 from ..graph.batch import BatchSplit
-from ..graph.compiled.regions import repeated
-from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.hooks import check_hooks
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
 from ..memory import out_of_memory
-from ..partition.partition import Partition
 from ..processes.agreement import digest
 from ..processes.team import Team
 from ..progress import bar
-from ..schedule.plan import Plan, ring
-from .cfg_parallel import Groups, part
-from .cutting import Cutter, Timed
+from ..schedule.plan import Plan
+from .cfg_parallel import Groups
 from .devices import Place, collect
 from .engine import Engine
-from .pipelined import Pipelined, split_of
+from .making import EngineMaker
+from .pipelined import split_of
 from .prepared import Cuts, Prepared, Turns, same_latents
-from .rebalance import component_ms
 
 log = logging.getLogger("asyncdiff")
 
@@ -67,13 +62,10 @@ class EngineCache:
         self._places = list(places)
         self._config = config
         self._team = team
-        self._seats = list(seats)
         #: those that were asked for last are at the end
         self._kept: OrderedDict[_Kind, Prepared] = OrderedDict()
-        #: those that other branches were using when one was asked for last
-        self._beside: list[Engine | Groups] = []
         self._turns, self._cuts = Turns(), Cuts()
-        self._cutter = Cutter(module, weights, config, places, team, self._state.number)
+        self._maker = EngineMaker(module, weights, config, places, team, seats, self._state.number)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -118,7 +110,7 @@ class EngineCache:
             check_hooks(self._module)
             kind = self._kind(call, branch)
         kept = {id(e) for p in self._kept.values() for e in p.engines}
-        self._beside = [e for e in beside if id(e) in kept]
+        self._maker.beside = [e for e in beside if id(e) in kept]
         with self._team.busy():
             return self._get(call, kind, branch)
 
@@ -137,7 +129,7 @@ class EngineCache:
             like = self._cuts.again(kind, self._state.structure, config.components) or like
             with bar(config.progress):
                 made = self._with_room(
-                    lambda: self._ranks(
+                    lambda: self._maker.ranks(
                         call,
                         config.components,
                         self._places_of(branch),
@@ -161,7 +153,7 @@ class EngineCache:
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""
-        using = {id(e) for e in self._beside}
+        using = {id(e) for e in self._maker.beside}
         return [
             kind
             for kind, kept in self._kept.items()
@@ -178,7 +170,7 @@ class EngineCache:
             e
             for kept in self._kept.values()
             for e in kept.engines
-            if any(e is b for b in self._beside) and kept.serves(e, self._state.version)
+            if any(e is b for b in self._maker.beside) and kept.serves(e, self._state.version)
         ]
         others = [
             engine
@@ -255,7 +247,7 @@ class EngineCache:
                 like = mine.partition
             with self._team.busy():
                 ranks.whole[mode] = self._with_room(
-                    lambda: self._ranks(
+                    lambda: self._maker.ranks(
                         call, count, places, split, known, like, mode == "sequence"
                     ),
                     kind,
@@ -274,7 +266,7 @@ class EngineCache:
     def _drop(self, kinds: Sequence[_Kind]) -> None:
         for kind in kinds:
             dropped = self._kept.pop(kind).engines
-            self._beside = [e for e in self._beside if not any(e is d for d in dropped)]
+            self._maker.beside = [e for e in self._maker.beside if not any(e is d for d in dropped)]
             for engine in dropped:
                 engine.close()
         self._cuts.let_go(e for kept in self._kept.values() for e in kept.engines)
@@ -299,125 +291,3 @@ class EngineCache:
         # Only now: the exception holds what was half made.
         self._drop(others)
         return work()
-
-    def _ranks(
-        self,
-        call: Call,
-        components: int,
-        places: Sequence[Place],
-        split: BatchSplit | None,
-        batched: Sequence[bool] | None = None,
-        like: Partition | None = None,
-        tokens: bool = False,
-    ) -> Engine | Groups:
-        """Ranks at ``places`` that run ``components`` of the denoiser, or with ``tokens`` so many
-        shares of its tokens; with ``split`` an engine
-        for each part of the batch: of conditions on devices of their own, of pictures in turn on
-        all of them. ``batched``: which inputs hold all parts of it, if that is known. ``like``:
-        what is to be cut alike, where that can be."""
-        if split is None:
-            return self._even(call, components, places, like, tokens)
-        in_turn = self._config.schedule == "pipeline"
-        ranks = len(places) if in_turn else len(places) // split.count
-        if batched is None and self._weights.checkpoint is not None:
-            raise InputError(
-                "guidance='split', warmup_mode='split' and schedule='pipeline' run the whole "
-                "denoiser to find out what each part of a batch needs, and with a checkpoint no "
-                "process has it: take others, or no checkpoint"
-            )
-        if batched is None:
-            purpose = PICTURES if in_turn else GUIDANCE
-            batched = self._team.by(
-                0,
-                "find out which inputs hold the parts of a batch",
-                lambda: batched_inputs(self._module, call, split, purpose),
-            )
-        names = self._config.names
-        mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
-        engines: list[Engine] = []
-        with contextlib.ExitStack() as undo:  # should there be no memory for all of them
-            for g in range(split.count):
-                of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
-                if not engines:
-                    made = first = self._even(mine[0], components, of_group, like, tokens)
-                else:
-                    beside = first if in_turn else None
-                    made = self._engine(mine[g], first.partition, of_group, beside)
-                engines.append(made)
-                undo.callback(made.close)
-            undo.pop_all()
-        return (Pipelined if in_turn else Groups)(engines, call, batched, split)
-
-    def _even(
-        self,
-        call: Call,
-        components: int,
-        places: Sequence[Place],
-        like: Partition | None = None,
-        tokens: bool = False,
-    ) -> Engine:
-        """An engine, cut ``like`` another one, where there is one; else, where its components turn
-        out too unequal, cut again. With ``tokens``: see :meth:`_ranks`."""
-        copies = len(places) - components + 1
-        parts: Partition
-        if tokens:
-            parts = self._cutter.shards(call, components, like)
-        else:
-            parts = self._cutter.first(call, components, copies, like)
-        beside = next((e for e in self._beside if e.places == list(places)), None)
-        if isinstance(beside, Groups):
-            beside = beside.engines[0]
-        engine = self._engine(call, parts, places, beside)
-        given = self._config.split != "auto" or like is not None
-        if components == 1 or given or parts.settled:
-            return engine
-        timed: list[Timed] = []
-        # One that was timed before is there again when a new cut is slower, or has no memory.
-        while all(engine.partition is not parts for parts, _ in timed):
-            times = component_ms(engine)
-            if times is None:
-                break
-            timed.append((engine.partition, times))
-            better = self._cutter.again(timed, copies)
-            if better is None:
-                break
-            engine.close()
-            made = None
-            del engine  # what it has is needed now
-            collect()
-            try:
-                made = self._engine(call, better, places)
-            except Exception as e:
-                self._team.check()
-                log.warning("the denoiser stays cut as it was before: %s", str(e))
-            if made is None:  # only now: the exception held what was made of the engine
-                collect()
-                made = self._engine(call, timed[-1][0], places)
-            engine = made
-        return engine
-
-    def _engine(
-        self,
-        call: Call,
-        parts: Partition,
-        places: Sequence[Place],
-        beside: Engine | None = None,
-    ) -> Engine:
-        config, count = self._config, len(parts.components)
-        with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
-            return Engine(
-                parts,
-                places,
-                self._weights,
-                call.tensors,
-                team=self._team,
-                seats=self._seats,
-                slots=ring(
-                    parts.exchanges, count, config.schedule, config.extrapolate, config.delay
-                ),
-                extrapolate=config.extrapolate,
-                deadline=config.deadline,
-                compile=progress,
-                regions=repeated(parts.captured) if config.compile == "regions" else {},
-                beside=beside,
-            )

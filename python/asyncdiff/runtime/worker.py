@@ -13,7 +13,6 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from ..errors import DeviceError
 from ..graph.compiled.compile import compile_program
 from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program, weight_name
@@ -125,11 +124,8 @@ class Worker:
     def warm_up(
         self, reads: Mapping[int, list[torch.Tensor]]
     ) -> tuple[dict[int, list[torch.Tensor]], list[Any]]:
-        """Run once, without channels, on bundles given by source.
-
-        Returns the bundles by target, with dense values, and the outputs; where tokens are shared
-        out, what is given at each meeting, without values.
-        """
+        """Run once, without channels, on bundles given by source: the bundles by target, with dense
+        values (of what is given where ranks meet, without values), and the outputs."""
         sent: dict[int, list[torch.Tensor]] = {}
 
         def collect(target: int, index: int, value: torch.Tensor) -> None:
@@ -175,15 +171,8 @@ class Worker:
         with self.current():
             self.rows.prepare()
             self.graphs.record(slots, lambda: self.execute(slots))
-
-    def check_meetings(self) -> None:
-        """Raise DeviceError where ranks meet within a run that is no CUDA graph: launched one after
-        another, they would wait for what the host launches only afterwards."""
-        if self.meetings is not None and self.stream is not None and not self.graphs.used:
-            raise DeviceError(
-                f"rank {self.rank} cannot be recorded as a CUDA graph, which sharing out tokens "
-                "needs: take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain'"
-            )
+        if self.meetings is not None:
+            self.meetings.check(self.graphs.used)
 
     def renew(self, weights: Weights, written: Written) -> bool | None:
         """Compute with the weights that the denoiser has now; whether graphs have to be recorded

@@ -21,8 +21,8 @@ from .published import Published
 from .wavefront import Waves, lagged
 
 __all__ = [
-    "ASYNCHRONOUS", "EXACT", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build", "chain",
-    "check_delay", "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
+    "ASYNCHRONOUS", "EXACT", "SCHEDULES", "Action", "Exchange", "Kind", "Plan", "Tick", "build",
+    "chain", "check_delay", "check_numbers", "check_schedule", "rank_count", "ring", "wave_delay",
 ]  # fmt: skip
 
 #: "asyncdiff": as published. "wavefront": see :mod:`asyncdiff.schedule.wavefront`.
@@ -141,8 +141,8 @@ def _check_exact(
     for name, given in {"stride": several, **options}.items():
         if given:
             raise PlanError(
-                f"{name} does not go with schedule={schedule!r}, in which every step is exact: leave "
-                "it out, or take another schedule"
+                f"{name} does not go with schedule={schedule!r}, in which every step is exact: "
+                "leave it out, or take another schedule"
             )
 
 

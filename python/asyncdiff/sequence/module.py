@@ -1,5 +1,5 @@
-"""A rank's part of a sequence-parallel denoiser as a module: what it gives to the others leaves it as
-soon as it exists, what it takes from them comes in when it is needed.
+"""A rank's part of a sequence-parallel denoiser as a module: what it gives to the others leaves it
+as soon as it exists, what it takes from them comes in when it is needed.
 
 Each place where ranks meet is a *meeting*: at attention its keys and values, at the end the result.
 What a meeting needs is computed before all else, so that the rest of a block, such as its queries,
@@ -73,8 +73,9 @@ class _Assembly:
         self._captured, self._device, self._weight = captured, device, weight
         self._source = graph
         self._root, self._graph = nn.Module(), fx.Graph()
-        self._root.add_module("emit", Emit())
-        self._root.add_module("meet", Meet())
+        self._ends = {"emit": Emit(), "meet": Meet()}
+        for name, end in self._ends.items():
+            self._root.add_module(name, end)
         self._made: dict[fx.Node, fx.Node] = {}
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         #: of the captured graph, weights and bodies of higher-order operations
@@ -93,10 +94,10 @@ class _Assembly:
             for i, value in enumerate(step.given):
                 self._graph.call_module("emit", (step.number, i, self._made[value]))
         (outputs,) = self._source.output_node().args
-        self._graph.output(fx.map_arg(list(outputs), self._made.__getitem__))  # type: ignore[arg-type, call-overload]
+        self._graph.output(fx.map_arg(list(outputs), self._made.__getitem__))  # type: ignore[arg-type]
         module = fx.GraphModule(self._root, self._graph)
-        module.add_module("emit", self._root.emit)  # GraphModule keeps only what its graph uses
-        module.add_module("meet", self._root.meet)
+        for name, end in self._ends.items():  # GraphModule keeps only what its graph uses
+            module.add_module(name, end)
         return module
 
     def _steps(self) -> Iterator[fx.Node | _Meeting]:

@@ -210,7 +210,7 @@ def test_a_cut_that_was_settled_is_not_timed_again(
         timed.append(engine.partition.cuts)
         return tables[min(len(timed) - 1, 1)]
 
-    monkeypatch.setattr("asyncdiff.runtime.engine_cache.component_ms", component_ms)
+    monkeypatch.setattr("asyncdiff.runtime.making.component_ms", component_ms)
     cuts = generated()[0]
     assert len(timed) == 2 and timed[1] == cuts
     assert generated()[0] == cuts and len(timed) == 2

@@ -13,7 +13,7 @@ import torch
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff.runtime import cutting, engine_cache
+from asyncdiff.runtime import cutting, making
 from asyncdiff.runtime.engine import Engine
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
@@ -46,7 +46,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
             state.engines.discard(id(self))
             super().close()
 
-    monkeypatch.setattr(engine_cache, "Engine", Counted)
+    monkeypatch.setattr(making, "Engine", Counted)
     return state
 
 
@@ -157,7 +157,7 @@ def test_other_failures_drop_nothing(
     def fails(*args: Any, **options: Any) -> None:
         raise ValueError("out of luck")
 
-    monkeypatch.setattr(engine_cache, "Engine", fails)
+    monkeypatch.setattr(making, "Engine", fails)
     with pytest.raises(ValueError, match="out of luck"):
         denoiser.prepare(**toy_call(batch=2))
     assert len(memory.engines) == 1

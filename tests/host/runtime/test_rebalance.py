@@ -15,7 +15,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.partition import Component, Partition, partition
 from asyncdiff.runtime import cutting
-from asyncdiff.runtime import engine_cache as prepared
+from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.rebalance import component_ms, recut, settled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -37,31 +36,6 @@ SERVED: dict[str, tuple[int, list[str]]] = {
 }
 
 
-class _Stop(Exception):
-    pass
-
-
-@cache
-def _of_family(name: str) -> tuple[Captured, Call, list[torch.Tensor]]:
-    """A family's denoiser in its first call, and what it returns."""
-    pipe, args = FAMILIES[name]()
-    module, given = pipe.transformer, {}
-
-    def look(*args: Any, **kwargs: Any) -> Any:
-        given["call"] = args, kwargs
-        raise _Stop
-
-    module.forward, plain = look, module.forward
-    with pytest.raises(_Stop):
-        pipe(**args)
-    del module.forward
-    positional, named = given["call"]
-    with torch.no_grad():
-        expected = torch.utils._pytree.tree_leaves(plain(*positional, **named))
-    call = parse(module, positional, named)
-    return capture(module, call), call, [x for x in expected if isinstance(x, torch.Tensor)]
-
-
 def _values(captured: Captured, call: Call) -> list[Any]:
     """Of the placeholders; arguments that are no tensors are in the graph."""
     of_inputs = {name: call.tensors[index] for name, index in captured.inputs.items()}
@@ -85,7 +59,7 @@ _FAMILIES = [n if n in _OFTEN else pytest.param(n, marks=pytest.mark.slow) for n
 
 @pytest.mark.parametrize("name", _FAMILIES)
 def test_families(name: str) -> None:
-    captured, call, expected = _of_family(name)
+    captured, call, expected = sequence.of_family(name)
     sharding = shard(captured)
     attention, whole = SERVED[name]
     assert len(sharding.attention) == attention
@@ -105,7 +79,7 @@ def test_families(name: str) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_families_in_half_precision(name: str) -> None:
     """Where diffusers clips values, and casts them; nothing is computed."""
-    captured, call, _ = _of_family(name)
+    captured, call, _ = sequence.of_family(name)
     module = FAMILIES[name]()[0].transformer.to("meta", torch.float16)
     tensors = [t.half() if t.is_floating_point() else t for t in call.tensors]
     half = capture(module, parse(module, (), call.kwargs(tensors)))

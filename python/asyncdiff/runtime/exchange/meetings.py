@@ -1,8 +1,8 @@
-"""Where ranks that share out the tokens of a denoiser meet: each gives its own keys and values to all
-others, and takes theirs.
+"""Where ranks that share out the tokens of a denoiser meet: each gives its own keys and values to
+all others, and takes theirs.
 
 What a rank gives at one place is a bundle. Bundles of the same layout go through one channel, two
-slots in turn; at the end of a run as many empty ones follow as make their number even, so that every
+slots in turn; at the end of a run an empty one follows where their number is odd, so that every
 run, and every replay of a CUDA graph, begins with the same slot.
 """
 
@@ -17,6 +17,7 @@ import torch
 
 import asyncdiff_core as core
 
+from ...errors import DeviceError
 from ...graph.program import joined
 from .buffers import as_laid_out, memory_of, tensors_in
 
@@ -58,6 +59,15 @@ class Meetings:
         #: that is known to be over
         self._held: dict[int, list[torch.Tensor]] = {}
         self._given: dict[int, Any] = {}
+
+    def check(self, graphs: bool) -> None:
+        """Raise DeviceError where a GPU's run is no CUDA graph: ranks that are launched one after
+        another would wait for what the host launches only afterwards."""
+        if self._stream is not None and not graphs:
+            raise DeviceError(
+                f"rank {self._rank} cannot be recorded as a CUDA graph, which sharing out tokens "
+                "needs: take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain'"
+            )
 
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
         """Give the ``index``-th value of this rank's bundle to the others."""

@@ -11,8 +11,8 @@ import torch
 
 import asyncdiff_core as core
 
-from ..processes.team import Team
-from .devices import Place, fabric
+from ...processes.team import Team
+from ..devices import Place, fabric
 
 #: Bytes of a bundle on one host, and to another one, where it may take a while; how many are sent.
 _NEAR, _FAR, _PUTS = 1 << 26, 1 << 22, 6

@@ -1,0 +1,175 @@
+"""Makes engines: ranks for the components of a denoiser, for parts of its batch, or for shares of
+its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ..config import ParallelConfig
+from ..errors import InputError
+from ..graph.batch import BatchSplit
+from ..graph.compiled.regions import repeated
+from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
+from ..graph.signature import Call
+from ..graph.weights import Weights
+from ..partition.partition import Partition
+from ..processes.team import Team
+from ..progress import bar
+from ..schedule.plan import ring
+from .cfg_parallel import Groups, part
+from .cutting import Cutter, Timed
+from .devices import Place, collect
+from .engine import Engine
+from .pipelined import Pipelined
+from .rebalance import component_ms
+
+log = logging.getLogger("asyncdiff")
+
+
+class EngineMaker:
+    """Makes engines of ``module`` with these settings; ``places`` are those of all ranks, ``seats``
+    the own ones of the processes of ``team``. ``state`` tells which denoiser it is by now.
+
+    ``beside``: engines of other branches, with whose ranks those that are made at the same places
+    take turns.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        config: ParallelConfig,
+        places: Sequence[Place],
+        team: Team,
+        seats: Sequence[Place],
+        state: Callable[[], int],
+    ) -> None:
+        self._module, self._weights, self._config = module, weights, config
+        self._team, self._seats = team, list(seats)
+        self._cutter = Cutter(module, weights, config, places, team, state)
+        self.beside: list[Engine | Groups] = []
+
+    def ranks(
+        self,
+        call: Call,
+        components: int,
+        places: Sequence[Place],
+        split: BatchSplit | None,
+        batched: Sequence[bool] | None = None,
+        like: Partition | None = None,
+        tokens: bool = False,
+    ) -> Engine | Groups:
+        """Ranks at ``places`` that run ``components`` of the denoiser, or with ``tokens`` so many
+        shares of its tokens; with ``split`` an engine for each part of the batch: of conditions on
+        devices of their own, of pictures in turn on all of them. ``batched``: which inputs hold all
+        parts of it, if that is known. ``like``: what is to be cut alike, where that can be."""
+        if split is None:
+            return self._even(call, components, places, like, tokens)
+        in_turn = self._config.schedule == "pipeline"
+        ranks = len(places) if in_turn else len(places) // split.count
+        if batched is None and self._weights.checkpoint is not None:
+            raise InputError(
+                "guidance='split', warmup_mode='split' and schedule='pipeline' run the whole "
+                "denoiser to find out what each part of a batch needs, and with a checkpoint no "
+                "process has it: take others, or no checkpoint"
+            )
+        if batched is None:
+            purpose = PICTURES if in_turn else GUIDANCE
+            batched = self._team.by(
+                0,
+                "find out which inputs hold the parts of a batch",
+                lambda: batched_inputs(self._module, call, split, purpose),
+            )
+        names = self._config.names
+        mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
+        engines: list[Engine] = []
+        with contextlib.ExitStack() as undo:  # should there be no memory for all of them
+            for g in range(split.count):
+                of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
+                if not engines:
+                    made = first = self._even(mine[0], components, of_group, like, tokens)
+                else:
+                    beside = first if in_turn else None
+                    made = self._engine(mine[g], first.partition, of_group, beside)
+                engines.append(made)
+                undo.callback(made.close)
+            undo.pop_all()
+        return (Pipelined if in_turn else Groups)(engines, call, batched, split)
+
+    def _even(
+        self,
+        call: Call,
+        components: int,
+        places: Sequence[Place],
+        like: Partition | None = None,
+        tokens: bool = False,
+    ) -> Engine:
+        """An engine, cut ``like`` another one, where there is one; else, where its components turn
+        out too unequal, cut again. With ``tokens``: see :meth:`ranks`."""
+        copies = len(places) - components + 1
+        parts: Partition
+        if tokens:
+            parts = self._cutter.shards(call, components, like)
+        else:
+            parts = self._cutter.first(call, components, copies, like)
+        beside = next((e for e in self.beside if e.places == list(places)), None)
+        if isinstance(beside, Groups):
+            beside = beside.engines[0]
+        engine = self._engine(call, parts, places, beside)
+        given = self._config.split != "auto" or like is not None
+        if components == 1 or given or parts.settled:
+            return engine
+        timed: list[Timed] = []
+        # One that was timed before is there again when a new cut is slower, or has no memory.
+        while all(engine.partition is not parts for parts, _ in timed):
+            times = component_ms(engine)
+            if times is None:
+                break
+            timed.append((engine.partition, times))
+            better = self._cutter.again(timed, copies)
+            if better is None:
+                break
+            engine.close()
+            made = None
+            del engine  # what it has is needed now
+            collect()
+            try:
+                made = self._engine(call, better, places)
+            except Exception as e:
+                self._team.check()
+                log.warning("the denoiser stays cut as it was before: %s", str(e))
+            if made is None:  # only now: the exception held what was made of the engine
+                collect()
+                made = self._engine(call, timed[-1][0], places)
+            engine = made
+        return engine
+
+    def _engine(
+        self,
+        call: Call,
+        parts: Partition,
+        places: Sequence[Place],
+        beside: Engine | None = None,
+    ) -> Engine:
+        config, count = self._config, len(parts.components)
+        with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
+            return Engine(
+                parts,
+                places,
+                self._weights,
+                call.tensors,
+                team=self._team,
+                seats=self._seats,
+                slots=ring(
+                    parts.exchanges, count, config.schedule, config.extrapolate, config.delay
+                ),
+                extrapolate=config.extrapolate,
+                deadline=config.deadline,
+                compile=progress,
+                regions=repeated(parts.captured) if config.compile == "regions" else {},
+                beside=beside,
+            )
