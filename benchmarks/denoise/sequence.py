@@ -1,0 +1,161 @@
+"""Measure exact steps whose tokens are shared out among GPUs, beside the same denoiser on one GPU.
+
+    python benchmarks/denoise/sequence.py                              # FLUX, SD3, Wan on two GPUs
+    python benchmarks/denoise/sequence.py --models flux --compile graphs regions --ranks 2
+    python benchmarks/denoise/sequence.py --device cpu --dtype float32 --models tiny-flux  # a try
+
+For each model, as it is in CUDA graphs and compiled by regions: all steps on one GPU
+(``components=1``), all steps by tokens (``schedule="sequence"``), and ``--steps`` steps with
+``--warmup`` exact ones, all but the last of these by tokens (``warmup_mode="sequence"``), and as a
+chain. Loops alternate in ``--rounds`` rounds; reported are milliseconds of a step and how many
+times the speed of one GPU in the same mode and round (median, smallest, largest), what crosses, how
+far the result of exact steps is from the plain module's, and milliseconds of each rank's graph
+alone, without any exchange. With ``--seconds`` it stops by itself; what is measured is written
+after every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import results_file
+from denoise.models import MODELS, TRIES
+from denoise.settings import Setting
+from denoise.timings import Timings, synchronize
+from denoise.ways import Asynchronous, Eager, Team, component_times
+
+KNOWN = MODELS | TRIES
+COMPILE: dict[str, bool | str] = {"graphs": False, "regions": "regions"}
+OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
+#: Steps of the loop whose result is compared with the plain module's.
+FEW = 3
+
+
+def settings(ranks: int, warmup: int, steps: int) -> dict[str, Setting]:
+    """What is timed, by the name of its row."""
+    out = {
+        "one GPU": Setting(1, 1, 1),
+        f"{ranks} GPUs, tokens": Setting(ranks, 1, 1, sequence=True),
+    }
+    if 0 < warmup < steps:
+        out |= {
+            f"{ranks} GPUs, w={warmup}, chain": Setting(ranks, 1, warmup),
+            f"{ranks} GPUs, w={warmup}, tokens": Setting(ranks, 1, warmup, sequence_warmup=True),
+        }
+    return out
+
+
+def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None:
+    """The rows of one model in one mode; ``save`` is given them whenever there are more."""
+    model = KNOWN[key]
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    home = "cuda:0" if gpus else "cpu"
+    module = model.build(home, getattr(torch, args.dtype))
+    inputs = model.inputs(module)
+    plain = Timings()
+    plain.take(Eager(module), model.loop(inputs, FEW))
+    module.to("cpu")
+    rows: dict[str, Any] = {}
+    ways: dict[str, Asynchronous] = {}
+    teams: dict[Any, Team] = {}
+    for name, setting in settings(args.ranks, args.warmup, args.steps).items():
+        if args.over():
+            print(f"{key}, {compile}, {name}: no time was left", flush=True)
+            continue
+        devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(setting.ranks)]
+        begun = time.perf_counter()
+        loop = model.loop(inputs, FEW)
+        if setting.team not in teams:
+            teams[setting.team] = Team(module, loop, setting, devices, COMPILE[compile])
+        way = Asynchronous(teams[setting.team], setting)
+        exact = Asynchronous(
+            teams[setting.team],
+            Setting(
+                setting.components,
+                1,
+                FEW,
+                sequence=setting.sequence,
+                sequence_warmup=setting.sequence_warmup,
+            ),
+        )
+        result = Timings()
+        result.take(exact, loop)
+        way.run(model.loop(inputs, min(args.steps, args.warmup + 4)))
+        synchronize()
+        row = rows[name] = {
+            "devices": devices,
+            "shared_gpus": gpus < setting.ranks,
+            "prepare_s": round(time.perf_counter() - begun, 1),
+            "exchange_mib_per_step": round(
+                way.denoiser.report().exchange_bytes_per_tick / 2**20, 2
+            ),
+            "distance_to_plain": result.distance(plain),
+            "commit": results_file.commit(),
+        }
+        if gpus:
+            row["rank_ms_alone"] = [round(t, 3) for t in component_times(way.denoiser)]
+        ways[name] = way
+        print(f"{key}, {compile}, {name}: {row}", flush=True)
+        save(rows)
+    timings = {name: Timings() for name in ways}
+    loop = model.loop(inputs, args.steps)
+    for number in range(args.rounds):
+        if number and args.over():
+            break
+        for name, way in ways.items():
+            timings[name].take(way, loop)
+        for name in ways:
+            rows[name] |= timings[name].figures(args.steps)
+            rows[name]["speedup"] = timings[name].ratios(timings["one GPU"])
+        save(rows)
+    for name, row in rows.items():
+        print(f"{key}, {compile}, {name}: {row.get('ms_a_step')} {row.get('speedup')}", flush=True)
+    for team in teams.values():
+        team.denoiser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["flux", "sd3", "wan"], choices=KNOWN)
+    parser.add_argument("--compile", nargs="+", default=["graphs", "regions"], choices=COMPILE)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--out", type=Path, default=OUT / "sequence.json")
+    args = parser.parse_args()
+    started = time.monotonic()
+    args.over = lambda: time.monotonic() - started > args.seconds
+    figures = results_file.continued(args.out)
+    for key in args.models:
+        entry = figures.setdefault(key, {"title": KNOWN[key].title})
+        entry |= {"steps": args.steps, "dtype": args.dtype}
+        for compile in args.compile:
+            if args.over():
+                print(f"{key}, {compile}: no time was left", flush=True)
+                continue
+
+            def save(rows: dict[str, Any], entry: Any = entry, compile: str = compile) -> None:
+                entry[compile] = rows
+                results_file.write(args.out, figures)
+
+            measure(args, key, compile, save)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
