@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lazy_graphs import uncompiled
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -40,7 +41,7 @@ _CODE = (types.FunctionType, property, classmethod, staticmethod)
 _FEW = 16
 
 
-class _UnknownError(Exception):
+class UnknownError(Exception):
     """Something on which an export may depend in a way that is not known."""
 
 
@@ -54,9 +55,13 @@ class ExportCache:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:
         """What ``torch.export.export`` returns, its graph free to be changed."""
+        with uncompiled():
+            return self._exported(module, args, kwargs, **options)
+
+    def _exported(self, module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:
         try:
-            key = (_of_module(module), _of_inputs((args, kwargs)), _frozen(options), _modes())
-        except _UnknownError:
+            key = structure(module, args, kwargs, **options)
+        except UnknownError:
             return self._export(module, args, kwargs, **options)
         if key not in self._programs:
             program = self._export(module, args, kwargs, **options)
@@ -71,6 +76,11 @@ class ExportCache:
             n: _attribute(module, n) if n in own else x for n, x in program.constants.items()
         }
         return _with(program, {n: weights[n] for n in program.state_dict}, constants)
+
+
+def structure(module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:
+    """What the graph of this call depends on; raises UnknownError where that is not all known."""
+    return _of_module(module), _of_inputs((args, kwargs)), _frozen(options), _modes()
 
 
 def _with(program: Any, state: dict[str, Any], constants: dict[str, Any]) -> Any:
@@ -108,7 +118,7 @@ def _of_layer(path: str, layer: nn.Module, seen: dict[int, int]) -> Any:
     attributes = vars(layer)
     registry = getattr(attributes.get(_REGISTRY), "hooks", None)
     if registry or any(attributes[hooks] for hooks in _HOOKS):
-        raise _UnknownError(path)
+        raise UnknownError(path)
     weights = [*layer._parameters.items(), *layer._buffers.items()]
     parts = [(name, x) for name, x in (*weights, *layer._modules.items()) if x is not None]
     shared = tuple((name, seen.setdefault(id(x), len(seen))) for name, x in parts)
@@ -131,7 +141,7 @@ def _is_twin(cls: type) -> bool:
 def _of_base(cls: type) -> Any:
     package = cls.__module__.split(".")[0]
     if package not in _KNOWN or "<locals>" in cls.__qualname__:
-        raise _UnknownError(cls)
+        raise UnknownError(cls)
     if package == "torch":
         return cls, cls.__dict__.get("forward")
     content = tuple((n, x) for n, x in vars(cls).items() if isinstance(x, (*_CODE, *_PLAIN)))
@@ -144,14 +154,14 @@ def _is_tensor(value: Any) -> bool:
 
 def _of_tensor(x: torch.Tensor) -> Any:
     if type(x) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-        raise _UnknownError(x)
+        raise UnknownError(x)
     return type(x), tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad
 
 
 def _frozen(value: Any, depth: int = 6) -> Any:
     """A value as it counts for a graph; 1, 1.0 and True are three."""
     if depth == 0:
-        raise _UnknownError(value)
+        raise UnknownError(value)
     again = partial(_frozen, depth=depth - 1)
     if isinstance(value, _PLAIN):
         return type(value), value
@@ -167,5 +177,5 @@ def _frozen(value: Any, depth: int = 6) -> Any:
         few = tuple(value.flatten().tolist()) if value.numel() <= _FEW else None
         return _of_tensor(value), few
     if isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
-        raise _UnknownError(value)
+        raise UnknownError(value)
     return _of_class(type(value)), again(vars(value))

@@ -1,0 +1,47 @@
+"""Code of a graph, made when it is first called.
+
+torch.fx writes and compiles Python for every GraphModule. Those that torch.export makes on its way,
+what it returns and copies of that are hardly ever called: asyncdiff takes graphs apart. (torch has
+the like for inductor, ``_LazyGraphModule``, but not for what it exports.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+
+_recompile = fx.GraphModule.recompile
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Graph modules that are made or recompiled meanwhile get their code when it is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fx.GraphModule, "recompile", _later)
+        yield
+
+
+def _later(module: fx.GraphModule) -> None:
+    cls: Any = type(module)  # each has one of its own
+    codegen = module.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        module._in_spec = codegen.pytree_info.in_spec
+        module._out_spec = codegen.pytree_info.out_spec
+    cls.forward, cls.code = _forward, property(_code)
+    module._recompile_submodules()
+
+
+def _forward(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    _recompile(module)
+    return module.forward(*args, **kwargs)
+
+
+def _code(module: fx.GraphModule) -> str:
+    if type(module).forward is _forward:
+        _recompile(module)
+    return module._code
