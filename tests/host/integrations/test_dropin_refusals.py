@@ -16,16 +16,29 @@ from toys import toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, CaptureError
 
-SPLITS: list[Any] = [
-    pytest.param("estimate", marks=pytest.mark.slow, id="estimate"),
-    pytest.param([["transformer_blocks.0"], ["transformer_blocks.1"]], id="by hand"),
-]
+
+class Masked(nn.Module):
+    """Drops the tokens that its mask drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(
+        self, hidden_states: Any, encoder_hidden_states: Any, timestep: Any,
+        encoder_attention_mask: Any,
+    ) -> tuple[torch.Tensor]:  # fmt: skip
+        text = encoder_hidden_states[encoder_attention_mask]
+        x = self.first(hidden_states) * timestep[:, None] + text.mean(0)
+        return (self.second(x.tanh()) + text.softmax(0).amax(0),)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_sizes_that_depend_on_values_of_masks(split: Any) -> None:
-    """Mochi drops what its mask of tokens drops: it is prepared for each mask."""
-    torch.manual_seed(0)
+def masked() -> tuple[nn.Module, dict[str, Any]]:
+    call = {"hidden_states": torch.randn(2, 4), "encoder_hidden_states": torch.randn(2, 16, 4)}
+    return Masked(), call
+
+
+def mochi() -> tuple[nn.Module, dict[str, Any]]:
     module = diffusers.MochiTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -35,12 +48,28 @@ def test_sizes_that_depend_on_values_of_masks(split: Any) -> None:
         text_embed_dim=16,
         time_embed_dim=4,
         max_sequence_length=16,
-    ).eval()
-    call = {
-        "hidden_states": torch.randn(2, 4, 2, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 16, 16),
-        "timestep": torch.tensor([900.0, 900.0]),
-    }
+    )
+    shapes = {"hidden_states": (2, 4, 2, 8, 8), "encoder_hidden_states": (2, 16, 16)}
+    return module, {name: torch.randn(*shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "split"),
+    [
+        (masked, "estimate"),
+        (masked, [["first"], ["second"]]),
+        pytest.param(mochi, "estimate", marks=pytest.mark.slow),
+        pytest.param(
+            mochi, [["transformer_blocks.0"], ["transformer_blocks.1"]], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_sizes_that_depend_on_values_of_masks(make: Any, split: Any) -> None:
+    """Mochi drops what its mask of tokens drops: it is prepared for each mask."""
+    torch.manual_seed(0)
+    module, call = make()
+    module.eval()
+    call["timestep"] = torch.tensor([900.0, 900.0])
     masks = [torch.arange(16).expand(2, 16) < torch.tensor([[a], [b]]) for a, b in ((9, 5), (3, 7))]
     denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, split=split)
     for count, mask in ((1, masks[0]), (2, masks[1]), (2, masks[0])):
