@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from rotation import often
 
 FOLDER = Path(__file__).parents[2] / "examples" / "python"
 EXAMPLES = {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem != "tiny"}
@@ -21,13 +22,11 @@ SAYS = {
 }
 
 
-#: What these do is tried by tests of the drop-in in every run.
-SLOW = ("controlnet", "image_to_image", "video")
+#: Tried every time; what the others do is tried by tests of the drop-in, in every run too.
+OFTEN = ("own_loop", "whole_generation")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXAMPLES]
-)
+@pytest.mark.parametrize("name", often(OFTEN, EXAMPLES))
 def test_example(
     name: str,
     tmp_path: Path,

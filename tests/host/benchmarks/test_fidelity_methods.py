@@ -57,9 +57,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
         GuidanceSplit(),
         Chosen("balanced", 2, "cpu", guided=True),  # few steps are exact
         FasterDiffusion("all keys", 2, range),
-        DistriFusion(2, STEPS),
         DistriFusion(4, STEPS),
-        DistriFusion(1, 1),
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in (DistriFusion(2, STEPS), DistriFusion(1, 1))
+        ),
     ],
     ids=lambda m: m.name,
 )

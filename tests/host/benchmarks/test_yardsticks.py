@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rotation import often
 
 from yardsticks.load import SAMPLERS, load
 
@@ -20,7 +21,7 @@ def test_all_weights_together_are_small() -> None:
     assert sum(f.stat().st_size for f in files) <= 32 * 2**20
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", often(["transformer"], SAMPLERS))
 def test_draws_what_is_asked_for(kind: str) -> None:
     """Not noise, and not one picture for all: classes and seeds make a difference."""
     pipe = load(kind)

@@ -47,7 +47,8 @@ def held(denoiser: AsyncDenoiser) -> list[int]:
 
 
 #: Those that take longest to be exported, and are alike.
-_SLOW = ("torchao int8", "torchao int8 dynamic", "GGUF Q4_0", "GGUF Q4_K", "GGUF BF16")
+_SLOW = ("torchao int8", "torchao int8 dynamic", "torchao float8")
+_SLOW += ("GGUF Q4_0", "GGUF Q4_K", "GGUF BF16")
 
 
 @pytest.mark.parametrize(

@@ -223,15 +223,20 @@ def test_transformers(make: Any, stride: int) -> None:
 @pytest.mark.parametrize(
     ("devices", "settings", "near"),
     [
-        (2, {"components": 2, "warmup": 6}, 1e-5),
         (2, {"components": 1, "guidance": "split"}, 1e-5),
-        (2, {"components": 2, "warmup": 6, "warmup_mode": "split"}, 1e-5),
         (4, {"components": 2, "warmup": 6, "guidance": "split"}, 1e-5),
         (2, {"components": 2, "warmup": 2}, 0.5),
-        (2, {"components": 2, "warmup": 2, "schedule": "wavefront"}, 0.5),
         (3, {"components": 2, "warmup": 1, "stride": 2}, 1.0),
-        (2, {"quality": "exact"}, 1e-5),
         (2, {}, 1e-5),  # so few steps are exact
+        *(
+            pytest.param(2, settings, near, marks=pytest.mark.slow)
+            for settings, near in (
+                ({"components": 2, "warmup": 6}, 1e-5),
+                ({"components": 2, "warmup": 6, "warmup_mode": "split"}, 1e-5),
+                ({"components": 2, "warmup": 2, "schedule": "wavefront"}, 0.5),
+                ({"quality": "exact"}, 1e-5),
+            )
+        ),
     ],
     ids=str,
 )
@@ -266,11 +271,12 @@ MORE_SAMPLERS = (
 @pytest.mark.parametrize(
     "name",
     [
-        *("HeunDiscreteScheduler", "PNDMScheduler"),
+        "PNDMScheduler",
         *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("KDPM2AncestralDiscreteScheduler", *MORE_SAMPLERS)
+            pytest.param(f"{name}DiscreteScheduler", marks=pytest.mark.slow)
+            for name in ("Heun", "KDPM2Ancestral")
         ),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_SAMPLERS),
     ],
 )
 def test_any_sampler(name: str) -> None:

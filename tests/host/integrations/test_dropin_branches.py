@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from rotation import often
 from tiny_pipelines import tiny_unet
 from toys import Toy
 
@@ -366,9 +367,13 @@ CHANGES: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
 
 
 @pytest.mark.parametrize(
-    "change", ["options", "other weights", pytest.param("weights", marks=pytest.mark.slow)]
+    ("texts", "change"),
+    often(
+        [([0, 2], "options"), ([0, 1], "other weights")],
+        [(texts, change) for texts in ([0, 1], [0, 2]) for change in CHANGES],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("texts", [[0, 1], [0, 2]], ids=str)
 def test_a_denoiser_that_changes_between_steps_changes_for_all_branches(
     texts: list[int], change: str
 ) -> None:

@@ -14,6 +14,7 @@ from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise, denoise
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+from rotation import often
 from tiny_pipelines import tiny_unet
 
 import asyncdiff
@@ -103,13 +104,11 @@ GUIDERS: dict[str, tuple[Any, set[int]]] = {
 }
 
 
-#: Hooks on layers are tried by "auto" in every run.
-SLOW = ("skip layers", "perturbed", "smoothed")
+#: Tried every time: steps of one call and of two, a guider that keeps something, hooks on layers.
+OFTEN = ("in the middle", "projected", "auto")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in GUIDERS]
-)
+@pytest.mark.parametrize("name", often(OFTEN, GUIDERS))
 def test_guiders_are_the_same(name: str) -> None:
     """Hooks of one call in a step are a branch's own."""
     make, calls = GUIDERS[name]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import diffusers
 import pytest
 import reference
 import torch
+from rotation import often
 from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_sd3
 
 import asyncdiff
@@ -51,8 +53,16 @@ SAMPLERS = [
 ]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
+#: Tried every time, with a guidance: two kinds of calls are prepared for all of them.
+OFTEN = [
+    *((1.0, f"{name}Scheduler") for name in ("DDIM", "DPMSolverMultistep", "UniPCMultistep")),
+    *((7.5, f"{name}Scheduler") for name in ("EulerDiscrete", "LMSDiscrete")),
+]
+
+
+@pytest.mark.parametrize(
+    ("guidance", "name"), often(OFTEN, itertools.product((1.0, 7.5), SAMPLERS))
+)
 def test_equals_one_picture_after_another(spread: Any, name: str, guidance: float) -> None:
     pipe, handle, call = spread
     plain = sd(2)[0]

@@ -6,16 +6,17 @@ import pytest
 import reference
 import torch
 from families import FAMILIES, STEPS, model, ones, randn
+from rotation import often
 from tiny_pipelines import draw
 
 import asyncdiff
 
-#: Those that take longest are tried in CI.
-_LONG = ("FLUX.2 Klein KV", "Mochi", "AnimateDiff", "Hunyuan Video", "Lumina 2")
-_MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in FAMILIES]
+#: Tried every time: the most used, and those that are unlike them and quickly exported.
+_OFTEN = ("SD 1.5", "SDXL", "ControlNet", "SD3", "FLUX", "FLUX.2", "Wan 2.1", "Qwen-Image", "LTX")
+_OFTEN += ("CogVideoX", "CogView3", "Sana", "PixArt", "AuraFlow", "DiT", "Latte")
 
 
-@pytest.mark.parametrize("name", _MARKED)
+@pytest.mark.parametrize("name", often(_OFTEN, FAMILIES))
 def test_family(name: str) -> None:
     """Exact with all steps exact, near with one, and as it was after ``restore()``."""
     pipe, call = FAMILIES[name]()

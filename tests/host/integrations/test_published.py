@@ -39,13 +39,10 @@ ROWS = {
     "qwen": (973, 363, 5226),
     "qwen-half": (543, 183, 5190),
 }
-#: The others are larger; test_families has small transformers.
-_QUICK = ("sd21",)
 
 
-@pytest.mark.parametrize(
-    "key", [k if k in _QUICK else pytest.param(k, marks=pytest.mark.slow) for k in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("key", MODELS)
 def test_captures_and_splits(key: str) -> None:
     model = MODELS[key]
     module = model.build("meta", torch.float16)

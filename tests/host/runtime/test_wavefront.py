@@ -11,6 +11,7 @@ import pytest
 import reference
 import torch
 from emulation import Waves
+from rotation import often
 from tiny_pipelines import draw, tiny_sd, tiny_unet
 from toys import Toy, toy, toy_call
 from wave_emulation import generate
@@ -91,10 +92,18 @@ def oracle(denoiser: AsyncDenoiser, **numbers: Any) -> torch.Tensor:
 
 #: (components, delay): all that there are, and the default.
 SHAPES = [(1, None), (2, None), (3, None), (3, 2), (4, 1), (4, 2), (4, 3)]
+#: Tried every time, with a stride: each shape once, each stride with a delay that is given.
+OFTEN = [
+    *((1, None, 1), (3, None, 1), (4, 2, 1)),
+    *((2, None, 2), (4, 3, 2)),
+    *((3, 2, 3), (4, 1, 3)),
+]
 
 
-@pytest.mark.parametrize(("components", "delay"), SHAPES)
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("components", "delay", "stride"),
+    often(OFTEN, [(*shape, stride) for stride in (1, 2, 3) for shape in SHAPES]),
+)
 def test_equals_the_simulation(components: int, delay: int | None, stride: int) -> None:
     for module in (toy(), residual()):
         denoiser = AsyncDenoiser(
@@ -146,17 +155,22 @@ def shared() -> Any:
     handle.restore()
 
 
+SAMPLERS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "DDIMScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "UniPCMultistepScheduler",
-    ],
+    ("guidance", "name"),
+    often(
+        [(1.0, "UniPCMultistepScheduler"), *((5.0, name) for name in SAMPLERS)],
+        itertools.product((1.0, 5.0), SAMPLERS),
+    ),
 )
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_any_scheduler(shared: Any, name: str, guidance: float) -> None:
     """A longer run stays near the plain pipeline, with a denoiser of random weights."""
     plain = pipeline()

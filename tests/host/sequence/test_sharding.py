@@ -9,6 +9,7 @@ import pytest
 import sequence
 import torch
 from families import FAMILIES
+from rotation import often
 from torch import nn
 
 from asyncdiff.graph.capture import Captured, capture
@@ -53,11 +54,10 @@ def _check(captured: Captured, call: Call, sharding: Sharding, expected: Any, ra
 
 
 #: Those that are tried every time.
-_OFTEN = ("FLUX", "FLUX.2", "SD3", "Qwen-Image", "Wan 2.1", "LTX", "CogVideoX", "Hunyuan Video")
-_FAMILIES = [n if n in _OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in SERVED]
+_OFTEN = ("FLUX", "SD3", "Qwen-Image", "Wan 2.1", "LTX", "CogVideoX")
 
 
-@pytest.mark.parametrize("name", _FAMILIES)
+@pytest.mark.parametrize("name", often(_OFTEN, SERVED))
 def test_families(name: str) -> None:
     captured, call, expected = sequence.of_family(name)
     sharding = shard(captured)
