@@ -369,7 +369,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
 @pytest.mark.parametrize(
     ("texts", "change"),
     often(
-        [([0, 2], "options"), ([0, 1], "other weights")],
+        [([0, 2], "other weights")],  # options by themselves: test_module_state.py
         [(texts, change) for texts in ([0, 1], [0, 2]) for change in CHANGES],
     ),
     ids=str,
