@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,9 @@ pytest_addoption = until.pytest_addoption
 pytest_collection_modifyitems = until.pytest_collection_modifyitems
 pytest_runtest_setup = until.pytest_runtest_setup
 pytest_terminal_summary = until.pytest_terminal_summary
+
+# Who compiles in other processes says so.
+os.environ.setdefault("ASYNCDIFF_COMPILE_WORKERS", "0")
 
 # Looking for cycles among the million objects of torch and what it exports is a tenth of a test's
 # time. Tests of what is freed collect by themselves.

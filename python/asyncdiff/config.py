@@ -74,8 +74,8 @@ class ParallelConfig:
             new shape, up to four where components turn out unequal (results are cached on the disk,
             where torch keeps them) and makes a step a third faster; None for denoisers of at least
             100 million parameters on GPUs. "regions": modules that the denoiser has several times
-            (blocks) are compiled by themselves, once for all of them; "whole", which True is:
-            each component is compiled as one, but for what is pushed.
+            (blocks) are compiled by themselves, once for all of them, which True is; "whole": each
+            component is compiled as one, but for what is pushed.
         progress: called with (what, done, of how many) during preparation; None for a bar where
             stderr is a terminal.
         deadline: seconds after which a rank that waits for another gives up; None takes

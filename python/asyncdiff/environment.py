@@ -44,3 +44,17 @@ def prepare_deadline() -> float:
             "day"
         )
     return seconds
+
+
+def compile_workers() -> int | None:
+    """How many processes compile at the same time: ``ASYNCDIFF_COMPILE_WORKERS``; None where it is
+    not set. With 0 this process compiles alone. Raises InputError for what is no such number."""
+    given = os.environ.get("ASYNCDIFF_COMPILE_WORKERS", "")
+    if not given:
+        return None
+    if not given.isdecimal():
+        raise InputError(
+            f"ASYNCDIFF_COMPILE_WORKERS={given}: write how many processes compile, 0 for none "
+            "besides this one"
+        )
+    return int(given)

@@ -32,8 +32,8 @@ Timed = tuple[Partition, list[float]]
 
 
 class Cutter:
-    """Cuts ``module`` for ranks at ``places``; ``state`` tells which one it is by now. All methods
-    are collective."""
+    """Cuts ``module`` for ranks at ``places``; ``state`` tells which one it is by now, and
+    ``exporting`` is called before it is exported. All methods are collective."""
 
     def __init__(
         self,
@@ -43,10 +43,11 @@ class Cutter:
         places: Sequence[Place],
         team: Team,
         state: Callable[[], int],
+        exporting: Callable[[], None],
     ) -> None:
         self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
-        self._sizes, self._state = Sizes(module), state
+        self._sizes, self._state, self._exporting = Sizes(module), state, exporting
         self._bytes_per_ms: float | None = None
 
     def first(
@@ -122,7 +123,7 @@ class Cutter:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
         devices = [p.device for p in self._places if p.process == self._team.process]
         units = [f"{p.unit} of host {p.host}" for p in self._places]
-        compiled = self._config.compile or False
+        compiled = "regions" if self._config.compile is True else self._config.compile or False
         return lambda: KeptCuts(captured, components, copies, devices, units, compiled)
 
     def _capture(self, call: Call) -> Captured:
@@ -142,6 +143,7 @@ class Cutter:
         return made[0]
 
     def _exported(self, call: Call, *sizes: OpenSizes) -> Captured:
+        self._exporting()
         # The exporter switches kernels of CPUs off meanwhile, for the whole process.
         others = self._weights.home.type == "cpu"
         with undisturbed() if others else contextlib.nullcontext():

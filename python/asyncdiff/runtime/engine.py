@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ import torch
 import asyncdiff_core as core
 
 from ..errors import ProcessError, RankError
+from ..graph.compiled.ahead import Compiling
 from ..graph.signature import Role
 from ..graph.weights import Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..phases import phase
 from ..processes.team import Team, lost
-from ..progress import Progress, stage
+from ..progress import stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
 from .devices import Place
@@ -44,8 +45,8 @@ class Engine:
     own place, where it gets noise predictions if none of these ranks is its own. ``tensors`` are
     the inputs of a call, in the order of the signature; their values are used for a first run,
     which fixes how values lie in memory. ``slots`` and ``extrapolate`` are those of the plans that
-    will be run. ``compile`` is told how far compiling the components is, ``regions`` by themselves.
-    ``beside``: an engine whose ranks' streams this one's ranks use, in turn with it.
+    will be run. ``compile``: how components are compiled, if they are. ``beside``: an engine whose
+    ranks' streams this one's ranks use, in turn with it.
 
     Making an engine, :meth:`prepare`, :meth:`begin`, :meth:`finish` and :meth:`close` are
     collective; all processes issue the same ticks.
@@ -64,8 +65,7 @@ class Engine:
         slots: int = 2,
         extrapolate: float = 0.0,
         deadline: float | None = None,
-        compile: Progress | None = None,
-        regions: Mapping[str, int] = {},
+        compile: Compiling | None = None,
         beside: Engine | None = None,
     ) -> None:
         self.partition = partition
@@ -102,7 +102,7 @@ class Engine:
         #: seconds that compiling took
         self.compile_s = 0.0
         if compile is not None:
-            team.together("compile its ranks", functools.partial(self._compile, compile, regions))
+            team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
         self._clean, self.closed = True, False
         #: ticks that were issued since the engine was made
@@ -118,10 +118,12 @@ class Engine:
         return self.channels.bundle_bytes
 
     @phase("compile")
-    def _compile(self, progress: Progress, regions: Mapping[str, int]) -> None:
+    def _compile(self, compiling: Compiling) -> None:
         started = time.perf_counter()
-        for worker in self.workers:
-            worker.compile(self._received(worker), regions, progress)
+        pieces = [w.pieces(self._received(w), compiling) for w in self.workers]
+        compiling.ahead(pieces)
+        for worker, of_worker in zip(self.workers, pieces, strict=True):
+            worker.compile(of_worker)
         self.compile_s = time.perf_counter() - started
 
     def _received(self, worker: Worker) -> dict[int, list[torch.Tensor]]:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..config import ParallelConfig
+from ..environment import compile_workers
 from ..errors import InputError
 from ..graph.batch import BatchSplit
-from ..graph.compiled.regions import repeated
+from ..graph.compiled.ahead import Compiling
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.signature import Call
 from ..graph.weights import Weights
@@ -50,7 +51,11 @@ class EngineMaker:
     ) -> None:
         self._module, self._weights, self._config = module, weights, config
         self._team, self._seats = team, list(seats)
-        self._cutter = Cutter(module, weights, config, places, team, state)
+        here = [p.device for p in places if p.process == team.process]
+        beside = team.hosts.count(team.hosts[team.process])
+        self._compiling = Compiling(config.compile, here, compile_workers(), beside)
+        exporting = self._compiling.start
+        self._cutter = Cutter(module, weights, config, places, team, state, exporting)
         self.beside: list[Engine | Groups] = []
 
     def ranks(
@@ -67,8 +72,22 @@ class EngineMaker:
         shares of its tokens; with ``split`` an engine for each part of the batch: of conditions on
         devices of their own, of pictures in turn on all of them. ``batched``: which inputs hold all
         parts of it, if that is known. ``like``: what is to be cut alike, where that can be."""
-        if split is None:
-            return self._even(call, components, places, like, tokens)
+        with contextlib.closing(self._compiling):
+            if split is None:
+                return self._even(call, components, places, like, tokens)
+            return self._groups(call, components, places, split, batched, like, tokens)
+
+    def _groups(
+        self,
+        call: Call,
+        components: int,
+        places: Sequence[Place],
+        split: BatchSplit,
+        batched: Sequence[bool] | None,
+        like: Partition | None,
+        tokens: bool,
+    ) -> Engine | Groups:
+        """An engine for each part of the batch; see :meth:`ranks`."""
         in_turn = self._config.schedule == "pipeline"
         ranks = len(places) if in_turn else len(places) // split.count
         if batched is None and self._weights.checkpoint is not None:
@@ -156,7 +175,7 @@ class EngineMaker:
         beside: Engine | None = None,
     ) -> Engine:
         config, count = self._config, len(parts.components)
-        with bar(config.progress) if config.compile else contextlib.nullcontext() as progress:
+        with bar(config.progress) if config.compile else contextlib.nullcontext():
             return Engine(
                 parts,
                 places,
@@ -169,7 +188,6 @@ class EngineMaker:
                 ),
                 extrapolate=config.extrapolate,
                 deadline=config.deadline,
-                compile=progress,
-                regions=repeated(parts.captured) if config.compile == "regions" else {},
+                compile=self._compiling if config.compile else None,
                 beside=beside,
             )

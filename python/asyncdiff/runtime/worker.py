@@ -13,14 +13,15 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from ..graph.compiled.compile import compile_program
+from ..graph.compiled.ahead import Compiling
+from ..graph.compiled.compile import Pieces
 from ..graph.hoist import hoist, store
 from ..graph.program import on_device, run_program, weight_name
 from ..graph.signature import Role
 from ..graph.weights import Held, Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
-from ..progress import Progress
+from ..progress import tell
 from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
 from .cuda_graphs import GraphCache, Issued, capturing
 from .exchange.buffers import moved_on
@@ -144,21 +145,24 @@ class Worker:
         self.synchronize()
         return sent, outputs
 
-    def compile(
-        self,
-        reads: Mapping[int, list[torch.Tensor]],
-        regions: Mapping[str, int],
-        progress: Progress,
-    ) -> None:
-        """Compile the program for inputs, and bundles by source, like those that are there;
-        ``regions`` of it by themselves.
-
-        ``progress`` is told how many of how many pieces are compiled. Runs it once, without
-        channels. Keeps as it is what inductor cannot compile.
+    def pieces(self, reads: Mapping[int, list[torch.Tensor]], compiling: Compiling) -> Pieces:
+        """The program in pieces, to be compiled for inputs, and bundles by source, like those that
+        are there. Runs it once, without channels, where other processes compile.
         """
-        told = functools.partial(progress, f"compiling rank {self.rank}")
+        told = functools.partial(tell, f"compiling rank {self.rank}")
         with self.current():
-            made = compile_program(self.program, self._arguments(reads), regions, told)
+            regions = compiling.regions(self._captured)
+            pieces = Pieces(self.program, self._arguments(reads), regions, told)
+            if compiling.side_by_side:
+                pieces.look()
+        self.synchronize()
+        return pieces
+
+    def compile(self, pieces: Pieces) -> None:
+        """Compile the program, which consists of these pieces. Runs it once, without channels.
+        Keeps as it is what inductor cannot compile."""
+        with self.current():
+            made = pieces.compile()
         self._parts[-1] = self.program = made.program
         self.compiled = made.pieces > 0
         if made.refused:

@@ -196,7 +196,7 @@ def test_a_block_is_compiled_once_for_all_components(pieces: list[fx.GraphModule
 
 
 def test_whole_components_are_what_is_compiled_otherwise(pieces: list[fx.GraphModule]) -> None:
-    denoiser = spread(tower(), split=HALVES, compile=True)
+    denoiser = spread(tower(), split=HALVES, compile="whole")
     run(denoiser)
     assert sorted(blocks_in(pieces)) == [3, 3]
     denoiser.close()

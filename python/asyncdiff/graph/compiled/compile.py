@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...errors import reason
 from ...memory import out_of_memory
-from .pieces import cut
+from .kinds import Kind, kind_of, made
+from .pieces import Cut, cut
+from .settings import in_key, kept
 
 #: Parameters from which on compiling is the default. Smaller denoisers take less than some 3 ms a
 #: step in a CUDA graph: compiling would save seconds after thousands of pictures.
@@ -47,25 +45,103 @@ class Compiled:
     refused: list[str] = field(default_factory=list)
 
 
-@torch.no_grad()
 def compile_program(
     program: fx.GraphModule,
     arguments: Sequence[torch.Tensor],
     regions: Mapping[str, int],
     progress: Callable[[int, int], None],
 ) -> Compiled:
-    """``program`` with its pieces compiled for tensors like ``arguments``: each of its ``regions``
+    """``program`` with its pieces compiled for tensors like ``arguments``; see :class:`Pieces`."""
+    return Pieces(program, arguments, regions, progress).compile()
+
+
+class Pieces:
+    """``program`` in pieces, to be compiled for tensors like ``arguments``: each of its ``regions``
     (see :func:`~.regions.repeated`) is one, and what is between them and between two pushes.
 
-    Runs it once, so that every kernel is loaded. ``progress`` is told how many of how many pieces
-    are compiled. The result takes and returns what ``program`` does, and has the same ``emit``
-    submodule and weights. A piece that inductor cannot compile stays as it is. Raises what the
-    program raises, and where memory lacks.
+    ``progress`` is told how many of how many are compiled.
     """
-    made = cut(program, regions)
-    compiled = Compiled(made.program)
-    _Compiler(compiled, made.pieces, progress).run(*arguments)
-    return compiled
+
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        arguments: Sequence[torch.Tensor],
+        regions: Mapping[str, int],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._cut = cut(program, regions)
+        self._arguments, self._progress = arguments, progress
+        self._settings = in_key()
+        #: the kinds of pieces, with one of each, once they were looked at
+        self.kinds: dict[Kind, fx.GraphModule] = {}
+        self._count: Counter[Kind] = Counter()
+        self._told = 0
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Find out of which kinds the pieces are. Runs the program as it is, and raises what that
+        raises."""
+
+        def look(name: str, piece: fx.GraphModule, args: tuple[Any, ...]) -> Any:
+            kind = kind_of(self._cut.pieces[name], self._settings, args)
+            self._count[kind] += 1
+            self.kinds[kind] = piece
+            return piece(*args)
+
+        _Runner(self._cut, look).run(*self._arguments)
+
+    def ready(self, kinds: Container[Kind]) -> None:
+        """Tell how many pieces are compiled, once those of these kinds are."""
+        self._tell(sum(count for kind, count in self._count.items() if kind in kinds))
+
+    @torch.no_grad()
+    def compile(self) -> Compiled:
+        """The program with its pieces compiled.
+
+        Runs it once, so that every kernel is loaded. The result takes and returns what the program
+        does, and has the same ``emit`` submodule and weights. A piece that inductor cannot compile
+        stays as it is. Raises what the program raises, and where memory lacks.
+        """
+        program = self._cut.program
+        compiled = Compiled(program)
+
+        def run(name: str, piece: fx.GraphModule, args: tuple[Any, ...]) -> Any:
+            kind = kind_of(self._cut.pieces[name], self._settings, args)
+            call = _known.get(kind, lambda: _make(kind, piece, args))
+            result = None
+            if not isinstance(call, str):
+                try:
+                    result = call(*args)
+                except Exception as e:  # what only running it shows
+                    call = _known.refuse(kind, e)
+            if isinstance(call, str):
+                compiled.refused.append(call)
+                result = piece(*args)
+            else:
+                compiled.pieces += 1
+                setattr(program, name, _Piece(call))
+            self._tell(compiled.pieces + len(compiled.refused))
+            return result
+
+        _Runner(self._cut, run).run(*self._arguments)
+        return compiled
+
+    def _tell(self, done: int) -> None:
+        if done > self._told:
+            self._told = done
+            self._progress(done, len(self._cut.pieces))
+
+
+def compile_kind(kind: Kind, piece: fx.GraphModule) -> None:
+    """Compile a piece for what its kind is given, if that was not done in this process. Raises
+    where memory lacks."""
+    _known.get(kind, lambda: _make(kind, piece, kind.given))
+
+
+def compiled_before(kind: Kind) -> bool:
+    """Whether pieces of this kind were compiled in this process; or in another one, so that
+    inductor's cache on the disk has them."""
+    return kind in _known or kind.noted()
 
 
 class _Piece(nn.Module):
@@ -79,48 +155,35 @@ class _Piece(nn.Module):
         return self.call(*args)
 
 
-class _Compiler(fx.Interpreter):
-    """Runs a program that was cut into pieces, and compiles each for the values that it gets."""
+class _Runner(fx.Interpreter):
+    """Runs a program that was cut into pieces; each piece by ``run``, which is given its name, the
+    piece and its arguments."""
 
     def __init__(
-        self, compiled: Compiled, pieces: Mapping[str, str], progress: Callable[[int, int], None]
+        self, cut: Cut, run: Callable[[str, fx.GraphModule, tuple[Any, ...]], Any]
     ) -> None:
-        super().__init__(compiled.program)
-        self._compiled, self._pieces, self._progress = compiled, pieces, progress
-        self._settings = _settings()
+        super().__init__(cut.program)
+        self._pieces, self._run = cut.pieces, run
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target not in self._pieces:
             return super().call_module(target, args, kwargs)
         piece = self.module.get_submodule(target)
         assert isinstance(piece, fx.GraphModule)
-        key = (self._pieces[target], self._settings, *map(_layout, args))
-        call = _known.get(key, lambda: _made(piece, args))
-        result = None
-        if not isinstance(call, str):
-            try:
-                result = call(*args)
-            except Exception as e:  # what only running it shows
-                call = _known.refuse(key, e)
-        if isinstance(call, str):
-            self._compiled.refused.append(call)
-            result = piece(*args)
-        else:
-            self._compiled.pieces += 1
-            setattr(self.module, target, _Piece(call))
-        done = self._compiled.pieces + len(self._compiled.refused)
-        self._progress(done, len(self._pieces))
-        return result
+        return self._run(target, piece, args)
 
 
 class _Known:
     """What inductor made of pieces in this process, or why it could not."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[Any, Callable[..., Any] | str] = OrderedDict()
+        self._made: OrderedDict[Kind, Callable[..., Any] | str] = OrderedDict()
         self._lock = threading.RLock()
 
-    def get(self, key: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | str:
+    def __contains__(self, key: Kind) -> bool:
+        return key in self._made
+
+    def get(self, key: Kind, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | str:
         """What was made of a piece like this, or is now."""
         with self._lock:
             if key not in self._made:
@@ -133,7 +196,7 @@ class _Known:
             self._made.move_to_end(key)
             return self._made[key]
 
-    def refuse(self, key: Any, error: Exception) -> str:
+    def refuse(self, key: Kind, error: Exception) -> str:
         """Keep why it could not; raises the error where memory lacked."""
         if out_of_memory(error):
             raise error
@@ -146,38 +209,8 @@ class _Known:
 _known = _Known()
 
 
-def _made(piece: fx.GraphModule, arguments: Sequence[Any]) -> Callable[..., Any]:
-    """What inductor makes of a piece.
-
-    It keeps on the disk only what was traced where sizes may vary, as torch.compile does. Here none
-    of them does.
-    """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    examples = [
-        mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x
-        for x in arguments
-    ]
-    with tracing(TracingContext(mode)):
-        # A copy: inductor rewrites what it is given, and the piece may have to run as it is.
-        call: Callable[..., Any] = torch._inductor.compile(copy.deepcopy(piece), examples)
+def _make(kind: Kind, piece: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+    call = made(piece, given)
+    if kept() and not piece.graph.find_nodes(op="get_attr"):  # bodies are like no others
+        kind.note()
     return call
-
-
-def _layout(value: Any) -> Any:
-    """What the code for a value depends on."""
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    # On GPUs, code for what is aligned copies what is not.
-    odd = value.device.type != "cpu" and value.data_ptr() % 16 != 0
-    return (value.shape, value.stride(), value.dtype, value.device, odd)
-
-
-def _settings() -> Any:
-    """What the code depends on besides."""
-    from torch._inductor import config
-
-    return (
-        config.get_hash(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
