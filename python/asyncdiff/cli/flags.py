@@ -20,6 +20,8 @@ _SPECIAL = {
     ("warmup_mode", "split"): "--split-warmup",
     ("warmup_mode", "chain"): "no --split-warmup",
     ("compile", "True"): "--compile",
+    ("compile", "regions"): "--compile",
+    ("compile", "whole"): "--compile-whole",
     ("compile", "False"): "--no-compile",
     ("time_shift", "True"): "--time-shift",
     ("time_shift", "False"): "no --time-shift",

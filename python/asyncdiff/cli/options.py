@@ -153,6 +153,14 @@ Compile = Annotated[
         "for large denoisers on GPUs.",
     ),
 ]
+CompileWhole = Annotated[
+    bool,
+    typer.Option(
+        "--compile-whole",
+        help="Compile each component as a whole, where blocks that are alike would be compiled "
+        "once for all of them, which is sooner ready and as fast.",
+    ),
+]
 SplitGuidance = Annotated[
     bool,
     typer.Option(

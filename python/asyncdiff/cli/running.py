@@ -36,12 +36,17 @@ class Preparing:
             self._told(what, done, total)
 
 
-def running_modes(split_guidance: bool, split_warmup: bool, compile: bool | None) -> dict[str, Any]:
-    """Arguments of the library for how guidance and exact steps run, and whether is compiled."""
+def running_modes(
+    split_guidance: bool, split_warmup: bool, compile: bool | None, compile_whole: bool
+) -> dict[str, Any]:
+    """Arguments of the library for how guidance and exact steps run, and whether and how is
+    compiled. Raises InputError for what excludes each other."""
+    if compile_whole and compile is False:
+        raise InputError("--compile-whole compiles: leave --no-compile out")
     return {
         "guidance": "split" if split_guidance else "batched",
         "warmup_mode": "split" if split_warmup else "chain",
-        "compile": compile,
+        "compile": "whole" if compile_whole else compile,
     }
 
 

@@ -85,6 +85,7 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["demo", "--quality", "best"], "--quality best: write one of exact"),
         (["demo", "--quality", "high", "-N", "2"], "leave that out, or leave --quality out"),
         (["generate", "m", "-p", "x", "--quality", "fast", "--split-warmup"], "--split-warmup"),
+        (["generate", "m", "-p", "x", "--no-compile", "--compile-whole"], "leave --no-compile"),
         (["demo", "--sampler", "best"], "do: ddim, dpm, euler, unipc"),
         (["generate", "--demo", "-p", "x", "--exact-tail", "60"], "take --exact-tail 49 or less"),
         (["generate", "--demo", "-p", "x", "--load", "variant=fp16"], "not for --demo"),

@@ -26,6 +26,7 @@ def generate(
     quality: opt.Quality = None,
     devices: opt.Devices = None,
     compile: opt.Compile = None,
+    compile_whole: opt.CompileWhole = False,
     split_guidance: opt.SplitGuidance = False,
     split_warmup: opt.SplitWarmup = False,
     with_compare: Annotated[
@@ -43,7 +44,7 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted_speedup
 
-    modes = running_modes(split_guidance, split_warmup, compile)
+    modes = running_modes(split_guidance, split_warmup, compile, compile_whole)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)

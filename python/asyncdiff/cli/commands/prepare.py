@@ -32,6 +32,7 @@ def prepare(
     quality: opt.Quality = None,
     devices: opt.Devices = None,
     compile: opt.Compile = None,
+    compile_whole: opt.CompileWhole = False,
     split_guidance: opt.SplitGuidance = False,
     split_warmup: opt.SplitWarmup = False,
     as_json: opt.Json = False,
@@ -46,7 +47,7 @@ def prepare(
     from ... import parallelize
     from ...preparation.folder import preparations
 
-    modes = running_modes(split_guidance, split_warmup, compile)
+    modes = running_modes(split_guidance, split_warmup, compile, compile_whole)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()
