@@ -55,10 +55,8 @@ class Meetings:
         self._rank, self._stream, self._comm = rank, stream, comm
         self._bundles, self._rest = bundles, rest
         self._others = [r for r in range(len(rest)) if r != rank]
-        #: what is being copied to others, whose memory must not be used again; of how many meetings
-        #: that is known to be over
-        self._held: dict[int, list[torch.Tensor]] = {}
-        self._given: dict[int, Any] = {}
+        #: what is being copied to others, whose memory must not be used again
+        self._held: list[torch.Tensor] = []
 
     def check(self, graphs: bool) -> None:
         """Raise DeviceError where a GPU's run is no CUDA graph: ranks that are launched one after
@@ -73,7 +71,7 @@ class Meetings:
         """Give the ``index``-th value of this rank's bundle to the others."""
         mine = self._bundles[meeting][self._rank]
         value = as_laid_out(value, mine.layout.specs[index])
-        self._held.setdefault(meeting, []).append(value)
+        self._held.append(value)
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
         if index == 0:
@@ -81,13 +79,12 @@ class Meetings:
         mine.channel.push_pointer(index, value.data_ptr(), mine.slot, self._comm)
         if index == len(mine.layout.specs) - 1:
             mine.channel.commit(mine.slot, self._comm)
-            if self._comm is not None:
-                self._given[meeting] = self._comm.record_event()
 
     def take(self, meeting: int, index: int, value: torch.Tensor, dim: int) -> torch.Tensor:
         """All ranks' ``index``-th values, one after another along ``dim``, as a new tensor."""
         bundles = self._bundles[meeting]
         if index == 0:
+            self._wait_for_given()
             for r in self._others:
                 bundles[r].channel.get(self._rank, bundles[r].slot, self._stream)
         parts = [
@@ -97,7 +94,6 @@ class Meetings:
         if index == len(bundles[self._rank].layout.specs) - 1:
             for r in self._others:
                 bundles[r].channel.release(self._rank, bundles[r].slot, self._stream)
-            self._forget(meeting - 1)
         return together
 
     def finish(self) -> None:
@@ -107,20 +103,22 @@ class Meetings:
         for channel, slot in self._rest[self._rank]:
             channel.begin(slot, self._comm)
             channel.commit(slot, self._comm)
+        self._wait_for_given()
         for r in self._others:
             for channel, slot in self._rest[r]:
                 channel.get(self._rank, slot, self._stream)
                 channel.release(self._rank, slot, self._stream)
+
+    def _wait_for_given(self) -> None:
+        """Let the computation go on once all that was given has left.
+
+        Nothing is lost by it: what others give takes as long to come. And it is needed: CUDA may
+        run the branches of a graph one after another, and a rank that waited for the others before
+        it has given its own would never get theirs.
+        """
         if self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
         self._held.clear()
-        self._given.clear()
-
-    def _forget(self, meeting: int) -> None:
-        """Let the memory of what was given at a meeting be used again, as soon as it has left."""
-        if self._stream is not None and meeting in self._given:
-            self._stream.wait_event(self._given.pop(meeting))
-        self._held.pop(meeting, None)
 
 
 def connect(
