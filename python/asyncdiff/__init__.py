@@ -18,6 +18,7 @@ from .errors import (
     ProcessError,
     RankError,
     SchedulerError,
+    TokensError,
     TuneError,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "ProcessError",
     "RankError",
     "SchedulerError",
+    "TokensError",
     "TuneError",
     "errors",
     "parallelize",

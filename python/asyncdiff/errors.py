@@ -19,6 +19,10 @@ class PartitionError(AsyncDiffError, ValueError):
     """The denoiser cannot be split as asked."""
 
 
+class TokensError(PartitionError):
+    """The denoiser's tokens cannot be shared out among ranks; the message says at what it ends."""
+
+
 class CaptureError(AsyncDiffError, RuntimeError):
     """The denoiser cannot be exported; the exporter's reason is part of the message."""
 

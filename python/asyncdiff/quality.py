@@ -35,6 +35,11 @@ _EXACT = {
     "balanced": ((0.12, 0.28), (0.08, 0.10), 1),
     "fast": ((0.04, 0.08), (0.04, 0.06), 1),
 }
+#: From so many exact steps on ranks are made ready that share out the tokens of each: they need
+#: memory for the whole denoiser, and time to prepare.
+_MANY_EXACT = 5
+#: Conditions of guidance.
+GROUPS = 2
 #: Each further component adds this share of what small steps need.
 _FURTHER = 0.5
 
@@ -47,6 +52,7 @@ class Task:
     log-SNR, ln(α/σ), or why waves do not serve this denoiser with this sampler. ``guided``:
     whether the batch holds two conditions, which can be taken apart. ``pictures``: in the batch,
     which can be taken apart. ``whole``: whether a device has room for the whole denoiser.
+    ``tokens``: whether devices that have can share out its tokens.
     """
 
     devices: int
@@ -55,6 +61,7 @@ class Task:
     guided: bool
     pictures: int
     whole: bool
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,10 @@ def pick(
         "guidance": "split" if groups == 2 else "batched",
         "warmup_mode": "split" if shared else "chain",
     }
+    if task.tokens and not shared and components > 1 and warmup >= _MANY_EXACT:
+        settings["warmup_mode"] = "sequence"
     settings |= given or {}
-    if not task.guided:
+    if not task.guided and settings["warmup_mode"] == "split":
         settings["warmup_mode"] = "chain"
     why = f"{components} components work at once, {_ends(settings, task.steps)}"
     if given:
@@ -126,6 +135,8 @@ def pick(
         why += "; each condition of the guidance has devices of its own"
     elif settings["warmup_mode"] == "split":
         why += ", a condition on each of two devices"
+    if settings["warmup_mode"] == "sequence":
+        why += "; in exact steps devices share out the picture's tokens"
     return Picked(settings, groups * components, why)
 
 
@@ -159,12 +170,14 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
     split = "split" in (prepared["guidance"], prepared["warmup_mode"])
     if task.guided and task.whole and not split:
         return None
+    if task.tokens and "sequence" not in prepared.values() and not split:
+        return None
     groups = 2 if prepared["guidance"] == "split" else 1
     if groups == 2 and not task.guided:
         return None
     why = f"each of these {task.steps} steps is exact, on the ranks that there are"
     settings = {**prepared, "warmup": task.steps, "exact_tail": 0}
-    if not task.guided:
+    if not task.guided and settings["warmup_mode"] == "split":
         settings["warmup_mode"] = "chain"
     return Picked(settings, groups * prepared["components"], why)
 
@@ -177,6 +190,8 @@ def _exact(task: Task, few: bool, quality: str) -> Picked:
         because = "every step is exact"
     elif few:
         because = f"{steps} steps are so few that each decides: all are exact"
+    if task.tokens and not (task.guided and n == GROUPS):
+        return _by_tokens(task, because)
     if task.guided and task.whole:
         why = f"{because}, a condition of the guidance on each of two devices"
         return Picked({"components": 1, "guidance": "split"}, 2, why)
@@ -185,3 +200,14 @@ def _exact(task: Task, few: bool, quality: str) -> Picked:
         return Picked({"components": n, "warmup": steps}, n, why)
     why = f"{because}; without guidance, and with fewer than {n} pictures, nothing can be shared"
     return Picked({"components": 1}, 1, f"{why}: one device")
+
+
+def _by_tokens(task: Task, because: str) -> Picked:
+    """Every step exact, the tokens shared out among all devices, or among half of them for each
+    condition."""
+    settings: dict[str, Any] = {"components": task.devices, "schedule": "sequence"}
+    why = f"{because}; devices share out the picture's tokens"
+    if task.guided and task.devices % GROUPS == 0:
+        settings |= {"components": task.devices // GROUPS, "guidance": "split"}
+        why += ", half of them for each condition of the guidance"
+    return Picked(settings, task.devices, why)

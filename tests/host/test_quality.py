@@ -122,3 +122,35 @@ def test_what_was_picked_is_said() -> None:
         assert "exact" in pick("balanced", task).why
     with pytest.raises(InputError, match=r"quality='best': write one of exact, high, balanced"):
         check_quality("best")
+
+
+def test_devices_share_out_tokens_where_steps_are_exact() -> None:
+    tokens: dict[str, Any] = {"tokens": True, "guided": False}
+    by_tokens = {"components": 2, "schedule": "sequence"}
+    assert picked("exact", **tokens) == by_tokens
+    assert picked("balanced", **tokens, steps=4) == by_tokens
+    assert "tokens" in pick("exact", replace(USUAL, **tokens)).why
+    # With guidance two devices take a condition each: nothing has to be exchanged.
+    assert picked("exact", tokens=True) == {"components": 1, "guidance": "split"}
+    four = picked("exact", tokens=True, devices=4)
+    assert four == {"components": 2, "schedule": "sequence", "guidance": "split"}
+    assert picked("exact", tokens=True, devices=3) == {"components": 3, "schedule": "sequence"}
+
+
+def test_many_exact_steps_of_waves_share_out_tokens() -> None:
+    for guided, devices, mode in (
+        (False, 2, "sequence"),
+        (True, 2, "split"),
+        (True, 4, "sequence"),
+    ):
+        used = picked("high", tokens=True, guided=guided, devices=devices, step=LARGE_STEP)
+        assert (used["schedule"], used["warmup_mode"]) == ("wavefront", mode)
+    few = picked("fast", tokens=True, guided=False)
+    assert few["warmup"] < 5 and few["warmup_mode"] == "chain"
+    # All exact on ranks that are there already, if those share out tokens.
+    task = replace(USUAL, tokens=True, guided=False, steps=4)
+    made = pick("high", replace(task, steps=50, step=LARGE_STEP))
+    assert pick("high", task, made.settings).settings["schedule"] == "wavefront"
+    assert pick("high", task, {**made.settings, "warmup_mode": "chain"}).settings == {
+        "components": 2, "schedule": "sequence"
+    }  # fmt: skip

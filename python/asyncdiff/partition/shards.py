@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..errors import PartitionError
+from ..errors import TokensError
 from ..graph.capture import Captured
 from ..graph.layers.quantized import plain
 from ..sequence.axis import Axis
@@ -67,7 +67,7 @@ class Shards(Partition):
 def shards(captured: Captured, ranks: int) -> Shards:
     """``captured`` with its tokens shared out among so many ranks.
 
-    Raises PartitionError for a denoiser in which tokens cannot be followed, or of which too much
+    Raises TokensError for a denoiser in which tokens cannot be followed, or of which too much
     would be computed by each rank, saying by which operations; and where there are too few tokens.
     """
     sharding = shard(captured)
@@ -84,7 +84,7 @@ def shards(captured: Captured, ranks: int) -> Shards:
 def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
     hint = "take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain', for this denoiser"
     if not sharding.attention:
-        raise PartitionError(
+        raise TokensError(
             "the denoiser's tokens cannot be shared out among ranks: there is no attention between "
             f"tokens that could be followed to what they are made of; {hint}"
         )
@@ -94,14 +94,14 @@ def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
     mine = sum(costs.macs[n] for n in run if _part(sharding, n, 0, 2) < 1)
     if mine < _SHARED * whole:
         unknown = ", ".join(dict.fromkeys(map(operation, sharding.unknown))) or "none by name"
-        raise PartitionError(
+        raise TokensError(
             f"of the denoiser's work {100 * mine / max(whole, 1):.0f} % could be shared out among "
             f"ranks by tokens; it ends at operations through which tokens are not followed "
             f"({unknown}); {hint}"
         )
     for axis in _gathered(captured, sharding):
         if axis.local(0, ranks) == 0:
-            raise PartitionError(
+            raise TokensError(
                 f"{axis.length} tokens cannot be shared out among {ranks} ranks: take fewer "
                 f"devices, or {hint}"
             )

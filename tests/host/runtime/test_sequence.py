@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES
 from toys import toy, toy_call
 
-from asyncdiff import AsyncDenoiser, DeviceError, ParallelConfig, PartitionError, PlanError
+from asyncdiff import AsyncDenoiser, DeviceError, ParallelConfig, PlanError, TokensError
 from asyncdiff.runtime.exchange.meetings import Meetings
 
 #: Of a generation.
@@ -73,7 +73,7 @@ def test_a_denoiser_whose_tokens_cannot_be_followed_is_refused() -> None:
     denoiser = AsyncDenoiser(module, devices=["cpu"] * 2, **settings)
     with (
         contextlib.closing(denoiser),
-        pytest.raises(PartitionError, match="tokens"),
+        pytest.raises(TokensError, match="tokens"),
         denoiser.generation([0.5]),
     ):
         denoiser(**call)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config import Branch
 from ...denoiser import AsyncDenoiser
-from ...errors import BatchError, InputError, SchedulerError
+from ...errors import BatchError, InputError, SchedulerError, TokensError
 from ...generation.report import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
@@ -168,8 +168,8 @@ class Calls:
             branch = self._branch_of(call, time)
             try:
                 result = self._step(branch, call, time)
-            except BatchError as e:
-                # Before anything was computed: the settings are for parts of the batch.
+            except (BatchError, TokensError) as e:
+                # Before anything was computed: the settings are for parts of what cannot be parted.
                 if not self._try_again(call, e):
                     raise
                 self.denoiser.stop()
@@ -181,12 +181,14 @@ class Calls:
         self._found.returned()
         return result
 
-    def _try_again(self, call: Call, error: BatchError) -> bool:
-        """Whether a call whose batch has no parts is to be made once more, with other settings or
-        as the first one of two."""
+    def _try_again(self, call: Call, error: BatchError | TokensError) -> bool:
+        """Whether a call whose batch, or tokens, have no parts is to be made once more, with other
+        settings or as the first one of two."""
         if self.auto is not None:
             log.warning("settings are picked once more: %s", error)
-            return self.auto.keep_together(call)
+            return self.auto.keep_together(call, tokens=isinstance(error, TokensError))
+        if isinstance(error, TokensError):
+            return False
         if self.run.pipe is None or self._expected > 1:
             return False
         self._alone, self._expected = error, 2
