@@ -9,7 +9,7 @@ import reference
 import torch
 from diffusers import DDIMScheduler
 from group import Member
-from tiny_pipelines import draw, tiny_sd
+from tiny_pipelines import draw, tiny_flux, tiny_sd
 from toys import toy, toy_call
 
 import asyncdiff
@@ -133,6 +133,29 @@ def qualities_alone(processes: int) -> list[str]:
 def qualities(member: Member) -> list[str]:
     """Digests of pipelines whose settings are picked, and what was picked."""
     return _qualities(group=member.group(), deadline=30)
+
+
+def _tokens(ranks: int, **where: Any) -> list[str]:
+    found = []
+    ways: list[dict[str, Any]] = [
+        {"schedule": "sequence"},
+        {"warmup": 3, "warmup_mode": "sequence", **ESTIMATE},
+    ]
+    for way in ways:
+        pipe, call = tiny_flux()
+        with asyncdiff.parallelize(pipe, components=ranks, **way, **where):
+            found += [digest(draw(pipe, call, num_inference_steps=5)) for _ in range(2)]
+    return found
+
+
+def tokens_alone(processes: int) -> list[str]:
+    """What :func:`tokens` returns, by one process."""
+    return _tokens(processes, devices=["cpu"] * processes)
+
+
+def tokens(member: Member) -> list[str]:
+    """Digests of pipelines whose processes share out the tokens of steps."""
+    return _tokens(member.processes, group=member.group(), deadline=30)
 
 
 def _calibrated(**where: Any) -> list[str]:

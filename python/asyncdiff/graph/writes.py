@@ -129,7 +129,10 @@ class Writes:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, among which those of a NaN are equal to themselves."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() == 1:  # its stride means nothing, and may be any
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

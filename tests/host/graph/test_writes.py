@@ -10,7 +10,7 @@ from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph import writes
-from asyncdiff.graph.writes import Seen, Writes
+from asyncdiff.graph.writes import Seen, Writes, bits
 from asyncdiff.runtime.rows import Rows
 from asyncdiff.runtime.worker import Worker
 
@@ -125,3 +125,11 @@ def test_bits_are_compared() -> None:
             with torch.inference_mode():
                 tensor.zero_()
             assert not look.same(tensor, seen)
+
+
+def test_bytes_of_any_tensor() -> None:
+    one = torch.tensor(2.5)
+    for tensor in (one, one.expand(1), one.expand(1, 1), torch.tensor([2.5, 0.0])[::2]):
+        assert bits(tensor).tolist() == bits(torch.tensor([2.5])).tolist()
+    assert bits(one.expand(2)).tolist() == 2 * bits(one).tolist()
+    assert bits(torch.empty(0)).numel() == 0

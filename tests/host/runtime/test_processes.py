@@ -53,5 +53,14 @@ def test_references(processes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_tokens(processes: int, tmp_path: Path) -> None:
+    in_group = run(group_bits.tokens, processes, tmp_path)
+    alone = group_bits.tokens_alone(processes)
+    alike(in_group, alone)
+    assert alone[0] == alone[1] and alone[2] == alone[3]
+
+
+@pytest.mark.slow
 def test_qualities(tmp_path: Path) -> None:
     alike(run(group_bits.qualities, 2, tmp_path), group_bits.qualities_alone(2))
