@@ -129,7 +129,7 @@ class Writes:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, among which those of a NaN are equal to themselves."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().contiguous().view(-1)
     if flat.numel() == 1:  # its stride means nothing, and may be any
         flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8)
