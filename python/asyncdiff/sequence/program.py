@@ -12,7 +12,7 @@ from torch import fx
 from ..graph.capture import Captured
 from ..graph.program import KEEP, NBYTES, mark
 from .axis import Axis
-from .flow import is_tensor, operation, shape_of
+from .flow import flow_of, is_tensor, operation, shape_of
 from .sharding import PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
 
 aten = torch.ops.aten
@@ -23,6 +23,8 @@ Gather = Callable[[torch.Tensor, int], torch.Tensor]
 #: In the metadata of such a call: for which node of the captured graph all meet, and how long the
 #: dimension then is.
 MEETING = "asyncdiff_meeting"
+#: Operations that are told the sizes of their result.
+SIZED = ("view", "reshape", "_unsafe_view", "expand")
 
 
 def program(
@@ -82,14 +84,21 @@ class _Builder:
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda n: self._given(n, forms.get(n, self._sharding.axis(n)))
         )
-        if axis is not None and not entry and name in ("view", "reshape", "_unsafe_view", "expand"):
+        made = self._made(node, args, kwargs, None if entry else axis)
+        if node not in self._sharding.axes:
+            mark(self._captured, node, made)
+        return made
+
+    def _made(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis | None
+    ) -> fx.Node:
+        """What a node does with other arguments, for a share of its tokens, if there is an axis."""
+        if axis is not None and operation(node) in SIZED:
             size = list(shape_of(node))
             size[axis.dim] = axis.local(self._rank, self._ranks)
             args = (args[0], size, *args[2:])
         made = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         made.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        if node not in self._sharding.axes:
-            mark(self._captured, node, made)
         return made
 
     def _parts(self, node: fx.Node, source: fx.Node, forms: Mapping[fx.Node, Form]) -> Any:
@@ -143,7 +152,24 @@ class _Builder:
             keys = self._given(node, Keys(axis))
             whole = self._sorted(keys, axis)
             return whole if form is None else self._of_whole(whole, form)
+        if isinstance(form, Axis) and (shared := self._view_of_share(node, form)) is not None:
+            return shared
         return self._of_whole(self._own[node], form)
+
+    def _view_of_share(self, node: fx.Node, axis: Axis) -> fx.Node | None:
+        """Of a view of a whole value the share, as a view of that value's share: so values that
+        each block looks at anew, such as rotary embeddings, are shared out once."""
+        source = node.args[0] if node in self._captured.views else None
+        if not isinstance(source, fx.Node) or self._sharding.axis(source) is not None:
+            return None
+        dims = flow_of(node).get(source) if is_tensor(source) else None
+        if dims is None or axis.dim not in dims or len(node.all_input_nodes) > 1:
+            return None
+        dim = dims.index(axis.dim)
+        if shape_of(source)[dim] != axis.length or isinstance(node.meta["val"], (list, tuple)):
+            return None
+        share = self._given(source, axis.at(dim))
+        return self._made(node, (share, *node.args[1:]), dict(node.kwargs), axis)
 
     def _of_whole(self, whole: fx.Node, form: Form) -> fx.Node:
         if isinstance(form, Axis):
