@@ -63,14 +63,16 @@ def test_as_by_itself(name: str, ranks: int, settings: dict[str, Any], place: st
 
 @pytest.mark.parametrize("place", PLACES)
 def test_in_half_precision(place: str) -> None:
-    """Near by what rounding does: as near as the plain one in half precision is to float32."""
+    """As far from the result in float32 as the plain one in half precision is, by rounding."""
     devices = [f"cuda:{d}" for d in devices_for(place, 2)]
+    full, given = _inputs("FLUX", torch.float32)
+    with torch.no_grad():
+        want = full(**given)[0]
     module, given = _inputs("FLUX", torch.bfloat16)
     with torch.no_grad():
-        want = module(**given)[0]
+        far = (module(**given)[0] - want).norm()
     time = given["timestep"].flatten()[:1].cpu()
     made = AsyncDenoiser(module, devices=devices, schedule="sequence", components=2)
     with contextlib.closing(made) as denoiser, denoiser.generation(time.expand(STEPS)):
         for _ in range(STEPS):
-            got = denoiser(**given)[0]
-            assert float((got - want).abs().max()) < 0.02 * float(want.abs().max())
+            assert (denoiser(**given)[0] - want).norm() < 1.2 * far
