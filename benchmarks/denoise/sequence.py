@@ -67,6 +67,8 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
     rows: dict[str, Any] = {}
     ways: dict[str, Asynchronous] = {}
     teams: dict[Any, Team] = {}
+    timings: dict[str, Timings] = {}
+    timed = model.loop(inputs, args.steps)
     for name, setting in settings(args.ranks, args.warmup, args.steps).items():
         if args.over():
             print(f"{key}, {compile}, {name}: no time was left", flush=True)
@@ -103,16 +105,17 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
         }
         if gpus:
             row["rank_ms_alone"] = [round(t, 3) for t in component_times(way.denoiser)]
-        ways[name] = way
+        ways[name], timings[name] = way, Timings()
+        timings[name].take(way, timed)  # the first round, at once: there may be no time for others
+        rows[name] |= timings[name].figures(args.steps)
+        rows[name]["speedup"] = timings[name].ratios(timings["one GPU"])
         print(f"{key}, {compile}, {name}: {row}", flush=True)
         save(rows)
-    timings = {name: Timings() for name in ways}
-    loop = model.loop(inputs, args.steps)
-    for number in range(args.rounds):
-        if number and args.over():
+    for _ in range(1, args.rounds):
+        if args.over():
             break
         for name, way in ways.items():
-            timings[name].take(way, loop)
+            timings[name].take(way, timed)
         for name in ways:
             rows[name] |= timings[name].figures(args.steps)
             rows[name]["speedup"] = timings[name].ratios(timings["one GPU"])
