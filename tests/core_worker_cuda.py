@@ -178,8 +178,10 @@ def cuda_churn(process: int, processes: int, folder: Path, gpus: int, changes: i
 
     early = 0
     source = torch.arange(1 << 20, dtype=torch.int32, device=device)
-    # What follows a get is loaded before the first one: the host may have to wait for that.
-    assert torch.equal(source[:7], source[:7].clone())
+    # What follows a get is loaded, and has memory, before the first one: the host may have to wait
+    # for that. Other sizes are other kernels.
+    for count in (1, 7, 5000, 1 << 16, 1 << 20):
+        assert torch.equal(source[:count], source[:count].clone())
     torch.cuda.synchronize(device)
     for n in range(changes):
         receivers = [1] if n % 2 == 0 else list(range(1, processes))

@@ -108,7 +108,9 @@ class Spread(ReadOnlySettings, Locked):
         )
         if compile and devices[0].type == "cuda":
             self._weights.channels_last()
-        if any(d != self._weights.home for d in here) or not here:
+        # Where tokens are shared out, each device has all of it, the denoiser's own too.
+        all_here = config.schedule == "sequence" and self._weights.home in here
+        if not all_here and (any(d != self._weights.home for d in here) or not here):
             self._weights.offload()
 
     # ---- calls -------------------------------------------------------------------------------

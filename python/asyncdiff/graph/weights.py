@@ -57,6 +57,7 @@ class Weights:
         self.exchanges = 0
         #: which of them are of the denoiser captured last, and known to be its weights
         self._known: set[tuple[str | int, torch.device]] = set()
+        self._gpus: set[torch.device] = set()
         self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
         self._channels_last: list[torch.Tensor] = []
@@ -120,12 +121,28 @@ class Weights:
         key = captured.places.get(name, id(weight)) if weight.dim() else id(weight), device
         held = self._held.get(key)
         if held is None or not self._fits(held, weight, device):
-            tensor = self.bring(captured, name, device)
+            near = self._on_another(key, weight)
+            tensor = self.bring(captured, name, device) if near is None else near.to(device)
             self._held[key] = held = Held(tensor, weight, self._shared(weight, device))
         elif self._written(held, weight, known=key in self._known):
             self._take(held, weight)
         self._known.add(key)
+        if device.type == "cuda":
+            self._gpus.add(device)
         return held
+
+    def _on_another(
+        self, key: tuple[str | int, torch.device], weight: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The weight's copy on another GPU, for one more GPU: links between them are many times
+        faster than the way from the host. None where there is none that is known to be the same."""
+        if key[1].type != "cuda" or weight.device.type == "cuda":
+            return None
+        for other in self._gpus:
+            held = self._held.get((key[0], other))
+            if held is not None and held.weight is weight and (key[0], other) in self._known:
+                return held.tensor if held.like(weight) else None
+        return None
 
     def _take(self, held: Held, weight: torch.Tensor) -> None:
         """Write a weight into what may be the copy of another one."""
