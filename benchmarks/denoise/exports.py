@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyncdiff.runtime import cutting, engine_cache
+from asyncdiff.runtime import cutting, making
 from denoise.beside import Lock
 
 
@@ -39,7 +39,7 @@ class Exports:
 
             return self._once((id(captured), str(device)), quietly)
 
-        engine, component_ms = engine_cache.Engine, engine_cache.component_ms
+        engine, component_ms = making.Engine, making.component_ms
 
         def made(*args: Any, compile: Any = None, **options: Any) -> Any:
             # Compiling takes too long for others to wait, and mostly the CPU.
@@ -51,7 +51,7 @@ class Exports:
                 return component_ms(engine)
 
         cutting.capture, cutting.measure = captured, measured
-        engine_cache.Engine, engine_cache.component_ms = made, timed
+        making.Engine, making.component_ms = made, timed
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key in self._kept:
