@@ -36,7 +36,7 @@ SETTINGS: dict[int, list[dict[str, Any]]] = {
     ],
     4: [
         {"components": 4, "split": "estimate", "extrapolate": 0.5},
-        {"components": 2, "guidance": "split", "warmup_mode": "split", "warmup": 3, **ESTIMATE},
+        {"components": 2, "guidance": "split", "exact_mode": "split", "warmup": 3, **ESTIMATE},
         {"components": 2, **ESTIMATE, "stride": 3},
     ],
 }
@@ -139,7 +139,7 @@ def _tokens(ranks: int, **where: Any) -> list[str]:
     found = []
     ways: list[dict[str, Any]] = [
         {"schedule": "sequence"},
-        {"warmup": 3, "warmup_mode": "sequence", **ESTIMATE},
+        {"warmup": 3, "exact_mode": "sequence", **ESTIMATE},
     ]
     for way in ways:
         pipe, call = tiny_flux()

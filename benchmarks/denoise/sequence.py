@@ -6,7 +6,7 @@
 
 For each model, as it is in CUDA graphs and compiled by regions: all steps on one GPU
 (``components=1``), all steps by tokens (``schedule="sequence"``), and ``--steps`` steps with
-``--warmup`` exact ones, all but the last of these by tokens (``warmup_mode="sequence"``), and as a
+``--warmup`` exact ones, all but the last of these by tokens (``exact_mode="sequence"``), and as a
 chain. Loops alternate in ``--rounds`` rounds; reported are milliseconds of a step and how many
 times the speed of one GPU in the same mode and round (median, smallest, largest), what crosses, how
 far the result of exact steps is from the plain module's, and milliseconds of each rank's graph

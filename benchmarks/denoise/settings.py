@@ -11,9 +11,9 @@ from asyncdiff.schedule.plan import rank_count
 OPTIONS = {
     "waves": ("waves", "schedule='wavefront'"),
     "split": ("split", "guidance='split': twice the ranks"),
-    "splitwarm": ("split_warmup", "warmup_mode='split'"),
+    "splitwarm": ("split_warmup", "exact_mode='split'"),
     "sequence": ("sequence", "schedule='sequence'"),
-    "sequencewarm": ("sequence_warmup", "warmup_mode='sequence'"),
+    "sequencewarm": ("sequence_warmup", "exact_mode='sequence'"),
 }
 
 
@@ -65,7 +65,7 @@ class Setting:
         return "wavefront" if self.waves else "asyncdiff"
 
     @property
-    def warmup_mode(self) -> str:
+    def exact_mode(self) -> str:
         """How exact steps run."""
         return {(1, 0): "split", (0, 1): "sequence"}.get(
             (self.split_warmup, self.sequence_warmup), "chain"

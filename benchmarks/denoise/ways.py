@@ -136,7 +136,7 @@ class Asynchronous:
         denoiser.configure(
             warmup=setting.warmup,
             exact_tail=setting.tail,
-            warmup_mode=setting.warmup_mode,
+            exact_mode=setting.exact_mode,
         )
         with denoising(denoiser, loop) as denoise:
             return loop(denoise)

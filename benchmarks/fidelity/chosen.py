@@ -42,7 +42,7 @@ class Chosen(Method):
             share = 2 if picked.settings.get("guidance") == "split" else 1
             return Work(plain.per_device / share, plain.critical / share)
         work = method.work(pipe, call, steps)
-        if picked.settings["warmup_mode"] == "chain":
+        if picked.settings["exact_mode"] == "chain":
             return work
         # A chain has each device compute its component in those steps, all of them one by one.
         whole = plain.critical / steps

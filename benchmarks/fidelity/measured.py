@@ -47,14 +47,14 @@ def _loop(model: str, settings: Mapping[str, Any], steps: int) -> float:
     steady = (one - exact) / (length - 1)
     exactly = settings["warmup"] + settings["exact_tail"]
     total = exactly * exact + (steps - exactly) * steady
-    if settings["warmup_mode"] == "split" and not split:
+    if settings["exact_mode"] == "split" and not split:
         total += split_steps(settings) * (_ms(model, "N=1 S=1 w=1 split") - exact)
     return total
 
 
 def split_steps(settings: Mapping[str, Any]) -> int:
     """How many steps of waves run split, a condition on each of two devices, with
-    ``warmup_mode="split"``."""
+    ``exact_mode="split"``."""
     config = ParallelConfig(**settings, devices=["cpu"] * settings["components"])
     return sum(config.spec(torch.zeros(1000)).split_steps)
 

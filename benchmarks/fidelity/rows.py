@@ -46,13 +46,18 @@ def by_run(rows: Sequence[Row]) -> dict[Run, list[Row]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A document of results. A guidance of all rows, as earlier ones have, becomes each row's."""
+    """A document of results, of earlier ones as later ones are: a guidance of all rows becomes each
+    row's, and ``exact_mode`` was called ``warmup_mode``."""
     document: dict[str, Any] = json.loads(path.read_text())
     figures = document["figures"]
     if "guidance" in figures["settings"]:
         guidance = figures["settings"].pop("guidance")
         for row in figures["rows"]:
             row.setdefault("guidance", guidance)
+    for row in figures["rows"]:
+        settings = row.get("settings") or {}
+        if "warmup_mode" in settings:
+            settings["exact_mode"] = settings.pop("warmup_mode")
     return document
 
 

@@ -184,7 +184,7 @@ def _picked(settings: Row, steps: int) -> str:
         return "every step exact, guidance split" if split else "one device"
     split = settings["guidance"] == "split"
     words = f"waves N={n}, {settings['warmup']} of {steps} steps exact"
-    if split or settings["warmup_mode"] == "split":
+    if split or settings["exact_mode"] == "split":
         words += ", guidance split" if split else ", those split"
     return words
 

@@ -65,7 +65,7 @@ class ParallelConfig:
             of other components are moved on before they are used.
         guidance: "batched" (every rank takes both conditions of a guided batch), or "split": the
             first half of the ranks takes the first condition, the others the second one.
-        warmup_mode: "chain" (exact steps run one component after another); "split": the exact
+        exact_mode: "chain" (exact steps run one component after another); "split": the exact
             steps but the last of the first ones run whole on two devices, a condition each; or
             "sequence": they run on all ranks, which share out the tokens. Those devices hold the
             whole denoiser then.
@@ -96,7 +96,7 @@ class ParallelConfig:
     exact_tail: int = 0
     extrapolate: float = 0.0
     guidance: str = "batched"
-    warmup_mode: str = "chain"
+    exact_mode: str = "chain"
     latents: str | None = None
     timestep: str | None = None
     compile: bool | str | None = None
@@ -120,32 +120,32 @@ class ParallelConfig:
     def _check_modes(self) -> None:
         for name, words in (
             ("guidance", ("batched", "split")),
-            ("warmup_mode", ("chain", "split", "sequence")),
+            ("exact_mode", ("chain", "split", "sequence")),
         ):
             if getattr(self, name) not in words:
                 said = " or ".join(map(repr, words))
                 raise InputError(f"{name}={getattr(self, name)!r}: write {said}")
         if self.compile not in (None, True, False, "whole", "regions"):
             raise InputError(f"compile={self.compile!r}: write 'regions', 'whole', True or False")
-        if self.schedule == "pipeline" and (self.splits or self.warmup_mode != "chain"):
+        if self.schedule == "pipeline" and (self.splits or self.exact_mode != "chain"):
             raise PlanError(
                 "schedule='pipeline' keeps the conditions of a picture together: take "
-                "guidance='batched' and warmup_mode='chain', and more components for more devices"
+                "guidance='batched' and exact_mode='chain', and more components for more devices"
             )
-        if self.schedule == "sequence" and self.warmup_mode != "chain":
+        if self.schedule == "sequence" and self.exact_mode != "chain":
             raise PlanError(
-                f"warmup_mode={self.warmup_mode!r} does not go with schedule='sequence', in which "
+                f"exact_mode={self.exact_mode!r} does not go with schedule='sequence', in which "
                 "every step is exact and runs alike: leave it out"
             )
-        if self.warmup_mode != "chain" and self.auto_warmup is not None:
+        if self.exact_mode != "chain" and self.auto_warmup is not None:
             raise PlanError(
-                "warmup='auto' needs warmup_mode='chain': the last exact step, which fills the "
+                "warmup='auto' needs exact_mode='chain': the last exact step, which fills the "
                 "mailboxes, is not known ahead"
             )
-        if self.warmup_mode == "split" and self.guidance == "batched" and self.ranks < GROUPS:
+        if self.exact_mode == "split" and self.guidance == "batched" and self.ranks < GROUPS:
             raise PlanError(
-                "warmup_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
-                "warmup_mode='chain'"
+                "exact_mode='split' needs two ranks: take components >= 2 or stride >= 2, or "
+                "exact_mode='chain'"
             )
 
     @classmethod
@@ -194,7 +194,7 @@ class ParallelConfig:
     @property
     def splits(self) -> bool:
         """Whether conditions are ever split over groups of ranks."""
-        return self.guidance == "split" or self.warmup_mode == "split"
+        return self.guidance == "split" or self.exact_mode == "split"
 
     @property
     def auto_warmup(self) -> AutoWarmup | None:
@@ -250,7 +250,7 @@ class ParallelConfig:
 
 
 #: What may change between generations.
-CHANGEABLE = ("warmup", "warmup_mode", "exact_tail", "order")
+CHANGEABLE = ("warmup", "exact_mode", "exact_tail", "order")
 
 
 class ReadOnlySettings:
@@ -324,7 +324,7 @@ class GenerationSpec:
         """Exact steps at both ends that run split over devices. The last one of the warm-up
         fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first one at
         the end of waves, with which the waves under way arrive."""
-        if self.config.warmup_mode == "chain":
+        if self.config.exact_mode == "chain":
             return 0, 0
         if self.all_exact:
             return self.steps, 0

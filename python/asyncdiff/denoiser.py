@@ -119,7 +119,7 @@ class AsyncDenoiser(Spread):
 
     def plan(self, steps: int) -> Plan:
         """The plan of a generation with this many steps, for each group of ranks; with
-        warmup_mode="split" without the exact steps that run split. Raises PlanError."""
+        exact_mode="split" without the exact steps that run split. Raises PlanError."""
         parts = None if self._engine is None else self._engine.partition
         return plan_of(self._config.spec(range(steps)), parts)
 

@@ -121,21 +121,21 @@ def pick(
         "warmup": warmup,
         "exact_tail": tail,
         "guidance": "split" if groups == 2 else "batched",
-        "warmup_mode": "split" if shared else "chain",
+        "exact_mode": "split" if shared else "chain",
     }
     if task.tokens and not shared and components > 1 and warmup >= _MANY_EXACT:
-        settings["warmup_mode"] = "sequence"
+        settings["exact_mode"] = "sequence"
     settings |= given or {}
-    if not task.guided and settings["warmup_mode"] == "split":
-        settings["warmup_mode"] = "chain"
+    if not task.guided and settings["exact_mode"] == "split":
+        settings["exact_mode"] = "chain"
     why = f"{components} components work at once, {_ends(settings, task.steps)}"
     if given:
         why += f" ({', '.join(sorted(given))} by hand)"
     if groups == 2:
         why += "; each condition of the guidance has devices of its own"
-    elif settings["warmup_mode"] == "split":
+    elif settings["exact_mode"] == "split":
         why += ", a condition on each of two devices"
-    if settings["warmup_mode"] == "sequence":
+    if settings["exact_mode"] == "sequence":
         why += "; in exact steps devices share out the picture's tokens"
     return Picked(settings, groups * components, why)
 
@@ -167,7 +167,7 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
     """Every step exact with waves that are there, where that takes no longer than other ways."""
     if isinstance(task.step, str) or not prepared or prepared.get("schedule") != "wavefront":
         return None
-    split = "split" in (prepared["guidance"], prepared["warmup_mode"])
+    split = "split" in (prepared["guidance"], prepared["exact_mode"])
     if task.guided and task.whole and not split:
         return None
     if task.tokens and "sequence" not in prepared.values() and not split:
@@ -177,8 +177,8 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
         return None
     why = f"each of these {task.steps} steps is exact, on the ranks that there are"
     settings = {**prepared, "warmup": task.steps, "exact_tail": 0}
-    if not task.guided and settings["warmup_mode"] == "split":
-        settings["warmup_mode"] = "chain"
+    if not task.guided and settings["exact_mode"] == "split":
+        settings["exact_mode"] = "chain"
     return Picked(settings, groups * prepared["components"], why)
 
 

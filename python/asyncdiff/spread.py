@@ -151,7 +151,7 @@ class Spread(ReadOnlySettings, Locked):
         return self._config
 
     def configure(self, **changes: Any) -> None:
-        """Change settings from the next generation on: warmup, warmup_mode, exact_tail, order.
+        """Change settings from the next generation on: warmup, exact_mode, exact_tail, order.
 
         Raises InputError for any other setting, PlanError for values that no plan has; nothing is
         changed then.

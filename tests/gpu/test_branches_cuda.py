@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("full_float32")
 SETTINGS: list[dict[str, Any]] = [
     {"components": 2, "warmup": 1},
     {"components": 2, "stride": 2, "warmup": 1},
-    {"components": 2, "warmup": 3, "warmup_mode": "split"},
+    {"components": 2, "warmup": 3, "exact_mode": "split"},
     {"components": 1, "warmup": 1, "guidance": "split"},
     {"components": 2, "warmup": 1, "guidance": "split"},
     {"components": 2, "warmup": 2, "schedule": "wavefront", "exact_tail": 1},

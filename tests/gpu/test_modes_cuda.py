@@ -90,8 +90,8 @@ def test_blocks_are_compiled_once_for_a_device(place: str, monkeypatch: pytest.M
     "modes",
     [
         {"guidance": "split"},
-        {"warmup_mode": "split", "warmup": 4},
-        {"guidance": "split", "warmup_mode": "split", "warmup": 4},
+        {"exact_mode": "split", "warmup": 4},
+        {"guidance": "split", "exact_mode": "split", "warmup": 4},
     ],
     ids=["guidance", "warmup", "both"],
 )
@@ -172,7 +172,7 @@ def test_two_gpus_work_at_once() -> None:
     devices = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]
     one = seconds(devices=devices[:1])
     assert seconds(devices=devices, guidance="split") < 1.3 * one  # not twice as long
-    exact = {"warmup": len(TIMES), "warmup_mode": "split", "stride": 2}
+    exact = {"warmup": len(TIMES), "exact_mode": "split", "stride": 2}
     assert seconds(devices=devices, **exact) < 1.3 * one
     # One exact step, then two in every tick.
     assert seconds(devices=devices, stride=2) < 0.8 * one

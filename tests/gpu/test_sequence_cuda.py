@@ -21,7 +21,7 @@ SETTINGS: list[tuple[int, dict[str, Any]]] = [
     (2, {"schedule": "sequence", "components": 2}),
     (4, {"schedule": "sequence", "components": 4}),
     (2, {"schedule": "sequence", "components": 2, "compile": "regions"}),
-    (2, {"components": 2, "warmup": 3, "warmup_mode": "sequence"}),
+    (2, {"components": 2, "warmup": 3, "exact_mode": "sequence"}),
     (4, {"schedule": "sequence", "components": 2, "guidance": "split"}),
 ]
 

@@ -38,7 +38,7 @@ def test_two_devices_with_guidance() -> None:
     for quality in ("high", "balanced", "fast"):
         used = picked(quality)
         assert (used["components"], used["schedule"]) == (2, "wavefront")
-        assert used["warmup_mode"] == "split"
+        assert used["exact_mode"] == "split"
     assert picked("exact") == {"components": 1, "guidance": "split"}
 
 
@@ -70,7 +70,7 @@ def test_large_steps_and_many_components_take_more_exact_ones() -> None:
 
 def test_four_devices() -> None:
     used = picked(devices=4)
-    assert (used["components"], used["guidance"], used["warmup_mode"]) == (2, "split", "chain")
+    assert (used["components"], used["guidance"], used["exact_mode"]) == (2, "split", "chain")
     used = picked(devices=4, guided=False)
     assert (used["components"], used["guidance"]) == (4, "batched")
     assert picked(devices=5)["components"] == 2  # one is left over
@@ -87,7 +87,7 @@ def test_few_steps_are_exact() -> None:
         kept = pick("balanced", task, waves.settings).settings
         assert kept["components"] == 2  # what there is is not made anew
         assert kept["warmup"] == 4
-        assert kept["warmup_mode"] == ("split" if guided else "chain")
+        assert kept["exact_mode"] == ("split" if guided else "chain")
 
 
 def test_several_pictures_are_drawn_in_turn() -> None:
@@ -103,7 +103,7 @@ def test_samplers_that_waves_do_not_know_are_exact() -> None:
 
 def test_a_denoiser_that_no_device_has_room_for() -> None:
     assert picked("exact", whole=False, devices=3) == {"components": 3, "warmup": 50}
-    assert picked(whole=False)["warmup_mode"] == "chain"
+    assert picked(whole=False)["exact_mode"] == "chain"
 
 
 def test_one_device_is_the_plain_pipeline() -> None:
@@ -144,13 +144,13 @@ def test_many_exact_steps_of_waves_share_out_tokens() -> None:
         (True, 4, "sequence"),
     ):
         used = picked("high", tokens=True, guided=guided, devices=devices, step=LARGE_STEP)
-        assert (used["schedule"], used["warmup_mode"]) == ("wavefront", mode)
+        assert (used["schedule"], used["exact_mode"]) == ("wavefront", mode)
     few = picked("fast", tokens=True, guided=False)
-    assert few["warmup"] < 5 and few["warmup_mode"] == "chain"
+    assert few["warmup"] < 5 and few["exact_mode"] == "chain"
     # All exact on ranks that are there already, if those share out tokens.
     task = replace(USUAL, tokens=True, guided=False, steps=4)
     made = pick("high", replace(task, steps=50, step=LARGE_STEP))
     assert pick("high", task, made.settings).settings["schedule"] == "wavefront"
-    assert pick("high", task, {**made.settings, "warmup_mode": "chain"}).settings == {
+    assert pick("high", task, {**made.settings, "exact_mode": "chain"}).settings == {
         "components": 2, "schedule": "sequence"
     }  # fmt: skip

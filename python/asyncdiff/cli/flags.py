@@ -17,8 +17,6 @@ from typing import Any
 _SPECIAL = {
     ("guidance", "split"): "--split-guidance",
     ("guidance", "batched"): "no --split-guidance",
-    ("warmup_mode", "split"): "--split-warmup",
-    ("warmup_mode", "chain"): "no --split-warmup",
     ("compile", "True"): "--compile",
     ("compile", "regions"): "--compile",
     ("compile", "whole"): "--compile-whole",

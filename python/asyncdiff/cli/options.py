@@ -104,8 +104,9 @@ class Setting(Waves):
         str,
         typer.Option(
             "--schedule",
-            help="asyncdiff (as published), wavefront (closer to the sequential result), or "
-            "pipeline (several pictures at once, exactly).",
+            help="asyncdiff (as published), wavefront (closer to the sequential result), pipeline "
+            "(several pictures at once, exactly), or sequence (of transformers: devices share out "
+            "the tokens, exactly).",
         ),
     ] = "asyncdiff"
     order: Annotated[
@@ -131,8 +132,8 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         help="Devices, separated by commas, as cuda:0,cuda:1: those that may be used; by hand, one "
-        "a rank (components + stride - 1; wavefront and pipeline: components). May repeat; one "
-        "alone stands for all ranks (for two, where a quality chooses). Left out: all visible "
+        "a rank (components + stride - 1; with other schedules than asyncdiff: components). May "
+        "repeat; one alone stands for all ranks (for two, where a quality chooses). Left out: all visible "
         "GPUs, else the CPU.",
     ),
 ]
@@ -167,11 +168,13 @@ SplitGuidance = Annotated[
         "--split-guidance", help="Twice the ranks: each half takes one condition of the guidance."
     ),
 ]
-SplitWarmup = Annotated[
-    bool,
+ExactMode = Annotated[
+    str,
     typer.Option(
-        "--split-warmup",
-        help="Exact steps but the last run whole on two devices, a condition each.",
+        "--exact-mode",
+        help="How exact steps run, but the last of the first ones: chain (one component after "
+        "another), split (whole on two devices, a condition each), or sequence (of transformers: "
+        "on all devices, which share out the tokens).",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the starting noise.")]
@@ -193,7 +196,7 @@ class Given:
         say how were given. Raises InputError for one that there is not, or for both."""
         from ..quality import DEFAULT, check_quality
 
-        how = {f.name for f in fields(Setting)} | {"split_guidance", "split_warmup"}
+        how = {f.name for f in fields(Setting)} | {"split_guidance", "exact_mode"}
         by_hand = sorted(self.names & how - {"steps"})
         if asked is None:
             return None if by_hand else DEFAULT

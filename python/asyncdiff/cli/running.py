@@ -37,7 +37,7 @@ class Preparing:
 
 
 def running_modes(
-    split_guidance: bool, split_warmup: bool, compile: bool | None, compile_whole: bool
+    split_guidance: bool, exact_mode: str, compile: bool | None, compile_whole: bool
 ) -> dict[str, Any]:
     """Arguments of the library for how guidance and exact steps run, and whether and how is
     compiled. Raises InputError for what excludes each other."""
@@ -45,7 +45,7 @@ def running_modes(
         raise InputError("--compile-whole compiles: leave --no-compile out")
     return {
         "guidance": "split" if split_guidance else "batched",
-        "warmup_mode": "split" if split_warmup else "chain",
+        "exact_mode": exact_mode,
         "compile": "whole" if compile_whole else compile,
     }
 

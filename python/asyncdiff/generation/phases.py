@@ -37,13 +37,13 @@ def plan_of(
     microbatches: int | None = None,
 ) -> Plan:
     """The plan of a generation, for each group of ranks; without the exact steps that run on
-    devices with the whole denoiser, by ``warmup_mode``. ``warmup``: with this many exact steps.
+    devices with the whole denoiser, by ``exact_mode``. ``warmup``: with this many exact steps.
     ``parts`` tells which components exchange (None: not known yet; each sends to all later ones).
     ``microbatches``: of a pipeline (None: not known yet)."""
     config = spec.config
     before, after = spec.split_steps
     if before == spec.steps:
-        return _exact(before, config.ranks if config.warmup_mode == "sequence" else 1)
+        return _exact(before, config.ranks if config.exact_mode == "sequence" else 1)
     return _build(
         config.components,
         config.stride,
@@ -72,7 +72,7 @@ def phases_of(
     before, after = spec.split_steps
 
     def whole(steps: int, first: int = 0, main: bool = True) -> Phase:
-        made = engines.whole(call, branch, spec.config.warmup_mode)
+        made = engines.whole(call, branch, spec.config.exact_mode)
         return Phase(made, _exact(steps, len(made.partition.components)), first, main)
 
     if before == spec.steps:

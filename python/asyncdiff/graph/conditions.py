@@ -42,10 +42,10 @@ class Purpose:
 
 
 GUIDANCE = Purpose(
-    "guidance='split' and warmup_mode='split' give to different ranks",
+    "guidance='split' and exact_mode='split' give to different ranks",
     "conditions",
     "condition",
-    "take guidance='batched' and warmup_mode='chain'",
+    "take guidance='batched' and exact_mode='chain'",
 )
 PICTURES = Purpose(
     "schedule='pipeline' gives to ranks in turn",
@@ -92,7 +92,7 @@ def _by_shape(call: Call, split: BatchSplit) -> list[bool]:
     parts = split.conditions * split.count
     if batch < parts or batch % parts:
         raise BatchError(
-            "guidance='split' and warmup_mode='split' give each of two conditions ranks of its "
+            "guidance='split' and exact_mode='split' give each of two conditions ranks of its "
             f"own, but this call has a batch of {batch}: pass guidance_scale > 1 to the pipeline "
             f"(where it guides by a batch of two conditions), or {GUIDANCE.instead}"
         )

@@ -265,7 +265,7 @@ def check_one_latents(call: Call) -> None:
         raise InputError(
             f"this denoiser takes its latents as a list ({', '.join(several)}), which waves, "
             "pipelines and guidance split do not serve: take schedule='asyncdiff', "
-            "guidance='batched' and warmup_mode='chain'"
+            "guidance='batched' and exact_mode='chain'"
         )
 
 

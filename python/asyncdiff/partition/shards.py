@@ -82,7 +82,7 @@ def shards(captured: Captured, ranks: int) -> Shards:
 
 
 def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
-    hint = "take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain', for this denoiser"
+    hint = "take schedule='asyncdiff' or 'wavefront', or exact_mode='chain', for this denoiser"
     if not sharding.attention:
         raise TokensError(
             "the denoiser's tokens cannot be shared out among ranks: there is no attention between "

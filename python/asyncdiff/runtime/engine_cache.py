@@ -227,7 +227,7 @@ class EngineCache:
 
     def whole(self, call: Call, branch: Branch, mode: str) -> Engine | Groups:
         """The engine of exact steps on devices that have the whole denoiser. ``mode``, the
-        warmup_mode: "split", two with a condition each, or one of them for a branch of several;
+        exact_mode: "split", two with a condition each, or one of them for a branch of several;
         "sequence", all of them, with a share of the tokens each. Only after :meth:`get` for the
         same call."""
         kind = next(reversed(self._kept))

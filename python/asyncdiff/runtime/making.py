@@ -92,7 +92,7 @@ class EngineMaker:
         ranks = len(places) if in_turn else len(places) // split.count
         if batched is None and self._weights.checkpoint is not None:
             raise InputError(
-                "guidance='split', warmup_mode='split' and schedule='pipeline' run the whole "
+                "guidance='split', exact_mode='split' and schedule='pipeline' run the whole "
                 "denoiser to find out what each part of a batch needs, and with a checkpoint no "
                 "process has it: take others, or no checkpoint"
             )

@@ -26,7 +26,7 @@ _REMEMBERED = 32
 @dataclass
 class Ranks:
     """What a branch has: the engine of the components, and those of exact steps on devices that
-    have the whole denoiser, by warmup_mode."""
+    have the whole denoiser, by exact_mode."""
 
     engine: Engine | Groups
     whole: dict[str, Engine | Groups] = field(default_factory=dict)

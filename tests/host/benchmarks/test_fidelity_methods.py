@@ -320,9 +320,9 @@ def test_a_quality_is_what_it_picks(pipe: Any, plain: torch.Tensor) -> None:
 def test_measured_speedups_are_between_those_that_were_measured() -> None:
     split = {"components": 1, "guidance": "split"}
     waves = {"components": 2, "schedule": "wavefront", "warmup": 1, "exact_tail": 0}
-    waves |= {"guidance": "batched", "warmup_mode": "split"}
+    waves |= {"guidance": "batched", "exact_mode": "split"}
     guided, fastest = speedup(split, 50)["sdxl"], speedup(waves, 50)["sdxl"]
     between = speedup({**waves, "warmup": 20}, 50)["sdxl"]
     assert 1.6 < guided < between < fastest < 2
-    assert speedup({**waves, "warmup": 20, "warmup_mode": "chain"}, 50)["sdxl"] < between
+    assert speedup({**waves, "warmup": 20, "exact_mode": "chain"}, 50)["sdxl"] < between
     assert "flux" not in speedup(split, 50)  # it has one condition only

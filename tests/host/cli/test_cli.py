@@ -84,7 +84,10 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["plan", "-w", "auto"], "plan needs a number"),
         (["demo", "--quality", "best"], "--quality best: write one of exact"),
         (["demo", "--quality", "high", "-N", "2"], "leave that out, or leave --quality out"),
-        (["generate", "m", "-p", "x", "--quality", "fast", "--split-warmup"], "--split-warmup"),
+        (
+            ["generate", "m", "-p", "x", "--quality", "fast", "--exact-mode", "split"],
+            "--exact-mode",
+        ),
         (["generate", "m", "-p", "x", "--no-compile", "--compile-whole"], "leave --no-compile"),
         (["demo", "--sampler", "best"], "do: ddim, dpm, euler, unipc"),
         (["generate", "--demo", "-p", "x", "--exact-tail", "60"], "take --exact-tail 49 or less"),

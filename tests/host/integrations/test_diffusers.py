@@ -232,7 +232,7 @@ def test_transformers(make: Any, stride: int) -> None:
             pytest.param(2, settings, near, marks=pytest.mark.slow)
             for settings, near in (
                 ({"components": 2, "warmup": 6}, 1e-5),
-                ({"components": 2, "warmup": 6, "warmup_mode": "split"}, 1e-5),
+                ({"components": 2, "warmup": 6, "exact_mode": "split"}, 1e-5),
                 ({"components": 2, "warmup": 2, "schedule": "wavefront"}, 0.5),
                 ({"quality": "exact"}, 1e-5),
             )

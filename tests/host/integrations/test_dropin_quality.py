@@ -37,7 +37,7 @@ def test_it_picks_for_each_generation_and_says_what(caplog: pytest.LogCaptureFix
     assert len(said) == 1
     assert said[0].endswith(handle.settings)
     config = handle.config
-    assert (config.components, config.schedule, config.warmup_mode) == (2, "wavefront", "split")
+    assert (config.components, config.schedule, config.exact_mode) == (2, "wavefront", "split")
     engines = handle.denoiser._engines
 
     # A few steps: all exact, on the same ranks.
@@ -48,7 +48,7 @@ def test_it_picks_for_each_generation_and_says_what(caplog: pytest.LogCaptureFix
 
     # Without guidance there are no conditions to share exact steps.
     draw(pipe, call, num_inference_steps=20, guidance_scale=1.0)
-    assert handle.config.warmup_mode == "chain"
+    assert handle.config.exact_mode == "chain"
     assert handle.denoiser._engines is engines
 
     # Two pictures are drawn in turn.
@@ -188,7 +188,7 @@ def test_what_is_given_by_hand_for_waves_holds_for_these_only() -> None:
     pipe, call = sd()
     plain = sd()[0]
     handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
-    handle.configure(exact_tail=3, warmup=2, order=0.5, warmup_mode="split")  # no waves yet
+    handle.configure(exact_tail=3, warmup=2, order=0.5, exact_mode="split")  # no waves yet
     with pytest.raises(asyncdiff.PlanError, match="order=7"):
         handle.configure(order=7)
     with pytest.raises(InputError, match="cannot change"):
@@ -245,18 +245,18 @@ def test_what_is_given_by_hand_is_said_and_not_more(caplog: pytest.LogCaptureFix
     """Without guidance there is nothing to split, whatever was given: that is no failure."""
     pipe, call = sd()
     handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", split="estimate")
-    handle.configure(warmup_mode="split", warmup=5)
+    handle.configure(exact_mode="split", warmup=5)
     with caplog.at_level(logging.INFO, "asyncdiff"):
         draw(pipe, call, num_inference_steps=12, guidance_scale=1.0)
-    assert handle.config.warmup_mode == "chain"
+    assert handle.config.exact_mode == "chain"
     assert not [r for r in caplog.records if r.levelno > logging.INFO]
-    assert "the first 5 and the last 1 of 12 steps exact (warmup, warmup_mode by hand)" in (
+    assert "the first 5 and the last 1 of 12 steps exact (exact_mode, warmup by hand)" in (
         handle.settings
     )
-    handle.configure(warmup_mode="chain")
+    handle.configure(exact_mode="chain")
     draw(pipe, call, num_inference_steps=12)
-    assert handle.config.warmup_mode == "chain"
-    assert "warmup_mode='chain'" in handle.settings
+    assert handle.config.exact_mode == "chain"
+    assert "exact_mode='chain'" in handle.settings
     assert "a condition on each" not in handle.settings
     handle.restore()
 

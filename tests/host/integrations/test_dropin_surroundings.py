@@ -242,7 +242,7 @@ def test_latents_in_a_list() -> None:
             assert all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
             pictures = [p - 0.1 * g for p, g in zip(pictures, got, strict=True)]
     denoiser.close()
-    for options in ({"schedule": "wavefront"}, {"warmup_mode": "split"}):
+    for options in ({"schedule": "wavefront"}, {"exact_mode": "split"}):
         refusing = AsyncDenoiser(module, devices=["cpu"] * 2, split="estimate", **options)
         with pytest.raises(InputError, match="takes its latents as a list"):
             refusing.prepare(pictures, times[0], text)
@@ -266,9 +266,9 @@ def test_settings_change_through_one_method() -> None:
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate")
     before = denoiser.config
     with pytest.raises(InputError, match="write 'chain' or 'split'"):
-        denoiser.configure(warmup_mode="splt")
-    denoiser.configure(warmup_mode="split")
-    with pytest.raises(asyncdiff.PlanError, match="needs warmup_mode='chain'"):
+        denoiser.configure(exact_mode="splt")
+    denoiser.configure(exact_mode="split")
+    with pytest.raises(asyncdiff.PlanError, match="needs exact_mode='chain'"):
         denoiser.configure(warmup="auto")
     with pytest.raises(InputError, match=r"stride cannot change any more.*warmup"):
         denoiser.configure(stride=2)
@@ -280,7 +280,7 @@ def test_settings_change_through_one_method() -> None:
     for name in ("stride", "extrapolate", "guidance", "order", "exact_tail"):
         with pytest.raises(AttributeError, match=f"read config.{name}"):
             setattr(denoiser, name, 1)
-    assert denoiser.config == dataclasses.replace(before, warmup_mode="split")
+    assert denoiser.config == dataclasses.replace(before, exact_mode="split")
     with pytest.raises(dataclasses.FrozenInstanceError):
         denoiser.config.warmup = 3  # type: ignore[misc]
     denoiser.close()

@@ -47,8 +47,8 @@ def run(denoiser: AsyncDenoiser, batch: int = 2) -> torch.Tensor:
 
 MODES = {
     "guidance": {"guidance": "split"},
-    "warmup": {"warmup_mode": "split"},
-    "both": {"guidance": "split", "warmup_mode": "split"},
+    "warmup": {"exact_mode": "split"},
+    "both": {"guidance": "split", "exact_mode": "split"},
 }
 NUMBERS = [(1, 1, 1), (2, 1, 1), (2, 2, 3), (3, 1, 4), (3, 2, 8)]
 SCHEDULES = [("asyncdiff", 0), ("asyncdiff", 2), ("wavefront", 2)]
@@ -77,7 +77,7 @@ def test_equals_one_group(
     assert told.ticks == wanted.ticks
     # A batch sends as many bytes in halves as in one; exact steps that run whole send none.
     assert told.exchange_bytes_per_tick == wanted.exchange_bytes_per_tick
-    if "warmup_mode" in modes and warmup + tail > 1:
+    if "exact_mode" in modes and warmup + tail > 1:
         assert told.exchange_bytes < wanted.exchange_bytes or components == 1
     else:
         assert told.exchange_bytes == wanted.exchange_bytes
@@ -123,7 +123,7 @@ class Sized(torch.nn.Module):
         return (self.second(x * size.to(x.dtype).mean() / 80),)
 
 
-@pytest.mark.parametrize("modes", [{"guidance": "split"}, {"warmup_mode": "split"}])
+@pytest.mark.parametrize("modes", [{"guidance": "split"}, {"exact_mode": "split"}])
 @pytest.mark.parametrize("size", [[64, 96], [64, 64]])
 def test_what_is_as_long_as_the_batch_by_accident_is_shared(
     modes: dict[str, str], size: list[int]
@@ -166,10 +166,10 @@ def test_what_cannot_be_split_is_refused() -> None:
     with pytest.raises(InputError, match="write 'batched' or 'split'"):
         spread(guidance="half")
     with pytest.raises(InputError, match="write 'chain' or 'split'"):
-        spread(warmup_mode="half")
+        spread(exact_mode="half")
     with pytest.raises(PlanError, match="needs two ranks"):
-        spread(1, warmup_mode="split")
-    late = spread(warmup=9, warmup_mode="split")
+        spread(1, exact_mode="split")
+    late = spread(warmup=9, exact_mode="split")
     with pytest.raises(PlanError, match="warmup=9 exceeds the 8 steps"):
         run(late)
     late.close()

@@ -109,4 +109,4 @@ def test_a_pipeline_without_its_denoisers_weights(tmp_path: Path) -> None:
     # Guidance is not split: nobody has the whole denoiser to look what of a batch belongs together.
     with asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="balanced", **where) as handle:
         draw(pipe, call, num_inference_steps=12)
-        assert handle.config.guidance == "batched" and handle.config.warmup_mode == "chain"
+        assert handle.config.guidance == "batched" and handle.config.exact_mode == "chain"

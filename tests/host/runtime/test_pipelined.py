@@ -147,7 +147,7 @@ def test_a_rank_that_raises_stops_it_and_the_next_generation_works() -> None:
         ({"delay": 1}, "delay belongs to schedule='wavefront'"),
         ({"order": 1.0}, "order belongs to schedule='wavefront'"),
         ({"guidance": "split"}, "keeps the conditions of a picture together"),
-        ({"warmup_mode": "split"}, "keeps the conditions of a picture together"),
+        ({"exact_mode": "split"}, "keeps the conditions of a picture together"),
     ],
 )
 def test_what_it_does_not_have_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -55,16 +55,16 @@ def test_every_step_by_tokens(name: str, ranks: int) -> None:
 
 def test_exact_steps_of_a_plan_by_tokens() -> None:
     # All inputs are the same in each step: then asynchronous steps give the plain result, too.
-    report = _check("FLUX", 2, components=2, warmup=2, exact_tail=1, warmup_mode="sequence")
+    report = _check("FLUX", 2, components=2, warmup=2, exact_tail=1, exact_mode="sequence")
     assert report.warmup == 2 and report.ticks == STEPS
-    _check("FLUX", 2, components=2, warmup=STEPS, warmup_mode="sequence")
+    _check("FLUX", 2, components=2, warmup=STEPS, exact_mode="sequence")
 
 
 @pytest.mark.slow
 def test_conditions_and_tokens_are_both_shared_out() -> None:
     settings = {"guidance": "split", "components": 2}
     _check("SD3", 4, schedule="sequence", **settings)
-    _check("SD3", 4, warmup=3, warmup_mode="sequence", **settings)
+    _check("SD3", 4, warmup=3, exact_mode="sequence", **settings)
 
 
 def test_a_denoiser_whose_tokens_cannot_be_followed_is_refused() -> None:
@@ -80,11 +80,11 @@ def test_a_denoiser_whose_tokens_cannot_be_followed_is_refused() -> None:
 
 
 def test_settings_that_say_it_twice_or_not_at_all() -> None:
-    for settings in ({"warmup_mode": "sequence"}, {"stride": 2}, {"exact_tail": 1}):
+    for settings in ({"exact_mode": "sequence"}, {"stride": 2}, {"exact_tail": 1}):
         with pytest.raises(PlanError, match="sequence"):
             ParallelConfig(schedule="sequence", **settings)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="pipeline"):
-        ParallelConfig(schedule="pipeline", warmup_mode="sequence")
+        ParallelConfig(schedule="pipeline", exact_mode="sequence")
     config = ParallelConfig(schedule="sequence", components=3, warmup=1)
     assert config.ranks == 3 and config.spec(range(7)).all_exact
 

@@ -120,8 +120,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         {"components": 3, "stride": 2, "time_shift": True, "exact_tail": 1},
         {"components": 3, "schedule": "wavefront", "exact_tail": 2},
         {"guidance": "split", "stride": 2},
-        {"warmup_mode": "split", "warmup": 4, "exact_tail": 2},
-        {"guidance": "split", "warmup_mode": "split", "warmup": 3},
+        {"exact_mode": "split", "warmup": 4, "exact_tail": 2},
+        {"guidance": "split", "exact_mode": "split", "warmup": 3},
         {"warmup": "auto"},
         {"extrapolate": 1.0},
     ],
@@ -186,7 +186,7 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     denoiser.close()
 
 
-@pytest.mark.parametrize("modes", [{}, {"guidance": "split"}, {"warmup_mode": "split"}])
+@pytest.mark.parametrize("modes", [{}, {"guidance": "split"}, {"exact_mode": "split"}])
 def test_conditioning_is_compared_before_anything_is_under_way(
     modes: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,5 +114,5 @@ def test_numbers_and_combinations_that_make_no_sense() -> None:
             AutoWarmup(**wrong)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="'often'"):
         spread(warmup="often")
-    with pytest.raises(PlanError, match="warmup_mode='chain'"):
-        spread(warmup="auto", warmup_mode="split")
+    with pytest.raises(PlanError, match="exact_mode='chain'"):
+        spread(warmup="auto", exact_mode="split")

@@ -215,7 +215,7 @@ def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
         # Exact steps that are split take half as long, all but the last.
         handle.configure(warmup=8)
         slow = predicted_speedup(handle, 20)
-        handle.configure(warmup_mode="split")
+        handle.configure(exact_mode="split")
         split = predicted_speedup(handle, 20)
         assert slow is not None and split is not None and 1 < slow < split < 2
     with asyncdiff.parallelize(pipe, ["cpu"] * 2, components=2, split="estimate") as handle:

@@ -28,7 +28,7 @@ def generate(
     compile: opt.Compile = None,
     compile_whole: opt.CompileWhole = False,
     split_guidance: opt.SplitGuidance = False,
-    split_warmup: opt.SplitWarmup = False,
+    exact_mode: opt.ExactMode = "chain",
     with_compare: Annotated[
         bool, typer.Option("--compare", help="Also draw on one device, and compare.")
     ] = False,
@@ -44,7 +44,7 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted_speedup
 
-    modes = running_modes(split_guidance, split_warmup, compile, compile_whole)
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)

@@ -34,7 +34,7 @@ def prepare(
     compile: opt.Compile = None,
     compile_whole: opt.CompileWhole = False,
     split_guidance: opt.SplitGuidance = False,
-    split_warmup: opt.SplitWarmup = False,
+    exact_mode: opt.ExactMode = "chain",
     as_json: opt.Json = False,
 ) -> None:
     """Prepare a diffusers pipeline for some sizes, so that other processes find that done."""
@@ -47,7 +47,7 @@ def prepare(
     from ... import parallelize
     from ...preparation.folder import preparations
 
-    modes = running_modes(split_guidance, split_warmup, compile, compile_whole)
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole)
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()

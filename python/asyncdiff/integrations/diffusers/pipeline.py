@@ -80,7 +80,7 @@ def parallelize(
             ``handle.settings`` says what was chosen, and why. "auto": "balanced", unless ``config``
             or a setting that a quality would choose is given (``components``, ``stride``,
             ``warmup``, ``time_shift``, ``schedule``, ``delay``, ``order``, ``exact_tail``,
-            ``extrapolate``, ``guidance``, ``warmup_mode``, or ``split`` as lists): then what is
+            ``extrapolate``, ``guidance``, ``exact_mode``, or ``split`` as lists): then what is
             given holds, and the others are at their defaults. None: the same with nothing given.
         prepare: "first": the first call prepares, and draws then. "background": the first calls
             draw plainly, as the pipeline did, on one device, with a copy of the denoiser's layers
@@ -157,7 +157,7 @@ def _check(pipe: Any, module: nn.Module, config: ParallelConfig) -> None:
 #: Settings that a quality chooses.
 _CHOSEN = {
     "components", "stride", "warmup", "time_shift", "schedule", "delay", "order", "exact_tail",
-    "extrapolate", "guidance", "warmup_mode",
+    "extrapolate", "guidance", "exact_mode",
 }  # fmt: skip
 
 

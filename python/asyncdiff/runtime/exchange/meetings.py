@@ -64,7 +64,7 @@ class Meetings:
         if self._stream is not None and not graphs:
             raise DeviceError(
                 f"rank {self._rank} cannot be recorded as a CUDA graph, which sharing out tokens "
-                "needs: take schedule='asyncdiff' or 'wavefront', or warmup_mode='chain'"
+                "needs: take schedule='asyncdiff' or 'wavefront', or exact_mode='chain'"
             )
 
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
