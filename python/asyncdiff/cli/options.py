@@ -133,8 +133,8 @@ Devices = Annotated[
         "--devices",
         help="Devices, separated by commas, as cuda:0,cuda:1: those that may be used; by hand, one "
         "a rank (components + stride - 1; with other schedules than asyncdiff: components). May "
-        "repeat; one alone stands for all ranks (for two, where a quality chooses). Left out: all visible "
-        "GPUs, else the CPU.",
+        "repeat; one alone stands for all ranks (for two, where a quality chooses). Left out: all "
+        "visible GPUs, else the CPU.",
     ),
 ]
 Quality = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import group_bits
 import group_hosts
 import pytest
 from group import run
@@ -55,3 +56,12 @@ def test_a_failed_rank_stops_all_hosts_and_the_next_generation_works(tmp_path: P
         assert one["same"] == [True, True]
     assert all(one["kept"] == [True] for one in goes_on)
     assert all(one["kept"] == [False] for one in (a, b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", ["ab", "aab"])
+def test_tokens_are_shared_out_between_hosts(hosts: str, tmp_path: Path) -> None:
+    first, *others = run(group_bits.tokens, len(hosts), tmp_path, hosts=hosts)
+    assert others == [first] * len(others)
+    # Links between hosts are slower: with other steps, too, the denoiser is cut elsewhere.
+    assert first[:2] == group_bits.tokens_alone(len(hosts))[:2]
