@@ -47,6 +47,9 @@ def check_hooks(module: nn.Module) -> None:
         )
     if getattr(module, "_parallel_config", None) is not None:
         _refuse(type(module).__name__, "parallel_config", module._parallel_config)
+    # Once a generation, of thousands of layers, of which nearly always none has any.
+    if not any(map(_suspicious, module.modules())):
+        return
     for path, child in module.named_modules():
         layer = path or type(child).__name__
         _check_attached(layer, child)
@@ -61,6 +64,18 @@ def check_hooks(module: nn.Module) -> None:
                 f"layer {layer} is compiled by itself (module.compile(), "
                 "compile_repeated_blocks()): leave that to asyncdiff (compile=True)"
             )
+
+
+def _suspicious(layer: nn.Module) -> bool:
+    """Whether something may hang on a layer."""
+    attributes = vars(layer)
+    return bool(
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or attributes.get("_compiled_call_impl") is not None
+        or "_hf_hook" in attributes
+        or "_diffusers_hook" in attributes
+    )
 
 
 def _check_attached(layer: str, module: nn.Module) -> None:

@@ -88,6 +88,18 @@ class EngineCache:
         ``given`` for it: all processes have to be given the same. ``beside``: the engines that
         other branches use, which stay, and on whose ranks' streams this one takes its turns. Raises
         InputError for a denoiser with hooks, MismatchError where processes differ."""
+        with self._state.settled():
+            return self._looked(call, what, given, branch, beside)
+
+    def _looked(
+        self,
+        call: Call,
+        what: str,
+        given: Callable[[], Mapping[str, str]],
+        branch: Branch,
+        beside: Sequence[Engine | Groups],
+    ) -> Engine | Groups:
+        """:meth:`get`, of a denoiser that was looked at."""
         kind: _Kind
 
         def look() -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -236,3 +237,17 @@ def test_a_copy_of_a_denoiser_is_its_own() -> None:
     module = toy()
     twin = twin_of(module)
     assert twin.__dict__ is module.__dict__ and copy.deepcopy(twin).__dict__ is not twin.__dict__
+
+
+def test_a_generation_looks_at_all_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, components=2, split="estimate")
+    call, looks = toy_call(2), []
+    unchanged = ModuleState._unchanged
+    monkeypatch.setattr(ModuleState, "_unchanged", lambda s: looks.append(1) or unchanged(s))
+    with contextlib.closing(denoiser):
+        for _ in range(2):
+            looks.clear()
+            with denoiser.generation([0.5, 0.25]):
+                for _ in range(2):
+                    denoiser(**call)
+        assert len(looks) == 1

@@ -8,6 +8,7 @@ its weights, and numbers that may be moved, are inputs of it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -53,6 +54,18 @@ class ModuleState:
         self._seen: dict[Any, tuple[int, Any]] = {}
         self._serials: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._version = 0
+        #: whether one look is enough, and whether there was one
+        self._settled = self._looked = False
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Within it nobody changes the denoiser, until :meth:`learn`: it is looked at once, which
+        goes through all layers."""
+        self._settled, self._looked = True, False
+        try:
+            yield
+        finally:
+            self._settled = False
 
     def number(self) -> int:
         """Another one for every state that needs a graph of its own. Quick as long as nothing
@@ -79,8 +92,12 @@ class ModuleState:
         self._guards.learn(guards)
         self._copies.clear()
         self._layers.clear()
+        self._looked = False
 
     def _look(self) -> None:
+        if self._settled and self._looked:
+            return
+        self._looked = True
         if self._unchanged() or self._moved():
             return
         take_out(self._module)
