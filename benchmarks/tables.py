@@ -26,6 +26,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 QUALITY = ROOT / "docs" / "guide" / "quality.md"
 PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
+SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
 
 #: The README's table: title, key of a model and mode of all runs in a row.
@@ -48,6 +49,7 @@ def main() -> None:
         (PAGE, TABLES),
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
+        (SEQUENCE, {"sequence": sequence}),
         (PIPELINES, {"pipelines": pipelines}),
     )
     for path, tables in pages:
@@ -200,6 +202,25 @@ def few_steps() -> str:
 def delays() -> str:
     """What the delay of waves does."""
     return fidelity_table.delays(RESULTS)
+
+
+def sequence() -> str:
+    """Exact steps whose tokens are shared out, beside the same denoiser on one GPU."""
+    document = json.loads((RESULTS / "sequence_2gpu.json").read_text())
+    modes = {"graphs": "", "regions": ", compiled"}
+    table = [["", "ms a step", "times one GPU", "shares alone, ms", "MiB a step"]]
+    for model in document["figures"].values():
+        for mode, rows in ((m, model[m]) for m in modes if m in model):
+            for name, row in rows.items():
+                cells = [f"{model['title']}{modes[mode]}: {name}"]
+                cells.append(f"{row['ms_a_step']['median']:.1f}")
+                if name == "one GPU":
+                    table.append([*cells, "", "", ""])
+                    continue
+                cells.append("{median:.3f} ({min:.3f} to {max:.3f})".format(**row["speedup"]))
+                cells.append(", ".join(map("{:.1f}".format, row["rank_ms_alone"])))
+                table.append([*cells, f"{row['exchange_mib_per_step']:.0f}"])
+    return markdown(table)
 
 
 def pictures() -> str:
