@@ -185,6 +185,11 @@ class Spread(ReadOnlySettings, Locked):
         """The processes that own the ranks."""
         return self._team
 
+    def link_speed(self) -> float:
+        """Bytes a millisecond of the slowest kind of link between ranks, measured once.
+        Collective."""
+        return self._engines.link_speed()
+
     @property
     def places(self) -> list[Place]:
         """The places that there are; settings may take the first of them only."""

@@ -65,7 +65,7 @@ class Cutter:
                 return like
             if like.cuts and not set(like.cuts) - {n.name for n in captured.graph.nodes}:
                 split = list(like.cuts)
-        speed = self._speed()
+        speed = self.speed()
 
         def cut() -> Partition:
             costs = None
@@ -100,7 +100,7 @@ class Cutter:
         """What to make in place of the last of the cuts whose components were timed; None to keep
         it. See :func:`~.rebalance.next_cut`."""
         worth = WORTH_COMPILING if self._config.compile else WORTH
-        known, speed = [parts for parts, _ in timed], self._speed()
+        known, speed = [parts for parts, _ in timed], self.speed()
         kept = self._kept(known[0].captured, len(known[0].components), copies)
 
         def decide() -> Partition | None:
@@ -176,7 +176,7 @@ class Cutter:
         self._team.agree("cut the denoiser", lambda: of_partition(parts))
         return parts
 
-    def _speed(self) -> float:
+    def speed(self) -> float:
         """Bytes a millisecond of a link, measured once."""
         if self._bytes_per_ms is None:
             first, other = _ends(self._places)

@@ -70,6 +70,10 @@ class EngineCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def link_speed(self) -> float:
+        """Bytes a millisecond of a link between ranks, measured once. Collective."""
+        return self._maker.link_speed()
+
     def changed(self, engine: Engine | Groups) -> bool:
         """Whether the denoiser, or a weight of it, is not what it was when ``engine`` was asked for
         last. So it is for those that were dropped."""

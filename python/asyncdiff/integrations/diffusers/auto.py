@@ -16,7 +16,6 @@ from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
 from ...graph.layers.quantized import parts_of
 from ...graph.signature import Call, Role, Signature, has_several_latents
-from ...partition.cost import link_speed
 from ...quality import Picked, Task, pick
 from ...runtime.pipelined import conditions_of
 from ...sampling.clean_image import CleanImage
@@ -135,10 +134,9 @@ class AutoSettings:
         """Whether this looks like a denoiser whose tokens can be shared out, over links on which
         that is faster than a device by itself."""
         if self._fast is None:
-            self._fast = denoiser.team.every(
-                "choose settings",
-                lambda: is_transformer(denoiser.module) and _fast_links(self._own),
-            )
+            # On CPUs ranks emulate others.
+            links = self._devices[0].type != "cuda" or denoiser.link_speed() >= _FAST
+            self._fast = links and is_transformer(denoiser.module)
         return self._fast
 
 
@@ -148,12 +146,6 @@ def is_transformer(module: nn.Module) -> bool:
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     linear = sum(p.numel() for m in layers for p in m.parameters(recurse=False))
     return linear >= _LINEAR * sum(p.numel() for p in module.parameters()) > 0
-
-
-def _fast_links(devices: list[torch.device]) -> bool:
-    if devices[0].type != "cuda":
-        return True
-    return link_speed(devices) >= _FAST
 
 
 def _length(clean: CleanImage) -> float:
