@@ -4,7 +4,8 @@
     python benchmarks/denoise/sequence.py --models flux --compile graphs regions --ranks 2
     python benchmarks/denoise/sequence.py --device cpu --dtype float32 --models tiny-flux  # a try
 
-For each model, as it is in CUDA graphs and compiled by regions: all steps on one GPU
+For each model, without guidance (one condition, one call a step; as usual with ``--guided``, of
+which one GPU has all), as it is in CUDA graphs and compiled by regions: all steps on one GPU
 (``components=1``), all steps by tokens (``schedule="sequence"``), and ``--steps`` steps with
 ``--warmup`` exact ones, all but the last of these by tokens (``exact_mode="sequence"``), and as a
 chain. Loops alternate in ``--rounds`` rounds; reported are milliseconds of a step and how many
@@ -17,6 +18,7 @@ after every round.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -54,13 +56,24 @@ def settings(ranks: int, warmup: int, steps: int) -> dict[str, Setting]:
     return out
 
 
+def of_one(value: Any) -> Any:
+    """Of an input that has two conditions the first one."""
+    if isinstance(value, dict):
+        return {name: of_one(x) for name, x in value.items()}
+    return (
+        value[:1].clone() if isinstance(value, torch.Tensor) and value.shape[:1] == (2,) else value
+    )
+
+
 def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None:
     """The rows of one model in one mode; ``save`` is given them whenever there are more."""
-    model = KNOWN[key]
+    model = KNOWN[key] if args.guided else dataclasses.replace(KNOWN[key], branches=1)
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     home = "cuda:0" if gpus else "cpu"
     module = model.build(home, getattr(torch, args.dtype))
     inputs = model.inputs(module)
+    if not args.guided:
+        inputs = {name: of_one(value) for name, value in inputs.items()}
     plain = Timings()
     plain.take(Eager(module), model.loop(inputs, FEW))
     module.to("cpu")
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--guided", action="store_true", help="with both conditions of guidance")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
@@ -146,7 +160,7 @@ def main() -> None:
     figures = results_file.continued(args.out)
     for key in args.models:
         entry = figures.setdefault(key, {"title": KNOWN[key].title})
-        entry |= {"steps": args.steps, "dtype": args.dtype}
+        entry |= {"steps": args.steps, "dtype": args.dtype, "guided": args.guided}
         for compile in args.compile:
             if args.over():
                 print(f"{key}, {compile}: no time was left", flush=True)
