@@ -9,9 +9,13 @@ import pytest
 import sequence
 import torch
 from families import FAMILIES
+from torch import fx
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, DeviceError, ParallelConfig, PlanError, TokensError
+from asyncdiff.graph.capture import VIEW
+from asyncdiff.runtime.exchange import meetings
+from asyncdiff.runtime.exchange.gathering import brief_meetings
 from asyncdiff.runtime.exchange.meetings import Meetings
 
 #: Of a generation.
@@ -53,6 +57,43 @@ def test_every_step_by_tokens(name: str, ranks: int) -> None:
     assert report.exchange_bytes == STEPS * report.exchange_bytes_per_tick > 0
 
 
+def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of each attention, not the result, which is used after the run; with two
+    pictures shares are no stretches of memory."""
+    made: list[int] = []
+
+    class Counted(Meetings):
+        def __init__(self, *args: Any) -> None:
+            made.append(sum(map(bool, args[4])))
+            super().__init__(*args)
+
+    monkeypatch.setattr(meetings, "Meetings", Counted)
+    _check("FLUX", 2, schedule="sequence", components=2)
+    assert made == [4, 4]
+    made.clear()
+    _check("FLUX", 3, schedule="sequence", components=3)
+    assert made == [0, 0, 0]
+    made.clear()
+    _check("SD3", 2, schedule="sequence", components=2)
+    assert made == [0, 0]
+
+
+def test_what_is_used_later_is_not_left_in_the_mailbox() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    views: dict[str, Any] = {}
+    for number in range(3):
+        taken = graph.call_module("meet", (number, 0, x, 1, 8))
+        views[str(number)] = graph.call_function(torch.ops.aten.t.default, (taken,))
+        views[str(number)].meta[VIEW] = True
+        x = graph.call_function(
+            torch.ops.aten.neg.default, (views["0" if number == 1 else str(number)],)
+        )
+    graph.output(x)
+    # The first one's is used again after the second meeting; the result is no view.
+    assert brief_meetings(graph) == {1: [1], 2: [1]}
+
+
 def test_exact_steps_of_a_plan_by_tokens() -> None:
     # All inputs are the same in each step: then asynchronous steps give the plain result, too.
     report = _check("FLUX", 2, components=2, warmup=2, exact_tail=1, exact_mode="sequence")
@@ -92,7 +133,7 @@ def test_settings_that_say_it_twice_or_not_at_all() -> None:
 def test_ranks_that_cannot_be_recorded_are_refused() -> None:
     """Launched one after another they would wait for what is launched after them."""
     stream: Any = object()
-    meetings = Meetings(1, stream, None, [], [[], []])
+    mine = Meetings(1, stream, None, [], [], [[], []])
     with pytest.raises(DeviceError, match="rank 1 cannot be recorded as a CUDA graph"):
-        meetings.check(graphs=False)
-    meetings.check(graphs=True)
+        mine.check(graphs=False)
+    mine.check(graphs=True)

@@ -4,10 +4,14 @@ all others, and takes theirs.
 What a rank gives at one place is a bundle. Bundles of the same layout go through one channel, two
 slots in turn; at the end of a run an empty one follows where their number is odd, so that every
 run, and every replay of a CUDA graph, begins with the same slot.
+
+What all have given is put together in new memory; where two ranks of one process can, in the
+mailbox itself (:mod:`.gathering`), which has room for both shares.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ import asyncdiff_core as core
 from ...errors import DeviceError
 from ...graph.program import joined
 from .buffers import as_laid_out, memory_of, tensors_in
+from .gathering import brief_meetings, in_one, whole_in
 
 #: Of a channel: one bundle is read while the next one arrives.
 _SLOTS = 2
@@ -27,20 +32,34 @@ _SLOTS = 2
 
 @dataclass
 class _Bundle:
-    """A bundle that one rank gives at a meeting: its channel and the slot there; ``tensors``, where
-    it lies for a rank that takes it."""
+    """A bundle that one rank gives at a meeting: its channel and the slot there; which of the
+    layout's tensors are its own; ``tensors``, where these lie for a rank that takes it."""
 
     channel: core.Channel
-    layout: core.Layout
     slot: int
+    places: Sequence[int]
     tensors: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it gives to each other rank."""
+        return sum(self.channel.layout.specs[place].nbytes for place in self.places)
+
+
+@dataclass
+class _Whole:
+    """All of a value in a rank's mailbox, and the part of it that is the rank's own."""
+
+    tensor: torch.Tensor
+    own: torch.Tensor
 
 
 class Meetings:
     """A rank's part in all meetings of a run, in the order of its program; the program's sink.
 
     ``stream`` computes, and waits for what others give; ``comm`` gives. Both are None on the CPU,
-    where the rank's thread does. ``bundles``: by meeting, then by rank. ``rest``: by rank, the
+    where the rank's thread does. ``bundles``: by meeting, then by rank. ``wholes``: by meeting,
+    values that are put together in the mailbox; none where they are not. ``rest``: by rank, the
     channels and slots of the empty bundles at the end.
     """
 
@@ -50,13 +69,16 @@ class Meetings:
         stream: torch.cuda.Stream | None,
         comm: torch.cuda.Stream | None,
         bundles: Sequence[Sequence[_Bundle]],
+        wholes: Sequence[Sequence[_Whole]],
         rest: Sequence[Sequence[tuple[core.Channel, int]]],
     ) -> None:
         self._rank, self._stream, self._comm = rank, stream, comm
-        self._bundles, self._rest = bundles, rest
+        self._bundles, self._wholes, self._rest = bundles, wholes, rest
         self._others = [r for r in range(len(rest)) if r != rank]
         #: what is being copied to others, whose memory must not be used again
         self._held: list[torch.Tensor] = []
+        #: the meeting whose values are still in use where they lie
+        self._lent: int | None = None
 
     def check(self, graphs: bool) -> None:
         """Raise DeviceError where a GPU's run is no CUDA graph: ranks that are launched one after
@@ -70,34 +92,43 @@ class Meetings:
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
         """Give the ``index``-th value of this rank's bundle to the others."""
         mine = self._bundles[meeting][self._rank]
-        value = as_laid_out(value, mine.layout.specs[index])
+        place = mine.places[index]
+        value = as_laid_out(value, mine.channel.layout.specs[place])
         self._held.append(value)
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
         if index == 0:
             mine.channel.begin(mine.slot, self._comm)
-        mine.channel.push_pointer(index, value.data_ptr(), mine.slot, self._comm)
-        if index == len(mine.layout.specs) - 1:
+        mine.channel.push_pointer(place, value.data_ptr(), mine.slot, self._comm)
+        if index == len(mine.places) - 1:
             mine.channel.commit(mine.slot, self._comm)
+        if self._wholes[meeting]:
+            with contextlib.nullcontext() if self._comm is None else torch.cuda.stream(self._comm):
+                self._wholes[meeting][index].own.copy_(value, non_blocking=True)
 
     def take(self, meeting: int, index: int, value: torch.Tensor, dim: int) -> torch.Tensor:
-        """All ranks' ``index``-th values, one after another along ``dim``, as a new tensor."""
+        """All ranks' ``index``-th values, one after another along ``dim``: as a new tensor, or one
+        that is good until the next meeting."""
         bundles = self._bundles[meeting]
         if index == 0:
+            self._give_back()
             self._wait_for_given()
             for r in self._others:
                 bundles[r].channel.get(self._rank, bundles[r].slot, self._stream)
+            self._lent = meeting
+        if self._wholes[meeting]:
+            return self._wholes[meeting][index].tensor
         parts = [
             value if r == self._rank else bundle.tensors[index] for r, bundle in enumerate(bundles)
         ]
         together = joined(parts, dim)
-        if index == len(bundles[self._rank].layout.specs) - 1:
-            for r in self._others:
-                bundles[r].channel.release(self._rank, bundles[r].slot, self._stream)
+        if index == len(bundles[self._rank].places) - 1:
+            self._give_back()
         return together
 
     def finish(self) -> None:
         """The run's last meeting is over: end every channel where it began."""
+        self._give_back()
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
         for channel, slot in self._rest[self._rank]:
@@ -108,6 +139,15 @@ class Meetings:
             for channel, slot in self._rest[r]:
                 channel.get(self._rank, slot, self._stream)
                 channel.release(self._rank, slot, self._stream)
+
+    def _give_back(self) -> None:
+        """What was taken last is used no more."""
+        if self._lent is None:
+            return
+        for r in self._others:
+            bundle = self._bundles[self._lent][r]
+            bundle.channel.release(self._rank, bundle.slot, self._stream)
+        self._lent = None
 
     def _wait_for_given(self) -> None:
         """Let the computation go on once all that was given has left.
@@ -134,37 +174,61 @@ def connect(
     processes that have ranks. Returns how many bytes go from one rank to another in a run.
     """
     meetings = 1 + max(number for _, number in layouts)
-    by_rank = [_given_by(fabric, layouts, rank, ranks, meetings, mode) for rank in range(ranks)]
+    together: dict[int, core.Layout] = {}
+    dims: dict[int, list[int]] = {}
+    if ranks == len(workers) == 2:
+        dims = brief_meetings(workers[0].program.graph)
+        for number, along in dims.items():
+            layout = in_one([layouts[rank, number] for rank in range(ranks)], along)
+            if layout is not None:
+                together[number] = layout
+    by_rank = [
+        _given_by(fabric, layouts, together, rank, ranks, meetings, mode) for rank in range(ranks)
+    ]
     rest = [channels for _, channels in by_rank]
     for rank, worker in workers.items():
-        bundles = []
+        bundles, wholes = [], []
         for number in range(meetings):
-            each = []
+            each, whole = [], []
             for r, (given, _) in enumerate(by_rank):
                 bundle = given[number]
-                tensors = [] if r == rank else _lying(bundle, rank, worker.device)
-                each.append(_Bundle(bundle.channel, bundle.layout, bundle.slot, tensors))
+                tensors: list[torch.Tensor] = []
+                if r != rank:
+                    memory = memory_of(bundle.channel.slot(rank, bundle.slot), worker.device)
+                    lying = tensors_in(memory, bundle.channel.layout)
+                    tensors = [lying[place] for place in bundle.places]
+                    if number in together:
+                        whole = [
+                            _Whole(*whole_in(memory, together[number], index, dim, rank))
+                            for index, dim in enumerate(dims[number])
+                        ]
+                each.append(_Bundle(bundle.channel, bundle.slot, bundle.places, tensors))
             bundles.append(each)
-        worker.meetings = Meetings(rank, worker.stream, worker.comm, bundles, rest)
-    total = [sum(b.layout.nbytes for b in given) for given, _ in by_rank]
+            wholes.append(whole)
+        worker.meetings = Meetings(rank, worker.stream, worker.comm, bundles, wholes, rest)
+    total = [sum(b.nbytes for b in given) for given, _ in by_rank]
     return {(i, j): total[i] for i in range(ranks) for j in range(ranks) if i != j}
 
 
 def _given_by(
     fabric: core.Fabric,
     layouts: Mapping[tuple[int, int], core.Layout],
+    together: Mapping[int, core.Layout],
     rank: int,
     ranks: int,
     meetings: int,
     mode: str,
 ) -> tuple[list[_Bundle], list[tuple[core.Channel, int]]]:
-    """A rank's bundles by meeting, and its empty ones."""
+    """A rank's bundles by meeting, and its empty ones. ``together``: by meeting, layouts with the
+    shares of all ranks, of which this one gives its own."""
     channels: dict[str, core.Channel] = {}
     count: Counter[str] = Counter()
     given = []
     for number in range(meetings):
-        layout = layouts[rank, number]
-        key = repr([(s.dtype, s.shape, s.strides) for s in layout.specs])
+        layout, places = layouts[rank, number], range(len(layouts[rank, number].specs))
+        if number in together:
+            layout, places = together[number], range(rank, len(layout.specs) * ranks, ranks)
+        key = repr([(s.dtype, s.shape, s.strides) for s in layout.specs]) + repr(places)
         if key not in channels:
             channels[key] = fabric.channel(
                 rank,
@@ -174,12 +238,7 @@ def _given_by(
                 name=f"tokens of rank {rank}, from meeting {number}",
                 mode=mode,
             )
-        given.append(_Bundle(channels[key], layout, count[key] % _SLOTS))
+        given.append(_Bundle(channels[key], count[key] % _SLOTS, places))
         count[key] += 1
     rest = [(channels[key], n % _SLOTS) for key, n in count.items() if n % _SLOTS]
     return given, rest
-
-
-def _lying(bundle: _Bundle, rank: int, device: torch.device) -> list[torch.Tensor]:
-    """A bundle's tensors in the mailbox of a rank."""
-    return tensors_in(memory_of(bundle.channel.slot(rank, bundle.slot), device), bundle.layout)
