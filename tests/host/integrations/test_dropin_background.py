@@ -16,7 +16,7 @@ import asyncdiff
 from asyncdiff.demo import model as demo_model
 from asyncdiff.errors import CaptureError, InputError
 from asyncdiff.runtime import cutting
-from asyncdiff.runtime.engine_cache import EngineCache
+from asyncdiff.runtime.making import EngineMaker
 
 SETTINGS: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "split": "estimate"}
 
@@ -31,7 +31,7 @@ class Build:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.may = threading.Event(), threading.Event()
         self.calls = 0
-        plain = EngineCache._engine
+        plain = EngineMaker._engine
 
         def waiting(*args: Any) -> Any:
             self.calls += 1
@@ -39,7 +39,7 @@ class Build:
             assert self.may.wait(60)
             return plain(*args)
 
-        monkeypatch.setattr(EngineCache, "_engine", waiting)
+        monkeypatch.setattr(EngineMaker, "_engine", waiting)
 
 
 @pytest.fixture
