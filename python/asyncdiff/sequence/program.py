@@ -166,7 +166,9 @@ class _Builder:
         if dims is None or axis.dim not in dims or len(node.all_input_nodes) > 1:
             return None
         dim = dims.index(axis.dim)
-        if shape_of(source)[dim] != axis.length or isinstance(node.meta["val"], (list, tuple)):
+        if shape_of(source)[dim] != axis.length:
+            return None
+        if any(isinstance(n.meta["val"], (list, tuple)) for n in (node, source)):
             return None
         share = self._given(source, axis.at(dim))
         return self._made(node, (share, *node.args[1:]), dict(node.kwargs), axis)

@@ -159,8 +159,9 @@ def test_what_mixes_tokens_is_computed_whole_and_named() -> None:
         lambda x: torch.where(x > 0, x, x.softmax(-1)).unsqueeze(0).squeeze(0),
         lambda x: x.expand(2, 6, 8) * x[:, :, :1] + x.amax(-1, keepdim=True),
         lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))).flatten(-2),
+        lambda x: x * torch.arange(96.0).view(2, 6, 8).unbind(0)[1],
     ],
-    ids=["matmul", "views", "parts", "values", "broadcast", "complex"],
+    ids=["matmul", "views", "parts", "values", "broadcast", "complex", "table"],
 )
 def test_operations(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
     sharding, met = _run(_Toy(between), (2, 6, 8), 2)
