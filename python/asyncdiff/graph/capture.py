@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +136,23 @@ class Captured:
         return {n for n in found if n.op == "call_function"}
 
 
+@contextlib.contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """Weights that were made in inference mode ask for no gradients meanwhile: the exporter passes
+    on to values which of them do, and outside of that mode those that were made of such weights
+    cannot take it."""
+    asking = [w for w in module.parameters() if w.requires_grad and w.is_inference()]
+    with torch.inference_mode():
+        for weight in asking:
+            weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for weight in asking:
+                weight.requires_grad_(True)
+
+
 def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) -> Captured:
     """Export ``module`` for the shapes, dtypes and constants of ``call``. Sizes in ``open_sizes``
     stay symbols, if they can (:mod:`.tracing.resizing` puts numbers in their place).
@@ -150,7 +168,8 @@ def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) 
     structure = Structure(module)
     _check_leaves(name, call)
     try:
-        program, numbers = export(module, kwargs, call, structure, home, open_sizes)
+        with _without_gradients(module):
+            program, numbers = export(module, kwargs, call, structure, home, open_sizes)
     except CaptureError:
         raise
     except Exception as e:  # the exporter raises what it likes

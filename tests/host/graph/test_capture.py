@@ -30,3 +30,15 @@ def test_writes_that_the_exporter_does_not_trace() -> None:
     denoiser = AsyncDenoiser(module, components=2, split="estimate")
     with contextlib.closing(denoiser), denoiser.generation([3.0]):
         torch.testing.assert_close(denoiser(sample, time), module(sample, time))
+
+
+def test_weights_made_in_inference_mode() -> None:
+    """They ask for gradients, as new parameters do, which cannot be told to any tensor made of them
+    outside of that mode."""
+    with torch.inference_mode():
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    sample = torch.randn(2, 4)
+    denoiser = AsyncDenoiser(module, components=2, split="estimate")
+    with contextlib.closing(denoiser), denoiser.generation([3.0]), torch.no_grad():
+        torch.testing.assert_close(denoiser(sample), module(sample))
+    assert all(weight.requires_grad for weight in module.parameters())
