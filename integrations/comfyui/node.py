@@ -1,0 +1,102 @@
+"""The node: takes a MODEL, returns one whose denoiser runs split over several devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MISSING = (
+    "AsyncDiff parallel needs the Python package asyncdiff, in the Python that runs ComfyUI ({}): "
+    "see the README in this node's folder"
+)
+
+
+class AsyncDiffParallel:
+    """A MODEL whose denoiser is split over devices by ``asyncdiff.AsyncDenoiser``."""
+
+    CATEGORY = "advanced/model"
+    DESCRIPTION = (
+        "Runs the model's denoiser split over several GPUs. Put it right behind the loader, before "
+        "LoRAs, so that what is prepared is kept when they change."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "spread"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The inputs that ComfyUI draws, with defaults, bounds and what its tooltips say."""
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "devices": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": 'Such as "cuda:0, cuda:1"; empty: all GPUs.',
+                    },
+                ),
+                "components": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 16,
+                        "tooltip": "Parts that the denoiser is cut into; 0: one a device.",
+                    },
+                ),
+                "schedule": (
+                    ["wavefront", "asyncdiff", "sequence"],
+                    {
+                        "tooltip": "wavefront: closest to one GPU's picture. asyncdiff: as "
+                        "published. sequence: transformers (FLUX, SD3, ...), exact.",
+                    },
+                ),
+                "warmup": (
+                    "INT",
+                    {
+                        "default": 6,
+                        "min": 1,
+                        "max": 10000,
+                        "tooltip": "The first steps, run exactly. With as many as there are, the "
+                        "picture is that of one GPU.",
+                    },
+                ),
+                "exact_tail": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 0,
+                        "max": 10000,
+                        "tooltip": "The last steps, run exactly.",
+                    },
+                ),
+                "guidance": (
+                    ["batched", "split"],
+                    {"tooltip": "split: half of the devices take each condition."},
+                ),
+            },
+            "optional": {
+                "exact_mode": (
+                    ["chain", "split", "sequence"],
+                    {
+                        "tooltip": "How exact steps run: one part after another; a condition on "
+                        "each of two devices; or tokens shared out (transformers).",
+                    },
+                ),
+                "compile": (
+                    ["auto", "off", "on"],
+                    {"tooltip": "auto: large denoisers on GPUs, which takes a minute once."},
+                ),
+            },
+        }
+
+    def spread(self, model: Any, **settings: Any) -> tuple[Any]:
+        """A clone of the MODEL that runs split with these settings. Raises InputError, PlanError or
+        DeviceError, each saying what to change, RuntimeError where asyncdiff is not installed."""
+        try:
+            import asyncdiff  # noqa: F401
+        except ImportError as e:
+            raise RuntimeError(_MISSING.format(e)) from e
+        from .patcher import spread_over
+        from .settings import config_of
+
+        return (spread_over(model, config_of(**settings)),)

@@ -1,0 +1,135 @@
+"""A sampler's run: which step and which branch each call of the denoiser belongs to."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncdiff import AsyncDenoiser
+from asyncdiff.config import Branch
+from asyncdiff.generation.generation import Generation
+from asyncdiff.graph.signature import Call, Role
+
+from .samplers import ONCE, clean_images, name_of, times_of
+
+log = logging.getLogger("asyncdiff")
+
+
+@dataclass
+class _Way:
+    """One of the denoiser's calls in an evaluation: its branch, and the generation under way, which
+    began with step ``start``."""
+
+    index: int
+    start: int = 0
+    generation: Generation | None = None
+
+
+class Sampling:
+    """Serves the calls of one run at ``sigmas`` (a tensor, the last of them not evaluated).
+
+    As long as the sampler evaluates at one announced sigma after another, the run is a generation
+    for each branch. Else, from there on, each evaluation is a generation of one exact step.
+    """
+
+    def __init__(
+        self, denoiser: AsyncDenoiser, model_sampling: Any, sigmas: torch.Tensor, sampler: Any
+    ) -> None:
+        self._denoiser, self._model_sampling = denoiser, model_sampling
+        with torch.inference_mode(False):  # writes to it are counted
+            given = sigmas[:-1].detach().clone()
+            self._times = times_of(model_sampling, given).clone()
+        self._sigmas: list[float] = given.tolist()
+        self._step = -1
+        #: by what tells conditions apart, and how often these were called in the evaluation
+        self._ways: dict[Any, _Way] = {}
+        self._calls: dict[Any, int] = {}
+        #: of the evaluation, as far as they were announced
+        self.conditions = 1
+        #: of the denoiser, so far
+        self.calls = 0
+        self._exact = False
+        name = name_of(sampler)
+        if denoiser.config.schedule != "sequence" and name not in ONCE:
+            self._run_exactly(f"{name} evaluates more than once in a step, or is not known")
+
+    def evaluation(self, sigma: torch.Tensor) -> None:
+        """The sampler evaluates at ``sigma``, of shape (batch,)."""
+        self._step += 1
+        self._calls.clear()
+        if self._exact:
+            return
+        values = set(sigma.reshape(-1).tolist())
+        if self._step >= len(self._sigmas) or values != {self._sigmas[self._step]}:
+            self._run_exactly("the sampler evaluates at other noise levels than it announced")
+
+    def call(self, options: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        """What the denoiser returns for ``arguments``, by name. ``options``: its transformer
+        options, which say which conditions these are."""
+        denoiser = self._denoiser
+        self.calls += 1
+        which = tuple(options.get("cond_or_uncond", ())), tuple(options.get("uuids", ()))
+        occurrence = self._calls.get(which, 0)
+        self._calls[which] = occurrence + 1
+        way = self._ways.setdefault((which, occurrence), _Way(len(self._ways)))
+        call = denoiser.parse((), arguments)
+        where = call.indices(Role.TIMESTEP)
+        time = call.tensors[where[0]]
+        several = way.index > 0 or self.conditions > max(len(which[0]), 1)
+        branch = Branch(way.index, max(len(self._ways), 2 if several else 1))
+        if not self._exact and self._is_new(way, call):
+            self._begin(way, branch, time)
+        if self._exact:
+            self._begin_one(way, branch, time)
+        else:
+            told = self._times[self._step].expand(time.shape)
+            if (told.dtype, told.device) == (time.dtype, time.device):
+                call = call.replacing(where[0], told)
+        return denoiser.call(call, way.index)
+
+    def settle(self) -> None:
+        """Wait for what is still to do, and raise what went wrong."""
+        with torch.inference_mode(False):
+            self._denoiser.settle()
+
+    def stop(self) -> None:
+        """Give up what is unfinished."""
+        with torch.inference_mode(False):
+            self._denoiser.stop()
+        self._ways.clear()
+
+    def _is_new(self, way: _Way, call: Call) -> bool:
+        """Whether a call belongs to no generation under way, or to one that it does not fit."""
+        generation = way.generation
+        if generation is None or generation.next_step != self._step - way.start:
+            return True
+        return not self._denoiser.fits(call, options=False, branch=way.index)
+
+    def _begin(self, way: _Way, branch: Branch, time: torch.Tensor) -> None:
+        """Begin a generation of the steps that are left."""
+        expected = self._times[self._step].to(time.dtype).to(time.device)
+        if not bool((time == expected).all()):
+            self._run_exactly("the denoiser's times do not follow from the noise levels alone")
+            return
+        config, clean = self._denoiser.config, None
+        with torch.inference_mode(False):
+            spec = config.spec(self._times[self._step :], shorten=True)
+            if config.schedule == "wavefront" and not spec.all_exact:
+                clean = clean_images(self._model_sampling, self._sigmas[self._step :])
+            way.start = self._step
+            way.generation = self._denoiser.start(spec, clean, branch=branch)
+
+    def _begin_one(self, way: _Way, branch: Branch, time: torch.Tensor) -> None:
+        """Begin a generation of this step alone, which is exact."""
+        with torch.inference_mode(False):
+            only = time.reshape(-1)[:1].clone()
+            spec = self._denoiser.config.spec(only, shorten=True)
+            way.generation = self._denoiser.start(spec, branch=branch)
+
+    def _run_exactly(self, why: str) -> None:
+        log.warning("AsyncDiff parallel: every step is run exactly: %s", why)
+        self._exact = True
+        self.stop()

@@ -1,0 +1,76 @@
+"""The node's inputs as settings of asyncdiff."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from asyncdiff import ParallelConfig
+from asyncdiff.errors import DeviceError, InputError
+
+_COMPILE = {"auto": None, "off": False, "on": True}
+#: Conditions of guidance, each with devices of its own where they are split.
+_CONDITIONS = 2
+
+
+def config_of(
+    devices: str = "",
+    components: int = 0,
+    schedule: str = "wavefront",
+    warmup: int = 6,
+    exact_tail: int = 1,
+    guidance: str = "batched",
+    exact_mode: str = "chain",
+    compile: str = "auto",
+) -> ParallelConfig:
+    """The configuration that the node's inputs mean. Raises InputError for names that are no
+    devices, DeviceError where there are too few or too many, PlanError for numbers that fit no
+    plan."""
+    named = devices_of(devices)
+    groups = _CONDITIONS if guidance == "split" else 1
+    count = components or len(named) // groups
+    if count * groups < 2:
+        raise DeviceError(
+            f"AsyncDiff parallel: there is nothing to spread over {_said(named)}. Name the devices "
+            'in the node ("cuda:0, cuda:1"), or bypass it'
+        )
+    ranks = count * groups
+    if len(named) < ranks or (devices.strip() and components and len(named) != ranks):
+        raise DeviceError(
+            f"AsyncDiff parallel: {components or count} components"
+            + (" for each of two conditions" if groups > 1 else "")
+            + f" take {ranks} devices, and there are {len(named)} ({_said(named)}). Change "
+            "components (0: as many as fit), or the devices"
+        )
+    exact = {"warmup": warmup, "exact_tail": exact_tail, "exact_mode": exact_mode}
+    if schedule == "sequence":  # in which every step is exact
+        exact = {}
+    return ParallelConfig(
+        devices=tuple(named[:ranks]),
+        components=count,
+        schedule=schedule,
+        guidance=guidance,
+        compile=_COMPILE[compile],
+        **exact,  # type: ignore[arg-type]
+    )
+
+
+def devices_of(text: str) -> list[torch.device]:
+    """The devices that a text names, between commas or spaces; all GPUs where it names none, else
+    the CPU. Raises InputError for what is no device."""
+    names = [name for name in re.split(r"[\s,;]+", text) if name]
+    if not names:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    try:
+        return [torch.device(name) for name in names]
+    except RuntimeError as e:
+        raise InputError(
+            f"AsyncDiff parallel: devices {text!r} cannot be read; write such as "
+            f'"cuda:0, cuda:1", or nothing for all GPUs ({str(e).splitlines()[0]})'
+        ) from e
+
+
+def _said(devices: list[torch.device]) -> str:
+    return ", ".join(map(str, devices))
