@@ -1,13 +1,10 @@
-"""What is known of ComfyUI's samplers, and of the times and clean images of their steps."""
+"""What is known of ComfyUI's samplers by their names, and the times of their steps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-
-from asyncdiff.errors import SchedulerError
-from asyncdiff.sampling.clean_image import CleanImage
 
 #: Functions of samplers that evaluate the denoiser once at each sigma but the last, in order.
 #: Others (heun, dpm_2, dpmpp_sde, ...) do so twice, or at sigmas in between.
@@ -22,8 +19,6 @@ ONCE = {
     "sample_gradient_estimation_cfg_pp", "sample_er_sde", "sample_sa_solver", "sample_unipc",
     "sample_unipc_bh2",
 }  # fmt: skip
-#: Below this share of the prediction in x0, or above its inverse, the two cannot be told apart.
-_TINY = 1e-8
 
 
 def name_of(sampler: Any) -> str:
@@ -35,29 +30,3 @@ def name_of(sampler: Any) -> str:
 def times_of(model_sampling: Any, sigmas: torch.Tensor) -> torch.Tensor:
     """The denoiser's timestep arguments at these sigmas, float32, one a step."""
     return model_sampling.timestep(sigmas).float().reshape(-1)
-
-
-def clean_images(model_sampling: Any, sigmas: list[float]) -> CleanImage:
-    """How clean images follow from predictions at these sigmas, which waves have to know. It is
-    read off what ``model_sampling`` makes of images of zeros and ones.
-
-    Raises SchedulerError where they do not follow.
-    """
-    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
-    rows = []
-    for value in sigmas:
-        sigma = torch.tensor([value], dtype=torch.float64)
-        scale = model_sampling.calculate_input(sigma, one.clone())
-        of_input = model_sampling.calculate_denoised(sigma, zero.clone(), one.clone()) / scale
-        of_output = model_sampling.calculate_denoised(sigma, one.clone(), zero.clone())
-        image = scale * model_sampling.noise_scaling(sigma, zero.clone(), one.clone())
-        noise = scale * model_sampling.noise_scaling(sigma, one.clone(), zero.clone())
-        row = [float(x) for x in (of_input, of_output, image, noise)]
-        if not _TINY < abs(row[1]) < 1 / _TINY:
-            raise SchedulerError(
-                f"AsyncDiff parallel: at sigma {value:g} the clean image does not follow from the "
-                "prediction: choose schedule asyncdiff"
-            )
-        rows.append(row)
-    columns = (tuple(column) for column in zip(*rows, strict=True))
-    return CleanImage(*columns, {"class": type(model_sampling).__name__})

@@ -12,8 +12,10 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.config import Branch
 from asyncdiff.generation.generation import Generation
 from asyncdiff.graph.signature import Call, Role
+from asyncdiff.sampling.clean_image import CleanImage
 
-from .samplers import ONCE, clean_images, name_of, times_of
+from .linear import clean_images
+from .samplers import ONCE, name_of, times_of
 
 log = logging.getLogger("asyncdiff")
 
@@ -38,7 +40,7 @@ class Sampling:
     def __init__(
         self, denoiser: AsyncDenoiser, model_sampling: Any, sigmas: torch.Tensor, sampler: Any
     ) -> None:
-        self._denoiser, self._model_sampling = denoiser, model_sampling
+        self._denoiser = denoiser
         with torch.inference_mode(False):  # writes to it are counted
             given = sigmas[:-1].detach().clone()
             self._times = times_of(model_sampling, given).clone()
@@ -52,9 +54,13 @@ class Sampling:
         #: of the denoiser, so far
         self.calls = 0
         self._exact = False
+        #: of the whole run; waves have to know them
+        self._clean: CleanImage | None = None
         name = name_of(sampler)
         if denoiser.config.schedule != "sequence" and name not in ONCE:
             self._run_exactly(f"{name} evaluates more than once in a step, or is not known")
+        elif denoiser.config.schedule == "wavefront":
+            self._clean = clean_images(model_sampling, sigmas, sampler)
 
     def evaluation(self, sigma: torch.Tensor) -> None:
         """The sampler evaluates at ``sigma``, of shape (batch,)."""
@@ -88,7 +94,8 @@ class Sampling:
             told = self._times[self._step].expand(time.shape)
             if (told.dtype, told.device) == (time.dtype, time.device):
                 call = call.replacing(where[0], told)
-        return denoiser.call(call, way.index)
+        result = denoiser.call(call, way.index)
+        return result.to(time.device)  # from the first of the node's devices to the sampler's
 
     def settle(self) -> None:
         """Wait for what is still to do, and raise what went wrong."""
@@ -114,11 +121,11 @@ class Sampling:
         if not bool((time == expected).all()):
             self._run_exactly("the denoiser's times do not follow from the noise levels alone")
             return
-        config, clean = self._denoiser.config, None
+        clean = None
         with torch.inference_mode(False):
-            spec = config.spec(self._times[self._step :], shorten=True)
-            if config.schedule == "wavefront" and not spec.all_exact:
-                clean = clean_images(self._model_sampling, self._sigmas[self._step :])
+            spec = self._denoiser.config.spec(self._times[self._step :], shorten=True)
+            if self._clean is not None and not spec.all_exact:
+                clean = self._clean.of_steps(self._step, spec.steps)
             way.start = self._step
             way.generation = self._denoiser.start(spec, clean, branch=branch)
 

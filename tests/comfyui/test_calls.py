@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("comfy", reason="COMFYUI names no folder of ComfyUI")
+import comfy.controlnet
 import comfy.model_management as management
 from comfy.patcher_extension import WrappersMP
 from tiny_models import sample
@@ -58,6 +59,26 @@ def test_conditions_in_two_calls(
 def test_conditions_that_begin_later(model: Any, spread: Any) -> None:
     late = {"start_percent": 0.4}
     plain, split = sample(model, more=late), sample(spread(model, warmup=2), more=late)
+    assert (plain - split).norm() < 0.05 * plain.norm()
+
+
+class Control(comfy.controlnet.ControlBase):
+    """A ControlNet that adds the same to every step, and more to the first ones."""
+
+    def get_control(self, x: Any, t: Any, cond: Any, count: int, options: Any) -> Any:
+        random = torch.Generator().manual_seed(2)
+        wide = torch.randn(len(x), 64, 8, 8, generator=random) * t.view(-1, 1, 1, 1) / 5
+        return {"input": [], "middle": [wide], "output": [None, None, wide]}
+
+
+@pytest.mark.parametrize("schedule", ["asyncdiff", "wavefront"])
+def test_a_controlnet(model: Any, spread: Any, schedule: str) -> None:
+    control = {"control": Control(), "control_apply_to_uncond": True}
+    without, plain = sample(model, steps=15), sample(model, steps=15, more=control)
+    assert (plain - without).norm() > 0.05 * plain.norm()
+    split = sample(spread(model, schedule=schedule), steps=15, more=control)
+    assert (plain - split).abs().max() <= 1e-4 * plain.std()
+    split = sample(spread(model, schedule=schedule, warmup=4, exact_tail=1), steps=15, more=control)
     assert (plain - split).norm() < 0.05 * plain.norm()
 
 

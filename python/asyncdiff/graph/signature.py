@@ -32,6 +32,7 @@ RESIDUALS = (
     "controlnet_block_samples",
     "controlnet_single_block_samples",
     "block_controlnet_hidden_states",
+    "control",  # ComfyUI's name
 )
 
 

@@ -79,17 +79,23 @@ _known: dict[Any, Response | str] = {}
 
 def _measure(scheduler: Any, times: torch.Tensor, options: Mapping[str, Any] | None) -> Response:
     sampler = linearize(scheduler, times, options)
-    start, weights = sampler.weights[:, 0], sampler.weights[:, 1:]
+    hint = " (as PNDM does in Runge-Kutta steps: take skip_prk_steps=True)"
+    return response_of(sampler.weights, float(sampler.scales[0]), type(scheduler).__name__, hint)
+
+
+def response_of(every: torch.Tensor, scale: float, name: str, hint: str = "") -> Response:
+    """The response of a sampler with this ``name``, of which row m of ``every``, of shape
+    (T+1, T+1), has the weights of latents x_m over x_0 and the predictions of steps 0 … T−1;
+    ``scale`` is what x_0 is multiplied by for the denoiser. Raises SchedulerError for one that goes
+    back to latents of much earlier steps; ``hint`` says what to do."""
+    start, weights = every[:, 0], every[:, 1:]
     memory = 1
     while memory < _MEMORY and not _carried(weights, start, memory, _ALIKE):
         memory += 1
     if not _carried(weights, start, memory, _UNLIKE):
-        raise SchedulerError(
-            f"{type(scheduler).__name__} goes back to latents of much earlier steps (as PNDM does "
-            "in Runge-Kutta steps: take skip_prk_steps=True)"
-        )
+        raise SchedulerError(f"{name} goes back to latents of much earlier steps{hint}")
     rows = tuple(tuple(row) for row in weights.tolist())
-    return Response(rows, tuple(start.tolist()), memory, float(sampler.scales[0]))
+    return Response(rows, tuple(start.tolist()), memory, scale)
 
 
 def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int, apart: float) -> bool:
