@@ -58,7 +58,7 @@ class Sampling:
         self._clean: CleanImage | None = None
         name = name_of(sampler)
         if denoiser.config.schedule != "sequence" and name not in ONCE:
-            self._run_exactly(f"{name} evaluates more than once in a step, or is not known")
+            self.be_exact(f"{name} evaluates more than once in a step, or is not known")
         elif denoiser.config.schedule == "wavefront":
             self._clean = clean_images(model_sampling, sigmas, sampler)
 
@@ -70,7 +70,7 @@ class Sampling:
             return
         values = set(sigma.reshape(-1).tolist())
         if self._step >= len(self._sigmas) or values != {self._sigmas[self._step]}:
-            self._run_exactly("the sampler evaluates at other noise levels than it announced")
+            self.be_exact("the sampler evaluates at other noise levels than it announced")
 
     def call(self, options: dict[str, Any], arguments: dict[str, Any]) -> Any:
         """What the denoiser returns for ``arguments``, by name. ``options``: its transformer
@@ -97,6 +97,12 @@ class Sampling:
         result = denoiser.call(call, way.index)
         return result.to(time.device)  # from the first of the node's devices to the sampler's
 
+    def be_exact(self, why: str) -> None:
+        """Run all that is left exactly, evaluation by evaluation; ComfyUI's log says why."""
+        log.warning("AsyncDiff parallel: every step is run exactly: %s", why)
+        self._exact = True
+        self.stop()
+
     def settle(self) -> None:
         """Wait for what is still to do, and raise what went wrong."""
         with torch.inference_mode(False):
@@ -119,7 +125,7 @@ class Sampling:
         """Begin a generation of the steps that are left."""
         expected = self._times[self._step].to(time.dtype).to(time.device)
         if not bool((time == expected).all()):
-            self._run_exactly("the denoiser's times do not follow from the noise levels alone")
+            self.be_exact("the denoiser's times do not follow from the noise levels alone")
             return
         clean = None
         with torch.inference_mode(False):
@@ -135,8 +141,3 @@ class Sampling:
             only = time.reshape(-1)[:1].clone()
             spec = self._denoiser.config.spec(only, shorten=True)
             way.generation = self._denoiser.start(spec, branch=branch)
-
-    def _run_exactly(self, why: str) -> None:
-        log.warning("AsyncDiff parallel: every step is run exactly: %s", why)
-        self._exact = True
-        self.stop()

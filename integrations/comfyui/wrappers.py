@@ -15,7 +15,12 @@ from .sampling import Sampling
 
 KEY = "asyncdiff"
 #: What other nodes put into a model's options that works inside of its layers.
-_INSIDE = ("patches", "patches_replace", "optimized_attention_override")
+_INSIDE = (
+    "patches",
+    "patches_replace",
+    "optimized_attention_override",
+    "chroma_radiance_options",
+)
 
 
 def add_wrappers(patcher: Any, config: ParallelConfig) -> None:
@@ -45,6 +50,8 @@ def _sample(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *re
             "which devices do not follow. Load LoRAs with a LoRA loader, or bypass AsyncDiff"
         )
     run = Sampling(host.denoiser(config), patcher.model.model_sampling, sigmas, executor.class_obj)
+    if guider.model_options.get("context_handler") is not None:
+        run.be_exact("windows of frames move from step to step")
     before, host.run = host.run, run
     try:
         samples = executor(guider, sigmas, *rest)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 pytest.importorskip("comfy", reason="COMFYUI names no folder of ComfyUI")
+import comfy.context_windows
 import comfy.controlnet
+import comfy.hooks
 import comfy.model_management as management
 from comfy.patcher_extension import WrappersMP
 from tiny_models import sample
@@ -118,6 +120,31 @@ def test_another_nodes_wrapper_is_refused(model: Any, spread: Any) -> None:
     split.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", lambda run, *a, **k: run(*a))
     with pytest.raises(InputError, match="Bypass one of the two"):
         sample(split)
+
+
+def test_weights_that_hooks_change_are_refused(model: Any, spread: Any) -> None:
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook()
+    name = "diffusion_model.out.2.weight"
+    hook.weights, hook.need_weight_init = {name: ("diff", (torch.ones(4, 32, 3, 3),))}, False
+    hooks.add(hook)
+    with pytest.raises(InputError, match="hooks"):
+        sample(spread(model), more={"hooks": hooks})
+
+
+def test_windows_of_frames_are_exact(model: Any, spread: Any, caplog: Any) -> None:
+    split = spread(model, warmup=1)
+    handler = comfy.context_windows.IndexListContextHandler
+    model.model_options["context_handler"] = split.model_options["context_handler"] = handler(
+        context_schedule=comfy.context_windows.get_matching_context_schedule("standard_static"),
+        fuse_method=comfy.context_windows.get_matching_fuse_method("pyramid"),
+        context_length=8,
+        context_overlap=4,
+        dim=2,
+    )
+    plain, late = sample(model), sample(split)
+    assert (plain - late).abs().max() <= 1e-4 * plain.std()
+    assert "windows of frames" in caplog.text
 
 
 def test_an_interrupted_run_leaves_nothing(model: Any, spread: Any, monkeypatch: Any) -> None:

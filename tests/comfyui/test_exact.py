@@ -10,6 +10,8 @@ pytest.importorskip("comfy", reason="COMFYUI names no folder of ComfyUI")
 import torch
 from tiny_models import flux, sample, sd15, sdxl
 
+from asyncdiff.errors import TokensError
+
 #: Of latents of size one.
 CLOSE = 1e-4
 
@@ -65,6 +67,12 @@ def test_flux_by_tokens(spread: Any) -> None:
     split = spread(model, schedule="sequence", warmup=1)
     same(model, split, scheduler="simple", cfg=1.0)
     same(model, split, sampler="heun", scheduler="simple", cfg=1.0)
+
+
+def test_settings_that_a_model_does_not_take(model: Any, spread: Any) -> None:
+    with pytest.raises(TokensError, match="shared out"):
+        sample(spread(model, schedule="sequence"))
+    same(model, spread(model))
 
 
 @pytest.mark.parametrize("components", [1, 2])
