@@ -89,6 +89,15 @@ def by_cuts(captured: Captured, cuts: Sequence[str]) -> Owners:
     return _with_parts(captured, {n: bisect_right(starts, i) for i, n in enumerate(owned)})
 
 
+def fit(captured: Captured, cuts: Sequence[str]) -> bool:
+    """Whether these cuts of another graph are cuts of this one: :func:`by_cuts` takes them."""
+    try:
+        by_cuts(captured, cuts)
+    except PartitionError:
+        return False
+    return True
+
+
 def by_modules(captured: Captured, split: Sequence[Sequence[str]]) -> Owners:
     """Ownership from lists of module paths, one list a component.
 

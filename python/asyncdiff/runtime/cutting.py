@@ -14,6 +14,7 @@ from ..graph.signature import Call
 from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
 from ..partition.cost import Costs, fused, link_speed, measure
+from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
 from ..partition.shards import Shards, shards
 from ..phases import phase
@@ -63,7 +64,7 @@ class Cutter:
         if like is not None and len(like.components) == components:
             if known:
                 return like
-            if like.cuts and not set(like.cuts) - {n.name for n in captured.graph.nodes}:
+            if like.cuts and fit(captured, like.cuts):
                 split = list(like.cuts)
         speed = self.speed()
 

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import reference
 import torch
-from tiny_pipelines import draw, tiny_sd, tiny_unet
+from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_unet
 
 import asyncdiff
 from asyncdiff.graph.weights import Weights
@@ -201,3 +201,22 @@ def test_a_pipeline_whose_adapters_change(exports: list[int]) -> None:
         assert reference.distance(draw(pipe, call), draw(plain, call)) < 1e-5
         assert len(exports) == 1
     assert reference.distance(draw(pipe, call), draw(plain, call)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layers, components", [(["to_q", "to_k", "to_v", "to_out.0"], 2), (["to_q"], 4)]
+)
+def test_cuts_where_the_scale_is_an_argument(layers: list[str], components: int) -> None:
+    """Nodes that had the names of cuts are others where a scale is given, or lie elsewhere: other
+    cuts are made."""
+    pipe, call = tiny_flux()
+    pipe.transformer.eval().requires_grad_(False)
+    config = peft.LoraConfig(r=4, target_modules=layers, init_lora_weights=False)
+    pipe.transformer.add_adapter(config, "a")
+    scaled = {"joint_attention_kwargs": {"scale": 0.3}, "num_inference_steps": 2}
+    want = draw(pipe, call, **scaled)
+    settings = {"components": components, "warmup": 2, "split": "estimate"}
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * components, **settings):
+        draw(pipe, call, num_inference_steps=2)
+        torch.testing.assert_close(draw(pipe, call, **scaled), want)
