@@ -247,6 +247,67 @@ def _multiplied(node: fx.Node) -> Flow:
     return {**batches}
 
 
+def _added(node: fx.Node) -> Flow:
+    """addmm: what is added is broadcast over rows, or has them, too."""
+    first, second = node.args[1:3]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    pointwise = _pointwise(node)
+    return {s: dims for s, dims in pointwise.items() if s not in (first, second)} | {
+        first: [0, None],
+        second: [None, 1],
+    }
+
+
+def _scaled(node: fx.Node) -> Flow:
+    """_scaled_mm: rows have a scale each, or share one; columns, too."""
+    names = {2: "scale_a", 3: "scale_b", 4: "bias"}
+    first, second = node.args[:2]
+    flow = _multiplied(node)
+    scales = [(place, argument(node, place, name)) for place, name in names.items()]
+    for source in (s for _, s in scales if isinstance(s, fx.Node)):
+        if source in (first, second) or len(shape_of(source)) > 2:
+            return {}
+        flow[source] = [
+            d if size == shape_of(node)[d] else None
+            for d, size in enumerate(shape_of(source), 2 - len(shape_of(source)))
+        ]
+    return flow
+
+
+def _by_blocks(place: int) -> Callable[[fx.Node], Flow]:
+    """What quantises by blocks of values, of these sizes: along dimensions where they have one."""
+
+    def rule(node: fx.Node) -> Flow:
+        blocks, out = node.args[place], shape_of(node)
+        assert isinstance(blocks, (list, tuple))
+        sources = [s for s in node.all_input_nodes if is_tensor(s)]
+        if any(len(shape_of(s)) != len(out) for s in sources):
+            return {}
+        return {
+            source: [
+                d if blocks[d] == 1 and size == out[d] else None
+                for d, size in enumerate(shape_of(source))
+            ]
+            for source in sources
+        }
+
+    return rule
+
+
+def _of_scales(node: fx.Node) -> Flow:
+    """Casts with scales, of which there is one for all along a dimension, or one for each."""
+    out = shape_of(node)
+    sources = [s for s in node.all_input_nodes if is_tensor(s)]
+    alike = all(
+        len(shape_of(s)) == len(out) and all(map(_one_or, shape_of(s), out)) for s in sources
+    )
+    return _pointwise(node) if alike else {}
+
+
+def _one_or(size: int, other: int) -> bool:
+    return size in (1, other)
+
+
 def _element(node: fx.Node) -> Flow:
     """One of several values; of a tensor what is at an index of its first dimension."""
     source, index = node.args
@@ -301,5 +362,15 @@ _RULES: dict[str, Callable[[fx.Node], Flow]] = {
     "cat": _concatenated,
     "matmul": _multiplied,
     "bmm": _multiplied,
+    "mm": _multiplied,
+    "_int_mm": _multiplied,
+    "addmm": _added,
+    "_scaled_mm": _scaled,
+    "choose_qparams_affine": _by_blocks(2),
+    "choose_scale_float8": _by_blocks(1),
+    "quantize_affine": _by_blocks(1),
+    "dequantize_affine": _by_blocks(1),
+    "quantize_affine_float8_non_decomposed": _of_scales,
+    "dequantize_affine_float8_non_decomposed": _of_scales,
     "getitem": _element,
 }

@@ -10,9 +10,11 @@ import torch
 from torch import fx
 
 from ..graph.capture import Captured
+from ..graph.layers.products import INTEGERS, ROWS, with_rows
 from ..graph.program import KEEP, NBYTES, mark
 from .axis import Axis
 from .flow import flow_of, is_tensor, operation, shape_of
+from .merging import VIEWS
 from .sharding import PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
 
 aten = torch.ops.aten
@@ -24,7 +26,7 @@ Gather = Callable[[torch.Tensor, int], torch.Tensor]
 #: dimension then is.
 MEETING = "asyncdiff_meeting"
 #: Operations that are told the sizes of their result.
-SIZED = ("view", "reshape", "_unsafe_view", "expand")
+SIZED = (*VIEWS, "expand")
 
 
 def program(
@@ -97,7 +99,16 @@ class _Builder:
             size = list(shape_of(node))
             size[axis.dim] = axis.local(self._rank, self._ranks)
             args = (args[0], size, *args[2:])
-        made = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        target = node.target
+        if axis is not None and operation(node) in VIEWS:
+            target = aten.reshape.default  # a share may not lie as the whole does
+        rows = ROWS
+        if axis is not None and axis.dim == 0:
+            rows = axis.local(self._rank, self._ranks)
+        if target is INTEGERS and rows < ROWS:
+            made = with_rows(self._graph, target, args, 0, rows)[-1]
+        else:
+            made = self._graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         made.meta = {k: v for k, v in node.meta.items() if k != "val"}
         return made
 
@@ -161,6 +172,8 @@ class _Builder:
         each block looks at anew, such as rotary embeddings, are shared out once."""
         source = node.args[0] if node in self._captured.views else None
         if not isinstance(source, fx.Node) or self._sharding.axis(source) is not None:
+            return None
+        if isinstance(source.meta["val"], (list, tuple)):  # one of several values, as it is
             return None
         dims = flow_of(node).get(source) if is_tensor(source) else None
         if dims is None or axis.dim not in dims or len(node.all_input_nodes) > 1:

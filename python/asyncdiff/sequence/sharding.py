@@ -20,6 +20,7 @@ from ..graph.capture import Captured
 from ..graph.signature import Role
 from .axis import Axis, joined
 from .flow import argument, flow_of, is_tensor, operation, shape_of, wrapped
+from .merging import PRODUCTS, VIEWS, across, ending_alike
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,23 @@ class Sharding:
 
 def shard(captured: Captured) -> Sharding:
     """Follow the tokens through a denoiser's graph."""
+    found = _followed(captured, merged=False)
+    if not any(operation(n) in PRODUCTS for n in captured.nodes):
+        return found
+    # To whoever looks for where tokens begin, those of all samples in one dimension look like other
+    # things, such as frames of videos: so this counts where it serves better.
+    return max(found, _followed(captured, merged=True), key=_served)
+
+
+def _served(found: Sharding) -> tuple[int, int]:
+    """What makes one way of following tokens better than another one."""
+    return len(found.attention), -len(found.unknown)
+
+
+def _followed(captured: Captured, merged: bool) -> Sharding:
+    """``merged``: tokens may begin before a view that parts those of samples."""
     out = Sharding()
-    origins = _origins(captured)
+    origins = _origins(captured, merged)
     for node in captured.graph.nodes:
         if node.op == "call_function":
             _visit(node, out)
@@ -100,7 +116,7 @@ def _visit(node: fx.Node, out: Sharding) -> None:
     elif name in PARTING or name == "cat":
         found = _along_tokens(node, out) or _flowing(node, out)
     else:
-        found = _flowing(node, out)
+        found = _flowing(node, out) or _merged(node, out)
     if found is None:
         out.unknown.append(node)
         out.forms[node] = dict.fromkeys(sources)
@@ -141,6 +157,17 @@ def _flowing(node: fx.Node, out: Sharding) -> _Found:
             forms[source] = None
     value = node.meta["val"]
     return ([axis] * len(value) if isinstance(value, (list, tuple)) else axis), forms
+
+
+def _merged(node: fx.Node, out: Sharding) -> _Found:
+    """A view puts the tokens of all samples into one dimension, or parts them again."""
+    source = node.args[0]
+    axis = out.axis(source) if isinstance(source, fx.Node) else None
+    if axis is None or operation(node) not in VIEWS:
+        return None
+    assert isinstance(source, fx.Node)
+    found = across(axis, shape_of(source), shape_of(node))
+    return None if found is None else (found, {source: axis})
 
 
 def _along_tokens(node: fx.Node, out: Sharding) -> _Found:
@@ -249,9 +276,9 @@ def _batched(node: fx.Node, mask: object, out: Sharding) -> _Found:
     return axis, forms
 
 
-def _origins(captured: Captured) -> dict[fx.Node, int]:
+def _origins(captured: Captured, merged: bool) -> dict[fx.Node, int]:
     """Where tokens begin: the nodes that queries of attention are made of, whose own inputs have no
-    such dimension, and that dimension."""
+    such dimension, and that dimension. ``merged``: see :func:`_followed`."""
     latents = {
         n
         for n in captured.graph.find_nodes(op="placeholder")
@@ -272,9 +299,9 @@ def _origins(captured: Captured) -> dict[fx.Node, int]:
         if (node, dim) in seen or node not in variant:
             continue
         seen.add((node, dim))
-        sources = _sources(node, dim)
+        sources = _sources(node, dim, merged)
         made_of = [(s, d) for s, d in sources if s in variant]
-        if operation(node) == "getitem" and not all(_sources(*each) for each in made_of):
+        if operation(node) == "getitem" and not all(_sources(*e, merged) for e in made_of):
             made_of = []  # one of several values of what nothing is known of
         ahead += made_of
         if not made_of and shape_of(node)[dim] > 1:
@@ -282,7 +309,7 @@ def _origins(captured: Captured) -> dict[fx.Node, int]:
     return origins
 
 
-def _sources(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
+def _sources(node: fx.Node, dim: int, merged: bool) -> list[tuple[fx.Node, int]]:
     """The inputs of a node that have tokens where its output has them along ``dim``."""
     if node.op != "call_function":
         return []
@@ -296,8 +323,14 @@ def _sources(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
     if name in PARTING and parted(node) == dim:
         into = node.args[: 2 if name == "slice_scatter" else 1]
         return [(source, dim) for source in into]  # type: ignore[misc]
-    return [
+    found = [
         (source, dims.index(dim))
         for source, dims in flow_of(node).items()
         if dims is not None and dim in dims
     ]
+    if merged and not found and name in VIEWS:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        where = ending_alike(dim, shape_of(node), shape_of(source))
+        return [] if where is None else [(source, where)]
+    return found

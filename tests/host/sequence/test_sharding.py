@@ -16,6 +16,7 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import Call, parse
 from asyncdiff.sequence.axis import Axis
 from asyncdiff.sequence.flow import operation
+from asyncdiff.sequence.merging import across
 from asyncdiff.sequence.sharding import ATTENTION, Sharding, shard
 
 #: Of each family the attention in which picture tokens meet, and what is computed whole although
@@ -106,6 +107,20 @@ class _Toy(nn.Module):
         return (sample + self.out(self.between(out)) * timestep,)
 
 
+class _Products(nn.Module):
+    """Linear layers as quantised ones are: products of matrices, of the tokens of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy, self.bias = _Toy(nn.Identity()), nn.Parameter(torch.randn(8))
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        rows = torch.mm(sample.reshape(-1, 8), self.weight) * self.scale
+        (mixed,) = self.toy(rows.view(sample.shape), timestep)
+        return (torch.addmm(self.bias, mixed.view(-1, 8), self.weight).view(sample.shape),)
+
+
 class _Masked(nn.Module):
     """Text and picture in one sequence, with a mask of keys, one of queries and keys, or none but
     causal."""
@@ -121,6 +136,19 @@ class _Masked(nn.Module):
         causal = self.mask is None
         out = nn.functional.scaled_dot_product_attention(*parts, self.mask, is_causal=causal)
         return (sample * timestep + out.transpose(1, 2).flatten(2)[:, 5:],)
+
+
+class _Modulated(nn.Module):
+    """What each token is scaled and shifted by comes in one tensor, as where reference pictures
+    have a time of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.toy = nn.Parameter(torch.randn(1, 6, 16)), _Toy(nn.Identity())
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        scale, shift = (self.each * timestep).chunk(2, -1)
+        return (self.toy(sample, timestep)[0] * scale + shift,)
 
 
 def _run(module: nn.Module, shape: tuple[int, ...], ranks: int) -> tuple[Sharding, int]:
@@ -140,6 +168,32 @@ def test_uneven_shares(tokens: int) -> None:
     sharding, met = _run(_Toy(torch.nn.functional.gelu), (2, tokens, 8), 3)
     assert not sharding.unknown and met == 3
     assert {a for a in sharding.axes.values() if isinstance(a, Axis)} >= {Axis(1, (tokens,))}
+
+
+def test_parts_of_what_is_whole_are_shared_out_each_by_itself() -> None:
+    sharding, met = _run(_Modulated(), (2, 6, 8), 2)
+    assert not sharding.unknown and met == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_products_of_the_tokens_of_all_samples(batch: int) -> None:
+    sharding, met = _run(_Products(), (batch, 7, 8), 3)
+    assert not sharding.unknown and met == 3
+    of_all = Axis(0, (7,) * batch)
+    for node, axis in sharding.axes.items():
+        if operation(node) in ("mm", "addmm"):
+            assert axis == of_all
+
+
+def test_across_a_view() -> None:
+    both = Axis(1, (5, 7))
+    assert across(both, (2, 12, 8), (24, 8)) == Axis(0, (5, 7, 5, 7))
+    assert across(Axis(0, (5, 7, 5, 7)), (24, 8), (2, 12, 2, 4)) == both
+    assert across(Axis(0, (12, 12)), (24, 8), (2, 12, 8)) == Axis(1, (12,))
+    assert across(Axis(0, (24,)), (24, 8), (2, 12, 8)) is None  # shares are not in each sample
+    assert across(both, (2, 12, 8), (2, 96)) is None  # each token is several values then
+    assert across(both, (2, 12, 8), (3, 8, 8)) is None
+    assert across(Axis(2, (6,)), (2, 1, 6, 8), (12, 8)) == Axis(0, (6, 6))
 
 
 def test_what_mixes_tokens_is_computed_whole_and_named() -> None:

@@ -7,6 +7,8 @@ while they are exported.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch._higher_order_ops.out_dtype import out_dtype
@@ -14,7 +16,9 @@ from torch._higher_order_ops.out_dtype import out_dtype
 aten = torch.ops.aten
 
 #: Of the first factor, at least.
-_ROWS = 17
+ROWS = 17
+#: The product.
+INTEGERS = aten._int_mm.default
 
 
 def fill_rows(graph: fx.Graph) -> None:
@@ -26,17 +30,13 @@ def fill_rows(graph: fx.Graph) -> None:
             continue
         left = node.args[factor]
         rows = left.meta["val"].shape[0]
-        if rows >= _ROWS:
+        if rows >= ROWS:
             continue
         with graph.inserting_before(node):
-            more = [0, 0, 0, _ROWS - rows]
-            wide = graph.call_function(aten.constant_pad_nd.default, (left, more))
-            others = (*node.args[:factor], wide, *node.args[factor + 1 :])
-            product = graph.call_function(node.target, others)
-            result = graph.call_function(aten.slice.Tensor, (product, 0, 0, rows))
-        wide.meta["val"] = aten.constant_pad_nd.default(left.meta["val"], more)
+            wide, product, result = with_rows(graph, node.target, node.args, factor, rows)
+        wide.meta["val"] = aten.constant_pad_nd.default(left.meta["val"], wide.args[1])
         value = node.meta["val"]
-        product.meta["val"] = value.new_empty((_ROWS, value.shape[1]))
+        product.meta["val"] = value.new_empty((ROWS, value.shape[1]))
         result.meta["val"] = product.meta["val"][:rows]
         for made in (wide, product, result):
             made.meta = {**node.meta, "val": made.meta["val"]}
@@ -44,11 +44,22 @@ def fill_rows(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def with_rows(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], factor: int, rows: int
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """A product of integers whose first factor, the argument ``factor``, has so few rows: that with
+    further ones, the product, and its rows."""
+    more = [0, 0, 0, ROWS - rows]
+    wide = graph.call_function(aten.constant_pad_nd.default, (args[factor], more))
+    product = graph.call_function(target, (*args[:factor], wide, *args[factor + 1 :]))
+    return wide, product, graph.call_function(aten.slice.Tensor, (product, 0, 0, rows))
+
+
 def _first_factor(node: fx.Node) -> int | None:
     """Which argument is the first factor of a product of integers; None for another operation."""
     if node.op != "call_function":
         return None
-    if node.target is aten._int_mm.default:
+    if node.target is INTEGERS:
         return 0
     # Until the graph is decomposed; on CPUs also afterwards.
     if node.target is out_dtype and node.args[:2] == (aten.mm.default, torch.int32):
