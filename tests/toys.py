@@ -60,6 +60,36 @@ def toy_call(batch: int = 2, size: int = 8, seed: int = 1) -> dict[str, torch.Te
     }
 
 
+class Attention(nn.Module):
+    """One attention between tokens, of text and picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.text, self.out = nn.Linear(8, 24), nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        text = self.text(encoder_hidden_states)
+        both = torch.cat([text, sample], 1) * (1 + timestep / 1000)
+        parts = self.qkv(both).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        return (self.out(mixed[:, text.shape[1] :]),)
+
+
+def attention() -> Attention:
+    """An Attention with fixed weights, in eval mode, in float64."""
+    torch.manual_seed(0)
+    return Attention().double().eval().requires_grad_(False)
+
+
+def attention_call(tokens: int = 7) -> dict[str, torch.Tensor]:
+    """Keyword arguments of one call of an Attention."""
+    text = toy_call()["encoder_hidden_states"]
+    sample = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(1)).double()
+    return {"sample": sample, "timestep": torch.tensor(900), "encoder_hidden_states": text}
+
+
 class Block(nn.Module):
     """A transformer block that is modulated by the time and reads the text."""
 

@@ -265,7 +265,7 @@ def check_one_latents(call: Call) -> None:
     if len(several) > 1:
         raise InputError(
             f"this denoiser takes its latents as a list ({', '.join(several)}), which waves, "
-            "pipelines and guidance split do not serve: take schedule='asyncdiff', "
+            "pipelines, shared tokens and guidance split do not serve: take schedule='asyncdiff', "
             "guidance='batched' and exact_mode='chain'"
         )
 

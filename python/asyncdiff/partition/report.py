@@ -33,12 +33,15 @@ class BoundaryReport:
 @dataclass(frozen=True)
 class PartitionReport:
     """All components and boundaries. ``source`` says where the milliseconds come from; ``cuts``,
-    given as ``split``, make the same partition again (None for a split by module paths)."""
+    given as ``split``, make the same partition again (None for a split by module paths).
+    ``whole_ms``: milliseconds of the whole denoiser on one device, where components repeat so much
+    of each other's work that it is not their sum (None: it is)."""
 
     components: list[ComponentReport]
     boundaries: list[BoundaryReport]
     source: str
     cuts: tuple[str, ...] | None
+    whole_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -51,7 +51,7 @@ class Shards(Partition):
     def report(self) -> PartitionReport:
         """What each rank computes; prints as a table, ``to_dict`` for JSON."""
         assert self.sharding is not None
-        costs = estimate(self.captured)
+        costs = self.costs or estimate(self.captured)
         run = [n for n in self.captured.nodes if self.captured.each_run(n)]
         reports = []
         for c in self.components:
@@ -61,11 +61,13 @@ class Shards(Partition):
             weights = sum(self.captured.weights[w].numel() for w in c.weights)
             paths = [p for p in map(self.captured.module_path, run) if p] or [""]
             reports.append(ComponentReport(len(run), ms, macs, weights, paths[0], paths[-1]))
-        return PartitionReport(reports, [], costs.source, None)
+        whole = sum(costs.ms[n] for n in run)
+        return PartitionReport(reports, [], costs.source, None, whole)
 
 
-def shards(captured: Captured, ranks: int) -> Shards:
-    """``captured`` with its tokens shared out among so many ranks.
+def shards(captured: Captured, ranks: int, costs: Costs | None = None) -> Shards:
+    """``captured`` with its tokens shared out among so many ranks. ``costs``: for its report
+    (None: estimated).
 
     Raises TokensError for a denoiser in which tokens cannot be followed, or of which too much
     would be computed by each rank, saying by which operations; and where there are too few tokens.
@@ -78,22 +80,24 @@ def shards(captured: Captured, ranks: int) -> Shards:
     weights = sorted(n.name for n in used if n.name in captured.weights)
     nodes = list(captured.nodes)
     parts = [Component(r, nodes, nodes, inputs, weights) for r in range(ranks)]
-    return Shards(captured, parts, {}, tuple(range(ranks)), None, None, True, sharding)
+    return Shards(captured, parts, {}, tuple(range(ranks)), None, costs, True, sharding)
 
 
 def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
     hint = "take schedule='asyncdiff' or 'wavefront', or exact_mode='chain', for this denoiser"
+    unknown = ", ".join(dict.fromkeys(map(operation, sharding.unknown)))
     if not sharding.attention:
+        ends = f" (they end at {unknown})" if unknown else ""
         raise TokensError(
             "the denoiser's tokens cannot be shared out among ranks: there is no attention between "
-            f"tokens that could be followed to what they are made of; {hint}"
+            f"tokens that could be followed to what they are made of{ends}; {hint}"
         )
     costs: Costs = estimate(captured)
     run = [n for n in captured.nodes if captured.each_run(n)]
     whole = sum(costs.macs[n] for n in run)
     mine = sum(costs.macs[n] for n in run if _part(sharding, n, 0, 2) < 1)
     if mine < _SHARED * whole:
-        unknown = ", ".join(dict.fromkeys(map(operation, sharding.unknown))) or "none by name"
+        unknown = unknown or "none by name"
         raise TokensError(
             f"of the denoiser's work {100 * mine / max(whole, 1):.0f} % could be shared out among "
             f"ranks by tokens; it ends at operations through which tokens are not followed "

@@ -383,7 +383,9 @@ class Engine:
 
     def exposed_ms(self) -> float | None:
         """By how long pushes outlast computation in a tick, worst rank of this process; None if not
-        measured."""
+        measured, as where tokens are shared out, which ranks exchange inside of a run."""
+        if any(w.meetings is not None for w in self.workers):
+            return None
         values = [w.exposed_ms() for w in self.workers if w.senders]
         known = [v for v in values if v is not None]
         return max(known) if known else (0.0 if not values else None)

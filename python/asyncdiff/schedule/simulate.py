@@ -39,7 +39,8 @@ class Timing:
     bundle from component i to component j (pairs left out: 0, a bare signal). ``tail_bytes``: how
     many of them are produced last and so cannot overlap the run. ``link_gb_per_s``: one way,
     10^9 bytes a second. ``link_latency_us``: microseconds. ``update_ms``: the sampler's update of
-    one step, milliseconds.
+    one step, milliseconds. ``whole_ms``: milliseconds of the whole denoiser on one device, where
+    that is not the sum of components (None: it is).
     """
 
     component_ms: tuple[float, ...]
@@ -48,15 +49,17 @@ class Timing:
     link_gb_per_s: float = math.inf
     link_latency_us: float = 0.0
     update_ms: float = 0.0
+    whole_ms: float | None = None
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any], **links: float) -> Timing:
-        """From a partition report's ``to_dict()``; ``links`` are the three last fields."""
+        """From a partition report's ``to_dict()``; ``links`` are those of links and update."""
         bundles = {(b["source"], b["target"]): b for b in report["boundaries"]}
         return cls(
             tuple(float(c["ms"]) for c in report["components"]),
             {pair: int(b["bytes"]) for pair, b in bundles.items()},
             {pair: int(b.get("tail_bytes", 0)) for pair, b in bundles.items()},
+            whole_ms=report.get("whole_ms"),
             **links,
         )
 
@@ -67,7 +70,7 @@ class Timing:
                 f"{len(self.component_ms)} component times for a plan of {plan.components} "
                 "components: give one for each"
             )
-        costs = (*self.component_ms, self.link_latency_us, self.update_ms)
+        costs = (*self.component_ms, self.link_latency_us, self.update_ms, self.whole_ms or 0.0)
         if any(not (math.isfinite(c) and c >= 0) for c in costs):
             raise PlanError(f"component, latency and update times must be 0 or more: {costs}")
         if not self.link_gb_per_s > 0:
@@ -77,6 +80,11 @@ class Timing:
         edges = {(e.source, e.target) for e in plan.exchanges}
         for pair in {*self.boundary_bytes, *self.tail_bytes}:
             size, tail = self.boundary_bytes.get(pair, 0), self.tail_bytes.get(pair, 0)
+            if plan.schedule == "sequence":
+                raise PlanError(
+                    f"boundary {pair[0]}->{pair[1]}: ranks that share out tokens exchange them "
+                    "inside of their runs, of which no time is predicted: leave boundaries out"
+                )
             if pair not in edges:
                 raise PlanError(f"boundary {pair[0]}->{pair[1]} is no exchange of this plan")
             if not 0 <= tail <= size:
@@ -175,7 +183,8 @@ def predict(plan: Plan, timing: Timing) -> Timeline:
     for s in run.spans:
         if s.kind is not SpanKind.EXCHANGE:
             busy[s.rank] += min(s.end_ms, run.total) - min(s.start_ms, run.total)
-    sequential = plan.steps * plan.microbatches * (sum(timing.component_ms) + timing.update_ms)
+    whole = sum(timing.component_ms) if timing.whole_ms is None else timing.whole_ms
+    sequential = plan.steps * plan.microbatches * (whole + timing.update_ms)
     shares = tuple(min(1.0, b / run.total) if run.total else 0.0 for b in busy)
     return Timeline(
         plan, timing, tuple(run.spans), run.total, max(0.0, exposed), sequential, shares,

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized
 import sequence
 import torch
 from families import FAMILIES
 from torch import fx
-from toys import toy, toy_call
+from toys import attention, attention_call, toy, toy_call
 
-from asyncdiff import AsyncDenoiser, DeviceError, ParallelConfig, PlanError, TokensError
+from asyncdiff import (
+    AsyncDenoiser,
+    DeviceError,
+    ParallelConfig,
+    PlanError,
+    RankError,
+    TokensError,
+)
 from asyncdiff.graph.capture import VIEW
 from asyncdiff.runtime.exchange import meetings
 from asyncdiff.runtime.exchange.gathering import brief_meetings
@@ -118,6 +128,75 @@ def test_a_denoiser_whose_tokens_cannot_be_followed_is_refused() -> None:
         denoiser.generation([0.5]),
     ):
         denoiser(**call)
+
+
+def _by_hand(**settings: Any) -> AsyncDenoiser:
+    settings = {"schedule": "sequence", "components": 3, "devices": ["cpu"] * 3} | settings
+    return AsyncDenoiser(attention(), **settings)
+
+
+def _steps(denoiser: AsyncDenoiser) -> torch.Tensor:
+    call = attention_call()
+    with denoiser.generation([900] * STEPS):
+        drawn: torch.Tensor = [denoiser(**call)[0] for _ in range(STEPS)][-1]
+    return drawn
+
+
+def test_what_the_exchange_costs_is_not_measured() -> None:
+    """Keys and values are exchanged inside of runs."""
+    with contextlib.closing(_by_hand()) as denoiser:
+        _steps(denoiser)
+        report = denoiser.report()
+    assert report.exposed_ms is None and report.exchange_bytes > 0
+    assert "exposed not measured" in str(report)
+
+
+@pytest.mark.parametrize("method", ["__call__", "take", "finish"])
+def test_a_rank_that_fails_in_the_middle(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait no longer, and the next generation is right."""
+    does = getattr(Meetings, method)
+    count: list[int] = []
+
+    def fail(self: Any, *args: Any) -> Any:
+        if self._rank == 1:
+            count.append(1)
+            if len(count) == 3:
+                raise ValueError("broken")
+        return does(self, *args)
+
+    with contextlib.closing(_by_hand(deadline=30)) as denoiser:
+        want = _steps(denoiser)
+        with monkeypatch.context() as patch:
+            patch.setattr(Meetings, method, fail)
+            begun = time.monotonic()
+            with pytest.raises(RankError, match="broken") as caught:
+                _steps(denoiser)
+            assert caught.value.rank == 1 and time.monotonic() - begun < 10
+        assert torch.equal(_steps(denoiser), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int8 dynamic", "torchao float8 dynamic"])
+def test_quantised_weights(
+    kind: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of matrices, some of integers, which need rows enough on each rank."""
+    monkeypatch.setattr(quantized, "_IMAGE", 40)
+    monkeypatch.setattr(quantized, "_TEXT", 20)
+    module = quantized.KINDS[kind][0](tmp_path)
+    call = {
+        n: torch.cat([v, -v][:batch]) if v.dim() == 3 or n == "pooled_projections" else v
+        for n, v in quantized.arguments().items()
+    }
+    call["timestep"] = call["timestep"].expand(batch)
+    with torch.no_grad():
+        want = module(**call)[0]
+    made = AsyncDenoiser(module, devices=["cpu"] * 3, schedule="sequence", components=3)
+    with contextlib.closing(made) as denoiser, denoiser.generation([0.5] * 2):
+        for _ in range(2):
+            far = (denoiser(**call)[0] - want).norm()
+        assert far < 1e-2 * want.norm()
 
 
 def test_settings_that_say_it_twice_or_not_at_all() -> None:

@@ -305,3 +305,11 @@ def test_a_pipeline_keeps_its_ranks_busy(components, microbatches):
 def test_too_few_micro_batches_leave_ranks_idle():
     plan = P.build(4, steps=20, schedule="pipeline", microbatches=1)
     assert predict(plan, Timing((10.0,) * 4)).speedup == pytest.approx(1.0)
+
+
+def test_ranks_that_share_out_tokens_run_at_once() -> None:
+    plan = P.build(2, steps=4, schedule="sequence")
+    t = predict(plan, Timing((6.0, 6.5), update_ms=1.0, whole_ms=10.0))
+    assert t.total_ms == 4 * 7.5 and t.sequential_ms == 4 * 11.0
+    with pytest.raises(PlanError, match="exchange them inside of their runs"):
+        predict(plan, Timing((6.0, 6.5), {(0, 1): 1}))

@@ -75,7 +75,8 @@ def plan(
     partition, told, timing = None, "", None
     if with_model:
         copies = plans.rank_count(components, stride, schedule) - components + 1
-        report = _partition(subject, components, device, height, width, copies)
+        tokens = schedule == "sequence"
+        report = _partition(subject, components, device, height, width, copies, tokens)
         partition, told = report.to_dict(), str(report)
         # Who sends to whom decides how late waves are.
         edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
@@ -115,9 +116,11 @@ def plan(
     if text:
         out.print("\n" + plan_text.to_text(built), markup=False)
     if timeline is not None:
-        note = (
-            " (links taken to be free: give --link-gb-per-s)" if math.isinf(link_gb_per_s) else ""
-        )
+        note = ""
+        if schedule == "sequence":
+            note = " (without the exchange of keys and values, which is in none of these times)"
+        elif math.isinf(link_gb_per_s):
+            note = " (links taken to be free: give --link-gb-per-s)"
         out.print(f"\npredicted{note}:\n{summary(timeline)}", markup=False)
     if png is not None:
         out.print(f"timeline: {png.resolve()}", markup=False)
@@ -139,6 +142,7 @@ def _partition(
     height: int | None,
     width: int | None,
     copies: int,
+    tokens: bool,
 ) -> Any:
     subject.announce()
     from ...integrations.diffusers.pipeline import plan_partition
@@ -148,8 +152,9 @@ def _partition(
     console.remark(f"capturing and measuring the denoiser on {device}")
     with asked_of(type(pipe).__name__):
         partition = plan_partition(
-            pipe, components, device=device, height=height, width=width, copies=copies
-        )
+            pipe, components, device=device, height=height, width=width, copies=copies,
+            tokens=tokens,
+        )  # fmt: skip
     return partition.report()
 
 

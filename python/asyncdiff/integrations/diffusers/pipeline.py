@@ -25,6 +25,7 @@ from ...launcher import warn_of_processes
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
+from ...partition.shards import shards
 from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
@@ -209,6 +210,7 @@ def plan_partition(
     height: int | None = None,
     width: int | None = None,
     copies: int = 1,
+    tokens: bool = False,
 ) -> Partition:
     """How a pipeline's denoiser would be split, without running the pipeline.
 
@@ -218,6 +220,8 @@ def plan_partition(
     ``height`` × ``width`` pixels (default: the denoiser's own size). ``measure``: time the nodes
     on ``device`` (default: there where the denoiser is, unless that is the meta device).
     ``copies``: ranks that run the last component, as many as the stride but for waves.
+    ``tokens``: not split, but with its tokens shared out among so many ranks. Raises TokensError
+    where they cannot be.
     """
     check_numbers(components, 1, 1)
     module = find_denoiser(pipe)
@@ -232,4 +236,6 @@ def plan_partition(
     costs = None
     if measure if measure is not None else where.type != "meta" and home.type != "meta":
         costs = measure_costs(captured, call.tensors, where)
+    if tokens:
+        return shards(captured, components, costs)
     return partition(captured, components, split, costs=costs, copies=copies)
