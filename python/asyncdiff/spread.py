@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
-from .errors import CaptureError, DeviceError
+from .errors import BatchError, CaptureError, DeviceError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
 from .graph.compiled.compile import pays
@@ -129,9 +129,15 @@ class Spread(ReadOnlySettings, Locked):
             return self._engines.get(call, *args, **options), call
         except CaptureError as e:
             valued = by_values(call, self._values)
-            parts = self._config.splits or self._config.schedule == "pipeline"
-            if valued is call or parts or self._team.several:
+            if valued is call or self._team.several:
                 raise
+            if self._config.splits or self._config.schedule == "pipeline":
+                raise BatchError(
+                    "guidance='split' of a batch, exact_mode='split' and schedule='pipeline' need "
+                    "a denoiser that can be exported for all masks of tokens: take "
+                    "guidance='batched', exact_mode='chain' or 'sequence', and another schedule. "
+                    f"{e}"
+                ) from e
             log.info("the denoiser is prepared for these masks of tokens alone: %s", e)
             engine = self._engines.get(valued, *args, **options)
             self._by_value = True

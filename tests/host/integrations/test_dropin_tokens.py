@@ -9,6 +9,9 @@ import torch
 from families import FAMILIES
 
 import asyncdiff
+from asyncdiff.integrations.diffusers.pipeline import plan_partition
+from asyncdiff.schedule.plan import build
+from asyncdiff.schedule.simulate import Timing, predict
 
 
 def _drawn(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
@@ -39,3 +42,32 @@ def test_another_setting_is_picked_where_tokens_cannot_be_followed(
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, quality="exact") as handle:
         assert torch.equal(_drawn(pipe, call), plain)
         assert "one device" in handle.settings
+
+
+def test_a_plan_of_shares() -> None:
+    """What a rank computes of a step, not what a component would."""
+    pipe, _ = FAMILIES["FLUX"]()
+    parts = plan_partition(pipe, 2, tokens=True, height=64, width=64)
+    report = parts.report()
+    assert not report.boundaries and "measured" in report.source
+    assert report.whole_ms is not None
+    slowest = max(c.ms for c in report.components)
+    assert report.whole_ms / 2 < slowest < report.whole_ms
+    found = predict(build(2, steps=4, schedule="sequence"), Timing.from_report(report.to_dict()))
+    assert found.total_ms == pytest.approx(4 * slowest)
+    assert found.speedup == pytest.approx(report.whole_ms / slowest)
+    unet, _ = FAMILIES["SD 1.5"]()
+    with pytest.raises(asyncdiff.TokensError):
+        plan_partition(unet, 2, tokens=True, height=64, width=64)
+
+
+@pytest.mark.slow
+def test_neither_tokens_nor_conditions_can_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mochi is prepared for each mask, as it is."""
+    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto.is_transformer", lambda _: True)
+    pipe, call = FAMILIES["Mochi"]()
+    plain = _drawn(pipe, call | {"num_inference_steps": 2})
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, quality="exact") as handle:
+        drawn = _drawn(pipe, call | {"num_inference_steps": 2})
+        assert "one device" in handle.settings
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))

@@ -166,15 +166,16 @@ class Calls:
         time = call.tensors[where[0]]
         try:
             branch = self._branch_of(call, time)
-            try:
-                result = self._step(branch, call, time)
-            except (BatchError, TokensError) as e:
-                # Before anything was computed: the settings are for parts of what cannot be parted.
-                if not self._try_again(call, e):
-                    raise
+            while True:
+                try:
+                    result = self._step(branch, call, time)
+                    break
+                except (BatchError, TokensError) as e:
+                    # Before anything was computed: the settings are for parts of what has none.
+                    if not self._try_again(call, e):
+                        raise
                 self.denoiser.stop()
                 branch.times = branch.generation = None
-                result = self._step(branch, call, time)
         except BaseException:
             self._forget()
             raise
