@@ -17,11 +17,12 @@ import torch
 from group import Member
 from group_bits import digest
 from torch.distributed.device_mesh import init_device_mesh
-from toys import Toy, toy, toy_call
+from toys import Toy, attention, attention_call, toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff.errors import AsyncDiffError
 from asyncdiff.progress import heartbeat
+from asyncdiff.runtime.exchange.meetings import Meetings
 from asyncdiff.runtime.worker import Worker
 from asyncdiff.sampling.calibration import Calibration, Shape
 
@@ -168,6 +169,36 @@ def gone(member: Member) -> Any:
         return found
     left = [p for p in range(member.processes) if p != GONE[moment]]
     again = AsyncDenoiser(toy(), group=member.group("again", left), split=SPLIT, deadline=20)
+    found["again"] = loop(again, call)
+    again.close()
+    return found
+
+
+def by_tokens(ranks: int, **where: Any) -> AsyncDenoiser:
+    """One whose ranks share out tokens."""
+    return AsyncDenoiser(attention(), components=ranks, schedule="sequence", **where)
+
+
+def gone_among_tokens(member: Member) -> Any:
+    """Process 1 of three is killed in the middle of a step whose tokens they share out; the option:
+    where. What the others are told, and whether they can go on without it."""
+    method = {"gives": "__call__", "takes": "take", "ends": "finish"}[member.option]
+    does, count = getattr(Meetings, method), [0]
+
+    def die(self: Meetings, *args: Any) -> Any:
+        count[0] += 1
+        if member.process == 1 and count[0] == 3:
+            member.die()
+        return does(self, *args)
+
+    call = attention_call()
+    denoiser = by_tokens(3, group=member.group(), deadline=DEADLINE)
+    loop(denoiser, call)
+    setattr(Meetings, method, die)
+    found = told(lambda: loop(denoiser, call))
+    setattr(Meetings, method, does)
+    denoiser.close()
+    again = by_tokens(2, group=member.group("again", [0, 2]), deadline=20)
     found["again"] = loop(again, call)
     again.close()
     return found

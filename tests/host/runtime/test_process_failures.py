@@ -70,6 +70,23 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", ["", "abc"])
+def test_gone_among_tokens(hosts: str, tmp_path: Path) -> None:
+    where = ("gives", "takes", "ends")
+    found = run(group_failures.gone_among_tokens, 3, tmp_path, where, hosts=hosts)
+    alone = group_failures.loop(
+        group_failures.by_tokens(2, devices=["cpu"] * 2), group_failures.attention_call()
+    )
+    for i, moment in enumerate(where):
+        first, gone, last = found[3 * i : 3 * i + 3]
+        assert gone == -9, moment
+        for told in (first, last):
+            assert (told["kind"], told["rank"]) == ("ProcessError", 1), (moment, told)
+            assert told["seconds"] < group_failures.DEADLINE + 8, (moment, told)
+            assert told["again"] == alone, moment
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", ["", "ab"])
 def test_who_stands_still_while_it_prepares_is_named(hosts: str, tmp_path: Path) -> None:
     other, one = run(group_failures.silent, 2, tmp_path, hosts=hosts)
