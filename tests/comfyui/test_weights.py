@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("comfy", reason="COMFYUI names no folder of ComfyUI")
 import comfy.model_management as management
 import torch
-from tiny_models import sample
+from tiny_models import CPU, LOADED, sample
 
 
 def lora(model: Any, strength: float = 1.0) -> Any:
@@ -57,6 +57,7 @@ def test_plain_runs_between(model: Any, spread: Any) -> None:
     plain = sample(patched)
     for each in (split, patched, split, split, patched):
         check(plain, sample(each))
+        assert each.model.device == (CPU if each is split else LOADED)
 
 
 def test_settings_of_two_nodes(model: Any, spread: Any) -> None:
@@ -75,7 +76,7 @@ def test_unloading_frees_the_ranks(model: Any, spread: Any, pack: Any) -> None:
     split = spread(model)
     plain = sample(split)
     assert host(pack, model).open
-    management.unload_all_models()
+    management.free_memory(1e30, model.load_device)
     assert not host(pack, model).open
     check(plain, sample(split))
 
@@ -96,8 +97,8 @@ def test_a_node_that_is_gone_frees_the_ranks(model: Any, spread: Any, pack: Any)
 def test_what_was_loaded_in_part_is_loaded_completely(model: Any, spread: Any) -> None:
     patched = lora(model)
     plain = sample(patched)
-    management.unload_all_models()
-    patched.load(torch.device("cpu"), lowvram_model_memory=100_000)
+    management.free_memory(1e30, model.load_device)
+    patched.load(LOADED, lowvram_model_memory=100_000)
     assert patched.model.model_lowvram
     check(plain, sample(spread(patched)))
     assert not patched.model.model_lowvram

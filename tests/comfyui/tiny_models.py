@@ -10,6 +10,8 @@ import comfy.supported_models
 import torch
 
 CPU = torch.device("cpu")
+#: Another device than that to ComfyUI, as a GPU is, so that it loads models there.
+LOADED = torch.device("cpu", 0)
 _CONTEXT = 24
 #: Of SDXL: so many numbers come from the text, and as many as ComfyUI makes of sizes.
 _POOLED = 16
@@ -58,7 +60,7 @@ def _patcher(config: Any) -> Any:
     model = config.get_model({}, "")
     for weight in model.diffusion_model.parameters():
         torch.nn.init.normal_(weight, std=0.08)
-    return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
+    return comfy.model_patcher.ModelPatcher(model, LOADED, CPU)
 
 
 def sd15(**other: Any) -> Any:
