@@ -209,6 +209,25 @@ def test_settings_that_say_it_twice_or_not_at_all() -> None:
     assert config.ranks == 3 and config.spec(range(7)).all_exact
 
 
+def test_what_a_run_had_taken_that_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are empty when the next generation begins: there is nothing to give back."""
+
+    does = Meetings.__call__
+
+    def fail(self: Any, meeting: int, *args: Any) -> None:
+        if meeting == 1:  # with keys and values in hand
+            raise ValueError("broken")
+        does(self, meeting, *args)
+
+    with contextlib.closing(_by_hand(components=2, devices=["cpu"] * 2)) as denoiser:
+        want = _steps(denoiser)
+        with monkeypatch.context() as patch:
+            patch.setattr(Meetings, "__call__", fail)
+            with pytest.raises(RankError):
+                _steps(denoiser)
+        assert torch.equal(_steps(denoiser), want)
+
+
 def test_ranks_that_cannot_be_recorded_are_refused() -> None:
     """Launched one after another they would wait for what is launched after them."""
     stream: Any = object()

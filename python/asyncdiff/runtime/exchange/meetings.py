@@ -91,6 +91,9 @@ class Meetings:
 
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
         """Give the ``index``-th value of this rank's bundle to the others."""
+        if meeting == index == 0:  # what a run that failed had taken is nobody's any more
+            self._lent = None
+            self._held.clear()
         mine = self._bundles[meeting][self._rank]
         place = mine.places[index]
         value = as_laid_out(value, mine.channel.layout.specs[place])
