@@ -75,15 +75,18 @@ def run_program(
 ) -> list[Any]:
     """What ``program`` returns for ``arguments``; its boundary values go to ``sink`` meanwhile,
     which in a program of several ranks gives it those of others."""
-    ends = [end for end in program.children() if isinstance(end, (Emit, Meet))]
-    for end in ends:
-        end.sink = sink
+    emit, meet = program.emit, program._modules.get("meet")
+    assert isinstance(emit, Emit)
+    emit.sink = sink
+    if isinstance(meet, Meet):
+        meet.sink = sink
     try:
         outputs: list[Any] = program(*arguments)
         return outputs
     finally:
-        for end in ends:
-            end.sink = None
+        emit.sink = None
+        if isinstance(meet, Meet):
+            meet.sink = None
 
 
 def resolve(
