@@ -101,7 +101,9 @@ def test_changes_of_shape_leak_nothing(changes: int, tmp_path: Path) -> None:
         assert late[2] <= early[2], "open files"
 
 
-@pytest.mark.parametrize("how", ["killed", "closed", "exited", "slow"])
+@pytest.mark.parametrize(
+    "how", ["killed", "closed", "exited", pytest.param("slow", marks=pytest.mark.slow)]
+)
 def test_who_waits_for_whom_is_followed_to_the_one_that_is_gone(how: str, tmp_path: Path) -> None:
     gone, *others = run("chain", 4, tmp_path, how)
     assert gone == (-9 if how == "killed" else "gone")

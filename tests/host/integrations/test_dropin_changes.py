@@ -214,6 +214,7 @@ def test_hooks_of_diffusers_are_refused() -> None:
     assert draw().isfinite().all()
 
 
+@pytest.mark.slow
 def test_denoisers_that_torch_compiles() -> None:
     pipe = pipeline()
     want = run(pipe)

@@ -180,6 +180,7 @@ def test_cuts_of_another_denoiser() -> None:
         by_cuts(captured, ["no_such_node"])
 
 
+@pytest.mark.slow
 def test_sd_structure_splits_by_modules_without_invariants() -> None:
     spec = reference.case("sd21_ddim_n3s1w2")
     unet = reference.denoiser(spec["denoiser"])

@@ -49,7 +49,8 @@ def test_differences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "moments",
     [
-        ("preparing", "stopped", "in", "between"),
+        ("preparing", "in"),
+        pytest.param(("stopped", "between"), marks=pytest.mark.slow),
         pytest.param(("coming", "making", "first", "late"), marks=pytest.mark.slow),
     ],
     ids=" ".join,

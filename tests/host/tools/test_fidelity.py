@@ -207,6 +207,7 @@ def test_one_timing_of_the_denoiser_predicts_every_family(
         assert speedup == predict(plan, timing).speedup
 
 
+@pytest.mark.slow
 def test_what_is_predicted_where_ranks_share_the_cpu(pipe: Any) -> None:
     with asyncdiff.parallelize(pipe, ["cpu"] * 2, warmup=2) as handle:
         pipe("house", num_inference_steps=4)
