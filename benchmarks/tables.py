@@ -208,7 +208,7 @@ def sequence() -> str:
     """Exact steps whose tokens are shared out, beside the same denoiser on one GPU."""
     document = json.loads((RESULTS / "sequence_2gpu.json").read_text())
     modes = {"graphs": "", "regions": ", compiled"}
-    table = [["", "ms a step", "times one GPU", "shares alone, ms", "MiB a step"]]
+    table = [["", "ms a step", "times one GPU", "shares alone, ms", "MiB of both a step"]]
     for model in document["figures"].values():
         for mode, rows in ((m, model[m]) for m in modes if m in model):
             for name, row in rows.items():

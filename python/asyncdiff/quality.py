@@ -38,8 +38,6 @@ _EXACT = {
 #: From so many exact steps on ranks are made ready that share out the tokens of each: they need
 #: memory for the whole denoiser, and time to prepare.
 _MANY_EXACT = 5
-#: Conditions of guidance.
-GROUPS = 2
 #: Each further component adds this share of what small steps need.
 _FURTHER = 0.5
 
@@ -190,7 +188,7 @@ def _exact(task: Task, few: bool, quality: str) -> Picked:
         because = "every step is exact"
     elif few:
         because = f"{steps} steps are so few that each decides: all are exact"
-    if task.tokens and not (task.guided and n == GROUPS):
+    if task.tokens and not (task.guided and n == 2):
         return _by_tokens(task, because)
     if task.guided and task.whole:
         why = f"{because}, a condition of the guidance on each of two devices"
@@ -207,7 +205,7 @@ def _by_tokens(task: Task, because: str) -> Picked:
     condition."""
     settings: dict[str, Any] = {"components": task.devices, "schedule": "sequence"}
     why = f"{because}; devices share out the picture's tokens"
-    if task.guided and task.devices % GROUPS == 0:
-        settings |= {"components": task.devices // GROUPS, "guidance": "split"}
+    if task.guided and task.devices % 2 == 0:
+        settings |= {"components": task.devices // 2, "guidance": "split"}
         why += ", half of them for each condition of the guidance"
     return Picked(settings, task.devices, why)

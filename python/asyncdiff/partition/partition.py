@@ -89,8 +89,11 @@ class Partition:
             sends,
             self.captured.outputs if last else [],
             device,
-            weight or (lambda name, device: plain(self.captured.weights[name]).to(device)),
+            weight or self._bring,
         )
+
+    def _bring(self, name: str, device: torch.device) -> torch.Tensor:
+        return plain(self.captured.weights[name]).to(device)
 
     def report(self) -> PartitionReport:
         """What each component costs and what crosses; prints as a table, ``to_dict`` for JSON."""

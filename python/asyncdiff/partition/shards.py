@@ -10,7 +10,6 @@ from torch import fx
 
 from ..errors import TokensError
 from ..graph.capture import Captured
-from ..graph.layers.quantized import plain
 from ..sequence.axis import Axis
 from ..sequence.flow import operation
 from ..sequence.module import rank_module
@@ -45,7 +44,7 @@ class Shards(Partition):
             len(self.components),
             self.components[index].inputs,
             device,
-            weight or (lambda name, device: plain(self.captured.weights[name]).to(device)),
+            weight or self._bring,
         )
 
     def report(self) -> PartitionReport:

@@ -117,10 +117,10 @@ def _unit(device: torch.device, host: int) -> str:
 
 def devices_of(config: ParallelConfig) -> list[torch.device]:
     """The devices of all ranks that a configuration asks for: see :func:`resolve`."""
+    why = "components + stride - 1" if config.schedule == "asyncdiff" else "components"
     if config.guidance != "split":
-        return resolve(config.devices, config.ranks)
-    published = config.schedule == "asyncdiff"
-    why = f"2 x {'(components + stride - 1)' if published else 'components'}"
+        return resolve(config.devices, config.ranks, why)
+    why = f"2 x ({why})" if "+" in why else f"2 x {why}"
     return resolve(config.devices, GROUPS * config.ranks, why)
 
 

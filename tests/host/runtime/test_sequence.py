@@ -199,6 +199,13 @@ def test_quantised_weights(
         assert far < 1e-2 * want.norm()
 
 
+def test_how_many_devices_are_needed_is_said_for_the_schedule() -> None:
+    settings: dict[str, Any] = {"schedule": "sequence", "components": 2}
+    for guidance, needed in (("batched", "components = 2"), ("split", "2 x components = 4")):
+        with pytest.raises(DeviceError, match=f"3 devices for . ranks: {needed} entries"):
+            AsyncDenoiser(toy(), devices=["cpu"] * 3, guidance=guidance, **settings)
+
+
 def test_settings_that_say_it_twice_or_not_at_all() -> None:
     for settings in ({"exact_mode": "sequence"}, {"stride": 2}, {"exact_tail": 1}):
         with pytest.raises(PlanError, match="sequence"):

@@ -27,8 +27,8 @@ log = logging.getLogger("asyncdiff")
 _ROOM = 0.6
 #: The share of parameters that linear layers have in a transformer.
 _LINEAR = 0.95
-#: Bytes a millisecond of a link over which keys and values take less than what they save: a block
-#: of FLUX at 1024² has 28 MB of them for each GPU, and saves 1.1 ms on an H200.
+#: Bytes a millisecond of a link over which keys and values take less than what they save: each of
+#: two H200s gives 28 MB of them in a block of FLUX at 1024², and saves 1 ms.
 _FAST = 1e8
 
 
