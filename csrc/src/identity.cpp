@@ -60,10 +60,6 @@ Stat stat_in(const std::string& folder) {
 
 std::string folder_of(std::int32_t pid) { return "/proc/" + std::to_string(pid); }
 
-// Ticks by which the beginning of a process may differ from what it says itself: an emulator of
-// another architecture tells its own. A number is another process's only after thousands of others.
-constexpr std::uint64_t kSameStart = 1000;
-
 std::atomic<unsigned> fork_count{0};
 
 }  // namespace
@@ -108,12 +104,15 @@ bool lives(std::int32_t pid) {
   return out;
 }
 
-std::uint64_t start_of(std::int32_t pid) { return stat_in(folder_of(pid)).start; }
+// Of the first thread, which begins with the process: an emulator of another architecture answers
+// for a process's own file itself, with the beginning of the one that it was forked from.
+std::uint64_t start_of(std::int32_t pid) {
+  return stat_in(folder_of(pid) + "/task/" + std::to_string(pid)).start;
+}
 
 bool is_anothers(const Identity& who) {
   const std::uint64_t start = start_of(who.pid);
-  const std::uint64_t apart = start > who.start ? start - who.start : who.start - start;
-  return who.start != 0 && start != 0 && apart > kSameStart;
+  return who.start != 0 && start != 0 && start != who.start;
 }
 
 bool has_ended(const Identity& who, const Identity& self) {

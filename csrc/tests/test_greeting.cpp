@@ -114,6 +114,26 @@ void who_lives_is_known() {
   CHECK(!lives(child));
 }
 
+// A process says of itself when it began, and others see the same: in an emulator, too.
+void a_beginning_is_the_same_for_all() {
+  usleep(50000);  // longer than a tick: the child's is later than its parent's
+  int ends[2];
+  CHECK(pipe(ends) == 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    const Identity own = own_identity();
+    _exit(write(ends[1], &own, sizeof own) == sizeof own && pause() != 0 ? 0 : 1);
+  }
+  Identity said{};
+  CHECK(read(ends[0], &said, sizeof said) == sizeof said);
+  CHECK(said.pid == child && said.start != 0 && said.start == start_of(child));
+  CHECK(said.start != own_identity().start);
+  CHECK(!is_anothers(said) && !has_ended(said, own_identity()));
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  for (int end : ends) close(end);
+}
+
 // A child that is killed: known at once by its descriptor, and by its beats where there is none.
 void an_end_is_noticed(bool by_beats) {
   const Buffer memory = allocate_host(Board::nbytes(2));
@@ -202,6 +222,7 @@ int main() {
   hosts_are_told_apart();
   only_our_memory_is_opened();
   who_lives_is_known();
+  a_beginning_is_the_same_for_all();
   an_end_is_noticed(false);
   an_end_is_noticed(true);
   whose_memory_is_gone_is_told(false);
