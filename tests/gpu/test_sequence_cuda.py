@@ -62,6 +62,13 @@ def test_as_by_itself(name: str, ranks: int, settings: dict[str, Any], place: st
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_without_peer_access(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is staged in host memory is put together elsewhere than in the mailbox."""
+    monkeypatch.setenv("ASYNCDIFF_TRANSPORT", "staged")
+    test_as_by_itself("FLUX", *SETTINGS[0], place)
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_in_half_precision(place: str) -> None:
     """As far from the result in float32 as the plain one in half precision is, by rounding."""
     devices = [f"cuda:{d}" for d in devices_for(place, 2)]

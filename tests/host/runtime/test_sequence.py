@@ -15,6 +15,7 @@ from families import FAMILIES
 from torch import fx
 from toys import attention, attention_call, toy, toy_call
 
+import asyncdiff_core as core
 from asyncdiff import (
     AsyncDenoiser,
     DeviceError,
@@ -85,6 +86,11 @@ def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch
     assert made == [0, 0, 0]
     made.clear()
     _check("SD3", 2, schedule="sequence", components=2)
+    assert made == [0, 0]
+    made.clear()
+    # Of GPUs without peer access: all of a bundle is copied out of host memory.
+    monkeypatch.setattr(core.HostFabric, "links", lambda _: {(0, 1): "staged", (1, 0): "staged"})
+    _check("FLUX", 2, schedule="sequence", components=2)
     assert made == [0, 0]
 
 

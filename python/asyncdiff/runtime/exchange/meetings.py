@@ -5,8 +5,9 @@ What a rank gives at one place is a bundle. Bundles of the same layout go throug
 slots in turn; at the end of a run an empty one follows where their number is odd, so that every
 run, and every replay of a CUDA graph, begins with the same slot.
 
-What all have given is put together in new memory; where two ranks of one process can, in the
-mailbox itself (:mod:`.gathering`), which has room for both shares.
+What all have given is put together in new memory; where two ranks of one process can, and write to
+each other's memory directly, in the mailbox itself (:mod:`.gathering`), which has room for both
+shares.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def connect(
     meetings = 1 + max(number for _, number in layouts)
     together: dict[int, core.Layout] = {}
     dims: dict[int, list[int]] = {}
-    if ranks == len(workers) == 2:
+    if ranks == len(workers) == 2 and _arrives_part_by_part(fabric):
         dims = brief_meetings(workers[0].program.graph)
         for number, along in dims.items():
             layout = in_one([layouts[rank, number] for rank in range(ranks)], along)
@@ -211,6 +212,12 @@ def connect(
         worker.meetings = Meetings(rank, worker.stream, worker.comm, bundles, wholes, rest)
     total = [sum(b.nbytes for b in given) for given, _ in by_rank]
     return {(i, j): total[i] for i in range(ranks) for j in range(ranks) if i != j}
+
+
+def _arrives_part_by_part(fabric: core.Fabric) -> bool:
+    """Whether nothing but what was pushed is written to a mailbox: a bundle that was staged in host
+    memory is copied out of it as a whole, over what the receiver has in its mailbox itself."""
+    return "staged" not in fabric.links().values()
 
 
 def _given_by(
