@@ -13,6 +13,7 @@ import torch
 from .deadline import check_deadline
 from .errors import InputError, PlanError
 from .partition.ownership import Split
+from .partition.speeds import read_speeds
 from .progress import Progress
 from .sampling.auto_warmup import AutoWarmup
 from .sampling.calibration import Calibration
@@ -44,6 +45,9 @@ class ParallelConfig:
             of its own they are then timed, and cut again if that makes the slowest faster),
             ``"estimate"`` (from FLOPs and bytes, the same on every machine), one list of module
             paths for each component, or the ``partition.cuts`` of an earlier run.
+        speeds: how fast the ranks' devices are, in any unit, one entry a rank (further ones are for
+            devices that are not used): components are cut for that. None: equal devices count as
+            equally fast, until their components are timed; of unequal GPUs each kind is measured.
         time_shift: of ``"asyncdiff"`` only: pass the timestep one index earlier in asynchronous
             steps.
         schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024); ``"wavefront"``: an
@@ -89,6 +93,7 @@ class ParallelConfig:
     stride: int = 1
     warmup: int | str | AutoWarmup = 1
     split: Split = "auto"
+    speeds: Sequence[float] | None = None
     time_shift: bool = False
     schedule: str = "asyncdiff"
     delay: int | None = None
@@ -114,6 +119,7 @@ class ParallelConfig:
         check_numbers(self.components, self.stride, self.exact_steps(_MANY))
         check_delay(self.delay, self.schedule, self.components)
         check_order(self.order, self.schedule)
+        object.__setattr__(self, "speeds", read_speeds(self.speeds))
         self._check_modes()
         check_deadline(self.deadline)
 

@@ -23,6 +23,7 @@ from .graph.signature import Call, Parser
 from .graph.state.values import KnownValues, by_values
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
+from .partition.speeds import check_entries
 from .phases import Spent
 from .processes.agreement import of_program, of_settings
 from .processes.team import Team
@@ -90,6 +91,7 @@ class Spread(ReadOnlySettings, Locked):
 
     def _take(self, config: ParallelConfig, places: list[Place]) -> None:
         """Become a denoiser of these settings, without any engine yet."""
+        check_entries("speeds", config.speeds, len(places))
         devices = [p.device for p in places]
         here = [p.device for p in places if p.process == self._team.process]
         compile = config.compile

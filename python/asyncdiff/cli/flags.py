@@ -43,6 +43,7 @@ _OTHERS = {
     "calibrate_on": "--calibrate-on",
     "prompts": "--prompt",
     "ranks": "--ranks",
+    "speeds": "--speeds",
 }
 #: What is said of Python objects, and what it is called here.
 _PHRASES = (

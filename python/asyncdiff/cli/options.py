@@ -127,6 +127,32 @@ class Setting(Waves):
         return self.schedule, self.order, self.time_shift
 
 
+@dataclass(frozen=True)
+class Cards:
+    """What is known of the devices of ranks."""
+
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            "--speeds",
+            help="How fast the ranks' devices are, in any unit, as 1,0.6. Left out: unequal GPUs "
+            "are measured.",
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :func:`asyncdiff.parallelize`, those that were given. Raises InputError."""
+        out: dict[str, Any] = {}
+        if self.speeds is not None:
+            try:
+                out["speeds"] = [float(s) for s in self.speeds.split(",")]
+            except ValueError:
+                out["speeds"] = [0.0]
+            if min(out["speeds"]) <= 0:
+                raise InputError(f"--speeds {self.speeds!r}: write positive numbers, as 1,0.6")
+        return out
+
+
 Devices = Annotated[
     str | None,
     typer.Option(

@@ -75,7 +75,7 @@ class Spread:
         if quality is None:
             ranks = pick(devices, setting, 2 if modes.get("guidance") == "split" else 1)
             return cls(ranks, setting.told() | modes, setting.arguments() | modes)
-        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k == "compile"}}
+        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k in _BESIDE}}
         return cls(usable(devices), chosen, chosen)
 
     @classmethod
@@ -89,8 +89,12 @@ class Spread:
         where = {"group": "env", "devices": asked}
         if quality is None:
             return cls(own, where | setting.told() | modes, where | setting.arguments() | modes)
-        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k == "compile"}}
+        chosen = {"quality": quality, **{k: v for k, v in modes.items() if k in _BESIDE}}
         return cls(own, where | chosen, where | chosen)
+
+
+#: Arguments that go with a quality.
+_BESIDE = ("compile", "speeds")
 
 
 def usable(text: str | None) -> list[str]:

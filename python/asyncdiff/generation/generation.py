@@ -256,6 +256,7 @@ class Generation:
             compiled=all(w.compiled for w in engine.workers),
             compile_s=engine.compile_s,
             settings=self.spec.config.to_dict(),
+            speeds=list(engine.partition.speeds),
         )
 
     @property

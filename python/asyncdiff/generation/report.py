@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -22,7 +22,8 @@ class GenerationReport:
     ``exchange_bytes_per_tick`` the boundary's share of it in an asynchronous tick, ``exposed_ms``
     the part of the exchange that computation did not hide (None if not measured). ``settings`` are
     those of :class:`asyncdiff.ParallelConfig`. ``branches`` are the denoiser's calls in a step:
-    ticks and bytes are those of all of them.
+    ticks and bytes are those of all of them. ``speeds``: how fast each component's device is, 1 the
+    fastest, as the cut takes them to be.
     """
 
     components: int
@@ -43,6 +44,7 @@ class GenerationReport:
     compile_s: float
     settings: dict[str, Any]
     branches: int = 1
+    speeds: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -60,6 +62,7 @@ class GenerationReport:
             f"exchanged {self.exchange_bytes / 2**20:.1f} MiB "
             f"({self.exchange_bytes_per_tick / 2**20:.2f} MiB a tick), exposed {exposed}; "
             f"prepared in {self.prepare_s:.1f} s{by_phase(self.prepare_phases, ' in all')}"
+            + in_percent(self.speeds)
         )
 
 
@@ -68,6 +71,13 @@ def by_phase(phases: Mapping[str, float], what: str = "") -> str:
     did."""
     told = [f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05]
     return f" ({', '.join(told)} s{what})" if told else ""
+
+
+def in_percent(speeds: Sequence[float]) -> str:
+    """Speeds of components' devices in words, where they differ."""
+    if len(set(speeds)) < 2:
+        return ""
+    return f"; devices at {', '.join(f'{100 * s:.0f}' for s in speeds)} % of the fastest"
 
 
 def sum_of_phases(each: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -24,13 +24,15 @@ def cut(
     components: int,
     bytes_per_ms: float,
     copies: int = 1,
+    each: Sequence[Sequence[float]] = (),
 ) -> list[int]:
     """Positions p_1 < … < p_{N−1}: component i owns nodes p_i … p_{i+1}−1.
 
     ``ms[v]`` is the time of node v, ``nbytes[v]`` the size of its value (0 if it never crosses),
     ``last_use[v]`` the position of the last node that reads it. ``copies`` is how many ranks run
     the last component: its predecessor sends all it has to each of them. (What earlier ones send
-    there counts once: it leaves early.) Time O(M² N) in numpy for M nodes.
+    there counts once: it leaves early.) ``each``: times of the nodes by component, in the place of
+    ``ms``, where components run on unequal devices. Time O(M² N) in numpy for M nodes.
     Raises PartitionError if there are fewer nodes than components.
     """
     count = len(ms)
@@ -38,9 +40,17 @@ def cut(
         raise PartitionError(
             f"components={components}: this denoiser can be split into at most {count}"
         )
-    by_index = [_segment_costs(ms, nbytes, last_use, bytes_per_ms)] * components
-    if copies > 1 and components > 1:
-        by_index[-2] = _segment_costs(ms, nbytes, last_use, bytes_per_ms / copies)
+    known: dict[tuple[int, float], np.ndarray] = {}
+
+    def of(index: int) -> np.ndarray:
+        times = each[index] if each else ms
+        speed = bytes_per_ms / (copies if index == components - 2 else 1)
+        key = id(times), speed
+        if key not in known:
+            known[key] = _segment_costs(times, nbytes, last_use, speed)
+        return known[key]
+
+    by_index = [of(index) for index in range(components)]
     best = by_index[0][0]  # best[b]: slowest component over nodes 0 … b−1 with n components
     choices = []
     for costs in by_index[1:]:

@@ -32,11 +32,17 @@ _BYTES_PER_MS = 2.5e9
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds and multiply-accumulates by node. ``source`` says where the times are from."""
+    """Milliseconds and multiply-accumulates by node. ``source`` says where the times are from.
+    ``each``: where components run on unequal devices, milliseconds by node on that of each."""
 
     ms: dict[fx.Node, float]
     macs: dict[fx.Node, int]
     source: str
+    each: tuple[dict[fx.Node, float], ...] = ()
+
+    def on(self, component: int) -> dict[fx.Node, float]:
+        """Milliseconds by node where a component runs."""
+        return self.each[component] if self.each else self.ms
 
 
 def estimate(captured: Captured) -> Costs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
@@ -53,23 +53,32 @@ def balanced(
     for output in captured.outputs:
         for v in carried.get(output, ()):
             last_use[v] = len(owned)
-    decoding = _of_weights(captured, costs)
-    ms = [costs.ms[n] + decoding.get(n, 0.0) for n in owned]
-    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies)
+    # Times are one table for all devices that are alike.
+    tables = {id(t): _by_unit(captured, owned, t) for t in (costs.ms, *costs.each)}
+    each = [tables[id(costs.on(i))] for i in range(components)] if costs.each else []
+    ms = tables[id(costs.ms)]
+    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies, each)
     return [owned[p].name for p in starts]
 
 
-def _of_weights(captured: Captured, costs: Costs) -> dict[fx.Node, float]:
+def _by_unit(
+    captured: Captured, owned: Sequence[fx.Node], ms: Mapping[fx.Node, float]
+) -> list[float]:
+    decoding = _of_weights(captured, ms)
+    return [ms[n] + decoding.get(n, 0.0) for n in owned]
+
+
+def _of_weights(captured: Captured, ms: Mapping[fx.Node, float]) -> dict[fx.Node, float]:
     """What every run computes of weights alone, as of quantised ones, in milliseconds, by the first
     owned node that needs it."""
     waiting: dict[fx.Node, float] = {}
     found: dict[fx.Node, float] = {}
     for node in captured.nodes:
-        ms = sum(waiting.pop(s, 0.0) for s in node.all_input_nodes)
+        before = sum(waiting.pop(s, 0.0) for s in node.all_input_nodes)
         if node in captured.variant and captured.ownable(unit_of(node)):
-            found[unit_of(node)] = found.get(unit_of(node), 0.0) + ms
+            found[unit_of(node)] = found.get(unit_of(node), 0.0) + before
         elif captured.each_run(node):
-            waiting[node] = ms + (0.0 if node in captured.variant else costs.ms[node])
+            waiting[node] = before + (0.0 if node in captured.variant else ms[node])
     return found
 
 

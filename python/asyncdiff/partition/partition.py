@@ -16,6 +16,7 @@ from ..schedule.plan import Exchange
 from .cost import Costs, estimate
 from .ownership import Owners, Split, balanced, by_cuts, by_modules
 from .report import BoundaryReport, ComponentReport, PartitionReport
+from .speeds import relative
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Component:
 @dataclass
 class Partition:
     """Components, boundaries between them, and the order in which an exact step runs them.
-    ``settled``: its components were timed, and it was found that no other cut is better."""
+    ``settled``: its components were timed, and it was found that no other cut is better.
+    ``speeds``: how fast each component's device is, 1 the fastest; made of the costs, if empty."""
 
     captured: Captured
     components: list[Component]
@@ -57,6 +59,11 @@ class Partition:
     cuts: tuple[str, ...] | None
     costs: Costs | None = None
     settled: bool = False
+    speeds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.speeds and self.costs is not None:
+            self.speeds = relative(self.costs, len(self.components))
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
@@ -102,7 +109,8 @@ class Partition:
         for c in self.components:
             paths = [p for p in map(self.captured.module_path, c.owned) if p] or [""]
             run = [n for n in c.nodes if self.captured.each_run(n)]
-            ms, macs = sum(costs.ms[n] for n in run), sum(costs.macs[n] for n in run)
+            times = costs.on(c.index)
+            ms, macs = sum(times[n] for n in run), sum(costs.macs[n] for n in run)
             weights = sum(self.captured.weights[w].numel() for w in c.weights)
             components.append(ComponentReport(len(c.nodes), ms, macs, weights, paths[0], paths[-1]))
         boundaries = []
@@ -111,7 +119,9 @@ class Partition:
             last = self.components[i].owned[-1]
             tail = sum(nbytes_of(v) for v in b.values if v is last)
             boundaries.append(BoundaryReport(i, j, b.nbytes, len(b.values), tail))
-        return PartitionReport(components, boundaries, costs.source, self.cuts)
+        return PartitionReport(
+            components, boundaries, costs.source, self.cuts, speeds=list(self.speeds)
+        )
 
 
 def partition(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One component: graph nodes, parameters, extent; milliseconds and multiply-accumulates of one
-    run, without what is computed ahead, once a generation or once a timestep."""
+    """One component: graph nodes, parameters, extent; milliseconds (on its device) and
+    multiply-accumulates of one run, without what is computed ahead, once a generation or once a
+    timestep."""
 
     nodes: int
     ms: float
@@ -35,13 +36,15 @@ class PartitionReport:
     """All components and boundaries. ``source`` says where the milliseconds come from; ``cuts``,
     given as ``split``, make the same partition again (None for a split by module paths).
     ``whole_ms``: milliseconds of the whole denoiser on one device, where components repeat so much
-    of each other's work that it is not their sum (None: it is)."""
+    of each other's work that it is not their sum (None: it is). ``speeds``: how fast each
+    component's device is, 1 the fastest; all 1 where devices are taken to be alike."""
 
     components: list[ComponentReport]
     boundaries: list[BoundaryReport]
     source: str
     cuts: tuple[str, ...] | None
     whole_ms: float | None = None
+    speeds: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -57,6 +60,9 @@ class PartitionReport:
                 f"{i:>9} {c.nodes:>6} {c.ms:>9.3f} {c.macs / 1e9:>9.2f} "
                 f"{c.parameters / 1e6:>9.2f}  {c.first_module} … {c.last_module}"
             )
+        if len(set(self.speeds)) > 1:
+            told = ", ".join(f"{i} at {100 * s:.0f} %" for i, s in enumerate(self.speeds))
+            rows.append(f"speeds of the components' devices: {told}")
         for b in self.boundaries:
             rows.append(
                 f"{b.source} -> {b.target}: {b.tensors} tensors, {b.bytes / 2**20:.2f} MiB "

@@ -79,7 +79,7 @@ def shards(captured: Captured, ranks: int, costs: Costs | None = None) -> Shards
     weights = sorted(n.name for n in used if n.name in captured.weights)
     nodes = list(captured.nodes)
     parts = [Component(r, nodes, nodes, inputs, weights) for r in range(ranks)]
-    return Shards(captured, parts, {}, tuple(range(ranks)), None, costs, True, sharding)
+    return Shards(captured, parts, {}, tuple(range(ranks)), None, costs, True, sharding=sharding)
 
 
 def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:

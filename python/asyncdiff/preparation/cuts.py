@@ -22,8 +22,8 @@ _KIND = "cuts"
 
 class KeptCuts:
     """The cuts of ``captured`` in ``components`` parts for ranks on ``units`` of hardware, of which
-    the last ``copies`` run the last part; ``devices`` are those of this process. ``compiled``: how
-    they are compiled, if they are."""
+    the last ``copies`` run the last part; ``devices`` are those of this process. ``settings``: what
+    else costs and cuts depend on."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class KeptCuts:
         copies: int,
         devices: Sequence[torch.device],
         units: Sequence[str],
-        compiled: bool | str,
+        settings: Sequence[Any],
     ) -> None:
         self._captured, self._components = captured, components
         self._folder = preparations()
@@ -40,8 +40,12 @@ class KeptCuts:
         self._key = ""
         if self._usable:
             with phase("load"):
-                settings = [components, copies, compiled]
-                self._key = of_cuts(of_nodes(captured), devices, units, settings)
+                told = [components, copies, *settings]
+                self._key = of_cuts(of_nodes(captured), devices, units, told)
+
+    def known(self) -> bool:
+        """Whether a cut is known."""
+        return self._usable and self._found() is not None
 
     def get(self, make: Callable[[], Partition]) -> Partition:
         """The cut that is known, else that which ``make`` returns, which is kept. Raises what
@@ -63,12 +67,15 @@ class KeptCuts:
         if not self._usable or parts.costs is None or parts.cuts is None:
             return
         nodes, costs = self._captured.nodes, parts.costs
+        tables = {id(ms): ms for ms in costs.each}
         data = {
             "cuts": list(parts.cuts),
             "settled": parts.settled,
             "source": costs.source,
             "ms": [costs.ms[n] for n in nodes],
             "macs": [costs.macs[n] for n in nodes],
+            "tables": [[ms[n] for n in nodes] for ms in tables.values()],
+            "each": [list(tables).index(id(ms)) for ms in costs.each],
         }
         what = f"{len(nodes)} nodes in {self._components} components, {costs.source}"
         self._folder.write(_KIND, self._key, what, data)
@@ -89,7 +96,9 @@ class KeptCuts:
         nodes = self._captured.nodes
         ms = dict(zip(nodes, map(float, data["ms"]), strict=True))
         macs = dict(zip(nodes, map(int, data["macs"]), strict=True))
-        costs = Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN)
+        tables = [dict(zip(nodes, map(float, t), strict=True)) for t in data["tables"]]
+        each = tuple(tables[int(i)] for i in data["each"])
+        costs = Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN, each)
         cuts = [str(name) for name in data["cuts"]]
         made = partition(self._captured, self._components, cuts, costs=costs)
         return replace(made, settled=bool(data["settled"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +15,11 @@ from ..graph.capture import Captured, capture
 from ..graph.signature import Call
 from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
-from ..partition.cost import Costs, fused, link_speed, measure
+from ..partition.cost import Costs, count_macs, estimate, fused, link_speed, measure
 from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
 from ..partition.shards import Shards, shards
+from ..partition.speeds import at_speeds, on_kinds, runners
 from ..phases import phase
 from ..preparation.captures import kept_capture
 from ..preparation.cuts import KeptCuts
@@ -67,19 +70,25 @@ class Cutter:
             if like.cuts and fit(captured, like.cuts):
                 split = list(like.cuts)
         speed = self.speed()
+        kept = self._kept(captured, components, copies)
+        measured = split == "auto" and components > 1
+        kinds: dict[str, Costs] = {}
+        if measured and self._unequal and not self._known(kept):
+            kinds = self._on_each_kind(captured, call)
 
         def cut() -> Partition:
             costs = None
-            if split == "auto" and components > 1:
-                costs = self._measured(captured, call)
+            if measured:
+                costs = self._of_ranks(captured, call, kinds, components, copies)
+            elif self._config.speeds is not None:
+                ranks = runners(components, copies, len(self._places))
+                costs = at_speeds(estimate(captured), self._config.speeds, ranks)
             with phase("cut"):
                 return partition(
                     captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
                 )
 
         if isinstance(split, str):
-            kept = self._kept(captured, components, copies)
-            measured = split == "auto" and components > 1
             made = self._alike(captured, (lambda: kept().get(cut)) if measured else cut)
             assert made is not None
             return made
@@ -114,10 +123,55 @@ class Cutter:
 
         return self._alike(known[0].captured, decide, known)
 
-    def _measured(self, captured: Captured, call: Call) -> Costs:
+    @property
+    def _unequal(self) -> bool:
+        """Whether nodes are measured on several devices, because these are of several kinds."""
+        return self._config.speeds is None and len({p.kind for p in self._places}) > 1
+
+    def _known(self, kept: Callable[[], KeptCuts]) -> bool:
+        """Whether nothing has to be measured."""
+        return self._team.by(0, "look for a cut", lambda: kept().known())
+
+    def _on_each_kind(self, captured: Captured, call: Call) -> dict[str, Costs]:
+        """What nodes cost on the first device of each kind, for all processes. Collective."""
+        first: dict[str, Place] = {}
+        for place in self._places:
+            first.setdefault(place.kind, place)
+        nodes = captured.nodes
+
+        def mine() -> list[Any]:
+            here = [p for p in first.values() if p.process == self._team.process]
+            each = [(p.kind, self._measured(captured, call, p)) for p in here]
+            return [(kind, c.source, [c.ms[n] for n in nodes]) for kind, c in each]
+
+        found = self._team.together("measure the denoiser's nodes", mine)
+        macs = count_macs(captured)
+        return {
+            kind: Costs(dict(zip(nodes, ms, strict=True)), macs, source)
+            for of_process in found
+            for kind, source, ms in of_process
+        }
+
+    def _of_ranks(
+        self,
+        captured: Captured,
+        call: Call,
+        kinds: Mapping[str, Costs],
+        components: int,
+        copies: int,
+    ) -> Costs:
+        """What nodes cost for each component on the devices that run it: by ``kinds``, where these
+        are unequal; else measured on the first one, and scaled by speeds that were given."""
+        ranks, speeds = runners(components, copies, len(self._places)), self._config.speeds
+        if kinds:
+            of = [[self._places[rank].kind for rank in mine] for mine in ranks]
+            return on_kinds(kinds, self._places[0].kind, of)
+        costs = self._measured(captured, call, self._places[0])
+        return costs if speeds is None else at_speeds(costs, speeds, ranks)
+
+    def _measured(self, captured: Captured, call: Call, place: Place) -> Costs:
         with phase("measure"), undisturbed():
-            device, bring = self._places[0].device, self._weights.bring
-            costs = measure(captured, call.tensors, device, bring)
+            costs = measure(captured, call.tensors, place.device, self._weights.bring)
             return fused(captured, costs) if self._config.compile else costs
 
     def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
@@ -125,7 +179,12 @@ class Cutter:
         devices = [p.device for p in self._places if p.process == self._team.process]
         units = [f"{p.unit} of host {p.host}" for p in self._places]
         compiled = "regions" if self._config.compile is True else self._config.compile or False
-        return lambda: KeptCuts(captured, components, copies, devices, units, compiled)
+        settings: list[Any] = [compiled, self._config.speeds]
+        if len({p.kind for p in self._places}) > 1:
+            settings.append([p.kind for p in self._places])
+        return functools.cache(
+            lambda: KeptCuts(captured, components, copies, devices, units, settings)
+        )
 
     def _capture(self, call: Call) -> Captured:
         made: list[Captured] = []
@@ -159,21 +218,21 @@ class Cutter:
         """What ``cut`` returns in process 0, in all; of the ``known`` ones, that which it was."""
         made: list[Partition | None] = []
 
-        def decide() -> tuple[list[str], bool] | None:
+        def decide() -> tuple[list[str], bool, list[float]] | None:
             made.append(cut())
             first = made[0]
-            return None if first is None else (list(first.cuts or ()), first.settled)
+            return None if first is None else (list(first.cuts or ()), first.settled, first.speeds)
 
         decided = self._team.by(0, "cut the denoiser", decide)
         if decided is None:
             return None
-        cuts, settled = decided
+        cuts, settled, speeds = decided
         if not made or made[0] is None:
             same = (parts for parts in known if parts.cuts == tuple(cuts))
             made = [next(same, None) or partition(captured, len(cuts) + 1, cuts or "estimate")]
         parts = made[0]
         assert parts is not None
-        parts.settled = settled
+        parts.settled, parts.speeds = settled, speeds
         self._team.agree("cut the denoiser", lambda: of_partition(parts))
         return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ class Place:
     """Where a rank is: on ``device`` of a process of the group, whose name for it that is.
 
     ``unit`` is the piece of hardware, by a name that is the same in all processes; ``host`` the
-    number of the process's host.
+    number of the process's host; ``kind`` what it is: what is measured on one holds for all.
     """
 
     process: int
     device: torch.device
     unit: str
     host: int = 0
+    kind: str = "CPU"
 
     def __str__(self) -> str:
         return str(self.device)
@@ -47,19 +48,19 @@ def places_of(config: ParallelConfig, team: Team) -> list[Place]:
     in order of the processes; there may be more than the configuration takes.
     """
     if not team.several:
-        return [Place.here(device) for device in devices_of(config)]
+        return [replace(Place.here(d), kind=kind_of(d)) for d in devices_of(config)]
     what = "say which devices they use"
 
     def mine() -> list[list[str]]:
         found = [own_device()] if config.devices is None else every_device(config.devices)
         here = team.hosts[team.process]
-        return [[str(d), _unit(d, here)] for d in found]
+        return [[str(d), _unit(d, here), kind_of(d)] for d in found]
 
     said = team.together(what, mine)
     places = [
-        Place(process, torch.device(device), unit, team.hosts[process])
+        Place(process, torch.device(device), unit, team.hosts[process], kind)
         for process, all_of_it in enumerate(said)
-        for device, unit in all_of_it
+        for device, unit, kind in all_of_it
     ]
     if len({p.device.type for p in places}) > 1:
         raise DeviceError(f"some processes of the group use CPUs, others GPUs: {said_of(places)}")
@@ -113,6 +114,14 @@ def _unit(device: torch.device, host: int) -> str:
     properties = torch.cuda.get_device_properties(device)
     # Where torch does not tell, processes of a host have to see the same GPUs under the same names.
     return str(getattr(properties, "uuid", by_name))
+
+
+def kind_of(device: torch.device) -> str:
+    """What is alike in devices that are equally fast. All CPUs count as one kind."""
+    if device.type != "cuda":
+        return "CPU"
+    p = torch.cuda.get_device_properties(device)
+    return f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory >> 30} GiB"
 
 
 def devices_of(config: ParallelConfig) -> list[torch.device]:

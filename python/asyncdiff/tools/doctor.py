@@ -146,6 +146,20 @@ def _probe_core() -> dict[str, Any]:
         return {"core": {"error": _said(error)}}
 
 
+def _probe_speeds(gpus: int) -> dict[str, Any]:
+    """What each GPU does, one after another, while nothing of ours runs there."""
+    try:
+        import torch
+
+        from .speed import compare, rates
+
+        found = [rates(torch.device("cuda", index)) for index in range(gpus)]
+        speeds = compare(found)
+        return {"speeds": [r | {"speed": s} for r, s in zip(found, speeds, strict=True)]}
+    except Exception as error:
+        return {"speeds": [], "speeds_error": _said(error)}
+
+
 def _probe_links(gpus: int) -> dict[str, Any]:
     """Build a fabric over all GPUs: it writes and reads back in each direction."""
     try:
@@ -170,6 +184,8 @@ def _child() -> None:
 
     gpus = len(say(_probe_torch()).get("gpus", []))
     core = say(_probe_core())["core"]
+    if gpus > 0:
+        say(_probe_speeds(gpus))
     if gpus > 1 and core.get("cuda_built"):
         say(_probe_links(gpus))
 
@@ -244,6 +260,8 @@ def judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
             "GPUs unused: the core was built without CUDA; ASYNCDIFF_CUDA=on pip install ."
         )
         usable = []
+    if found.get("speeds_error"):
+        remarks.append(f"how fast GPUs are could not be measured: {found['speeds_error']}")
     if found.get("links_error"):
         remarks.append(f"links between GPUs could not be tried: {found['links_error']}")
     for link in found.get("links", []):
@@ -276,6 +294,11 @@ def tell(found: dict[str, Any]) -> str:
     ]
     for gpu in found.get("gpus", []):
         about = f"{gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}"
+        speeds = found.get("speeds", [])
+        if gpu["index"] < len(speeds):
+            s = speeds[gpu["index"]]
+            about += f"; {s['tflops']:.0f} TFLOPS, {s['gb_per_s']:.0f} GB/s"
+            about += f", {100 * s['speed']:.0f} % of the fastest" if len(speeds) > 1 else ""
         lines.append(f"cuda:{gpu['index']}     {about}")
     for link in found.get("links", []):
         bus = f" ({link['bus']})" if link.get("bus") else ""

@@ -73,6 +73,8 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["generate", "model", "-p", "x", "--schedule", "wavefront", "--delay", "2"], "1 to 1"),
         (["calibrate", "--demo", "-N", "3", "--delay", "3"], "1 to 2 ticks"),
         (["plan", "-N", "two"], "--components"),
+        (["generate", "m", "-p", "x", "--speeds", "1,fast"], "--speeds '1,fast': write positive"),
+        (["prepare", "m", "--speeds", "1,-1"], "--speeds '1,-1': write positive"),
         (["plan", "--component-ms", "1,2,3"], "3 component times"),
         (["plan", "--component-ms", "fast"], "6.8,7.1"),
         (["plan", "--component-ms", "1", "--boundary", "0=5"], "0-1=58"),

@@ -104,14 +104,44 @@ def test_examples_are_laid_out_like_what_they_stand_for(tensor: torch.Tensor) ->
         assert layout.offset == 3 and example.storage_offset() == 3
 
 
-def test_kinds_are_noted_beside_inductors_cache(tmp_path: Path) -> None:
+def test_kinds_are_noted_beside_inductors_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = kind_of("digest", settings.in_key(), [torch.ones(2), 3])
     other = kind_of("digest", settings.in_key(), [torch.ones(3), 3])
     assert kind.device == CPU and not kind.noted()
     kind.note()
     assert kind.noted() and not other.noted()
-    there = kind._replace(given=(kind.given[0]._replace(device=torch.device("cuda", 1)), "3"))
-    assert there != kind and there.elsewhere == kind.elsewhere and there.device.index == 1
+    # A GPU of the same model finds kernels compiled; one of another model does not.
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "AAB"[d.index])
+    on = [
+        kind._replace(given=(kind.given[0]._replace(device=torch.device("cuda", i)), "3"))
+        for i in range(3)
+    ]
+    assert on[0] != on[1] and on[1].elsewhere == on[0].elsewhere and on[1].device.index == 1
+    assert on[2].elsewhere != on[0].elsewhere != kind.elsewhere
+
+
+def test_inductors_cache_tells_architectures_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    capability = {0: (9, 0), 1: (9, 0), 2: (8, 6)}
+    named: list[int] = []
+    monkeypatch.setattr(settings, "_name_the_first", lambda: named.append(0))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda d: capability[d if isinstance(d, int) else d.index],
+    )
+    seen = []
+    for index in range(3):
+        with settings.of_architecture(torch.device("cuda", index)):
+            seen.append((config.cuda.arch, config.get_hash()))
+    assert [arch for arch, _ in seen] == [None, None, "86"] and len(named) == 3
+    assert seen[0] == seen[1] and seen[2][1] != seen[0][1]
+    with settings.of_architecture(CPU):
+        assert config.cuda.arch is None
+    assert len(named) == 3
 
 
 def test_settings_are_those_of_the_other_process() -> None:

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from asyncdiff.tools import doctor
+from asyncdiff.tools import doctor, speed
 
 TOPOLOGY = (
     "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
@@ -54,6 +55,21 @@ def test_topology_in_words():
 
 def test_two_gpus_with_peer_access_leave_nothing_to_say():
     assert doctor.judge(findings()) == (["cuda:0", "cuda:1"], [])
+
+
+def test_which_gpu_is_how_fast():
+    """By a matrix product and a pass over memory on each."""
+    rates = [{"tflops": 400.0, "gb_per_s": 1000.0}, {"tflops": 100.0, "gb_per_s": 1000.0}]
+    assert speed.compare(rates) == [1.0, 0.5] and speed.compare([]) == []
+    speeds = [r | {"speed": s} for r, s in zip(rates, speed.compare(rates), strict=True)]
+    told = doctor.tell(findings(speeds=speeds) | {"use": ["cuda:0"], "remarks": []})
+    assert "400 TFLOPS, 1000 GB/s, 100 % of the fastest" in told
+    assert "100 TFLOPS, 1000 GB/s, 50 % of the fastest" in told
+    _, remarks = doctor.judge(findings(speeds=[], speeds_error="no memory"))
+    assert remarks == ["how fast GPUs are could not be measured: no memory"]
+    assert "TFLOPS" not in doctor.tell(findings() | {"use": [], "remarks": []})
+    found = speed.rates(torch.device("cpu"), rows=64, nbytes=1 << 16)
+    assert found["tflops"] > 0 and found["gb_per_s"] > 0
 
 
 @pytest.mark.parametrize(

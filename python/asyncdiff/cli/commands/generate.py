@@ -20,6 +20,7 @@ def generate(
     subject: Model,
     setting: opt.Setting,
     drawn: Picture,
+    cards: opt.Cards,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
     negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
     seed: opt.Seed = 0,
@@ -44,7 +45,7 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted_speedup
 
-    modes = running_modes(split_guidance, exact_mode, compile, compile_whole)
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | cards.arguments()
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)

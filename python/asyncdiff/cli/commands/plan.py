@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from ..subject import Model
 def plan(
     subject: Model,
     setting: opt.Setting,
+    cards: opt.Cards,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -76,7 +78,8 @@ def plan(
     if with_model:
         copies = plans.rank_count(components, stride, schedule) - components + 1
         tokens = schedule == "sequence"
-        report = _partition(subject, components, device, height, width, copies, tokens)
+        known = cards.arguments()
+        report = _partition(subject, components, device, height, width, copies, tokens, known)
         partition, told = report.to_dict(), str(report)
         # Who sends to whom decides how late waves are.
         edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
@@ -143,6 +146,7 @@ def _partition(
     width: int | None,
     copies: int,
     tokens: bool,
+    cards: Mapping[str, Any],
 ) -> Any:
     subject.announce()
     from ...integrations.diffusers.pipeline import plan_partition
@@ -153,7 +157,7 @@ def _partition(
     with asked_of(type(pipe).__name__):
         partition = plan_partition(
             pipe, components, device=device, height=height, width=width, copies=copies,
-            tokens=tokens,
+            tokens=tokens, **cards,
         )  # fmt: skip
     return partition.report()
 

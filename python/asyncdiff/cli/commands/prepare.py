@@ -19,6 +19,7 @@ def prepare(
     subject: Model,
     setting: opt.Setting,
     drawn: Picture,
+    cards: opt.Cards,
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,7 +48,7 @@ def prepare(
     from ... import parallelize
     from ...preparation.folder import preparations
 
-    modes = running_modes(split_guidance, exact_mode, compile, compile_whole)
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | cards.arguments()
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()

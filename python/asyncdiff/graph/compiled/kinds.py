@@ -15,6 +15,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from .settings import of_architecture
+
 #: Bytes that what lies in GPUs' memory is a multiple of, where code may rely on it.
 _ALIGNMENT = 16
 
@@ -62,9 +64,9 @@ class Kind(NamedTuple):
 
     @property
     def elsewhere(self) -> Any:
-        """What is equal for kinds that differ in nothing but their device."""
+        """What is equal for kinds that differ in nothing but their device, of the same model."""
         given = (x[:3] + x[4:] if isinstance(x, Layout) else x for x in self.given)
-        return (self.digest, self.settings, *given)
+        return (self.digest, self.settings, *given, _model(self.device))
 
     def note(self) -> None:
         """Note beside inductor's cache that it was compiled."""
@@ -80,9 +82,13 @@ class Kind(NamedTuple):
     def _noted(self) -> Path:
         from torch._inductor.codecache import cache_dir  # type: ignore[attr-defined]
 
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        said = repr((*self, torch.__version__, torch.get_num_threads(), name))
+        said = repr((*self, torch.__version__, torch.get_num_threads(), _model(self.device)))
         return Path(cache_dir(), "asyncdiff", hashlib.sha256(said.encode()).hexdigest())
+
+
+def _model(device: torch.device) -> str:
+    """What a GPU is called; others are all alike."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def kind_of(digest: str, settings: Any, arguments: Sequence[Any]) -> Kind:
@@ -107,7 +113,9 @@ def made(piece: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
             return (x if isinstance(x, Layout) else Layout.of(x)).example()
 
     examples = [example(x) for x in given]
-    with tracing(TracingContext(mode)):
+    found = (x.device for x in given if isinstance(x, (Layout, torch.Tensor)))
+    where = next(found, torch.device("cpu"))
+    with of_architecture(where), tracing(TracingContext(mode)):
         # A copy: inductor rewrites what it is given, and the piece may have to run as it is.
         call: Callable[..., Any] = torch._inductor.compile(copy.deepcopy(piece), examples)
     return call

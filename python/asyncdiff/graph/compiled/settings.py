@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +57,34 @@ def kept() -> bool:
     from torch._inductor import config
 
     return bool(config.fx_graph_cache and not config.force_disable_caches)
+
+
+@contextlib.contextmanager
+def of_architecture(device: torch.device) -> Iterator[None]:
+    """Have inductor's cache tell code for this GPU from that for others of other architectures: it
+    goes by what the process's current GPU was called when the first piece was compiled, which may
+    be another one."""
+    if device.type != "cuda":
+        yield
+        return
+    from torch._inductor import config
+
+    _name_the_first()
+    mine, first = (torch.cuda.get_device_capability(d) for d in (device, 0))
+    if mine == first:
+        yield
+        return
+    with config.patch({"cuda.arch": "".join(map(str, mine))}):
+        yield
+
+
+@functools.cache
+def _name_the_first() -> None:
+    """What inductor takes for this machine's GPU is the first one, as in other processes."""
+    from torch._inductor.codecache import CacheBase
+
+    with torch.cuda.device(0):
+        CacheBase.get_system()
 
 
 def here() -> dict[str, Any]:

@@ -22,10 +22,12 @@ from ...graph.example_inputs import example_inputs
 from ...graph.hooks import check_forward, check_hooks
 from ...graph.signature import parse
 from ...launcher import warn_of_processes
+from ...partition.cost import estimate
 from ...partition.cost import measure as measure_costs
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
 from ...partition.shards import shards
+from ...partition.speeds import at_speeds, check_entries, runners
 from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
@@ -211,6 +213,7 @@ def plan_partition(
     width: int | None = None,
     copies: int = 1,
     tokens: bool = False,
+    speeds: Sequence[float] | None = None,
 ) -> Partition:
     """How a pipeline's denoiser would be split, without running the pipeline.
 
@@ -220,6 +223,7 @@ def plan_partition(
     ``height`` × ``width`` pixels (default: the denoiser's own size). ``measure``: time the nodes
     on ``device`` (default: there where the denoiser is, unless that is the meta device).
     ``copies``: ranks that run the last component, as many as the stride but for waves.
+    ``speeds``: how fast the ranks' devices are, one entry a rank.
     ``tokens``: not split, but with its tokens shared out among so many ranks. Raises TokensError
     where they cannot be.
     """
@@ -238,4 +242,8 @@ def plan_partition(
         costs = measure_costs(captured, call.tensors, where)
     if tokens:
         return shards(captured, components, costs)
+    if speeds is not None:
+        ranks = components + copies - 1
+        check_entries("speeds", speeds, ranks)
+        costs = at_speeds(costs or estimate(captured), speeds, runners(components, copies, ranks))
     return partition(captured, components, split, costs=costs, copies=copies)
