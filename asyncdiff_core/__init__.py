@@ -36,7 +36,7 @@ from .errors import (
     ProcessLost,
     SlotOrderError,
 )
-from .fabric import CudaFabric, Fabric, HostFabric
+from .fabric import CudaFabric, Fabric, HostFabric, simulated_link
 from .nvtx import nvtx_range
 from .paths import (
     get_cmake_dir,
@@ -84,4 +84,5 @@ __all__ = [
     "nvtx_range",
     "put_costs",
     "replace_memsets",
+    "simulated_link",
 ]

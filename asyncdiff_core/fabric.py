@@ -51,12 +51,20 @@ class Fabric:
         """How the first rank of a pair writes memory of the second.
 
         "memory" (the same memory), "peer" (device to device) or "staged" (pinned host memory); what
-        connects two hosts, "sockets" or "nccl".
+        connects two hosts, "sockets" or "nccl"; "simulated" where it is made to look like another
+        link (:attr:`simulated_link`).
         """
         return self._native.links()
 
+    @property
+    def simulated_link(self) -> str | None:
+        """The link that all pairs of ranks are made to have, such as "25GB/s,10us"; None where
+        links are as they are."""
+        return self._native.simulated_link or None
+
     def link_reasons(self) -> dict[tuple[int, int], str]:
-        """Why links are staged, by (sender, receiver); those that are not are left out."""
+        """Why links are staged, or what is simulated over which, by (sender, receiver); those that
+        are neither are left out."""
         return self._native.link_reasons()
 
     def channel(
@@ -171,9 +179,14 @@ class HostFabric(Fabric):
     that any two processes share, and none goes on if it fails in one. A process uses the ends of
     its own ranks only (InvalidArgument), and none of its parent's (CoreError).
 
+    ``link`` simulates a link between any two ranks, for tests and benchmarks: "25GB/s,10us" for
+    bandwidth and latency (GB/s, MB/s, Gb/s, Mb/s; ns, us, ms), with ",both" where both directions
+    of a pair share it, and ",all" where all pairs do; "off" for none, None for what
+    ASYNCDIFF_LINK says. A bundle is there when it would have arrived; who sends does not wait.
+
     Raises InvalidArgument for no ranks, a deadline that is not positive or longer than a day,
-    owners that do not exist, and where processes differ; ProcessLost
-    and CollectiveTimeout as :meth:`all_gather` does.
+    owners that do not exist, another ``link``, or one between several hosts, and where processes
+    differ; ProcessLost and CollectiveTimeout as :meth:`all_gather` does.
     """
 
     def __init__(
@@ -183,12 +196,13 @@ class HostFabric(Fabric):
         deadline: float | None = None,
         owners: Sequence[int] | None = None,
         rendezvous: Rendezvous | None = None,
+        link: str | None = None,
     ) -> None:
         processes = _owners(ranks, owners, rendezvous)
         if rendezvous is None:
-            native: _core.Fabric = _core.HostFabric(ranks, deadline)
+            native: _core.Fabric = _core.HostFabric(ranks, deadline, link)
         else:
-            native = _core.make_host_fabric(processes, deadline, rendezvous)
+            native = _core.make_host_fabric(processes, deadline, rendezvous, link)
         super().__init__(native, None)
 
     @classmethod
@@ -207,6 +221,10 @@ class CudaFabric(Fabric):
     memory), "peer" (raises DeviceError where that does not work) or "staged"; None takes
     ASYNCDIFF_TRANSPORT, else "auto". Raises DeviceError for devices that do not exist.
 
+    ``link`` simulates a link, as with :class:`HostFabric`, whatever the transport: the stream that
+    sends a bundle waits, on the device, until it would have arrived. Those who share a link have
+    even shares of it while they send at the same time, and no channel is "inline".
+
     With a ``rendezvous``, ranks run in several processes, as with :class:`HostFabric`;
     ``devices[r]`` is the index in rank r's own process, and :meth:`close` is collective too. Device
     memory is shared by CUDA IPC, so nothing that others may have mapped is given back before
@@ -221,6 +239,7 @@ class CudaFabric(Fabric):
         transport: str | None = None,
         owners: Sequence[int] | None = None,
         rendezvous: Rendezvous | None = None,
+        link: str | None = None,
     ) -> None:
         if not _core.cuda_built():
             raise DeviceError(
@@ -229,11 +248,11 @@ class CudaFabric(Fabric):
             )
         processes = _owners(len(devices), owners, rendezvous)
         if rendezvous is None:
-            native: _core.Fabric = _core.CudaFabric(list(devices), deadline, transport)
+            native: _core.Fabric = _core.CudaFabric(list(devices), deadline, transport, link)
         else:
             find_in_wheel()
             native = _core.make_cuda_fabric(
-                list(devices), processes, deadline, transport, rendezvous
+                list(devices), processes, deadline, transport, rendezvous, link
             )
         super().__init__(native, devices)
 
@@ -258,6 +277,12 @@ class CudaFabric(Fabric):
         except ValueError:
             raise InvalidArgument(f"processes name no devices: {said}") from None
         return cls(devices, deadline=deadline, transport=transport, rendezvous=rendezvous)
+
+
+def simulated_link() -> str | None:
+    """The link that fabrics simulate where they are not told: what ASYNCDIFF_LINK says, None where
+    it says nothing. Raises InvalidArgument for what is no link."""
+    return _core.link_of_environment() or None
 
 
 def _owners(ranks: int, owners: Sequence[int] | None, rendezvous: Rendezvous | None) -> list[int]:

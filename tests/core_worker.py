@@ -320,5 +320,38 @@ def stopped(process: int, processes: int, folder: Path, deadline: int) -> Any:
     raise AssertionError("it came")
 
 
+def linked(process: int, processes: int, folder: Path) -> Any:
+    """Two processes send to each other at the same time, over a link that both directions share:
+    seconds until both bundles were there."""
+    meeting = meet(folder, process, processes)
+    fabric = core.HostFabric(2, rendezvous=meeting, link="100MB/s,2ms,both")
+    layout = core.Layout([core.TensorSpec("uint8", (1 << 20,))])
+    channels = [fabric.channel(r, [1 - r], layout) for r in range(2)]
+    fabric.all_gather(b"")
+    begun = time.perf_counter()
+    channels[process].put([np.zeros(1 << 20, np.uint8)], 0)
+    channels[1 - process].get(process, 0)
+    fabric.all_gather(b"")
+    return time.perf_counter() - begun, fabric.simulated_link
+
+
+def links_differ(process: int, processes: int, folder: Path) -> Any:
+    """One process simulates a link, and the other does not."""
+    return _refused(folder, process, processes, "1GB/s,1us" if process else "off")
+
+
+def link_between_hosts(process: int, processes: int, folder: Path) -> Any:
+    """Both simulate one, on two hosts."""
+    return _refused(folder, process, processes, "1GB/s,1us")
+
+
+def _refused(folder: Path, process: int, processes: int, link: str) -> str:
+    try:
+        core.HostFabric(2, rendezvous=meet(folder, process, processes), link=link)
+    except core.InvalidArgument as e:
+        return str(e)
+    return "it was made"
+
+
 if __name__ == "__main__":
     main(globals())

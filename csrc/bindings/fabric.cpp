@@ -12,6 +12,7 @@
 
 #include "asyncdiff/env.hpp"
 #include "asyncdiff/host_fabric.hpp"
+#include "asyncdiff/simulated_link.hpp"
 #include "bindings.hpp"
 #include "pointers.hpp"
 #include "rendezvous.hpp"
@@ -32,6 +33,10 @@ double deadline_or_default(const std::optional<double>& seconds) {
   return seconds ? *seconds : env::deadline();
 }
 
+std::optional<SimulatedLink> link_or_default(const std::optional<std::string>& text) {
+  return text ? simulated_link_from(*text) : env::link();
+}
+
 }  // namespace
 
 void register_fabric(py::module_& m) {
@@ -44,6 +49,7 @@ void register_fabric(py::module_& m) {
       .def_property_readonly("recovers", &Fabric::recovers)
       .def_property_readonly("deadline", &Fabric::deadline)
       .def("links", &Fabric::links)
+      .def_property_readonly("simulated_link", &Fabric::simulated_link)
       .def("link_reasons",
            [](const Fabric& f) {
              py::dict out;
@@ -91,45 +97,57 @@ void register_fabric(py::module_& m) {
       .def("close", &Fabric::close, Unlocked());
 
   py::class_<HostFabric, Fabric, std::shared_ptr<HostFabric>>(m, "HostFabric")
-      .def(py::init([](int ranks, std::optional<double> deadline) {
-             return std::make_shared<HostFabric>(ranks, deadline_or_default(deadline));
+      .def(py::init([](int ranks, std::optional<double> deadline,
+                       const std::optional<std::string>& link) {
+             return std::make_shared<HostFabric>(ranks, deadline_or_default(deadline),
+                                                 link_or_default(link));
            }),
-           py::arg("ranks"), py::arg("deadline"));
+           py::arg("ranks"), py::arg("deadline"), py::arg("link"));
   m.def(
       "make_host_fabric",
-      [](std::vector<int> owners, std::optional<double> deadline, py::object r) {
+      [](std::vector<int> owners, std::optional<double> deadline, py::object r,
+         const std::optional<std::string>& text) {
         std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
         const double seconds = deadline_or_default(deadline);
+        const std::optional<SimulatedLink> link = link_or_default(text);
         const py::gil_scoped_release unlocked;
-        return make_host_fabric(std::move(owners), seconds, std::move(rendezvous));
+        return make_host_fabric(std::move(owners), seconds, std::move(rendezvous), link);
       },
-      py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"));
+      py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"), py::arg("link"));
+  m.def("link_of_environment", [] {
+    const std::optional<SimulatedLink> link = env::link();
+    return link ? link->describe() : std::string();
+  });
 
 #ifdef ASYNCDIFF_WITH_CUDA
   py::class_<CudaFabric, Fabric, std::shared_ptr<CudaFabric>>(m, "CudaFabric")
       .def(py::init([](std::vector<int> devices, std::optional<double> deadline,
-                       std::optional<std::string> transport) {
+                       std::optional<std::string> transport,
+                       const std::optional<std::string>& text) {
              const Transport how = transport_from(transport ? *transport : env::transport());
              const double seconds = deadline_or_default(deadline);
+             const std::optional<SimulatedLink> link = link_or_default(text);
              const py::gil_scoped_release unlocked;
-             return std::make_shared<CudaFabric>(std::move(devices), seconds, how);
+             return std::make_shared<CudaFabric>(std::move(devices), seconds, how, link);
            }),
-           py::arg("devices"), py::arg("deadline"), py::arg("transport"))
+           py::arg("devices"), py::arg("deadline"), py::arg("transport"), py::arg("link"))
       .def_property_readonly("devices",
                              [](const CudaFabric& f) { return py::tuple(py::cast(f.devices())); });
   m.def(
       "make_cuda_fabric",
       [](std::vector<int> devices, std::vector<int> owners, std::optional<double> deadline,
-         std::optional<std::string> transport, py::object r) {
+         std::optional<std::string> transport, py::object r,
+         const std::optional<std::string>& text) {
         std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
         const Transport how = transport_from(transport ? *transport : env::transport());
         const double seconds = deadline_or_default(deadline);
+        const std::optional<SimulatedLink> link = link_or_default(text);
         const py::gil_scoped_release unlocked;
         return make_cuda_fabric(std::move(devices), std::move(owners), seconds, how,
-                                std::move(rendezvous));
+                                std::move(rendezvous), link);
       },
       py::arg("devices"), py::arg("owners"), py::arg("deadline"), py::arg("transport"),
-      py::arg("rendezvous"));
+      py::arg("rendezvous"), py::arg("link"));
 #endif
 }
 

@@ -21,7 +21,7 @@ asyncdiff_fabric* over(const std::shared_ptr<Rendezvous>& rendezvous, int device
   std::iota(owners.begin(), owners.end(), 0);
   return new asyncdiff_fabric{make_cuda_fabric(std::vector<int>(ranks, device), std::move(owners),
                                                seconds(deadline), transport_from(env::transport()),
-                                               rendezvous)};
+                                               rendezvous, env::link())};
 }
 
 }  // namespace
@@ -32,7 +32,7 @@ asyncdiff_code asyncdiff_cuda_fabric_make(const int* devices, int ranks, double 
     std::vector<int> all;
     if (ranks > 0) all.assign(&given(devices, "the list of devices"), devices + ranks);
     given(fabric, "where the fabric goes") = new asyncdiff_fabric{std::make_shared<CudaFabric>(
-        std::move(all), seconds(deadline), transport_from(env::transport()))};
+        std::move(all), seconds(deadline), transport_from(env::transport()), env::link())};
   });
 }
 

@@ -83,6 +83,7 @@ void CudaChannel::make_sender() {
     if (receiver.direct) handle_.target[handle_.targets++] = receiver.seen;
   }
   if (staging_) handle_.target[handle_.targets++] = staging_->data;
+  if (shared_->simulated) link_ = shared_->simulated.of(sender());
 }
 
 void CudaChannel::make_receiver(std::size_t i) {
@@ -269,6 +270,10 @@ void CudaChannel::push(std::size_t index, const void* data, int slot, Stream str
   if (nbytes == 0) return;
   const std::size_t at = start_of(slot) + layout().offsets[index];
   const DeviceGuard guard(sender_device());
+  if (link_) {
+    const std::uint64_t ns = shared_->simulated.link()->time_of(nbytes);
+    launch_depart(handle_, *link_, ns, as_stream(stream));
+  }
   if (mode() != Mode::kCopy) {
     launch_push(handle_, piece_of(layout(), index, data), slot, as_stream(stream));
     return;
@@ -284,23 +289,27 @@ void CudaChannel::commit(int slot, Stream stream) {
   const nvtx::Range range("commit", *this, sender(), slot);
   check_end(sender(), slot);
   const DeviceGuard guard(sender_device());
+  if (link_) launch_arrive(handle_, *link_, slot, as_stream(stream));
   launch_commit(handle_, slot, as_stream(stream));
 }
 
-bool CudaChannel::add_to(ManyPuts& puts, const std::vector<const void*>& tensors, int slot) const {
+void CudaChannel::check_put(const std::vector<const void*>& tensors, int slot) const {
   check_count(tensors.size());
   check_end(sender(), slot);
+}
+
+bool CudaChannel::add_to(ManyPuts& puts, const std::vector<const void*>& tensors, int slot) const {
+  check_put(tensors, slot);
   return add_bundle(puts, handle_, layout(), tensors, slot);
 }
 
 void CudaChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   const nvtx::Range range("put", *this, sender(), slot);
-  if (mode() == Mode::kCopy) {
+  if (mode() == Mode::kCopy || link_) {
     Channel::put(tensors, slot, stream);
     return;
   }
-  check_count(tensors.size());
-  check_end(sender(), slot);
+  check_put(tensors, slot);
   const DeviceGuard guard(sender_device());
   launch_bundle(handle_, layout(), tensors, slot, shared_->topology.launch_of(sender()),
                 as_stream(stream));

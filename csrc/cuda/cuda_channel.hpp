@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,8 @@ class CudaChannel final : public Channel {
   // What kernels need of a receiver that this process runs.
   const ReceiverDevice& receiver_device(int receiver) const;
   bool of(const CudaFabric::Shared& fabric) const { return shared_.get() == &fabric; }
+  // Throws unless these tensors can be put into this slot by this process.
+  void check_put(const std::vector<const void*>& tensors, int slot) const;
   // Adds this channel's next bundle to a fused put. False, and nothing added, without room.
   bool add_to(ManyPuts& puts, const std::vector<const void*>& tensors, int slot) const;
 
@@ -83,6 +86,7 @@ class CudaChannel final : public Channel {
   std::vector<std::byte*> mapped_;
   ChannelFlags flags_;
   SenderDevice handle_{};
+  std::optional<LinkDevice> link_;  // of the sender, where it is simulated
   std::vector<Receiver> receivers_;
   std::shared_ptr<Buffer> staging_;  // all slots; null where no receiver is staged
 };

@@ -1,9 +1,11 @@
 #include "asyncdiff/cuda_fabric.hpp"
 
+#include <algorithm>
 #include <cstddef>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,6 +30,10 @@ void check_lengths(const std::vector<int>& devices, const std::vector<int>& owne
   }
 }
 
+const char* kind_of(const Link& link) {
+  return !link.direct ? "staged" : link.same ? "memory" : "peer";
+}
+
 }  // namespace
 
 Transport transport_from(const std::string& name) {
@@ -44,13 +50,16 @@ int cuda_device_count() {
   return 0;
 }
 
-CudaFabric::CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport)
+CudaFabric::CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport,
+                       std::optional<SimulatedLink> link)
     : Fabric(static_cast<int>(devices.size()), deadline_seconds) {
-  shared_ = std::make_shared<Shared>(Processes(ranks()), std::move(devices), deadline(), transport);
+  shared_ =
+      std::make_shared<Shared>(Processes(ranks()), std::move(devices), deadline(), transport, link);
 }
 
 CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
-                       Transport transport, std::shared_ptr<Rendezvous> rendezvous)
+                       Transport transport, std::shared_ptr<Rendezvous> rendezvous,
+                       std::optional<SimulatedLink> link)
     : Fabric(static_cast<int>(devices.size()), deadline_seconds) {
   check_lengths(devices, owners);
   Processes all(std::move(owners), std::move(rendezvous), deadline());
@@ -58,22 +67,24 @@ CudaFabric::CudaFabric(std::vector<int> devices, std::vector<int> owners, double
     throw InvalidArgument("the processes are on " + std::to_string(all.hosts()) +
                           " hosts, and a CudaFabric is of one: make_cuda_fabric() spans them");
   }
-  shared_ = std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport);
+  shared_ =
+      std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport, link);
 }
 
 CudaFabric::CudaFabric(Processes all, std::vector<int> devices, double deadline_seconds,
-                       Transport transport)
+                       Transport transport, std::optional<SimulatedLink> link)
     : Fabric(static_cast<int>(devices.size()), deadline_seconds),
-      shared_(std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport)) {
-}
+      shared_(std::make_shared<Shared>(std::move(all), std::move(devices), deadline(), transport,
+                                       link)) {}
 
 std::shared_ptr<Fabric> make_cuda_fabric(std::vector<int> devices, std::vector<int> owners,
                                          double deadline, Transport transport,
-                                         std::shared_ptr<Rendezvous> rendezvous) {
+                                         std::shared_ptr<Rendezvous> rendezvous,
+                                         std::optional<SimulatedLink> link) {
   check_fabric(static_cast<int>(devices.size()), deadline);
   check_lengths(devices, owners);
   Processes all(std::move(owners), std::move(rendezvous), deadline);
-  auto here = std::make_shared<CudaFabric>(all, devices, deadline, transport);
+  auto here = std::make_shared<CudaFabric>(all, devices, deadline, transport, link);
   if (all.hosts() == 1) return here;
   auto network = make_nccl_network(all, std::move(devices), deadline, connect_hosts(all, deadline));
   return std::make_shared<SpanningFabric>(std::move(here), std::move(network), std::move(all),
@@ -88,7 +99,7 @@ std::map<std::pair<int, int>, std::string> CudaFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
   for (int rank = 0; rank < ranks(); ++rank) out[{rank, rank}] = "memory";
   for (const auto& [pair, link] : shared_->topology.links()) {
-    out[pair] = !link.direct ? "staged" : link.same ? "memory" : "peer";
+    out[pair] = shared_->simulated ? "simulated" : kind_of(link);
   }
   return out;
 }
@@ -96,9 +107,17 @@ std::map<std::pair<int, int>, std::string> CudaFabric::links() const {
 std::map<std::pair<int, int>, std::string> CudaFabric::link_reasons() const {
   std::map<std::pair<int, int>, std::string> out;
   for (const auto& [pair, link] : shared_->topology.links()) {
-    if (!link.direct) out[pair] = link.reason;
+    if (shared_->simulated) {
+      out[pair] = simulated_link() + " is simulated over " + kind_of(link);
+    } else if (!link.direct) {
+      out[pair] = link.reason;
+    }
   }
   return out;
+}
+
+std::string CudaFabric::simulated_link() const {
+  return shared_->simulated ? shared_->simulated.link()->describe() : "";
 }
 
 std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>& receivers,
@@ -119,6 +138,8 @@ std::shared_ptr<Channel> CudaFabric::channel(int sender, const std::vector<int>&
   } else if (mode == Mode::kAuto) {
     mode = Mode::kCopy;  // nobody uses it
   }
+  // What is inline is there as soon as it is stored: nothing could come later.
+  if (shared_->simulated && mode == Mode::kInline) mode = Mode::kKernel;
   return std::make_shared<CudaChannel>(shared_, ends, name, sender, receivers, layout, slots, mode);
 }
 
@@ -132,6 +153,10 @@ bool CudaFabric::made(const Channel& channel) const {
 void CudaFabric::put_batch(const std::vector<Put>& puts, Stream stream) {
   check_batch(puts);
   if (puts.empty()) return;
+  if (shared_->simulated) {
+    put_by_link(puts, stream);
+    return;
+  }
   const int sender = puts.front().channel->sender();
   const DeviceGuard guard(shared_->topology.device(sender));
   ManyPuts many;
@@ -147,6 +172,23 @@ void CudaFabric::put_batch(const std::vector<Put>& puts, Stream stream) {
     if (!channel.add_to(many, put.tensors, put.slot)) channel.put(put.tensors, put.slot, stream);
   }
   launch();
+}
+
+void CudaFabric::put_by_link(std::vector<Put> puts, Stream stream) {
+  // Who waits until a large bundle has arrived tells late of a small one.
+  std::stable_sort(puts.begin(), puts.end(), [](const Put& a, const Put& b) {
+    return a.channel->layout().nbytes < b.channel->layout().nbytes;
+  });
+  for (const Put& put : puts) {
+    static_cast<const CudaChannel&>(*put.channel).check_put(put.tensors, put.slot);
+  }
+  for (const Put& put : puts) {
+    put.channel->begin(put.slot, stream);
+    for (std::size_t i = 0; i < put.tensors.size(); ++i) {
+      put.channel->push(i, put.tensors[i], put.slot, stream);
+    }
+  }
+  for (const Put& put : puts) put.channel->commit(put.slot, stream);
 }
 
 ReceiverDevice CudaFabric::receiver_device(const Channel& channel, int receiver) const {

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <exception>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,18 +27,19 @@ const char* name_of(Transport how) {
   return "unknown transport";
 }
 
-Processes agreed(Processes all, Transport how) {
-  agree_on_fabric(all, "cuda", name_of(how));
+Processes agreed(Processes all, Transport how, const std::optional<SimulatedLink>& link) {
+  agree_on_fabric(all, "cuda", name_of(how), link ? link->describe() : "off");
   return all;
 }
 
 }  // namespace
 
 CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadline_seconds,
-                           Transport how)
-    : topology(agreed(std::move(all), how), std::move(devices)),
+                           Transport how, const std::optional<SimulatedLink>& link)
+    : topology(agreed(std::move(all), how, link), std::move(devices)),
       reclaimer(topology),
       control(topology),
+      simulated(link, control, topology),
       failures(control.for_failures(), topology.processes().process(), topology.processes().count(),
                deadline_seconds, topology.processes().neighbours().members().front()) {
   try {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "asyncdiff/cuda_fabric.hpp"
@@ -11,18 +12,21 @@
 #include "control_memory.hpp"
 #include "failure_log.hpp"
 #include "reclaimer.hpp"
+#include "simulated_links.hpp"
 #include "topology.hpp"
 
 namespace asyncdiff {
 
 struct CudaFabric::Shared {
   // Collective.
-  Shared(Processes all, std::vector<int> devices, double deadline_seconds, Transport how);
+  Shared(Processes all, std::vector<int> devices, double deadline_seconds, Transport how,
+         const std::optional<SimulatedLink>& link);
   ~Shared();
 
   Topology topology;
   Reclaimer reclaimer;
   ControlMemory control;
+  SimulatedLinks simulated;
   FailureLog failures;
 
   // Held while channels are made, and while the fabric is reset or closed: so for long, while this

@@ -28,6 +28,7 @@ void preload_kernels() {
   preload_fill();
   preload_memsets();
   preload_nccl_signals();
+  preload_simulated_link();
 }
 
 }  // namespace asyncdiff

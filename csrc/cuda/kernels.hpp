@@ -12,6 +12,7 @@
 #include "nccl_link.hpp"
 #include "piece.hpp"
 #include "puts.hpp"
+#include "simulated_link.hpp"
 
 namespace asyncdiff {
 
@@ -52,6 +53,15 @@ void launch_publish(const Publication& what, cudaStream_t stream);
 // Sets a word to the number of the bundle that the push before it in the stream belongs to.
 void launch_pushed(const SenderDevice& sender, int slot, std::uint64_t* word, cudaStream_t stream);
 
+// simulated_link.cu
+
+// Before a piece that takes so many nanoseconds by the link: it is under way from now on.
+void launch_depart(const SenderDevice& sender, const LinkDevice& link, std::uint64_t ns,
+                   cudaStream_t stream);
+// Before a commit: waits until all pieces of the bundle have arrived.
+void launch_arrive(const SenderDevice& sender, const LinkDevice& link, int slot,
+                   cudaStream_t stream);
+
 // Loads all kernels onto the current device. Loading one lazily may wait for running kernels,
 // which may be waiting for the one to be loaded.
 void preload_kernels();
@@ -61,5 +71,6 @@ void preload_get();
 void preload_fill();
 void preload_memsets();
 void preload_nccl_signals();
+void preload_simulated_link();
 
 }  // namespace asyncdiff

@@ -27,12 +27,13 @@ std::string text_of(TensorSpec spec) {
 }  // namespace
 
 void agree_on_fabric(const Processes& processes, const std::string& kind,
-                     const std::string& transport) {
+                     const std::string& transport, const std::string& link) {
   processes.everybody().agree("make a fabric", [&] {
     return Party::Values{{"the call", "make a fabric"},
                          {"its kind", kind},
                          {"the list of its ranks' processes", text_of(processes.owners())},
-                         {"its transport", transport}};
+                         {"its transport", transport},
+                         {"its simulated link", link}};
   });
 }
 

@@ -15,7 +15,7 @@ namespace asyncdiff {
 // Collective, as Party::agree(). check() may throw where this process cannot make the call.
 
 ASYNCDIFF_EXPORT void agree_on_fabric(const Processes& processes, const std::string& kind,
-                                      const std::string& transport);
+                                      const std::string& transport, const std::string& link);
 // Among the ends of the channel.
 ASYNCDIFF_EXPORT void agree_on_channel(const Party& ends, int sender,
                                        const std::vector<int>& receivers, const Layout& layout,

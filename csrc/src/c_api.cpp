@@ -69,8 +69,8 @@ std::vector<int> from_zero(int count) {
 }
 
 asyncdiff_fabric* over(const std::shared_ptr<Rendezvous>& rendezvous, double deadline) {
-  return new asyncdiff_fabric{
-      make_host_fabric(from_zero(rendezvous->processes()), seconds(deadline), rendezvous)};
+  return new asyncdiff_fabric{make_host_fabric(from_zero(rendezvous->processes()),
+                                               seconds(deadline), rendezvous, env::link())};
 }
 
 TensorSpec spec_of(const asyncdiff_tensor& tensor) {
@@ -134,7 +134,7 @@ int asyncdiff_last_error_rank(void) { return last.rank; }
 asyncdiff_code asyncdiff_host_fabric_make(int ranks, double deadline, asyncdiff_fabric** fabric) {
   return guarded([&] {
     given(fabric, "where the fabric goes") =
-        new asyncdiff_fabric{std::make_shared<HostFabric>(ranks, seconds(deadline))};
+        new asyncdiff_fabric{std::make_shared<HostFabric>(ranks, seconds(deadline), env::link())};
   });
 }
 

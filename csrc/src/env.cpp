@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <locale>
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -50,6 +51,15 @@ double deadline() {
 }
 
 std::string transport() { return text_of("ASYNCDIFF_TRANSPORT", "auto"); }
+
+std::optional<SimulatedLink> link() {
+  const std::string text = text_of("ASYNCDIFF_LINK", "");
+  try {
+    return simulated_link_from(text);
+  } catch (const InvalidArgument& error) {
+    throw InvalidArgument(std::string("ASYNCDIFF_LINK: ") + error.what());
+  }
+}
 
 std::string nccl() { return text_of("ASYNCDIFF_NCCL", ""); }
 

@@ -24,6 +24,9 @@ constexpr std::size_t kPage = 4096;
 // Before so much of the deadline is left, other hosts do not learn that a rank waits.
 constexpr double kLong = 0.75;
 
+// How late a wait with a time limit may end.
+constexpr std::chrono::microseconds kWakes{100};
+
 std::chrono::steady_clock::duration limit_of(std::chrono::duration<double> seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(seconds);
 }
@@ -66,14 +69,15 @@ HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends,
   if (!ends_.here()) return;
   const std::size_t count = receivers().size();
   const std::size_t counts = sizeof(HostSenderCounts) + count * sizeof(HostReceiverCounts);
-  counts_nbytes_ = round_up(counts);
-  const std::size_t slots_nbytes = count * static_cast<std::size_t>(slots()) * layout().nbytes;
-  const std::size_t nbytes = counts_nbytes_ + slots_nbytes;
+  const std::size_t all_slots = count * static_cast<std::size_t>(slots());
+  head_nbytes_ = round_up(counts + (shared_->links ? all_slots * sizeof *due_ : 0));
+  const std::size_t nbytes = head_nbytes_ + all_slots * layout().nbytes;
   memory_ = whose == Memory::kOwn
                 ? allocate_host(nbytes)
                 : shared_->allocate(ends_, shared_->processes.owner(sender()), nbytes);
   sent_ = reinterpret_cast<HostSenderCounts*>(memory_.data);
   received_ = reinterpret_cast<HostReceiverCounts*>(memory_.data + sizeof(HostSenderCounts));
+  if (shared_->links) due_ = reinterpret_cast<std::atomic<std::uint64_t>*>(memory_.data + counts);
   const std::lock_guard lock(shared_->mutex);
   auto& all = shared_->counts;
   all.erase(std::remove_if(all.begin(), all.end(), [](const auto& c) { return c.first.expired(); }),
@@ -95,7 +99,7 @@ void HostChannel::check_open() const {
 std::byte* HostChannel::start_of(std::size_t place, int slot) const {
   const std::size_t index =
       place * static_cast<std::size_t>(slots()) + static_cast<std::size_t>(slot);
-  return memory_.data + counts_nbytes_ + index * layout().nbytes;
+  return memory_.data + head_nbytes_ + index * layout().nbytes;
 }
 
 Buffer HostChannel::slot(int receiver, int slot) {
@@ -155,6 +159,32 @@ void HostChannel::wait(const std::atomic<std::uint64_t>& count, std::uint64_t ne
   shared_->check();
 }
 
+void HostChannel::sent_by_link(std::size_t place, int slot, std::uint64_t left) {
+  std::atomic<std::uint64_t>& noted = due(place, slot);
+  noted.store(std::max(noted.load(std::memory_order_relaxed), left), std::memory_order_relaxed);
+}
+
+void HostChannel::wait_for_arrival(std::size_t place, int slot,
+                                   std::chrono::steady_clock::time_point begun, Incident incident) {
+  const std::uint64_t arrival = due(place, slot).load(std::memory_order_relaxed);
+  const auto there = [&] { return HostLinks::now() >= arrival; };
+  const auto done = [&] { return there() || shared_->failed() || shared_->closed.load(); };
+  const auto deadline = begun + limit_of(std::chrono::duration<double>(shared_->deadline));
+  // A futex wakes up late, by some 60 us: the rest is spent looking.
+  const auto early = HostLinks::time(arrival) - kWakes;
+  Signal& changed = shared_->control->changed;
+  if (!changed.wait(done, std::min(early, deadline)) && early < deadline) {
+    while (!done()) {
+    }
+  }
+  if (there()) return;
+  shared_->check();
+  incident.seen = incident.expected - 1;
+  incident.straggler = incident.peer;
+  shared_->fail(HostFailure::kTimeout, incident);
+  throw ExchangeTimeout(incident, shared_->deadline);
+}
+
 void HostChannel::begin(int slot, Stream) {
   const nvtx::Range range("begin", *this, sender(), slot);
   check_end(sender(), slot);
@@ -168,6 +198,7 @@ void HostChannel::begin(int slot, Stream) {
     wait(received_[i].released, needed,
          {sender(), receivers()[i], name(), slot, 0, 0, "begin", -1});
   }
+  for (std::size_t i = 0; due_ != nullptr && i < receivers().size(); ++i) due(i, slot).store(0);
   // Only now: a begin whose wait was interrupted was none.
   sent_->begun.store(epoch, std::memory_order_relaxed);
 }
@@ -182,6 +213,9 @@ void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
   const std::size_t nbytes = layout().specs[index].nbytes;
   if (nbytes == 0) return;
   for (std::size_t i = 0; i < receivers().size(); ++i) {
+    if (shared_->links) {
+      sent_by_link(i, slot, shared_->links->send(sender(), receivers()[i], nbytes));
+    }
     std::memcpy(start_of(i, slot) + layout().offsets[index], data, nbytes);
   }
 }
@@ -192,6 +226,10 @@ void HostChannel::commit(int slot, Stream) {
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
   const bool allowed = done != sent_->begun.load(std::memory_order_relaxed);
   check_turn(sender(), slot, done, allowed, "commit");
+  for (std::size_t i = 0; shared_->links && i < receivers().size(); ++i) {
+    sent_by_link(i, slot, HostLinks::now());  // where it has no bytes, or they have left before
+    due(i, slot).fetch_add(shared_->links->link().latency());
+  }
   sent_->committed.store(done + 1, std::memory_order_release);
   shared_->control->changed.notify();
 }
@@ -203,7 +241,10 @@ void HostChannel::get(int receiver, int slot, Stream) {
   HostReceiverCounts& mine = received_[place];
   const std::uint64_t done = mine.got.load(std::memory_order_relaxed);
   check_turn(receiver, slot, done, true, "get");
-  wait(sent_->committed, done + 1, {receiver, sender(), name(), slot, 0, 0, "get", -1});
+  const Incident incident{receiver, sender(), name(), slot, done + 1, 0, "get", -1};
+  const auto begun = std::chrono::steady_clock::now();
+  wait(sent_->committed, done + 1, incident);
+  if (shared_->links) wait_for_arrival(place, slot, begun, incident);
   mine.got.store(done + 1, std::memory_order_relaxed);  // after the wait, as in begin
 }
 

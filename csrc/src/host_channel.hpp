@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -47,14 +48,25 @@ class HostChannel : public Channel {
   void check_open() const;
   void check_turn(int rank, int slot, std::uint64_t done, bool allowed, const char* operation);
   void wait(const std::atomic<std::uint64_t>& count, std::uint64_t needed, Incident incident);
+  // With a simulated link: notes when what was sent to a receiver will have left; and waits until
+  // all of it has arrived, at most until the deadline of a wait that begun then.
+  void sent_by_link(std::size_t place, int slot, std::uint64_t left);
+  void wait_for_arrival(std::size_t place, int slot, std::chrono::steady_clock::time_point begun,
+                        Incident incident);
+  std::atomic<std::uint64_t>& due(std::size_t place, int slot) const {
+    return due_[place * static_cast<std::size_t>(slots()) + static_cast<std::size_t>(slot)];
+  }
 
   std::shared_ptr<HostFabric::Shared> shared_;
   Party ends_;
   std::atomic<bool> closed_{false};
-  Buffer memory_;  // counts, then all slots of the first receiver, of the second, ...
+  Buffer memory_;  // counts, times, then all slots of the first receiver, of the second, ...
   HostSenderCounts* sent_ = nullptr;
   HostReceiverCounts* received_ = nullptr;  // one for each receiver
-  std::size_t counts_nbytes_ = 0;
+  // With a simulated link: when the bundle in each slot has left, in nanoseconds, and once it is
+  // committed when it arrives. By receiver and slot.
+  std::atomic<std::uint64_t>* due_ = nullptr;
+  std::size_t head_nbytes_ = 0;  // of all but the slots
 };
 
 }  // namespace asyncdiff

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -26,13 +27,26 @@
 
 namespace asyncdiff {
 
-HostFabric::Shared::Shared(Processes all, double deadline_seconds)
+namespace {
+
+constexpr const char* kOneHost =
+    "links are simulated between ranks of one host only: unset ASYNCDIFF_LINK, or pass link='off'";
+
+}  // namespace
+
+HostFabric::Shared::Shared(Processes all, double deadline_seconds,
+                           const std::optional<SimulatedLink>& link)
     : processes(std::move(all)), deadline(deadline_seconds) {
-  agree_on_fabric(processes, "host", "");
+  agree_on_fabric(processes, "host", "", link ? link->describe() : "off");
+  if (link && processes.hosts() > 1) throw InvalidArgument(kOneHost);
   const std::size_t ranks = processes.owners().size();
+  const std::size_t words = ranks * sizeof(std::atomic<std::int32_t>);
+  const std::size_t own = (sizeof(HostControl) + words + alignof(HostControl) - 1) /
+                          alignof(HostControl) * alignof(HostControl);
   memory = allocate(processes.neighbours(), processes.neighbours().members().front(),
-                    sizeof(HostControl) + ranks * sizeof(std::atomic<std::int32_t>));
+                    own + (link ? HostLinks::nbytes(ranks) : 0));
   control = reinterpret_cast<HostControl*>(memory.data);
+  if (link) links.emplace(*link, ranks, memory.data + own);
   processes.on_told([this](const std::string& text) { told(text); });
   processes.on_end([this] { control->changed.notify(); });
   processes.all_listen();
@@ -141,30 +155,31 @@ void HostFabric::Shared::check() const {
   throw Aborted(failure.rank, failure.reason);
 }
 
-HostFabric::HostFabric(int ranks, double deadline_seconds)
+HostFabric::HostFabric(int ranks, double deadline_seconds, std::optional<SimulatedLink> link)
     : Fabric(ranks, deadline_seconds),
-      shared_(std::make_shared<Shared>(Processes(ranks), deadline_seconds)) {}
+      shared_(std::make_shared<Shared>(Processes(ranks), deadline_seconds, link)) {}
 
 HostFabric::HostFabric(std::vector<int> owners, double deadline_seconds,
-                       std::shared_ptr<Rendezvous> rendezvous)
+                       std::shared_ptr<Rendezvous> rendezvous, std::optional<SimulatedLink> link)
     : Fabric(static_cast<int>(owners.size()), deadline_seconds) {
   Processes all(std::move(owners), std::move(rendezvous), deadline());
   if (all.hosts() > 1) {
     throw InvalidArgument("the processes are on " + std::to_string(all.hosts()) +
                           " hosts, and a HostFabric is of one: make_host_fabric() spans them");
   }
-  shared_ = std::make_shared<Shared>(std::move(all), deadline());
+  shared_ = std::make_shared<Shared>(std::move(all), deadline(), link);
 }
 
-HostFabric::HostFabric(Processes all, double deadline_seconds)
+HostFabric::HostFabric(Processes all, double deadline_seconds, std::optional<SimulatedLink> link)
     : Fabric(static_cast<int>(all.owners().size()), deadline_seconds),
-      shared_(std::make_shared<Shared>(std::move(all), deadline())) {}
+      shared_(std::make_shared<Shared>(std::move(all), deadline(), link)) {}
 
 std::shared_ptr<Fabric> make_host_fabric(std::vector<int> owners, double deadline_seconds,
-                                         std::shared_ptr<Rendezvous> rendezvous) {
+                                         std::shared_ptr<Rendezvous> rendezvous,
+                                         std::optional<SimulatedLink> link) {
   check_fabric(static_cast<int>(owners.size()), deadline_seconds);
   Processes all(std::move(owners), std::move(rendezvous), deadline_seconds);
-  const auto here = std::make_shared<HostFabric>(all, deadline_seconds);
+  const auto here = std::make_shared<HostFabric>(all, deadline_seconds, link);
   if (all.hosts() == 1) return here;
   auto network = std::make_shared<SocketNetwork>(here->shared());
   return std::make_shared<SpanningFabric>(here, std::move(network), std::move(all));
@@ -173,9 +188,23 @@ std::shared_ptr<Fabric> make_host_fabric(std::vector<int> owners, double deadlin
 std::map<std::pair<int, int>, std::string> HostFabric::links() const {
   std::map<std::pair<int, int>, std::string> out;
   for (int a = 0; a < ranks(); ++a) {
-    for (int b = 0; b < ranks(); ++b) out[{a, b}] = "memory";
+    for (int b = 0; b < ranks(); ++b) {
+      out[{a, b}] = a != b && shared_->links ? "simulated" : "memory";
+    }
   }
   return out;
+}
+
+std::map<std::pair<int, int>, std::string> HostFabric::link_reasons() const {
+  std::map<std::pair<int, int>, std::string> out;
+  for (const auto& [pair, link] : links()) {
+    if (link == "simulated") out[pair] = simulated_link() + " is simulated over memory";
+  }
+  return out;
+}
+
+std::string HostFabric::simulated_link() const {
+  return shared_->links ? shared_->links->link().describe() : "";
 }
 
 std::shared_ptr<Channel> HostFabric::channel(int sender, const std::vector<int>& receivers,
@@ -213,6 +242,7 @@ void HostFabric::reset(std::uint64_t first_bundle) {
   });
   if (shared_->processes.first_here()) {
     shared_->control->failure.state.store(HostFailure::kNone, std::memory_order_release);
+    if (shared_->links) shared_->links->reset();
   }
   {
     const std::lock_guard lock(shared_->mutex);

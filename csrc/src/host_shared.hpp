@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "asyncdiff/host_fabric.hpp"
 #include "asyncdiff/memory.hpp"
 #include "asyncdiff/processes.hpp"
+#include "host_links.hpp"
 #include "signal.hpp"
 
 namespace asyncdiff {
@@ -59,7 +61,7 @@ struct alignas(128) HostReceiverCounts {
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "processes share these");
 
 struct HostFabric::Shared {
-  Shared(Processes all, double deadline_seconds);
+  Shared(Processes all, double deadline_seconds, const std::optional<SimulatedLink>& link = {});
   ~Shared();
   Shared(const Shared&) = delete;
   Shared& operator=(const Shared&) = delete;
@@ -68,6 +70,7 @@ struct HostFabric::Shared {
   double deadline;
   Buffer memory;  // of control
   HostControl* control = nullptr;
+  std::optional<HostLinks> links;  // where they are simulated; behind control's words
   std::atomic<bool> closed{false};
 
   std::mutex mutex;  // guards counts

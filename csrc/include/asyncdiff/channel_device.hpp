@@ -45,8 +45,9 @@ struct WaitContext {
 struct alignas(128) SenderCounters {
   std::uint64_t begun;
   std::uint64_t committed;
-  unsigned finished;  // blocks of the fused put that is running
-  unsigned failed;    // of WaitContext
+  unsigned finished;   // blocks of the fused put that is running
+  unsigned failed;     // of WaitContext
+  std::uint64_t left;  // with a simulated link: when the last piece has left, ns
 };
 
 // Local to a receiver, in its device memory.

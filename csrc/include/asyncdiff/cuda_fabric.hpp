@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "asyncdiff/fabric.hpp"
 #include "asyncdiff/put_costs.hpp"
 #include "asyncdiff/rendezvous.hpp"
+#include "asyncdiff/simulated_link.hpp"
 
 namespace asyncdiff {
 
@@ -34,8 +36,11 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
  public:
   // devices[r] is the CUDA device index of rank r; entries may repeat. All ranks are in this
   // process. Throws DeviceError for a device that does not exist, and where peer access is demanded
-  // (Transport::kPeer) and does not work.
-  CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport);
+  // (Transport::kPeer) and does not work. With a link, the stream that sends a bundle waits until
+  // it would have arrived by it, and tells the receivers then; no channel is inline. Those who
+  // share a link have even shares of it while they send at the same time.
+  CudaFabric(std::vector<int> devices, double deadline_seconds, Transport transport,
+             std::optional<SimulatedLink> link = {});
 
   // Rank r runs in process owners[r], on that process's device devices[r]. What is collective then
   // is what HostFabric says, and close() of the fabric, too, among all processes. Device memory is
@@ -44,12 +49,13 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   // without it. Throws InvalidArgument where processes are on several hosts: make_cuda_fabric()
   // makes what spans them.
   CudaFabric(std::vector<int> devices, std::vector<int> owners, double deadline_seconds,
-             Transport transport, std::shared_ptr<Rendezvous> rendezvous);
+             Transport transport, std::shared_ptr<Rendezvous> rendezvous,
+             std::optional<SimulatedLink> link = {});
 
   // The same for processes that have met, of which those on other hosts have no part in it: their
   // ranks are ends of no channel.
   CudaFabric(Processes processes, std::vector<int> devices, double deadline_seconds,
-             Transport transport);
+             Transport transport, std::optional<SimulatedLink> link = {});
   ~CudaFabric() override;
 
   const std::vector<int>& devices() const;
@@ -57,6 +63,7 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   std::string kind() const override { return "cuda"; }
   std::map<std::pair<int, int>, std::string> links() const override;
   std::map<std::pair<int, int>, std::string> link_reasons() const override;
+  std::string simulated_link() const override;
   std::shared_ptr<Channel> channel(int sender, const std::vector<int>& receivers,
                                    const Layout& layout, int slots, const std::string& name,
                                    Mode mode = Mode::kAuto) override;
@@ -78,6 +85,8 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
   struct Shared;
 
  private:
+  // Over a simulated link: all at once, the smallest first.
+  void put_by_link(std::vector<Put> puts, Stream stream);
   bool made(const Channel& channel) const override;
   const Processes& processes() const override;
 
@@ -86,11 +95,10 @@ class ASYNCDIFF_EXPORT CudaFabric final : public Fabric {
 
 // The same, whatever hosts the processes are on: a CudaFabric where it is one; else a fabric of
 // which ranks of one host exchange as those of a CudaFabric, and the others by NCCL. Throws
-// NcclError where that is needed and missing.
-ASYNCDIFF_EXPORT std::shared_ptr<Fabric> make_cuda_fabric(std::vector<int> devices,
-                                                          std::vector<int> owners,
-                                                          double deadline_seconds,
-                                                          Transport transport,
-                                                          std::shared_ptr<Rendezvous> rendezvous);
+// NcclError where that is needed and missing, InvalidArgument where a link is to be simulated
+// between hosts.
+ASYNCDIFF_EXPORT std::shared_ptr<Fabric> make_cuda_fabric(
+    std::vector<int> devices, std::vector<int> owners, double deadline_seconds, Transport transport,
+    std::shared_ptr<Rendezvous> rendezvous, std::optional<SimulatedLink> link = {});
 
 }  // namespace asyncdiff

@@ -1,9 +1,11 @@
 // Every environment variable that the library reads.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "asyncdiff/export.hpp"
+#include "asyncdiff/simulated_link.hpp"
 
 namespace asyncdiff::env {
 
@@ -12,6 +14,10 @@ ASYNCDIFF_EXPORT double deadline();
 
 // ASYNCDIFF_TRANSPORT: auto, peer or staged, where the caller does not say. Default auto.
 ASYNCDIFF_EXPORT std::string transport();
+
+// ASYNCDIFF_LINK: the link that ranks are to have in the place of the real one, as
+// simulated_link_from() takes it, where the caller does not say. None where it is not set.
+ASYNCDIFF_EXPORT std::optional<SimulatedLink> link();
 
 // ASYNCDIFF_CACHE: the folder that keeps what was measured on this machine; empty where nothing is
 // to be kept ("off", or no home). Default $XDG_CACHE_HOME/asyncdiff, else ~/.cache/asyncdiff.

@@ -33,10 +33,14 @@ class ASYNCDIFF_EXPORT Fabric {
 
   // How memory of the second rank is written by the first, for every pair: "memory" (the same),
   // "peer" (device to device), "staged" (through pinned host memory), or what connects two hosts,
-  // "sockets" or "nccl".
+  // "sockets" or "nccl"; "simulated" where it is made to look like another link.
   virtual std::map<std::pair<int, int>, std::string> links() const = 0;
   // Why a link is not better than it is, where there is a reason.
   virtual std::map<std::pair<int, int>, std::string> link_reasons() const { return {}; }
+
+  // The link that all pairs of ranks are made to have, as simulated_link_from() takes it; empty
+  // where links are as they are.
+  virtual std::string simulated_link() const { return {}; }
 
   // With several processes it is collective among those that run the ends: any two processes make
   // the calls that they share in the same order. In others it returns at once, a channel that has

@@ -66,6 +66,38 @@ __device__ __forceinline__ unsigned set_relaxed_device(unsigned* address) {
   return before;
 }
 
+// Words of this device that its kernels share: what was there before.
+__device__ __forceinline__ std::uint64_t exchange_device(std::uint64_t* address,
+                                                         std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.exch.relaxed.gpu.global.b64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(address), "l"(value)
+               : "memory");
+  return before;
+}
+
+__device__ __forceinline__ std::uint64_t add_device(std::uint64_t* address, std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(address), "l"(value)
+               : "memory");
+  return before;
+}
+
+// Sets the word if it is what was expected.
+__device__ __forceinline__ std::uint64_t compare_and_swap_device(std::uint64_t* address,
+                                                                 std::uint64_t expected,
+                                                                 std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.cas.relaxed.gpu.global.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(address), "l"(expected), "l"(value)
+               : "memory");
+  return before;
+}
+
 // Programmatic dependent launch (compute capability 9.0 and later): a kernel that was launched so
 // is set up while the one before it in the stream still runs. Here it waits until that one has
 // ended and its memory is visible. Without such a launch, nothing to wait for.

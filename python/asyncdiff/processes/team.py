@@ -78,7 +78,10 @@ class Team:
         member = membership(group, patience)
         try:
             meeting = core.StoreRendezvous(member.store, member.process, member.processes)
-            fabric = core.HostFabric(member.processes, deadline=deadline, rendezvous=meeting)
+            # Of words alone: what is simulated is the way of bundles.
+            fabric = core.HostFabric(
+                member.processes, deadline=deadline, rendezvous=meeting, link="off"
+            )
         except core.InvalidArgument as e:
             raise DeviceError(f"the processes of the group cannot exchange: {e}") from e
         except core.errors.ProcessError as e:

@@ -43,6 +43,26 @@ inline unsigned set_relaxed_device(unsigned* address) {
   return before;
 }
 
+inline std::uint64_t exchange_device(std::uint64_t* address, std::uint64_t value) {
+  on_cpu::machine.yield();
+  const std::uint64_t before = *address;
+  *address = value;
+  return before;
+}
+inline std::uint64_t add_device(std::uint64_t* address, std::uint64_t value) {
+  on_cpu::machine.yield();
+  const std::uint64_t before = *address;
+  *address += value;
+  return before;
+}
+inline std::uint64_t compare_and_swap_device(std::uint64_t* address, std::uint64_t expected,
+                                             std::uint64_t value) {
+  on_cpu::machine.yield();
+  const std::uint64_t before = *address;
+  if (before == expected) *address = value;
+  return before;
+}
+
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_launch() {}
 template <class T>
