@@ -12,6 +12,7 @@ import torch
 
 from .deadline import check_deadline
 from .errors import InputError, PlanError
+from .partition.memory import read_memory
 from .partition.ownership import Split
 from .partition.speeds import read_speeds
 from .progress import Progress
@@ -48,6 +49,10 @@ class ParallelConfig:
         speeds: how fast the ranks' devices are, in any unit, one entry a rank (further ones are for
             devices that are not used): components are cut for that. None: equal devices count as
             equally fast, until their components are timed; of unequal GPUs each kind is measured.
+        memory: what each rank's component may take of its device: bytes, or ``"10GB"`` (10⁹) or
+            ``"9.5GiB"``, for all ranks or a list with an entry for each (further ones are for
+            devices that are not used). The cut is the fastest within that, by what is estimated
+            (docs/guide/memory.md). None: what is free on GPUs.
         time_shift: of ``"asyncdiff"`` only: pass the timestep one index earlier in asynchronous
             steps.
         schedule: ``"asyncdiff"``, as published (Chen et al., NeurIPS 2024); ``"wavefront"``: an
@@ -94,6 +99,7 @@ class ParallelConfig:
     warmup: int | str | AutoWarmup = 1
     split: Split = "auto"
     speeds: Sequence[float] | None = None
+    memory: int | str | Sequence[int | str | None] | None = None
     time_shift: bool = False
     schedule: str = "asyncdiff"
     delay: int | None = None
@@ -120,6 +126,7 @@ class ParallelConfig:
         check_delay(self.delay, self.schedule, self.components)
         check_order(self.order, self.schedule)
         object.__setattr__(self, "speeds", read_speeds(self.speeds))
+        object.__setattr__(self, "memory", read_memory(self.memory))
         self._check_modes()
         check_deadline(self.deadline)
 
@@ -191,6 +198,12 @@ class ParallelConfig:
     def ranks(self) -> int:
         """Ranks of one group: N + S − 1; N in all schedules but the published one."""
         return rank_count(self.components, self.stride, self.schedule)
+
+    def memory_of(self, rank: int) -> int | None:
+        """Bytes that a rank's component may take, where that was said."""
+        if isinstance(self.memory, tuple):
+            return self.memory[rank] if rank < len(self.memory) else None
+        return self.memory  # type: ignore[return-value]  # made of what read_memory returns
 
     @property
     def names(self) -> dict[str, str | None]:

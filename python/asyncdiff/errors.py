@@ -19,6 +19,11 @@ class PartitionError(AsyncDiffError, ValueError):
     """The denoiser cannot be split as asked."""
 
 
+class MemoryLimitError(PartitionError):
+    """No cut of the denoiser fits into the memory that its components may take; the message says
+    how much each would need."""
+
+
 class TokensError(PartitionError):
     """The denoiser's tokens cannot be shared out among ranks; the message says at what it ends."""
 

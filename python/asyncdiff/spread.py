@@ -92,6 +92,8 @@ class Spread(ReadOnlySettings, Locked):
     def _take(self, config: ParallelConfig, places: list[Place]) -> None:
         """Become a denoiser of these settings, without any engine yet."""
         check_entries("speeds", config.speeds, len(places))
+        if isinstance(config.memory, tuple):
+            check_entries("memory", config.memory, len(places))
         devices = [p.device for p in places]
         here = [p.device for p in places if p.process == self._team.process]
         compile = config.compile

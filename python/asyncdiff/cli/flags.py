@@ -44,6 +44,7 @@ _OTHERS = {
     "prompts": "--prompt",
     "ranks": "--ranks",
     "speeds": "--speeds",
+    "memory": "--max-memory",
 }
 #: What is said of Python objects, and what it is called here.
 _PHRASES = (

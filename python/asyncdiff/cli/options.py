@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -140,9 +141,22 @@ class Cards:
         ),
     ] = None
 
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            help="What the ranks' components may take of their devices, as 10GB,22GB (one for all, "
+            "or one a rank). Left out: what is free on GPUs.",
+        ),
+    ] = None
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`asyncdiff.parallelize`, those that were given. Raises InputError."""
         out: dict[str, Any] = {}
+        if self.max_memory is not None:
+            out["memory"] = read_sizes("--max-memory", self.max_memory)
+            if len(out["memory"]) == 1:
+                (out["memory"],) = out["memory"]
         if self.speeds is not None:
             try:
                 out["speeds"] = [float(s) for s in self.speeds.split(",")]
@@ -299,6 +313,14 @@ def read_devices(text: str | None, ranks: int) -> list[str] | None:
     if not all(devices):
         raise DeviceError(f"--devices {text!r} has an empty entry: write cuda:0,cuda:1")
     return devices * ranks if len(devices) == 1 else devices
+
+
+def read_sizes(flag: str, text: str) -> list[str]:
+    """``10GB,22GB`` as a list of sizes. Raises InputError for what is none."""
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(re.fullmatch(r"(?=.*[1-9])[\d.]+ *([KMGT]i?B?|B)?", s, re.I) for s in sizes):
+        raise InputError(f"{flag} {text!r}: write sizes as 10GB,22GB or 9.5GiB")
+    return sizes
 
 
 def read_warmup(text: str) -> int | str:

@@ -94,7 +94,7 @@ class Spread:
 
 
 #: Arguments that go with a quality.
-_BESIDE = ("compile", "speeds")
+_BESIDE = ("compile", "speeds", "memory")
 
 
 def usable(text: str | None) -> list[str]:

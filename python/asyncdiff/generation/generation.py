@@ -17,6 +17,7 @@ from ..graph.writes import Seen, Writes
 from ..phases import Spent
 from ..processes.team import Team
 from ..runtime.cfg_parallel import Groups
+from ..runtime.devices import peak_of
 from ..runtime.engine import Engine
 from ..runtime.step import READY_NOW, Ready, Time
 from ..sampling.auto_warmup import Drift
@@ -26,7 +27,7 @@ from ..sampling.predictor import LatePredictor, Line, Predictor, default_order
 from ..schedule.actions import NOTHING, Tick
 from ..schedule.plan import Plan
 from .phases import Phase, plan_of
-from .report import GenerationReport
+from .report import GenerationReport, on_each_device
 
 
 class Generation:
@@ -257,6 +258,7 @@ class Generation:
             compile_s=engine.compile_s,
             settings=self.spec.config.to_dict(),
             speeds=list(engine.partition.speeds),
+            memory=_memory(self.engines),
         )
 
     @property
@@ -267,6 +269,29 @@ class Generation:
     def engines(self) -> list[Engine | Groups]:
         """Every engine once; none before the first step."""
         return list({id(p.engine): p.engine for p in self._phases}.values())
+
+
+def _memory(engines: Sequence[Engine | Groups]) -> list[dict[str, Any]]:
+    """What engines need of each device, and what torch has had there."""
+    every = [e for each in engines for e in (each.engines if isinstance(each, Groups) else [each])]
+    entries: list[list[dict[str, Any]]] = []
+    for engine in every:
+        uses, mine = engine.partition.memory(), []
+        for rank, place in enumerate(engine.places):
+            use = uses[min(rank, len(uses) - 1)]
+            own = place.process == engine.team.process
+            mine.append(
+                {
+                    "device": str(place) if own else f"{place} of process {place.process}",
+                    "weights_bytes": use.weights,
+                    "estimated_bytes": use.total,
+                    "peak_bytes": peak_of(place.device) if own else None,
+                }
+            )
+        # Ranks of one device have other weights each, but for the copies of a stride.
+        count = len(engine.partition.components)
+        entries.append(on_each_device([mine[:count]], shared=False) + mine[count:])
+    return on_each_device(entries, shared=True)
 
 
 def predictor_of(spec: GenerationSpec, clean: CleanImage, plan: Plan) -> Predictor:

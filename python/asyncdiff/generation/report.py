@@ -23,7 +23,10 @@ class GenerationReport:
     the part of the exchange that computation did not hide (None if not measured). ``settings`` are
     those of :class:`asyncdiff.ParallelConfig`. ``branches`` are the denoiser's calls in a step:
     ticks and bytes are those of all of them. ``speeds``: how fast each component's device is, 1 the
-    fastest, as the cut takes them to be.
+    fastest, as the cut takes them to be. ``memory``: of each device its ``device``, the
+    ``weights_bytes`` of its components, the ``estimated_bytes`` of all that they need
+    (docs/guide/memory.md), and the ``peak_bytes`` that torch has had there in this process, with
+    all else in it, also while it prepared (None on CPUs and in other processes).
     """
 
     components: int
@@ -45,6 +48,7 @@ class GenerationReport:
     settings: dict[str, Any]
     branches: int = 1
     speeds: list[float] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -63,6 +67,7 @@ class GenerationReport:
             f"({self.exchange_bytes_per_tick / 2**20:.2f} MiB a tick), exposed {exposed}; "
             f"prepared in {self.prepare_s:.1f} s{by_phase(self.prepare_phases, ' in all')}"
             + in_percent(self.speeds)
+            + _at_most(self.memory)
         )
 
 
@@ -78,6 +83,30 @@ def in_percent(speeds: Sequence[float]) -> str:
     if len(set(speeds)) < 2:
         return ""
     return f"; devices at {', '.join(f'{100 * s:.0f}' for s in speeds)} % of the fastest"
+
+
+def _at_most(memory: Sequence[Mapping[str, Any]]) -> str:
+    """Peaks of memory in words, where they are known."""
+    told = [f"{m['peak_bytes'] / 1e9:.2f} GB of {m['device']}" for m in memory if m["peak_bytes"]]
+    return f"; at most {', '.join(told)}" if told else ""
+
+
+def on_each_device(
+    lists: Sequence[Sequence[Mapping[str, Any]]], shared: bool
+) -> list[dict[str, Any]]:
+    """What several need of each device, whose weights are ``shared`` or not."""
+    out: dict[str, dict[str, Any]] = {}
+    for entry in (entry for entries in lists for entry in entries):
+        known = out.get(entry["device"])
+        if known is None:
+            out[entry["device"]] = dict(entry)
+            continue
+        weights = known["weights_bytes"], entry["weights_bytes"]
+        known["weights_bytes"] = max(weights) if shared else sum(weights)
+        known["estimated_bytes"] += entry["estimated_bytes"] - sum(weights) + known["weights_bytes"]
+        peaks = [p for p in (known["peak_bytes"], entry["peak_bytes"]) if p is not None]
+        known["peak_bytes"] = max(peaks, default=None)
+    return list(out.values())
 
 
 def sum_of_phases(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -101,6 +130,7 @@ def in_turn(reports: Sequence[GenerationReport]) -> GenerationReport | None:
         exchange_bytes=sum(r.exchange_bytes for r in reports),
         exposed_ms=sum(known) if known else None,
         compile_s=sum(r.compile_s for r in reports),
+        memory=on_each_device([r.memory for r in reports], shared=False),
     )
 
 
@@ -127,4 +157,5 @@ def of_branches(reports: list[GenerationReport]) -> GenerationReport:
         cuda_graphs=all(r.cuda_graphs for r in reports),
         compiled=all(r.compiled for r in reports),
         compile_s=sum(r.compile_s for r in reports),
+        memory=on_each_device([r.memory for r in reports], shared=True),
     )

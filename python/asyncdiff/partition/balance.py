@@ -25,15 +25,18 @@ def cut(
     bytes_per_ms: float,
     copies: int = 1,
     each: Sequence[Sequence[float]] = (),
-) -> list[int]:
+    room: Sequence[np.ndarray | None] = (),
+) -> list[int] | None:
     """Positions p_1 < … < p_{N−1}: component i owns nodes p_i … p_{i+1}−1.
 
     ``ms[v]`` is the time of node v, ``nbytes[v]`` the size of its value (0 if it never crosses),
     ``last_use[v]`` the position of the last node that reads it. ``copies`` is how many ranks run
     the last component: its predecessor sends all it has to each of them. (What earlier ones send
     there counts once: it leaves early.) ``each``: times of the nodes by component, in the place of
-    ``ms``, where components run on unequal devices. Time O(M² N) in numpy for M nodes.
-    Raises PartitionError if there are fewer nodes than components.
+    ``ms``, where components run on unequal devices. ``room``: by component [a, b], whether it may
+    have nodes a … b−1 (None: it may have any). Time O(M² N) in numpy for M nodes.
+    None where there is no room for any cut. Raises PartitionError if there are fewer nodes than
+    components.
     """
     count = len(ms)
     if components > count:
@@ -51,6 +54,25 @@ def cut(
         return known[key]
 
     by_index = [of(index) for index in range(components)]
+    for index, allowed in enumerate(room):
+        if allowed is not None:
+            by_index[index] = np.where(allowed, by_index[index], np.inf)
+    return _best(by_index)
+
+
+def least(need: np.ndarray, limits: Sequence[float | None]) -> list[int]:
+    """Positions of the cut under which the component that exceeds its limit most, as a share of it,
+    exceeds it least; ``need[a, b]`` is what one of nodes a … b−1 needs."""
+    count = len(need) - 1
+    empty = np.tri(count + 1, dtype=bool)
+    by_index = [np.where(empty, np.inf, need / (limit or need.max())) for limit in limits]
+    return _best(by_index) or []
+
+
+def _best(by_index: Sequence[np.ndarray]) -> list[int] | None:
+    """Positions of the cut whose dearest component is cheapest, by [a, b], what each costs with
+    nodes a … b−1; None where all are infinite."""
+    count = len(by_index[0]) - 1
     best = by_index[0][0]  # best[b]: slowest component over nodes 0 … b−1 with n components
     choices = []
     for costs in by_index[1:]:
@@ -58,6 +80,8 @@ def cut(
         choice = worst.argmin(axis=0)
         best = worst[choice, np.arange(count + 1)]
         choices.append(choice)
+    if not np.isfinite(best[count]):
+        return None
     cuts = []
     end = count
     for choice in reversed(choices):

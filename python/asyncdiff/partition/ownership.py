@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from ..errors import PartitionError
 from ..graph.capture import Captured, nbytes_of
-from .balance import cut
+from .balance import cut, least
 from .cost import Costs
+from .memory import Limits, Needs, no_room
 
 Owners = dict[fx.Node, int]
 
@@ -32,10 +35,16 @@ def unit_of(node: fx.Node) -> fx.Node:
 
 
 def balanced(
-    captured: Captured, costs: Costs, components: int, bytes_per_ms: float, copies: int = 1
+    captured: Captured,
+    costs: Costs,
+    components: int,
+    bytes_per_ms: float,
+    copies: int = 1,
+    limits: Limits | None = None,
 ) -> list[str]:
     """Names of the N−1 nodes at which components 1 … N−1 begin, by the exact optimum of
-    :mod:`asyncdiff.balance`."""
+    :mod:`asyncdiff.balance` within ``limits`` of memory. Raises MemoryLimitError, which names the
+    cut that is closest to them, where none is."""
     owned = units(captured)
     position = {n: i for i, n in enumerate(owned)}
     last_use = list(range(len(owned)))
@@ -57,7 +66,15 @@ def balanced(
     tables = {id(t): _by_unit(captured, owned, t) for t in (costs.ms, *costs.each)}
     each = [tables[id(costs.on(i))] for i in range(components)] if costs.each else []
     ms = tables[id(costs.ms)]
-    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies, each)
+    room: list[Any] = []
+    if limits is not None and any(limit is not None for limit in limits.each):
+        need = Needs(captured, owned, limits).matrix(limits)
+        room = [None if limit is None else need <= limit for limit in limits.each]
+    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies, each, room)
+    if starts is None:
+        assert limits is not None
+        edges = [0, *least(need, limits.each), len(owned)]
+        raise no_room([need[a, b] for a, b in itertools.pairwise(edges)], limits)
     return [owned[p].name for p in starts]
 
 

@@ -14,6 +14,7 @@ from ..graph.layers.quantized import plain
 from ..graph.program import build
 from ..schedule.plan import Exchange
 from .cost import Costs, estimate
+from .memory import Limits, Use, of_nodes
 from .ownership import Owners, Split, balanced, by_cuts, by_modules
 from .report import BoundaryReport, ComponentReport, PartitionReport
 from .speeds import relative
@@ -50,7 +51,8 @@ class Component:
 class Partition:
     """Components, boundaries between them, and the order in which an exact step runs them.
     ``settled``: its components were timed, and it was found that no other cut is better.
-    ``speeds``: how fast each component's device is, 1 the fastest; made of the costs, if empty."""
+    ``speeds``: how fast each component's device is, 1 the fastest; made of the costs, if empty.
+    ``limits``: of its memory, and how that is counted."""
 
     captured: Captured
     components: list[Component]
@@ -60,6 +62,9 @@ class Partition:
     costs: Costs | None = None
     settled: bool = False
     speeds: list[float] = field(default_factory=list)
+    limits: Limits | None = None
+    #: what components need, and by which limits that was counted
+    _uses: tuple[Limits | None, list[Use]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.speeds and self.costs is not None:
@@ -69,6 +74,25 @@ class Partition:
     def exchanges(self) -> tuple[Exchange, ...]:
         """The boundaries as a plan knows them."""
         return tuple(Exchange(i, j) for i, j in self.boundaries)
+
+    def memory(self) -> list[Use]:
+        """What each component needs, estimated (:mod:`asyncdiff.partition.memory`)."""
+        if self._uses is None or self._uses[0] != self.limits:
+            self._uses = self.limits, self._memory()
+        return list(self._uses[1])
+
+    def _memory(self) -> list[Use]:
+        return [
+            of_nodes(
+                self.captured,
+                c.nodes,
+                c.weights,
+                sum(b.nbytes for b in c.reads),
+                c.inputs,
+                self.limits,
+            )
+            for c in self.components
+        ]
 
     def program(
         self,
@@ -120,7 +144,12 @@ class Partition:
             tail = sum(nbytes_of(v) for v in b.values if v is last)
             boundaries.append(BoundaryReport(i, j, b.nbytes, len(b.values), tail))
         return PartitionReport(
-            components, boundaries, costs.source, self.cuts, speeds=list(self.speeds)
+            components,
+            boundaries,
+            costs.source,
+            self.cuts,
+            speeds=list(self.speeds),
+            memory=self.memory(),
         )
 
 
@@ -132,18 +161,21 @@ def partition(
     costs: Costs | None = None,
     bytes_per_ms: float = 3e8,
     copies: int = 1,
+    limits: Limits | None = None,
 ) -> Partition:
     """Split ``captured`` into ``components`` parts.
 
     ``split`` is ``"auto"`` (the cut that makes the slowest component fastest under ``costs``,
     estimated ones if None), lists of module paths, or node names at which components begin.
     ``bytes_per_ms`` is the speed of the links, ``copies`` how many ranks run the last component
-    (as many as the stride). Raises PartitionError where that cannot be done.
+    (as many as the stride). ``limits``: bytes that components may need, within which the cut is the
+    fastest; a given one is not checked. Raises PartitionError where that cannot be done, for memory
+    MemoryLimitError.
     """
     cuts: tuple[str, ...] | None = None
     if isinstance(split, str):
         costs = costs or estimate(captured)
-        cuts = tuple(balanced(captured, costs, components, bytes_per_ms, copies))
+        cuts = tuple(balanced(captured, costs, components, bytes_per_ms, copies, limits))
         owners = by_cuts(captured, cuts)
     elif all(isinstance(s, str) for s in split):
         cuts = tuple(str(s) for s in split)
@@ -171,7 +203,7 @@ def partition(
         parts[i].sends.append(boundary)
         parts[j].reads.append(boundary)
     order = _exact_order(parts, outputs)
-    return Partition(captured, parts, boundaries, order, cuts, costs)
+    return Partition(captured, parts, boundaries, order, cuts, costs, limits=limits)
 
 
 def _close(

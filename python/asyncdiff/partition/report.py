@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .memory import Use
+
 
 @dataclass(frozen=True)
 class ComponentReport:
@@ -37,7 +39,8 @@ class PartitionReport:
     given as ``split``, make the same partition again (None for a split by module paths).
     ``whole_ms``: milliseconds of the whole denoiser on one device, where components repeat so much
     of each other's work that it is not their sum (None: it is). ``speeds``: how fast each
-    component's device is, 1 the fastest; all 1 where devices are taken to be alike."""
+    component's device is, 1 the fastest; all 1 where devices are taken to be alike. ``memory``:
+    what each component needs, estimated; of tokens that are shared out, for all tokens."""
 
     components: list[ComponentReport]
     boundaries: list[BoundaryReport]
@@ -45,10 +48,11 @@ class PartitionReport:
     cuts: tuple[str, ...] | None
     whole_ms: float | None = None
     speeds: list[float] = field(default_factory=list)
+    memory: list[Use] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return asdict(self) | {"memory": [use.to_dict() for use in self.memory]}
 
     def __str__(self) -> str:
         slowest = max(c.ms for c in self.components)
@@ -63,6 +67,7 @@ class PartitionReport:
         if len(set(self.speeds)) > 1:
             told = ", ".join(f"{i} at {100 * s:.0f} %" for i, s in enumerate(self.speeds))
             rows.append(f"speeds of the components' devices: {told}")
+        rows += [f"memory of component {i}, estimated: {use}" for i, use in enumerate(self.memory)]
         for b in self.boundaries:
             rows.append(
                 f"{b.source} -> {b.target}: {b.tensors} tensors, {b.bytes / 2**20:.2f} MiB "

@@ -61,7 +61,7 @@ class Shards(Partition):
             paths = [p for p in map(self.captured.module_path, run) if p] or [""]
             reports.append(ComponentReport(len(run), ms, macs, weights, paths[0], paths[-1]))
         whole = sum(costs.ms[n] for n in run)
-        return PartitionReport(reports, [], costs.source, None, whole)
+        return PartitionReport(reports, [], costs.source, None, whole, memory=self.memory())
 
 
 def shards(captured: Captured, ranks: int, costs: Costs | None = None) -> Shards:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import ParallelConfig
+from ..errors import MemoryLimitError
 from ..graph.capture import Captured, capture
 from ..graph.signature import Call
 from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
 from ..partition.cost import Costs, count_macs, estimate, fused, link_speed, measure
+from ..partition.memory import Limits, no_room
 from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
 from ..partition.shards import Shards, shards
@@ -27,9 +32,12 @@ from ..preparation.sizes import Sizes
 from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
 from ..quiet import undisturbed
-from .devices import Place
+from ..schedule.plan import Exchange, ring
+from .devices import Place, room_on
 from .exchange.link_speed import between_processes
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
+
+log = logging.getLogger("asyncdiff")
 
 #: A cut, and the milliseconds of its components.
 Timed = tuple[Partition, list[float]]
@@ -53,6 +61,8 @@ class Cutter:
         self._places = list(places)
         self._sizes, self._state, self._exporting = Sizes(module), state, exporting
         self._bytes_per_ms: float | None = None
+        #: bytes that are free for each rank, once that was looked at
+        self._free: list[int | None] | None = None
 
     def first(
         self, call: Call, components: int, copies: int, like: Partition | None = None
@@ -71,6 +81,7 @@ class Cutter:
                 split = list(like.cuts)
         speed = self.speed()
         kept = self._kept(captured, components, copies)
+        limits = self._limits(components, copies)
         measured = split == "auto" and components > 1
         kinds: dict[str, Costs] = {}
         if measured and self._unequal and not self._known(kept):
@@ -83,16 +94,34 @@ class Cutter:
             elif self._config.speeds is not None:
                 ranks = runners(components, copies, len(self._places))
                 costs = at_speeds(estimate(captured), self._config.speeds, ranks)
+            return self._within(limits, lambda room: parted(costs, room))
+
+        def parted(costs: Costs | None, room: Limits | None) -> Partition:
             with phase("cut"):
                 return partition(
-                    captured, components, split, costs=costs, bytes_per_ms=speed, copies=copies
+                    captured,
+                    components,
+                    split,
+                    costs=costs,
+                    bytes_per_ms=speed,
+                    copies=copies,
+                    limits=room,
                 )
 
+        def found() -> Partition:
+            """The one that is kept, unless there is less memory now."""
+            parts = kept().get(cut)
+            parts.limits = limits
+            if limits is None or not limits.over(parts.memory()):
+                return parts
+            return self._within(limits, lambda room: parted(parts.costs, room))
+
         if isinstance(split, str):
-            made = self._alike(captured, (lambda: kept().get(cut)) if measured else cut)
+            made = self._alike(captured, found if measured else cut, limits=limits)
             assert made is not None
             return made
         made = cut()
+        self._fits(made, limits)
         self._team.agree("cut the denoiser", lambda: of_partition(made))
         return made
 
@@ -104,7 +133,10 @@ class Cutter:
         if known and isinstance(like, Shards) and len(like.components) == ranks:
             return like
         with phase("cut"):
-            return shards(captured, ranks)
+            made = shards(captured, ranks)
+        each = tuple(self._config.memory_of(rank) for rank in range(ranks))
+        self._fits(made, Limits(each, runs=False))
+        return made
 
     def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
         """What to make in place of the last of the cuts whose components were timed; None to keep
@@ -113,15 +145,84 @@ class Cutter:
         known, speed = [parts for parts, _ in timed], self.speed()
         kept = self._kept(known[0].captured, len(known[0].components), copies)
 
+        limits = self._limits(len(known[0].components), copies)
+
         def decide() -> Partition | None:
-            better = next_cut(timed, speed, copies, worth)
+            better = next_cut(timed, speed, copies, worth, limits)
             last = known[-1] if better is None else better
             if any(last is parts for parts in known):  # nothing is timed after this one
                 last.settled = True
                 kept().keep(last)
             return better
 
-        return self._alike(known[0].captured, decide, known)
+        return self._alike(known[0].captured, decide, known, limits)
+
+    # ---- memory ------------------------------------------------------------------------------
+
+    def _limits(self, components: int, copies: int) -> Limits:
+        """What each component may need: what was said, else what is free on the devices of its
+        ranks."""
+        config = self._config
+        said = [config.memory_of(rank) for rank in range(len(self._places))]
+        room = self._room() if None in said else said
+        by_rank = [b if a is None else a for a, b in zip(said, room, strict=True)]
+        each: list[int | None] = []
+        for ranks in runners(components, copies, len(self._places)):
+            known = [room for room in (by_rank[rank] for rank in ranks) if room is not None]
+            each.append(min(known, default=None))
+        edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]
+        slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
+        engines = components if config.schedule == "pipeline" else 1
+        return Limits(tuple(each), slots, engines, free=config.memory is None)
+
+    def _room(self) -> list[int | None]:
+        """Bytes that are free for each rank, looked at before the first cut. Collective."""
+        if self._free is None:
+            units = [p.unit for p in self._places]
+            if self._places[0].device.type != "cuda":
+                self._free = [None] * len(units)
+                return self._free
+
+            def mine() -> list[int | None]:
+                here = [p.device for p in self._places if p.process == self._team.process]
+                return [self._room_on(device) for device in here]
+
+            found = [room for of in self._team.together("look at memory", mine) for room in of]
+            # Ranks that share a device share what is free, nobody knows how.
+            self._free = [
+                room if units.count(unit) == 1 else None
+                for room, unit in zip(found, units, strict=True)
+            ]
+        return self._free
+
+    def _room_on(self, device: torch.device) -> int | None:
+        room = room_on(device)
+        # What the denoiser itself has there is what a component takes.
+        own = [*self._module.parameters(), *self._module.buffers()]
+        return room and room + sum(w.nbytes for w in own if w.device == device)
+
+    def _within(self, limits: Limits, cut: Callable[[Limits], Partition]) -> Partition:
+        """What ``cut`` makes within these limits. What is free may do though estimated activations
+        say that it does not: then weights and mailboxes alone decide. Raises MemoryLimitError."""
+        try:
+            return cut(limits)
+        except MemoryLimitError as e:
+            if not limits.free:
+                raise
+            told = e
+        made = cut(replace(limits, runs=False))
+        made.limits = limits
+        log.warning("memory may not suffice: %s", told)
+        return made
+
+    def _fits(self, parts: Partition, limits: Limits) -> None:
+        """Raise MemoryLimitError where what was given does not fit into what the user allows."""
+        parts.limits = limits
+        uses = parts.memory()
+        if not limits.free and limits.over(uses):
+            raise no_room([u.total for u in uses], limits, "cut as given they need")
+
+    # ---- times -------------------------------------------------------------------------------
 
     @property
     def _unequal(self) -> bool:
@@ -179,7 +280,7 @@ class Cutter:
         devices = [p.device for p in self._places if p.process == self._team.process]
         units = [f"{p.unit} of host {p.host}" for p in self._places]
         compiled = "regions" if self._config.compile is True else self._config.compile or False
-        settings: list[Any] = [compiled, self._config.speeds]
+        settings: list[Any] = [compiled, self._config.speeds, self._config.memory]
         if len({p.kind for p in self._places}) > 1:
             settings.append([p.kind for p in self._places])
         return functools.cache(
@@ -214,6 +315,7 @@ class Cutter:
         captured: Captured,
         cut: Callable[[], Partition | None],
         known: Sequence[Partition] = (),
+        limits: Limits | None = None,
     ) -> Partition | None:
         """What ``cut`` returns in process 0, in all; of the ``known`` ones, that which it was."""
         made: list[Partition | None] = []
@@ -232,7 +334,7 @@ class Cutter:
             made = [next(same, None) or partition(captured, len(cuts) + 1, cuts or "estimate")]
         parts = made[0]
         assert parts is not None
-        parts.settled, parts.speeds = settled, speeds
+        parts.settled, parts.speeds, parts.limits = settled, speeds, limits
         self._team.agree("cut the denoiser", lambda: of_partition(parts))
         return parts
 

@@ -233,6 +233,26 @@ def _check_cuda(devices: Sequence[torch.device]) -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
+#: The share of what is free on a GPU that components may take: libraries take some for themselves,
+#: and an allocator cannot use everything.
+_USABLE = 0.92
+
+
+def room_on(device: torch.device) -> int | None:
+    """Bytes that components may take of a device, in which what torch keeps and does not use counts
+    as free; None on CPUs, whose memory is everybody's."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_USABLE * (free + unused))
+
+
+def peak_of(device: torch.device) -> int | None:
+    """The most bytes that torch's tensors have taken of a GPU; None of a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def collect() -> None:
     """Give back what closed engines had: programs refer to themselves, and torch keeps memory."""
     gc.collect()

@@ -22,6 +22,7 @@ from ..errors import PartitionError, ProcessError
 from ..graph.capture import Captured
 from ..memory import out_of_memory
 from ..partition.cost import Costs
+from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
 from ..phases import phase
 from ..quiet import undisturbed
@@ -163,6 +164,7 @@ def next_cut(
     bytes_per_ms: float,
     copies: int = 1,
     worth: float = WORTH,
+    limits: Limits | None = None,
 ) -> Partition | None:
     """What to make in place of the last of the splits that were ``timed``, with the milliseconds of
     their components; None to keep it. See :func:`recut`; of a slower cut, back to the best one.
@@ -171,7 +173,9 @@ def next_cut(
     best, fastest = min(timed, key=lambda t: max(t[1]))
     if max(fastest) < max(times):
         return best
-    return recut(parts, times, bytes_per_ms, copies, worth) if len(timed) <= CUTS else None
+    if len(timed) > CUTS:
+        return None
+    return recut(parts, times, bytes_per_ms, copies, worth, limits)
 
 
 def recut(
@@ -180,11 +184,12 @@ def recut(
     bytes_per_ms: float,
     copies: int = 1,
     worth: float = WORTH,
+    limits: Limits | None = None,
 ) -> Partition | None:
     """The split under costs that ``times``, milliseconds by component, have corrected.
 
     None where the slowest component is not expected to become faster by the share ``worth``.
-    ``parts`` is an automatic split; ``bytes_per_ms`` and ``copies`` are those of
+    ``parts`` is an automatic split; ``bytes_per_ms``, ``copies`` and ``limits`` are those of
     :func:`~asyncdiff.partition.partition.partition`.
     """
     assert parts.costs is not None
@@ -195,7 +200,12 @@ def recut(
     count = len(parts.components)
     try:
         new = partition(
-            parts.captured, count, costs=costs, bytes_per_ms=bytes_per_ms, copies=copies
+            parts.captured,
+            count,
+            costs=costs,
+            bytes_per_ms=bytes_per_ms,
+            copies=copies,
+            limits=limits,
         )
     except PartitionError:  # the split that there is works
         return None

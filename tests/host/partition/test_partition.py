@@ -164,6 +164,7 @@ def test_the_cut_is_the_best_of_all(data: st.DataObject) -> None:
 
     best = min(slowest(c) for c in itertools.combinations(range(1, count), parts - 1))
     got = cut(ms, nbytes, last_use, parts, 1.0, copies)
+    assert got is not None
     assert slowest(tuple(got)) == pytest.approx(best)
 
 

@@ -45,6 +45,7 @@ def test_the_cut_is_the_best_of_all(data: st.DataObject) -> None:
 
     best = min(slowest(c) for c in itertools.combinations(range(1, count), parts - 1))
     got = cut([0.0] * count, [0] * count, last, parts, 1.0, 1, each)
+    assert got is not None
     assert slowest(tuple(got)) == best
 
 

@@ -116,9 +116,7 @@ class AutoSettings:
             clean = "the denoiser has several latents, which waves do not serve"
         elif is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]]):
             clean = "parts of the denoiser's input have times of their own"
-        room = denoiser.team.every(
-            "choose settings", lambda: whole and _has_room(denoiser, self._own, self._room)
-        )
+        room = denoiser.team.every("choose settings", lambda: whole and self._has_room(denoiser))
         tokens = room and call.signature not in self._no_tokens and not several
         return Task(
             devices=len(self._devices),
@@ -128,6 +126,19 @@ class AutoSettings:
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=room,
             tokens=tokens and self._serves_tokens(denoiser),
+        )
+
+    def _has_room(self, denoiser: AsyncDenoiser) -> bool:
+        """Whether each device may hold the whole denoiser: in what the user allows, and a share of
+        its memory at most."""
+        weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
+        size = sum(part.nbytes for w in weights for part in parts_of(w))
+        said = [self._base.memory_of(rank) for rank in range(len(self._devices))]
+        if any(limit is not None and size > limit for limit in said):
+            return False
+        gpus = [d for d in self._own if d.type == "cuda"]
+        return all(
+            size < self._room * torch.cuda.get_device_properties(d).total_memory for d in gpus
         )
 
     def _serves_tokens(self, denoiser: AsyncDenoiser) -> bool:
@@ -152,11 +163,3 @@ def _length(clean: CleanImage) -> float:
     """The median length of steps in log-SNR."""
     gaps = [abs(b - a) for a, b in itertools.pairwise(clean.log_snr)]
     return median(gaps) if gaps else 0.0
-
-
-def _has_room(denoiser: AsyncDenoiser, devices: list[torch.device], share: float) -> bool:
-    """Whether each device may hold the whole denoiser, in this share of its memory at most."""
-    weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
-    size = sum(part.nbytes for w in weights for part in parts_of(w))
-    room = [torch.cuda.get_device_properties(d).total_memory for d in devices if d.type == "cuda"]
-    return all(size < share * r for r in room)

@@ -24,6 +24,7 @@ from ...graph.signature import parse
 from ...launcher import warn_of_processes
 from ...partition.cost import estimate
 from ...partition.cost import measure as measure_costs
+from ...partition.memory import Limits
 from ...partition.ownership import Split, check_split_argument
 from ...partition.partition import Partition, partition
 from ...partition.shards import shards
@@ -214,6 +215,7 @@ def plan_partition(
     copies: int = 1,
     tokens: bool = False,
     speeds: Sequence[float] | None = None,
+    memory: int | str | Sequence[int | str | None] | None = None,
 ) -> Partition:
     """How a pipeline's denoiser would be split, without running the pipeline.
 
@@ -223,7 +225,7 @@ def plan_partition(
     ``height`` × ``width`` pixels (default: the denoiser's own size). ``measure``: time the nodes
     on ``device`` (default: there where the denoiser is, unless that is the meta device).
     ``copies``: ranks that run the last component, as many as the stride but for waves.
-    ``speeds``: how fast the ranks' devices are, one entry a rank.
+    ``speeds`` and ``memory``: of the ranks' devices, as in :class:`asyncdiff.ParallelConfig`.
     ``tokens``: not split, but with its tokens shared out among so many ranks. Raises TokensError
     where they cannot be.
     """
@@ -246,4 +248,10 @@ def plan_partition(
         ranks = components + copies - 1
         check_entries("speeds", speeds, ranks)
         costs = at_speeds(costs or estimate(captured), speeds, runners(components, copies, ranks))
-    return partition(captured, components, split, costs=costs, copies=copies)
+    limits = None
+    if memory is not None:
+        allowed = ParallelConfig(memory=memory).memory_of
+        running = runners(components, copies, components + copies - 1)
+        each = (min(filter(None, map(allowed, mine)), default=None) for mine in running)
+        limits = Limits(tuple(each))
+    return partition(captured, components, split, costs=costs, copies=copies, limits=limits)
