@@ -56,15 +56,16 @@ def links(member: Member) -> dict[str, Any]:
 
     denoiser = AsyncDenoiser(toy(), group=member.group(), components=3, deadline=20, **ESTIMATE)
     speeds = []
-    measured = cutting.between_processes
+    measured = cutting.engine_links
 
-    def between(*args: Any) -> float:
-        speeds.append(measured(*args))
-        assert args[0].host != args[1].host
-        return speeds[-1]
+    def between(places: Any, team: Any) -> Any:
+        found = measured(places, team)
+        assert found.pairs and all(places[a].host != places[b].host for a, b in found.pairs)
+        speeds.append(found.bytes_per_ms)
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "between_processes", between)
+        patch.setattr(cutting, "engine_links", between)
         generate(denoiser)
     (kept,) = denoiser._engines._kept.values()
     (engine,) = kept.engines

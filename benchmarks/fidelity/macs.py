@@ -13,6 +13,7 @@ from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
 from asyncdiff.integrations.diffusers.denoisers import find_denoiser
 from asyncdiff.partition.cost import Costs, count_macs
+from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Partition, partition
 
 _captured: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Captured, Costs]]
@@ -38,7 +39,7 @@ def total(pipe: Any) -> int:
 def balanced(pipe: Any, components: int) -> Partition:
     """The denoiser split so that the largest component has as few MACs as possible."""
     captured, costs = _of(pipe)
-    return partition(captured, components, "auto", costs=costs, bytes_per_ms=float("inf"))
+    return partition(captured, components, "auto", costs=costs, links=Links.alike(float("inf")))
 
 
 def within(pipe: Any, paths: Sequence[str]) -> int:

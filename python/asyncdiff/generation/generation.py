@@ -17,7 +17,7 @@ from ..graph.writes import Seen, Writes
 from ..phases import Spent
 from ..processes.team import Team
 from ..runtime.cfg_parallel import Groups
-from ..runtime.devices import peak_of
+from ..runtime.devices import peak_of, simulated_link
 from ..runtime.engine import Engine
 from ..runtime.step import READY_NOW, Ready, Time
 from ..sampling.auto_warmup import Drift
@@ -259,6 +259,7 @@ class Generation:
             settings=self.spec.config.to_dict(),
             speeds=list(engine.partition.speeds),
             memory=_memory(self.engines),
+            simulated_link=simulated_link(),
         )
 
     @property

@@ -27,6 +27,8 @@ class GenerationReport:
     ``weights_bytes`` of its components, the ``estimated_bytes`` of all that they need
     (docs/guide/memory.md), and the ``peak_bytes`` that torch has had there in this process, with
     all else in it, also while it prepared (None on CPUs and in other processes).
+    ``simulated_link``: the link that ranks were made to have (``ASYNCDIFF_LINK``), None where links
+    were as they are.
     """
 
     components: int
@@ -49,6 +51,7 @@ class GenerationReport:
     branches: int = 1
     speeds: list[float] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    simulated_link: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -68,6 +71,7 @@ class GenerationReport:
             f"prepared in {self.prepare_s:.1f} s{by_phase(self.prepare_phases, ' in all')}"
             + in_percent(self.speeds)
             + _at_most(self.memory)
+            + (f"; links simulated: {self.simulated_link}" if self.simulated_link else "")
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import PartitionError
+from .links import Link, Links
 
 #: Milliseconds charged for each millisecond of exchange that is hidden behind compute: between
 #: cuts that are otherwise alike, the one with fewer bytes wins.
@@ -22,7 +23,7 @@ def cut(
     nbytes: Sequence[int],
     last_use: Sequence[int],
     components: int,
-    bytes_per_ms: float,
+    links: Links,
     copies: int = 1,
     each: Sequence[Sequence[float]] = (),
     room: Sequence[np.ndarray | None] = (),
@@ -32,9 +33,10 @@ def cut(
     ``ms[v]`` is the time of node v, ``nbytes[v]`` the size of its value (0 if it never crosses),
     ``last_use[v]`` the position of the last node that reads it. ``copies`` is how many ranks run
     the last component: its predecessor sends all it has to each of them. (What earlier ones send
-    there counts once: it leaves early.) ``each``: times of the nodes by component, in the place of
-    ``ms``, where components run on unequal devices. ``room``: by component [a, b], whether it may
-    have nodes a … b−1 (None: it may have any). Time O(M² N) in numpy for M nodes.
+    there counts once: it leaves early.) ``links`` are those between ranks. ``each``: times of the
+    nodes by component, in the place of ``ms``, where components run on unequal devices. ``room``:
+    by component [a, b], whether it may have nodes a … b−1 (None: it may have any). Time O(M² N) in
+    numpy for M nodes.
     None where there is no room for any cut. Raises PartitionError if there are fewer nodes than
     components.
     """
@@ -43,14 +45,14 @@ def cut(
         raise PartitionError(
             f"components={components}: this denoiser can be split into at most {count}"
         )
-    known: dict[tuple[int, float], np.ndarray] = {}
+    known: dict[tuple[int, Link], np.ndarray] = {}
 
     def of(index: int) -> np.ndarray:
         times = each[index] if each else ms
-        speed = bytes_per_ms / (copies if index == components - 2 else 1)
-        key = id(times), speed
+        link = links.from_component(index, components, copies)
+        key = id(times), link
         if key not in known:
-            known[key] = _segment_costs(times, nbytes, last_use, speed)
+            known[key] = _segment_costs(times, nbytes, last_use, link)
         return known[key]
 
     by_index = [of(index) for index in range(components)]
@@ -91,20 +93,20 @@ def _best(by_index: Sequence[np.ndarray]) -> list[int] | None:
 
 
 def _segment_costs(
-    ms: Sequence[float], nbytes: Sequence[int], last_use: Sequence[int], bytes_per_ms: float
+    ms: Sequence[float], nbytes: Sequence[int], last_use: Sequence[int], link: Link
 ) -> np.ndarray:
     """[a, b]: cost of a component of nodes a … b−1; infinite where it is empty."""
     count = len(ms)
     done = np.concatenate([[0.0], np.cumsum(np.asarray(ms, dtype=np.float64))])
-    size = np.asarray(nbytes, dtype=np.float64) / bytes_per_ms
+    size = np.asarray(nbytes, dtype=np.float64) / link.bytes_per_ms
     last = np.asarray(last_use)
     cost = np.full((count + 1, count + 1), np.inf)
     for b in range(1, count + 1):
         crossing = np.where(last[:b] >= b, size[:b], 0.0)
         # Pushes go out in order of production: from the moment v exists, it and all that come
-        # after it must leave. What is left of that when the compute ends is exposed.
+        # after it must leave, and arrive. What is left of that when the compute ends is exposed.
         queue = np.cumsum(crossing[::-1])[::-1]
-        late = np.where(crossing > 0, queue - (done[b] - done[1 : b + 1]), 0.0)
+        late = np.where(crossing > 0, queue + link.latency_ms - (done[b] - done[1 : b + 1]), 0.0)
         exposed = np.maximum(np.maximum.accumulate(late[::-1])[::-1], 0.0)
         cost[:b, b] = done[b] - done[:b] + exposed + _HIDDEN * queue
     return cost

@@ -205,30 +205,6 @@ def measure(
     return Costs(ms, count_macs(captured), f"measured on {name}")
 
 
-def link_speed(devices: Sequence[torch.device]) -> float:
-    """Bytes a millisecond from the first device to the first other one, measured (median).
-
-    Ranks that share their device, or run on the CPU, exchange at memory speed, which is assumed.
-    """
-    other = next((d for d in devices if d != devices[0]), None)
-    if other is None:
-        return 1e9 if devices[0].type == "cuda" else 5e6
-    source = torch.empty(1 << 26, dtype=torch.uint8, device=devices[0])
-    target = torch.empty_like(source, device=other)
-
-    def synchronized() -> float:
-        torch.cuda.synchronize(devices[0])
-        torch.cuda.synchronize(other)
-        return time.perf_counter()
-
-    speeds = []
-    for _ in range(6):
-        started = synchronized()
-        target.copy_(source)
-        speeds.append(source.numel() / (synchronized() - started) / 1e3)
-    return statistics.median(speeds[1:])
-
-
 def _weight(captured: Captured, name: str, device: torch.device) -> torch.Tensor:
     return plain(captured.weights[name]).to(device)
 

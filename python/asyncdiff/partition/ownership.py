@@ -14,6 +14,7 @@ from ..errors import PartitionError
 from ..graph.capture import Captured, nbytes_of
 from .balance import cut, least
 from .cost import Costs
+from .links import Links
 from .memory import Limits, Needs, no_room
 
 Owners = dict[fx.Node, int]
@@ -38,7 +39,7 @@ def balanced(
     captured: Captured,
     costs: Costs,
     components: int,
-    bytes_per_ms: float,
+    links: Links,
     copies: int = 1,
     limits: Limits | None = None,
 ) -> list[str]:
@@ -70,7 +71,7 @@ def balanced(
     if limits is not None and any(limit is not None for limit in limits.each):
         need = Needs(captured, owned, limits).matrix(limits)
         room = [None if limit is None else need <= limit for limit in limits.each]
-    starts = cut(ms, nbytes, last_use, components, bytes_per_ms, copies, each, room)
+    starts = cut(ms, nbytes, last_use, components, links, copies, each, room)
     if starts is None:
         assert limits is not None
         edges = [0, *least(need, limits.each), len(owned)]

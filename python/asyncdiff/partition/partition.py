@@ -14,10 +14,14 @@ from ..graph.layers.quantized import plain
 from ..graph.program import build
 from ..schedule.plan import Exchange
 from .cost import Costs, estimate
+from .links import Links
 from .memory import Limits, Use, of_nodes
 from .ownership import Owners, Split, balanced, by_cuts, by_modules
 from .report import BoundaryReport, ComponentReport, PartitionReport
 from .speeds import relative
+
+#: Between ranks where nothing else is said: NVLink, nearly.
+_LINKS = Links.alike(3e8)
 
 
 @dataclass
@@ -159,7 +163,7 @@ def partition(
     split: Split = "auto",
     *,
     costs: Costs | None = None,
-    bytes_per_ms: float = 3e8,
+    links: Links = _LINKS,
     copies: int = 1,
     limits: Limits | None = None,
 ) -> Partition:
@@ -167,7 +171,7 @@ def partition(
 
     ``split`` is ``"auto"`` (the cut that makes the slowest component fastest under ``costs``,
     estimated ones if None), lists of module paths, or node names at which components begin.
-    ``bytes_per_ms`` is the speed of the links, ``copies`` how many ranks run the last component
+    ``links`` are those between ranks, ``copies`` how many ranks run the last component
     (as many as the stride). ``limits``: bytes that components may need, within which the cut is the
     fastest; a given one is not checked. Raises PartitionError where that cannot be done, for memory
     MemoryLimitError.
@@ -175,7 +179,7 @@ def partition(
     cuts: tuple[str, ...] | None = None
     if isinstance(split, str):
         costs = costs or estimate(captured)
-        cuts = tuple(balanced(captured, costs, components, bytes_per_ms, copies, limits))
+        cuts = tuple(balanced(captured, costs, components, links, copies, limits))
         owners = by_cuts(captured, cuts)
     elif all(isinstance(s, str) for s in split):
         cuts = tuple(str(s) for s in split)

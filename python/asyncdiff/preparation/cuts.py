@@ -10,6 +10,7 @@ import torch
 
 from ..graph.capture import Captured, tensors_of
 from ..partition.cost import Costs
+from ..partition.links import Links
 from ..partition.partition import Partition, partition
 from ..phases import phase
 from .folder import preparations
@@ -23,7 +24,7 @@ _KIND = "cuts"
 class KeptCuts:
     """The cuts of ``captured`` in ``components`` parts for ranks on ``units`` of hardware, of which
     the last ``copies`` run the last part; ``devices`` are those of this process. ``settings``: what
-    else costs and cuts depend on."""
+    else costs and cuts depend on. Cuts that were made for other ``links`` are not taken."""
 
     def __init__(
         self,
@@ -33,8 +34,9 @@ class KeptCuts:
         devices: Sequence[torch.device],
         units: Sequence[str],
         settings: Sequence[Any],
+        links: Links,
     ) -> None:
-        self._captured, self._components = captured, components
+        self._captured, self._components, self._links = captured, components, links
         self._folder = preparations()
         self._usable = self._folder.usable()
         self._key = ""
@@ -71,6 +73,7 @@ class KeptCuts:
         data = {
             "cuts": list(parts.cuts),
             "settled": parts.settled,
+            "links": self._links.to_list(),
             "source": costs.source,
             "ms": [costs.ms[n] for n in nodes],
             "macs": [costs.macs[n] for n in nodes],
@@ -86,7 +89,7 @@ class KeptCuts:
         if data is None:
             return None
         try:
-            return self._made(data)
+            return self._made(data) if self._links.like(data["links"]) else None
         except Exception as e:  # whatever is in a file that is not what it says
             where = self._folder.file(_KIND, self._key)
             self._folder.say(f"a preparation on the disk is ignored, {where}: {e!r}")

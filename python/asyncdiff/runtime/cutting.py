@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+import asyncdiff_core as core
+
 from ..config import ParallelConfig
 from ..errors import MemoryLimitError
 from ..graph.capture import Captured, capture
 from ..graph.signature import Call
 from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
-from ..partition.cost import Costs, count_macs, estimate, fused, link_speed, measure
+from ..partition.cost import Costs, count_macs, estimate, fused, measure
+from ..partition.links import Links
 from ..partition.memory import Limits, no_room
 from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
@@ -34,7 +37,7 @@ from ..processes.team import Team
 from ..quiet import undisturbed
 from ..schedule.plan import Exchange, ring
 from .devices import Place, room_on
-from .exchange.link_speed import between_processes
+from .exchange.link_speed import engine_links
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
 log = logging.getLogger("asyncdiff")
@@ -60,7 +63,7 @@ class Cutter:
         self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
         self._sizes, self._state, self._exporting = Sizes(module), state, exporting
-        self._bytes_per_ms: float | None = None
+        self._links: Links | None = None
         #: bytes that are free for each rank, once that was looked at
         self._free: list[int | None] | None = None
 
@@ -79,7 +82,7 @@ class Cutter:
                 return like
             if like.cuts and fit(captured, like.cuts):
                 split = list(like.cuts)
-        speed = self.speed()
+        links = self.links()
         kept = self._kept(captured, components, copies)
         limits = self._limits(components, copies)
         measured = split == "auto" and components > 1
@@ -103,7 +106,7 @@ class Cutter:
                     components,
                     split,
                     costs=costs,
-                    bytes_per_ms=speed,
+                    links=links,
                     copies=copies,
                     limits=room,
                 )
@@ -142,13 +145,13 @@ class Cutter:
         """What to make in place of the last of the cuts whose components were timed; None to keep
         it. See :func:`~.rebalance.next_cut`."""
         worth = WORTH_COMPILING if self._config.compile else WORTH
-        known, speed = [parts for parts, _ in timed], self.speed()
+        known, links = [parts for parts, _ in timed], self.links()
         kept = self._kept(known[0].captured, len(known[0].components), copies)
 
         limits = self._limits(len(known[0].components), copies)
 
         def decide() -> Partition | None:
-            better = next_cut(timed, speed, copies, worth, limits)
+            better = next_cut(timed, links, copies, worth, limits)
             last = known[-1] if better is None else better
             if any(last is parts for parts in known):  # nothing is timed after this one
                 last.settled = True
@@ -283,8 +286,11 @@ class Cutter:
         settings: list[Any] = [compiled, self._config.speeds, self._config.memory]
         if len({p.kind for p in self._places}) > 1:
             settings.append([p.kind for p in self._places])
+        if (simulated := core.simulated_link()) is not None:
+            settings.append(simulated)
+        links = self.links()
         return functools.cache(
-            lambda: KeptCuts(captured, components, copies, devices, units, settings)
+            lambda: KeptCuts(captured, components, copies, devices, units, settings, links)
         )
 
     def _capture(self, call: Call) -> Captured:
@@ -338,24 +344,8 @@ class Cutter:
         self._team.agree("cut the denoiser", lambda: of_partition(parts))
         return parts
 
-    def speed(self) -> float:
-        """Bytes a millisecond of a link, measured once."""
-        if self._bytes_per_ms is None:
-            first, other = _ends(self._places)
-            if other is None or other.process == first.process:
-                devices = [p.device for p in (first, other) if p is not None]
-                self._bytes_per_ms = self._team.by(0, "measure links", lambda: link_speed(devices))
-            else:
-                self._bytes_per_ms = between_processes(first, other, self._team)
-        return self._bytes_per_ms
-
-
-def _ends(places: Sequence[Place]) -> tuple[Place, Place | None]:
-    """The ends of the slowest kind of link between neighbours: to another host, if there is one,
-    else to another device; None where all ranks share one."""
-    pairs = list(itertools.pairwise(places))
-    for a, b in pairs:
-        if a.host != b.host:
-            return a, b
-    first = places[0]
-    return first, next((p for p in places if p.unit != first.unit), None)
+    def links(self) -> Links:
+        """The links between ranks, measured once."""
+        if self._links is None:
+            self._links = engine_links(self._places, self._team)
+        return self._links

@@ -192,6 +192,12 @@ def fabric(places: Sequence[Place], deadline: float | None, team: Team) -> core.
         raise DeviceError(str(e)) from e
 
 
+def simulated_link() -> str | None:
+    """The link that ranks are made to have (``ASYNCDIFF_LINK``), None where links are as they
+    are."""
+    return core.simulated_link()
+
+
 def _default(ranks: int) -> list[torch.device]:
     count = torch.cuda.device_count() if torch.cuda.is_available() and core.cuda_built() else 0
     if count == 0:

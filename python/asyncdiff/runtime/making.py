@@ -60,7 +60,7 @@ class EngineMaker:
 
     def link_speed(self) -> float:
         """Bytes a millisecond of a link between ranks, measured once. Collective."""
-        return self._cutter.speed()
+        return self._cutter.links().bytes_per_ms
 
     def ranks(
         self,

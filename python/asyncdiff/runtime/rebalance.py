@@ -22,6 +22,7 @@ from ..errors import PartitionError, ProcessError
 from ..graph.capture import Captured
 from ..memory import out_of_memory
 from ..partition.cost import Costs
+from ..partition.links import Links
 from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
 from ..phases import phase
@@ -161,7 +162,7 @@ def replay(
 
 def next_cut(
     timed: Sequence[tuple[Partition, Sequence[float]]],
-    bytes_per_ms: float,
+    links: Links,
     copies: int = 1,
     worth: float = WORTH,
     limits: Limits | None = None,
@@ -175,13 +176,13 @@ def next_cut(
         return best
     if len(timed) > CUTS:
         return None
-    return recut(parts, times, bytes_per_ms, copies, worth, limits)
+    return recut(parts, times, links, copies, worth, limits)
 
 
 def recut(
     parts: Partition,
     times: Sequence[float],
-    bytes_per_ms: float,
+    links: Links,
     copies: int = 1,
     worth: float = WORTH,
     limits: Limits | None = None,
@@ -189,7 +190,7 @@ def recut(
     """The split under costs that ``times``, milliseconds by component, have corrected.
 
     None where the slowest component is not expected to become faster by the share ``worth``.
-    ``parts`` is an automatic split; ``bytes_per_ms``, ``copies`` and ``limits`` are those of
+    ``parts`` is an automatic split; ``links``, ``copies`` and ``limits`` are those of
     :func:`~asyncdiff.partition.partition.partition`.
     """
     assert parts.costs is not None
@@ -203,7 +204,7 @@ def recut(
             parts.captured,
             count,
             costs=costs,
-            bytes_per_ms=bytes_per_ms,
+            links=links,
             copies=copies,
             limits=limits,
         )

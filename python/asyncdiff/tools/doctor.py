@@ -21,6 +21,8 @@ PACKAGES = (
     "pillow", "scikit-image", "matplotlib", "typer", "rich",
 )  # fmt: skip
 PROBE_SECONDS = 180
+#: Links that have less than this share of their speed, while all pairs send, share a way.
+_SHARED = 0.7
 #: codes of ``nvidia-smi topo -m`` that are no NVLink
 BUSES = {
     "PIX": "PCIe, one switch",
@@ -141,7 +143,8 @@ def _probe_core() -> dict[str, Any]:
         import asyncdiff_core
 
         build = dict(asyncdiff_core.build_info())
-        return {"core": {"cuda_built": bool(asyncdiff_core.cuda_built()), "build": build}}
+        found: dict[str, Any] = {"cuda_built": bool(asyncdiff_core.cuda_built()), "build": build}
+        return {"core": found, **_simulated()}
     except Exception as error:
         return {"core": {"error": _said(error)}}
 
@@ -158,6 +161,16 @@ def _probe_speeds(gpus: int) -> dict[str, Any]:
         return {"speeds": [r | {"speed": s} for r, s in zip(found, speeds, strict=True)]}
     except Exception as error:
         return {"speeds": [], "speeds_error": _said(error)}
+
+
+def _simulated() -> dict[str, Any]:
+    """The link that ranks are made to have (ASYNCDIFF_LINK)."""
+    import asyncdiff_core
+
+    try:
+        return {"simulated_link": asyncdiff_core.simulated_link()}
+    except asyncdiff_core.InvalidArgument as error:
+        return {"simulated_link": None, "links_error": _said(error)}
 
 
 def _probe_links(gpus: int) -> dict[str, Any]:
@@ -187,7 +200,11 @@ def _child() -> None:
     if gpus > 0:
         say(_probe_speeds(gpus))
     if gpus > 1 and core.get("cuda_built"):
-        say(_probe_links(gpus))
+        links = say(_probe_links(gpus))["links"]
+        if links:
+            from .link_speeds import add_speeds
+
+            say(add_speeds(links, "cuda"))
 
 
 def _buses(found: dict[str, Any]) -> dict[tuple[int, int], str]:
@@ -264,10 +281,17 @@ def judge(found: dict[str, Any]) -> tuple[list[str], list[str]]:
         remarks.append(f"how fast GPUs are could not be measured: {found['speeds_error']}")
     if found.get("links_error"):
         remarks.append(f"links between GPUs could not be tried: {found['links_error']}")
+    if found.get("simulated_link"):
+        remarks.append(f"links are simulated: ASYNCDIFF_LINK={found['simulated_link']}")
     for link in found.get("links", []):
-        if link["kind"] != "peer":
-            way = f"cuda:{link['from']} to cuda:{link['to']} goes through {link['kind']} memory"
-            remarks.append(f"{way}: {link['reason'] or 'no reason given'}")
+        way = f"cuda:{link['from']} to cuda:{link['to']}"
+        if link["kind"] == "staged":
+            reason = link["reason"] or "no reason given"
+            remarks.append(f"{way} goes through staged memory: {reason}")
+        speed = link.get("gb_per_s")
+        if speed and speed["all_pairs"] < _SHARED * speed["alone"]:
+            share = f"{speed['all_pairs']:.3g} of {speed['alone']:.3g} GB/s"
+            remarks.append(f"{way} has {share} while all pairs send: they share a way")
     for name in ("diffusers", "transformers"):
         if found["versions"].get(name) is None:
             remarks.append(f"{name} is not installed: pip install 'asyncdiff[diffusers]'")
@@ -302,7 +326,12 @@ def tell(found: dict[str, Any]) -> str:
         lines.append(f"cuda:{gpu['index']}     {about}")
     for link in found.get("links", []):
         bus = f" ({link['bus']})" if link.get("bus") else ""
-        lines.append(f"link       cuda:{link['from']} to cuda:{link['to']}: {link['kind']}{bus}")
+        way = f"cuda:{link['from']} to cuda:{link['to']}: {link['kind']}{bus}"
+        if "gb_per_s" in link:
+            alone, both, every = (f"{x:.3g}" for x in link["gb_per_s"].values())
+            way += f", {alone} GB/s; {both} both ways at once, {every} all pairs at once"
+            way += f"; {link['latency_us']:.3g} µs"
+        lines.append(f"link       {way}")
     lines.append(f"will use   {', '.join(found['use']) or 'nothing: see below'}")
     lines += [f"note       {remark}" for remark in found["remarks"]]
     return "\n".join(lines)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..partition.cost import link_speed
+from ..processes.team import Team
+from ..runtime.devices import Place
+from ..runtime.exchange.link_speed import engine_links
 from ..schedule.simulate import Timing, predict
 
-#: Microseconds that a message takes from one device to another; it hardly matters.
+#: Microseconds that a message takes where it was not measured; it hardly matters.
 LATENCY_US = 5.0
+
+
+def links_between(devices: Sequence[torch.device]) -> dict[str, float]:
+    """The slowest link between neighbours of these devices, measured: arguments of a
+    :class:`~asyncdiff.schedule.simulate.Timing`."""
+    links = engine_links([Place.here(d) for d in devices], Team())
+    return {
+        "link_gb_per_s": links.bytes_per_ms / 1e6,
+        "link_latency_us": links.latency_ms * 1e3 or LATENCY_US,
+    }
 
 
 def predicted_speedup(handle: Any, steps: int) -> float | None:
@@ -29,9 +42,7 @@ def predicted_speedup(handle: Any, steps: int) -> float | None:
     report = handle.partition.report().to_dict()
     if not report["source"].startswith("measured"):
         return None
-    timing = Timing.from_report(
-        report, link_gb_per_s=link_speed(devices) / 1e6, link_latency_us=LATENCY_US
-    )
+    timing = Timing.from_report(report, **links_between(devices))
     timeline = predict(plan, timing)
     a_step = timeline.sequential_ms / plan.steps
     return a_step * steps / (timeline.total_ms + split * a_step / 2)

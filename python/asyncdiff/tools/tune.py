@@ -18,7 +18,7 @@ from ..graph.example_inputs import example_inputs
 from ..graph.signature import parse
 from ..integrations.diffusers.denoisers import find_denoiser
 from ..integrations.diffusers.pipeline import parallelize
-from ..partition.cost import link_speed, measure
+from ..partition.cost import measure
 from ..partition.partition import partition
 from ..progress import Progress, tell, within
 from ..runtime.devices import resolve
@@ -27,7 +27,7 @@ from ..sampling.fit import check_pictures
 from ..schedule.plan import ASYNCHRONOUS, build, rank_count
 from ..schedule.simulate import Timing, predict
 from .fidelity import Fidelity, Learned, fidelity, lpips
-from .prediction import LATENCY_US
+from .prediction import links_between
 
 #: Exact steps that are tried: at the beginning, and at the end, where a few do the most.
 ENDS = ((1, 0), (1, 1), (1, 2), (3, 2), (5, 4), (9, 4), (13, 6), (17, 8), (25, 8), (33, 8))
@@ -238,7 +238,7 @@ def _families(
     parsed = parse(module, (), example_inputs(module, scale=scale, **size))
     captured = capture(module, parsed)
     costs = measure(captured, parsed.tensors, where[0])
-    links = {"link_gb_per_s": link_speed(where) / 1e6, "link_latency_us": LATENCY_US}
+    links = links_between(where)
     shapes: list[dict[str, Any]] = [
         {"components": n, "stride": s, "schedule": schedule}
         for schedule in ASYNCHRONOUS

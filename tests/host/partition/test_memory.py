@@ -20,6 +20,7 @@ from asyncdiff.graph.hoist import hoist
 from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.links import Links
 from asyncdiff.partition.memory import Limits, Needs
 from asyncdiff.partition.ownership import units
 from asyncdiff.partition.partition import partition
@@ -118,13 +119,13 @@ def test_the_cut_is_the_fastest_within_the_limits() -> None:
     captured, _ = denoiser("toy")
     owned, costs = units(captured), even(captured)
     names = [n.name for n in owned]
-    free = partition(captured, 2, costs=costs, bytes_per_ms=1e12)
+    free = partition(captured, 2, costs=costs, links=Links.alike(1e12))
     uses = free.memory()
     largest = max(range(2), key=lambda i: uses[i].total)
     each: list[int | None] = [None, None]
     each[largest] = int(uses[largest].total * 0.8)
     limits = Limits(tuple(each))
-    made = partition(captured, 2, costs=costs, bytes_per_ms=1e12, limits=limits)
+    made = partition(captured, 2, costs=costs, links=Links.alike(1e12), limits=limits)
     assert made.cuts != free.cuts and not limits.over(made.memory())
 
     need = Needs(captured, owned, limits).matrix(limits)

@@ -19,6 +19,7 @@ from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import Call, Role, parse
 from asyncdiff.partition.balance import cut
 from asyncdiff.partition.cost import estimate, measure
+from asyncdiff.partition.links import Link, Links
 from asyncdiff.partition.ownership import by_cuts, units
 from asyncdiff.partition.partition import Partition, partition
 
@@ -143,27 +144,29 @@ def test_the_cut_is_the_best_of_all(data: st.DataObject) -> None:
     last_use = [data.draw(st.integers(i, count)) for i in range(count)]
     parts = data.draw(st.integers(1, min(count, 4)))
     copies = data.draw(st.integers(1, 3))
+    # From each rank to the next one: bytes a millisecond, and milliseconds of latency.
+    each = st.builds(Link, st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.0, 4.0]))
+    pairs = {(i, i + 1): data.draw(each) for i in range(parts - 1)}
+    links = Links(Link(5.0), pairs)
 
-    def cost(a: int, b: int, times: int) -> float:
+    def cost(a: int, b: int, i: int) -> float:
         """Naive: push in order of production on one link, beside the computation."""
-        clock = link = 0.0
+        link = links.from_component(i, parts, copies)
+        clock = port = there = 0.0
         for v in range(a, b):
             clock += ms[v]
             if last_use[v] >= b and nbytes[v]:
-                link = max(link, clock) + times * nbytes[v]
-        return max(clock, link) + 0.02 * times * sum(
-            nbytes[v] for v in range(a, b) if last_use[v] >= b
-        )
+                port = max(port, clock) + nbytes[v] / link.bytes_per_ms
+                there = port + link.latency_ms
+        crossing = sum(nbytes[v] for v in range(a, b) if last_use[v] >= b)
+        return max(clock, there) + 0.02 * crossing / link.bytes_per_ms
 
     def slowest(starts: tuple[int, ...]) -> float:
         edges = [0, *starts, count]
-        return max(
-            cost(a, b, copies if i == parts - 2 else 1)
-            for i, (a, b) in enumerate(itertools.pairwise(edges))
-        )
+        return max(cost(a, b, i) for i, (a, b) in enumerate(itertools.pairwise(edges)))
 
     best = min(slowest(c) for c in itertools.combinations(range(1, count), parts - 1))
-    got = cut(ms, nbytes, last_use, parts, 1.0, copies)
+    got = cut(ms, nbytes, last_use, parts, links, copies)
     assert got is not None
     assert slowest(tuple(got)) == pytest.approx(best)
 

@@ -15,10 +15,11 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.balance import cut
 from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import partition
 from asyncdiff.partition.speeds import at_speeds, on_kinds, runners, slower
 
-FAST = 1e12  # bytes a millisecond: what crosses takes no time
+FAST = Links.alike(1e12)  # bytes a millisecond: what crosses takes no time
 
 
 def deep(depth: int = 40) -> tuple[Captured, Costs]:
@@ -44,7 +45,7 @@ def test_the_cut_is_the_best_of_all(data: st.DataObject) -> None:
         return max(sum(each[i][a:b]) for i, (a, b) in enumerate(itertools.pairwise(edges)))
 
     best = min(slowest(c) for c in itertools.combinations(range(1, count), parts - 1))
-    got = cut([0.0] * count, [0] * count, last, parts, 1.0, 1, each)
+    got = cut([0.0] * count, [0] * count, last, parts, Links.alike(1.0), 1, each)
     assert got is not None
     assert slowest(tuple(got)) == best
 
@@ -55,13 +56,13 @@ def test_components_take_as_long_as_each_other(speeds: list[float]) -> None:
     captured, costs = deep()
     count = len(speeds)
     each = at_speeds(costs, speeds, runners(count, 1, count))
-    parts = partition(captured, count, costs=each, bytes_per_ms=FAST)
+    parts = partition(captured, count, costs=each, links=FAST)
     alone = partition(captured, 1, costs=costs).report().components[0].ms
     ideal = alone / (sum(speeds) / speeds[0])
     report = parts.report()
     assert max(c.ms for c in report.components) <= ideal / 0.95
     # Equal halves would be far from that.
-    equal = partition(captured, count, costs=costs, bytes_per_ms=FAST)
+    equal = partition(captured, count, costs=costs, links=FAST)
     equal.costs = each
     assert max(c.ms for c in equal.report().components) > ideal / 0.9
     assert report.speeds == pytest.approx([s / max(speeds) for s in speeds], rel=1e-3)

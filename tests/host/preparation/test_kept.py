@@ -24,6 +24,7 @@ from asyncdiff.graph.capture import Captured, capture, tensors_of
 from asyncdiff.graph.compiled.regions import repeated
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
+from asyncdiff.partition.links import Link, Links
 from asyncdiff.preparation import captures, folder, turns
 from asyncdiff.preparation.captures import kept_capture
 from asyncdiff.preparation.folder import preparations
@@ -168,6 +169,23 @@ def test_the_second_process_does_nothing_again(work: Work, kept: Path) -> None:
     generated(components=3)  # the same costs, cut elsewhere
     assert work.exports == 1
     assert {e.kind for e in preparations().entries()} == {"graph", "cuts"}
+
+
+def test_a_cut_for_other_links_is_not_taken(
+    work: Work, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured, up to what measuring errs by; each simulated link has cuts of its own."""
+    links = Links.alike(1e5)
+    monkeypatch.setattr(cutting, "engine_links", lambda places, team: links)
+    generated()
+    for speed, measured in ((2e7, 2), (2.5e7, 2), (6e6, 3), (2e7, 4)):
+        links = Links(Link(1e9), {(0, 1): Link(speed, 0.01)})
+        generated()
+        assert work.done == (1, measured)
+    for simulated, measured in (("1GB/s,1us", 5), ("2GB/s,1us", 6), ("1GB/s,1us", 6), ("off", 6)):
+        monkeypatch.setenv("ASYNCDIFF_LINK", simulated)
+        generated()
+        assert work.done == (1, measured)
 
 
 def test_without_a_folder_all_is_done_again(

@@ -15,6 +15,7 @@ from toys import tower, tower_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, MemoryLimitError, ParallelConfig
 from asyncdiff.generation.report import on_each_device
+from asyncdiff.partition.links import Links
 from asyncdiff.runtime import cutting
 from asyncdiff.runtime.cutting import Cutter
 
@@ -24,7 +25,7 @@ TIMES = [900, 500, 100]
 @pytest.fixture(autouse=True)
 def links_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else so small a denoiser has its cut where least crosses."""
-    monkeypatch.setattr(Cutter, "speed", lambda cutter: 1e12)
+    monkeypatch.setattr(Cutter, "links", lambda cutter: Links.alike(1e12))
 
 
 def made(**settings: Any) -> AsyncDenoiser:

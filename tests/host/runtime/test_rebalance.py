@@ -14,13 +14,14 @@ import asyncdiff
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Component, Partition, partition
 from asyncdiff.runtime import cutting
 from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.rebalance import component_ms, recut, settled
 
-FAST = 1e12  # bytes a millisecond: what crosses takes no time
+FAST = Links.alike(1e12)  # bytes a millisecond: what crosses takes no time
 
 
 def deep() -> tuple[Captured, Costs]:
@@ -50,7 +51,7 @@ def taken(parts: Partition, component: Component, slow: float) -> float:
 @pytest.mark.parametrize("slow", [0.5, 1.4, 2.0])
 def test_the_new_cut_is_more_even(count: int, slow: float) -> None:
     captured, costs = deep()
-    parts = partition(captured, count, costs=costs, bytes_per_ms=FAST)
+    parts = partition(captured, count, costs=costs, links=FAST)
     before = [taken(parts, c, slow) for c in parts.components]
     new = recut(parts, before, FAST)
     assert new is not None and new.cuts != parts.cuts
@@ -64,7 +65,7 @@ def test_the_new_cut_is_more_even(count: int, slow: float) -> None:
 
 def test_a_cut_that_is_even_stays() -> None:
     captured, costs = deep()
-    parts = partition(captured, 2, costs=costs, bytes_per_ms=FAST)
+    parts = partition(captured, 2, costs=costs, links=FAST)
     times = [taken(parts, c, 1.0) for c in parts.components]
     assert recut(parts, times, FAST) is None
     # All slower by the same share: nothing to gain.

@@ -20,12 +20,13 @@ from asyncdiff import AsyncDenoiser, InputError
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
+from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Partition, partition
 from asyncdiff.runtime import cutting, devices
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.rebalance import lasting, recut
 
-FAST = 1e12
+FAST = Links.alike(1e12)
 
 
 def deep(depth: int = 40) -> Any:
@@ -66,7 +67,7 @@ class Cards:
 
         monkeypatch.setattr("asyncdiff.spread.places_of", places_of)
         monkeypatch.setattr(cutting.Cutter, "_measured", measured)
-        monkeypatch.setattr(cutting.Cutter, "speed", lambda cutter: FAST)
+        monkeypatch.setattr(cutting.Cutter, "links", lambda cutter: FAST)
 
 
 def test_cards_of_two_kinds_are_each_measured(
@@ -129,7 +130,7 @@ def test_the_order_of_devices_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("split", ["auto", "estimate"])
 def test_speeds_by_hand(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
-    monkeypatch.setattr(cutting.Cutter, "speed", lambda cutter: FAST)
+    monkeypatch.setattr(cutting.Cutter, "links", lambda cutter: FAST)
     given: dict[str, Any] = {"devices": ["cpu"] * 2, "split": split, "speeds": [5, 3, 9]}
     denoiser = AsyncDenoiser(deep(), (), toy_call(), **given)
     with contextlib.closing(denoiser):
@@ -178,7 +179,7 @@ def taken(parts: Partition, slow: list[float]) -> list[float]:
 def test_a_slowed_card_is_found_out_at_once(slow: list[float]) -> None:
     """By the times of components, in one new cut: at least 0.95 of the ideal."""
     captured = denoiser_graph()
-    parts = partition(captured, len(slow), costs=even(captured), bytes_per_ms=FAST)
+    parts = partition(captured, len(slow), costs=even(captured), links=FAST)
     new = recut(parts, taken(parts, slow), FAST)
     assert new is not None
     alone = partition(captured, 1, costs=even(captured)).report().components[0].ms

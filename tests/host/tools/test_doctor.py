@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from asyncdiff.tools import doctor, speed
+from asyncdiff.tools import doctor, link_speeds, speed
 
 TOPOLOGY = (
     "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
@@ -70,6 +70,47 @@ def test_which_gpu_is_how_fast():
     assert "TFLOPS" not in doctor.tell(findings() | {"use": [], "remarks": []})
     found = speed.rates(torch.device("cpu"), rows=64, nbytes=1 << 16)
     assert found["tflops"] > 0 and found["gb_per_s"] > 0
+
+
+def test_how_fast_links_are_is_told():
+    """Alone, both ways and all at once: by themselves, and where they share a way."""
+    links = [
+        {"from": a, "to": b, "kind": "peer", "reason": None, "latency_us": 5.25}
+        | {"gb_per_s": {"alone": 25.0, "both_ways": 24.0, "all_pairs": share}}
+        for a, b, share in ((0, 1, 23.0), (1, 0, 8.5))
+    ]
+    use, remarks = doctor.judge(findings(links=links))
+    assert use == ["cuda:0", "cuda:1"]
+    (remark,) = remarks
+    assert remark == ("cuda:1 to cuda:0 has 8.5 of 25 GB/s while all pairs send: they share a way")
+    told = doctor.tell(findings(links=links) | {"use": use, "remarks": remarks})
+    assert "peer, 25 GB/s; 24 both ways at once, 8.5 all pairs at once; 5.25 µs" in told
+
+
+def test_simulated_links_are_said_to_be(monkeypatch):
+    links = [{"from": 0, "to": 1, "kind": "simulated", "reason": "1GB/s,9us is simulated"}]
+    _, remarks = doctor.judge(findings(links=links, simulated_link="1GB/s,9us"))
+    assert remarks == ["links are simulated: ASYNCDIFF_LINK=1GB/s,9us"]
+    monkeypatch.setenv("ASYNCDIFF_LINK", "1GB/s,9us,all")
+    assert doctor._probe_core()["simulated_link"] == "1GB/s,9us,all"
+    monkeypatch.setenv("ASYNCDIFF_LINK", "none")
+    assert "link 'none': write BANDWIDTH" in doctor._probe_core()["links_error"]
+
+
+def test_links_are_measured_through_channels(monkeypatch):
+    monkeypatch.setenv("ASYNCDIFF_LINK", "500MB/s,1ms,both")
+    links = [{"from": a, "to": b, "kind": "simulated"} for a, b in ((0, 1), (1, 0))]
+    found = link_speeds.add_speeds(links, "cpu")["links"]
+    assert [(x["from"], x["to"], x["kind"]) for x in found] == [
+        (0, 1, "simulated"),
+        (1, 0, "simulated"),
+    ]
+    for link in found:
+        speed = link["gb_per_s"]
+        assert 0 < speed["alone"] < 0.6 and speed["both_ways"] < 0.5
+        assert link["latency_us"] >= 1000
+    monkeypatch.setenv("ASYNCDIFF_LINK", "fast")
+    assert "ASYNCDIFF_LINK" in link_speeds.add_speeds(links, "cpu")["links_error"]
 
 
 @pytest.mark.parametrize(

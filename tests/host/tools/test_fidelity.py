@@ -22,7 +22,7 @@ from asyncdiff.schedule.simulate import Timing, predict
 from asyncdiff.tools import fidelity as measures
 from asyncdiff.tools import tune as tuning
 from asyncdiff.tools.fidelity import fidelity, learned_metrics
-from asyncdiff.tools.prediction import LATENCY_US, predicted_speedup
+from asyncdiff.tools.prediction import predicted_speedup
 from asyncdiff.tools.tune import tune
 from asyncdiff.tools.tune_plot import draw
 from fidelity import plots, rivals
@@ -190,7 +190,8 @@ def test_one_timing_of_the_denoiser_predicts_every_family(
         return timed[-1][1]
 
     monkeypatch.setattr(tuning, "measure", measured)
-    monkeypatch.setattr(tuning, "link_speed", lambda devices: 5e6)
+    links = {"link_gb_per_s": 5.0, "link_latency_us": 5.0}
+    monkeypatch.setattr(tuning, "links_between", lambda devices: links)
     found = tuning._families(pipe, [torch.device("cpu")], 3, 10, {})
     ((captured, costs),) = timed
     assert len(found) == 7
@@ -200,9 +201,7 @@ def test_one_timing_of_the_denoiser_predicts_every_family(
         assert ranks <= 3 and settings["warmup"] == 1
         copies = ranks - settings["components"] + 1
         parts = partition(captured, settings["components"], "auto", costs=costs, copies=copies)
-        timing = Timing.from_report(
-            parts.report().to_dict(), link_gb_per_s=5, link_latency_us=LATENCY_US
-        )
+        timing = Timing.from_report(parts.report().to_dict(), **links)
         plan = build(steps=10, exchanges=parts.exchanges, **settings)
         assert speedup == predict(plan, timing).speedup
 
