@@ -46,6 +46,8 @@ _OTHERS = {
     "speeds": "--speeds",
     "memory": "--max-memory",
 }
+#: Those of them that errors begin with.
+_OF_CARDS = ("speeds", "memory")
 #: What is said of Python objects, and what it is called here.
 _PHRASES = (
     (r"\bcall calibrate\(\) with", "run `asyncdiff calibrate` with"),
@@ -88,8 +90,8 @@ def in_flags(text: str) -> str:
     value = r"'[^']*'|\"[^\"]*\"|[\w.+-]*[\w]"
     text = re.sub(rf"(?<![\w.-])({names})=({value})", _flag, text)
     # A name alone, where the sentence is about the argument: what an error begins with.
-    alone = "|".join(name for name in flags() if name not in _OTHERS)
-    return re.sub(rf"^({alone})(?= (?:must|belongs|needs)\b)", _name, text)
+    alone = "|".join(name for name in flags() if name not in _OTHERS or name in _OF_CARDS)
+    return re.sub(rf"^({alone})(?= (?:must|belongs|needs|has)\b)", _name, text)
 
 
 def _flag(found: re.Match[str]) -> str:

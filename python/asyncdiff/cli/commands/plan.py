@@ -14,6 +14,7 @@ from ...errors import PlanError
 from .. import console, files
 from .. import options as opt
 from ..failures import asked_of
+from ..fitting import what_fits
 from ..subject import Model
 
 
@@ -44,9 +45,32 @@ def plan(
     update_ms: Annotated[float, typer.Option(help="The sampler's update, ms a step.")] = 0.0,
     png: Annotated[Path | None, typer.Option(help="Draw the timeline to this file.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print every action of the plan.")] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Say what of the model fits on which cards, by its configuration alone.",
+        ),
+    ] = False,
+    cards_of: Annotated[
+        str | None,
+        typer.Option("--cards", help="Of --memory: the cards, as 24GB,12GB (default: all GPUs)."),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Print a plan; with a model its partition; with times the predicted latency."""
+    """Print a plan; with a model its partition; with times the predicted latency; with --memory
+    what fits on which cards."""
+    if memory or cards_of is not None:
+        if not memory:
+            raise typer.BadParameter("--cards needs --memory")
+        found = what_fits(subject, setting, cards, cards_of, height, width)
+        if as_json:
+            console.emit_json(found)
+        else:
+            from ...tools.fitting import tell
+
+            console.stdout().print(tell(found), markup=False)
+        return
     from ...schedule import plan as plans
     from ...schedule import text as plan_text
     from ...schedule.plot import draw
