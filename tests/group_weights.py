@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from group import Member
 from group_failures import SPLIT, loop
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
+from tiny_pipelines import draw as picture
+from tiny_pipelines import tiny_flux
 from torch import nn
 from toys import Toy, toy, toy_call
 
+import asyncdiff
 from asyncdiff import AsyncDenoiser
 
 
@@ -77,6 +83,62 @@ def memory(member: Member) -> dict[str, int]:
     weights = denoiser.partition.components[member.process].weights
     denoiser.close()
     return {"component": len(weights) * 4 * 2**20, "grown": grown}
+
+
+def _flux(blocks: int, width: int) -> Any:
+    """A FLUX transformer of so many blocks of each kind, ``width`` values a token."""
+    return diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=blocks,
+        num_single_layers=blocks,
+        attention_head_dim=64,
+        num_attention_heads=width // 64,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        axes_dims_rope=(16, 24, 24),
+    )
+
+
+def _pipeline(transformer: Any) -> tuple[Any, dict[str, Any]]:
+    pipe, call = tiny_flux()
+    pipe.register_modules(transformer=transformer)
+    return pipe, call | {"num_inference_steps": 3}
+
+
+def drop_in(member: Member) -> dict[str, Any]:
+    """In one process with two devices, through ``parallelize``: bytes of the components, and by how
+    much the process grew at most while a FLUX was read from its checkpoint and a picture drawn."""
+    split, folder = member.option or "auto", member.folder
+    settings: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "warmup": 2}
+    pipe, call = _pipeline(_flux(1, 64).eval())
+    with asyncdiff.parallelize(pipe, split=split, **settings):  # what exporting takes by itself
+        picture(pipe, call)
+    del pipe
+    meta = on_meta(_flux, 3, 1024)
+    index, state = {}, meta.state_dict()
+    for i, (name, weight) in enumerate(state.items()):
+        value = {name: 0.02 * torch.randn(weight.shape)}
+        save_file(value, folder / f"m-{i}.safetensors")
+        index[name] = f"m-{i}.safetensors"
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    pipe, call = _pipeline(meta)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would not show when it is used again
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _of_status("VmRSS")
+    with asyncdiff.parallelize(pipe, split=split, checkpoint=folder, **settings) as handle:
+        out = picture(pipe, call)
+        grown = _of_status("VmHWM") - before
+        uses = handle.partition.memory()
+        (cpu,) = handle.report().memory
+    return {
+        "components": [use.weights for use in uses],
+        "whole": sum(w.nbytes for w in meta.parameters()),
+        "estimated": cpu["estimated_bytes"],
+        "grown": grown,
+        "finite": bool(torch.isfinite(out).all()),
+        "meta": all(w.device.type == "meta" for w in meta.parameters()),
+    }
 
 
 def bits(member: Member) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -46,6 +47,22 @@ def test_other_parts_are_offloaded(how: str) -> None:
         for _ in range(2):  # model offloading hooks everything anew after each call
             assert torch.equal(draw(pipe, call), want)
     assert torch.equal(draw(pipe, call), want)
+
+
+def test_other_parts_of_a_pipeline_whose_denoiser_is_in_a_checkpoint(tmp_path: Path) -> None:
+    """On the meta device until ranks have read it, and after that, too."""
+    pipe, call = pipeline()
+    want = draw(pipe, call)
+    pipe.unet.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
+    where: dict[str, Any] = {"checkpoint": tmp_path, "split": "estimate", "warmup": 4}
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, **where):
+        offload(pipe, "model")
+        assert "_hf_hook" not in vars(pipe.unet) and "_hf_hook" in vars(pipe.vae)
+        for _ in range(2):
+            assert torch.equal(draw(pipe, call), want)
+        assert all(w.device.type == "meta" for w in pipe.unet.parameters())
 
 
 def test_models_make_room_for_the_denoiser() -> None:

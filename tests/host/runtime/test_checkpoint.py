@@ -36,6 +36,21 @@ def test_no_process_holds_more_than_its_component(tmp_path: Path) -> None:
         assert found["grown"] < 1.2 * found["component"], found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["auto", "estimate"])
+def test_one_process_holds_each_component_once(split: str, tmp_path: Path) -> None:
+    """Through the one-call drop-in, on two devices whose memory is the host's: what is measured of
+    a FLUX, too, is brought a part at a time."""
+    (found,) = run(group_weights.drop_in, 1, tmp_path, [split])
+    whole, parts = found["whole"], found["components"]
+    assert whole > 300 * 2**20 and max(parts) < 0.7 * whole
+    # What both components have, a weight of theirs or two, is there once.
+    assert whole <= sum(parts) < 1.1 * whole
+    assert 0.9 * whole < found["grown"] < 1.2 * whole, found
+    assert sum(parts) < found["estimated"] < 1.3 * sum(parts)
+    assert found["finite"] and found["meta"]
+
+
 def test_one_process_reads_them_too(tmp_path: Path) -> None:
     """In several files, in another dtype."""
     state = {k: v.float() for k, v in toy().state_dict().items() if k != "down.2.weight"}
