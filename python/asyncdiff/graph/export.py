@@ -25,6 +25,8 @@ from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
 from .state.values import not_zero, values_in
+from .tracing.bodies import UnfollowedError
+from .tracing.repeats import Repeats
 from .tracing.symbols import OpenSizes, dynamic_shapes, symbols_kept
 from .tracing.traced import Traced
 
@@ -73,7 +75,8 @@ def export(
                     exported = _taking(module, call, home, traced, some)
                 exported = with_labels(exported) if has_labels(module) else exported
                 shapes = None if open_sizes is None else dynamic_shapes(call, open_sizes)
-                program = _exported(exported, kwargs, shapes)
+                alike = exported is module and shapes is None
+                program = _exported(exported, kwargs, shapes, repeats=alike)
                 written = any(map(writes, program.graph.nodes))
                 if hidden(program) or (written and not replace_writes(program.graph)):
                     program = program.run_decompositions({})
@@ -86,9 +89,13 @@ def export(
             frozen |= e.names
 
 
-def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any) -> Any:
-    """The program of torch.export, also where the denoiser returns objects that hold tensors."""
+def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any, repeats: bool) -> Any:
+    """The program of torch.export, also where the denoiser returns objects that hold tensors. With
+    ``repeats`` layers that are like others are not traced once more."""
     try:
+        if repeats:
+            with contextlib.suppress(UnfollowedError):
+                return _once_each(module, kwargs)
         return torch.export.export(module, (), kwargs, strict=False, dynamic_shapes=shapes)
     except Exception as e:
         if "not a known type" not in str(e):
@@ -103,6 +110,16 @@ def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any) -> Any:
     other: nn.Module = object.__new__(Returning)
     object.__setattr__(other, "__dict__", module.__dict__)
     return torch.export.export(other, (), kwargs, strict=False)
+
+
+def _once_each(module: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """The program of torch.export, for which layers that are alike are traced once. Raises
+    UnfollowedError where they have to be traced all."""
+    repeats = Repeats(module)
+    with repeats.standing_in():
+        program = torch.export.export(module, (), kwargs, strict=False)
+    repeats.put_in(program)
+    return program
 
 
 def _taking(
