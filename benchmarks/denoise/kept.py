@@ -1,5 +1,6 @@
-"""Measure what it takes to have a denoiser's graph: exported, read as torch.export keeps programs,
-and read as asyncdiff keeps graphs (:mod:`asyncdiff.preparation`).
+"""Measure what it takes to have a denoiser's graph: exported, with each layer traced and with those
+that are alike traced once, read as torch.export keeps programs, and read as asyncdiff keeps graphs
+(:mod:`asyncdiff.preparation`).
 
     python benchmarks/denoise/kept.py                      # the shipped model and SDXL, on the CPU
 
@@ -27,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import results_file
 from asyncdiff.demo import model as demo_model
 from asyncdiff.graph import capture as capturing
+from asyncdiff.graph import export as exporting
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
+from asyncdiff.graph.tracing.bodies import UnfollowedError
 from asyncdiff.preparation.graph_text import of_data, to_data
 from asyncdiff.preparation.key import of_graph
 from denoise.models import MODELS
@@ -66,11 +69,17 @@ def measure(key: str, rounds: int) -> dict[str, Any]:
         programs.append(export(*args))
         return programs[-1]
 
+    def all_traced(*args: Any) -> Any:
+        raise UnfollowedError("all layers are to be traced")
+
     capturing.export = kept
+    once_each = exporting._once_each
     try:
         exported_s, captured = fastest(rounds, lambda: capturing.capture(module, call))
+        exporting._once_each = all_traced
+        all_s, _ = fastest(rounds, lambda: capturing.capture(module, call))
     finally:
-        capturing.export = export
+        capturing.export, exporting._once_each = export, once_each
     program = programs[-1][0]
     # Without weights: of other tensors than these torch would write the values, too.
     program._state_dict = {n: _empty(x) for n, x in program.state_dict.items()}
@@ -88,6 +97,7 @@ def measure(key: str, rounds: int) -> dict[str, Any]:
     return {
         "nodes": len(captured.nodes),
         "export_s": exported_s,
+        "export_all_s": all_s,
         "torch_load_s": torch_s,
         "torch_bytes": len(saved.getvalue()),
         "word_s": word_s,

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from .progress import stage
 
 #: In the order in which they are told: what is exported or loaded from the disk, nodes that are
-#: timed, the cut, ranks and channels, compiling, components that are timed, CUDA graphs.
-PHASES = ("load", "export", "measure", "cut", "build", "compile", "balance", "capture")
+#: timed, the cut, ranks and channels, compiling, components that are timed, CUDA graphs, what is
+#: still to be moved to host memory in the end.
+PHASES = ("load", "export", "measure", "cut", "build", "compile", "balance", "capture", "offload")
 
 
 #: What is shown of phases that tell nothing themselves.
@@ -25,6 +26,7 @@ _SAID = {
     "cut": "cutting the denoiser",
     "build": "making ranks ready",
     "balance": "timing the components",
+    "offload": "moving the denoiser to host memory",
 }
 
 

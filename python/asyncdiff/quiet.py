@@ -27,8 +27,15 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping(quiet: Quiet) -> Iterator[None]:
-    """Meanwhile ``quiet`` is what keeps others quiet."""
-    before = _quiet.set(quiet)
+    """Meanwhile ``quiet`` keeps others quiet, too."""
+    outer = _quiet.get()
+
+    @contextlib.contextmanager
+    def all_quiet() -> Iterator[None]:
+        with outer(), quiet():
+            yield
+
+    before = _quiet.set(all_quiet)
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from ..progress import heartbeat
 from .capture import Captured
 from .checkpoint import Checkpoint
 from .layers.quantized import move, own_classes, plain, settle_weights, stays_at_home
+from .offload import Offload, has_room, weights_of
 from .writes import Written
 
 
@@ -60,6 +61,9 @@ class Weights:
         self._gpus: set[torch.device] = set()
         self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
+        #: to be offloaded while ranks are made, and on the way
+        self._leaves = False
+        self._leaving: Offload | None = None
         self._channels_last: list[torch.Tensor] = []
         self._freed: FreedModule | None = None
         if checkpoint is not None:
@@ -82,12 +86,38 @@ class Weights:
 
     def offload(self) -> None:
         """Move the module's own copy to host memory, so that a device holds its component only; not
-        where it has to stay, see :func:`~.layers.quantized.stays_at_home`."""
+        where it has to stay, see :func:`~.layers.quantized.stays_at_home`. Where its GPU has room
+        for it meanwhile, it is moved while ranks are made: :meth:`start_offload`."""
         if stays_at_home(self.module):
             return
         if self.home.type == "cuda" and not self._offloaded and self._freed is None:
-            self._offloaded = True  # a part of it, should the host have no memory for all
-            move(self.module, torch.device("cpu"))
+            self._leaves = has_room(self.module, self.home)
+            if not self._leaves:
+                self._move()
+
+    def _move(self) -> None:
+        self._offloaded = True  # a part of it, should the host have no memory for all
+        move(self.module, torch.device("cpu"))
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the module is to be offloaded while ranks are made."""
+        return self._leaves
+
+    def start_offload(self) -> Offload | None:
+        """Begin to move what is to be offloaded, so that ranks that are made now take it from where
+        it was; None: there is nothing. Then call :meth:`end_offload`."""
+        if self._leaves:
+            self._leaves, self._offloaded = False, True
+            here = [w for w in weights_of(self.module) if w.device == self.home]
+            self._leaving = Offload(here)
+        return self._leaving
+
+    def end_offload(self) -> None:
+        """Wait until that lies in host memory. Raises what copying it raised."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            leaving.finish()
 
     def restore(self) -> None:
         """Put the module back where it was, and as it was, also after :meth:`channels_last` or
@@ -147,7 +177,8 @@ class Weights:
     def _take(self, held: Held, weight: torch.Tensor) -> None:
         """Write a weight into what may be the copy of another one."""
         self.exchanges += held.weight is not weight
-        held.tensor.copy_(plain(weight))
+        original = self._original(weight)
+        held.tensor.copy_(plain(weight) if original is None else original)
         held.weight = weight
 
     @staticmethod
@@ -170,7 +201,14 @@ class Weights:
         weight = captured.weights[name]
         if weight.device.type == "meta" and self._freed is not None:
             return self._freed.read(captured.names[name], weight).to(device)
+        original = self._original(weight)
+        if original is not None:  # where it was it stays
+            return original.to(device)
         return plain(weight).to(device, copy=not self._shared(weight, device))
+
+    def _original(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The values of a weight that is being offloaded."""
+        return None if self._leaving is None else self._leaving.original(weight)
 
     def renew(
         self, captured: Captured, held: Mapping[str, Held], written: Written

@@ -14,6 +14,7 @@ import asyncdiff_core as core
 
 from ..errors import reason
 from ..memory import out_of_memory
+from ..progress import heartbeat
 
 log = logging.getLogger("asyncdiff")
 
@@ -125,6 +126,7 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     Raises NotCapturable where CUDA or torch says that a capture forbids what was issued, else what
     was raised within it.
     """
+    heartbeat("recording a CUDA graph")
     try:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         kept = True

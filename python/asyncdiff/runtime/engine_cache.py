@@ -291,19 +291,24 @@ class EngineCache:
 
     def _with_room(self, work: Callable[[], _T], mine: _Kind | None = None) -> _T:
         """What ``work`` for calls of ``mine`` returns; should there be no memory for it, it is done
-        again without the engines of all other calls. Raises what it raises the second time."""
+        again without the engines of all other calls, and without the denoiser, where that was
+        there meanwhile. Raises what it raises the second time."""
+        stayed = self._weights.leaves and not self._team.several  # where all have to do the same
         try:
             return work()
         except Exception as e:
             others = self._idle(mine)
-            if not others or not out_of_memory(e):
+            if not (others or stayed) or not out_of_memory(e):
                 raise
-            log.warning(
-                "there is no memory for one more kind of calls (%s): what was prepared for the "
-                "%d others is dropped",
-                reason(e),
-                len(others),
-            )
+            if others:
+                log.warning(
+                    "there is no memory for one more kind of calls (%s): what was prepared for the "
+                    "%d others is dropped",
+                    reason(e),
+                    len(others),
+                )
         # Only now: the exception holds what was half made.
         self._drop(others)
+        if stayed and self._places[0].device.type == "cuda":
+            collect()
         return work()

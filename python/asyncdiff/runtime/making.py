@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -18,8 +18,10 @@ from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.signature import Call
 from ..graph.weights import Weights
 from ..partition.partition import Partition
+from ..phases import phase
 from ..processes.team import Team
 from ..progress import bar
+from ..quiet import keeping
 from ..schedule.plan import ring
 from .cfg_parallel import Groups, part
 from .cutting import Cutter, Timed
@@ -78,7 +80,8 @@ class EngineMaker:
         parts of it, if that is known. ``like``: what is to be cut alike, where that can be."""
         with contextlib.closing(self._compiling):
             if split is None:
-                return self._even(call, components, places, like, tokens)
+                with self._offloading():
+                    return self._even(call, components, places, like, tokens)
             return self._groups(call, components, places, split, batched, like, tokens)
 
     def _groups(
@@ -110,7 +113,7 @@ class EngineMaker:
         names = self._config.names
         mine = [part(self._module, call, names, g, batched, split) for g in range(split.count)]
         engines: list[Engine] = []
-        with contextlib.ExitStack() as undo:  # should there be no memory for all of them
+        with self._offloading(), contextlib.ExitStack() as undo:  # should memory lack for all
             for g in range(split.count):
                 of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
                 if not engines:
@@ -122,6 +125,21 @@ class EngineMaker:
                 undo.callback(made.close)
             undo.pop_all()
         return (Pipelined if in_turn else Groups)(engines, call, batched, split)
+
+    @contextlib.contextmanager
+    def _offloading(self) -> Iterator[None]:
+        """Meanwhile the denoiser's weights go to host memory, if they are to, but not while times
+        are taken."""
+        leaving = self._weights.start_offload()
+        if leaving is None:
+            yield
+            return
+        try:
+            with keeping(leaving.waiting):
+                yield
+        finally:
+            with phase("offload"):
+                self._weights.end_offload()
 
     def _even(
         self,

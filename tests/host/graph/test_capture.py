@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 import torch
 from torch import nn
 
-from asyncdiff import AsyncDenoiser
+from asyncdiff import AsyncDenoiser, progress
+from asyncdiff.graph.capture import capture
+from asyncdiff.graph.signature import parse
+from asyncdiff.graph.tracing import traced
 
 
 class WritesData(nn.Module):
@@ -42,3 +46,20 @@ def test_weights_made_in_inference_mode() -> None:
     with contextlib.closing(denoiser), denoiser.generation([3.0]), torch.no_grad():
         torch.testing.assert_close(denoiser(sample), module(sample))
     assert all(weight.requires_grad for weight in module.parameters())
+
+
+def test_an_export_that_goes_on_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others in a group wait for it, as long as they hear of it."""
+
+    class Many(nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            for _ in range(200):
+                sample = sample + timestep
+            return sample
+
+    seen: list[str] = []
+    sample, time = torch.randn(2, 4), torch.tensor(0.5)
+    monkeypatch.setattr(traced, "_EVERY", 50)
+    with progress.watched(seen.append):
+        capture(Many(), parse(Many(), (sample, time), {}))
+    assert sum("exporting the denoiser: " in x and "operations" in x for x in seen) >= 2

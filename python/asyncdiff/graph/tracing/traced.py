@@ -10,9 +10,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...progress import heartbeat
 from ..layers.attention import attend
 from ..layers.quantized import is_wrapper
 
+#: So many operations, and looks at a tensor, take less than a second.
+_EVERY = 1000
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -28,6 +31,7 @@ class Traced(TorchFunctionMode):
     def __init__(self, *, ahead: bool) -> None:
         super().__init__()
         self._ahead = ahead
+        self._seen = 0
         #: in a linear layer of a weight that is a wrapper
         self._within = False
         #: tensors that are not all 0, and what compares each of them with 0
@@ -42,6 +46,9 @@ class Traced(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._seen += 1
+        if self._seen % _EVERY == 0:
+            heartbeat(f"exporting the denoiser: {self._seen} operations")
         if function == _DATA:
             return args[0].detach()
         if function is scaled_dot_product_attention:

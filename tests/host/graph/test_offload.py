@@ -1,0 +1,117 @@
+"""Weights that go to host memory while ranks are made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from toys import toy, toy_call
+
+from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.offload import Offload, weights_of
+from asyncdiff.graph.weights import Weights
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Denoisers leave home as if that were a GPU with room; nothing is copied before this is
+    set."""
+    go_on, copy = threading.Event(), Offload._copy
+
+    def late(self: Offload, hosts: list[torch.Tensor]) -> None:
+        go_on.wait(60)
+        copy(self, hosts)
+
+    made = Weights.__init__
+
+    def leaves(self: Weights, *args: Any) -> None:
+        made(self, *args)
+        self._leaves = True
+
+    monkeypatch.setattr(Weights, "__init__", leaves)
+    monkeypatch.setattr(Offload, "_copy", late)
+    yield go_on
+    go_on.set()
+
+
+def test_ranks_take_weights_from_where_they_were(
+    slowly: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, call = toy(), toy_call(2)
+    want, values = module(**call), {n: w.clone() for n, w in module.state_dict().items()}
+    places = {id(w): w.data_ptr() for w in weights_of(module)}
+    finish, finishes = Offload.finish, list[int]()
+
+    def finished(self: Offload) -> None:
+        finishes.append(1)
+        assert all(w.data_ptr() != places[id(w)] for w in weights_of(module))
+        slowly.set()
+        finish(self)
+
+    monkeypatch.setattr(Offload, "finish", finished)
+    denoiser = AsyncDenoiser(module, components=2, devices=["cpu"] * 2)
+    with contextlib.closing(denoiser):
+        for _ in range(2):
+            with denoiser.generation([0.5]):
+                torch.testing.assert_close(denoiser(**call), want)
+            assert all(torch.equal(w, values[n]) for n, w in module.state_dict().items())
+        assert finishes == [1]
+        with torch.no_grad():  # ranks do not share what the module has now
+            for weight in module.parameters():
+                weight.mul_(2)
+        with denoiser.generation([0.5]):
+            torch.testing.assert_close(denoiser(**call), module(**call))
+
+
+def test_without_memory_for_both_the_denoiser_leaves_first(
+    slowly: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly.set()
+    module, call = toy(), toy_call(2)
+    get, failed = Weights.get, list[str]()
+
+    def short(self: Weights, captured: object, name: str, device: torch.device) -> object:
+        if self._leaving is not None:
+            failed.append(name)
+            raise torch.OutOfMemoryError("none is left")
+        return get(self, captured, name, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Weights, "get", short)
+    denoiser = AsyncDenoiser(module, components=2, devices=["cpu"] * 2)
+    with contextlib.closing(denoiser), denoiser.generation([0.5]):
+        torch.testing.assert_close(denoiser(**call), module(**call))
+    assert failed
+
+
+def test_where_copying_fails_weights_stay() -> None:
+    weights = [torch.randn(4), torch.randn(3)]
+    places = [w.data_ptr() for w in weights]
+    offload = Offload(weights)
+    offload._thread.join()
+    offload._failed = MemoryError("the host has none left")
+    with pytest.raises(MemoryError, match="none left"):
+        offload.finish()
+    assert [w.data_ptr() for w in weights] == places
+
+
+def test_nothing_is_copied_while_times_are_taken() -> None:
+    weights = [torch.full((8,), 1.0)]
+    begun = threading.Event()
+
+    class Waiting(Offload):
+        def _copy(self, hosts: list[torch.Tensor]) -> None:
+            begun.wait(60)
+            super()._copy(hosts)
+
+    offload = Waiting(weights)
+    with offload.waiting(), offload.waiting():
+        begun.set()
+        offload._thread.join(0.1)
+        assert offload._thread.is_alive()
+    offload.finish()
+    assert torch.equal(weights[0], torch.full((8,), 1.0))
+    assert offload.original(weights[0]) is None
