@@ -14,6 +14,7 @@ from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, RankError
+from asyncdiff.graph import weights
 from asyncdiff.runtime.cuda_graphs import Issued
 from asyncdiff.runtime.engine import Engine
 
@@ -273,6 +274,27 @@ def test_each_gpu_holds_its_own_component_only(place: str) -> None:
     held = [torch.cuda.memory_allocated(d) - b for d, b in zip(range(2), before, strict=True)]
     assert all(h < 0.7 * whole for h in held)
     denoiser.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_leave_while_ranks_are_made(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is room, else before: the same bits, and the same weights on the host."""
+    if place == "one GPU":
+        pytest.skip("on one GPU weights stay")
+    call, results = on_gpu(toy_call()), []
+    values = {n: w.clone() for n, w in toy().float().state_dict().items()}
+    for room in (True, False):
+        monkeypatch.setattr(weights, "has_room", lambda *_, room=room: room)
+        denoiser = toy_on_gpu(devices=names(place, 2))
+        assert denoiser._weights.leaves == room
+        results.append(run(denoiser, call))
+        for name, weight in denoiser.module.state_dict().items():
+            assert weight.device.type == "cpu" and torch.equal(weight, values[name])
+        results.append(run(denoiser, call))
+        denoiser.close()
+        for name, weight in denoiser.module.state_dict().items():
+            assert weight.is_cuda and torch.equal(weight.cpu(), values[name])
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("place", PLACES)
