@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 import until
 from export_cache import ExportCache
 
@@ -36,5 +35,5 @@ def shared_exports() -> Iterator[ExportCache]:
     """torch.export, once for each structure of a denoiser in a process of tests."""
     with pytest.MonkeyPatch.context() as patch:
         cache = ExportCache()
-        patch.setattr(torch.export, "export", cache)
+        cache.install(patch)
         yield cache

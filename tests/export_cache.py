@@ -12,14 +12,17 @@ import copy
 import enum
 import operator
 import types
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from lazy_graphs import uncompiled
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from asyncdiff.graph import export as exporting
 from asyncdiff.graph.layers.attention import chosen
 from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
 
@@ -36,6 +39,8 @@ _APART = {
     *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 }
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+#: What the cache stands in for.
+_EXPORT, _ONCE_EACH = torch.export.export, exporting._once_each
 _CODE = (types.FunctionType, property, classmethod, staticmethod)
 #: Of larger tensors among the attributes, values are no part of a key: they become inputs.
 _FEW = 16
@@ -50,21 +55,41 @@ class ExportCache:
     module get this one's weights."""
 
     def __init__(self) -> None:
-        self._export = torch.export.export
+        self._export = _EXPORT
         self._programs: dict[Any, tuple[Any, set[str]]] = {}
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Stand in for torch's export, and for asyncdiff's with what is alike traced once."""
+        patch.setattr(torch.export, "export", self)
+        patch.setattr(exporting, "_once_each", self.once_each)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:
         """What ``torch.export.export`` returns, its graph free to be changed."""
+        made = partial(self._export, module, args, kwargs, **options)
         with uncompiled():
-            return self._exported(module, args, kwargs, **options)
+            return self._exported(made, module, args, kwargs, **options)
 
-    def _exported(self, module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:
+    def once_each(self, module: nn.Module, kwargs: Any) -> Any:
+        """What asyncdiff's ``_once_each`` returns, in the same way; its own exports are none that
+        are known here, as layers have forwards of their own meanwhile."""
+        made = partial(_ONCE_EACH, module, kwargs)
+        with uncompiled():
+            return self._exported(made, module, (), kwargs, strict=False)
+
+    def _exported(
+        self,
+        export: Callable[[], Any],
+        module: nn.Module,
+        args: Any,
+        kwargs: Any = None,
+        **options: Any,
+    ) -> Any:
         try:
             key = structure(module, args, kwargs, **options)
         except UnknownError:
-            return self._export(module, args, kwargs, **options)
+            return export()
         if key not in self._programs:
-            program = self._export(module, args, kwargs, **options)
+            program = export()
             own = {n for n, x in program.constants.items() if _attribute(module, n) is x}
             # Its graph as it is now, and nobody's weights.
             kept = _with(program, dict.fromkeys(program.state_dict), program.constants)
@@ -76,6 +101,12 @@ class ExportCache:
             n: _attribute(module, n) if n in own else x for n, x in program.constants.items()
         }
         return _with(program, {n: weights[n] for n in program.state_dict}, constants)
+
+
+def uncached(patch: pytest.MonkeyPatch) -> None:
+    """Have everything exported, also where a cache is installed."""
+    patch.setattr(torch.export, "export", _EXPORT)
+    patch.setattr(exporting, "_once_each", _ONCE_EACH)
 
 
 def structure(module: nn.Module, args: Any, kwargs: Any = None, **options: Any) -> Any:

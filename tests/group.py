@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 import torch.distributed as dist
 from export_cache import ExportCache
 from processes import STARTED
@@ -168,7 +168,7 @@ def _child(function: Callable[[Member], Any], member: Member) -> None:
     # Nothing of a test stays behind, and whoever hangs says where.
     said = (member.folder / f"hangs-{member.process}").open("w")
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=said)
-    torch.export.export = ExportCache()
+    ExportCache().install(pytest.MonkeyPatch())
     if HOSTS in os.environ:
         os.environ["ASYNCDIFF_HOST"] = os.environ[HOSTS][member.process]
         os.environ["ASYNCDIFF_INTERFACE"] = "lo"

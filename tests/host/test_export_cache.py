@@ -117,7 +117,7 @@ def test_what_the_drop_in_hangs_on_a_denoiser_is_no_part_of_it(
     exports: Exports, monkeypatch: pytest.MonkeyPatch, make: Any
 ) -> None:
     """Nor is what diffusers does, where a pipeline names its calls."""
-    monkeypatch.setattr(torch.export, "export", exports.cache)
+    exports.cache.install(monkeypatch)
     for _ in range(2):
         pipe, call = make()
         with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate"):

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from export_cache import uncached
 
 import asyncdiff
 from asyncdiff import progress
@@ -73,6 +74,7 @@ def test_the_pipelines_own_bar_tells_of_preparing_and_does_not_count_it(
         shown.said = said
         return shown
 
+    uncached(monkeypatch)
     export = capture.torch.export.export
 
     def slow(*args: Any, **more: Any) -> Any:

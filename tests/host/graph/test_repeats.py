@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_cache import uncached
 from families import FAMILIES
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -49,6 +50,7 @@ def _described(program: Any) -> list[tuple[Any, ...]]:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every export is made both ways; grows by what was exported."""
     made: list[str] = []
+    uncached(monkeypatch)
     once_each = exporting._once_each
 
     def both(module: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -115,6 +117,7 @@ class Blocks(nn.Module):
 def _repeated(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many blocks are not traced in an export, of which the result is right."""
     module = module.eval().requires_grad_(False)
+    uncached(monkeypatch)
     once_each, counts = exporting._once_each, [0]
 
     def counted(*args: Any) -> Any:
@@ -172,6 +175,7 @@ def test_what_a_block_is_told_between_calls_counts(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_comes_in_beside_the_arguments_has_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncached(monkeypatch)
     beside: dict[str, Any] = {"x": 0.0}
     blocks = [Block(8) for _ in range(3)]
     for block in blocks:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_cache import ExportCache
+from export_cache import uncached
 from tiny_pipelines import draw, tiny_flux, tiny_sd
 
 import asyncdiff
@@ -90,7 +90,7 @@ def shipped() -> Any:
 @pytest.mark.parametrize("make", [tiny_sd, pytest.param(shipped, marks=pytest.mark.slow)])
 def test_pictures_while_it_really_prepares(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads, one that exports and one that draws, do not disturb each other."""
-    monkeypatch.setattr(torch.export, "export", ExportCache()._export)
+    uncached(monkeypatch)
     pipe, call = make()
 
     def drawn() -> torch.Tensor:

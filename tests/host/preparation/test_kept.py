@@ -13,7 +13,7 @@ from typing import Any
 import group_kept
 import pytest
 import torch
-from export_cache import ExportCache
+from export_cache import uncached
 from group import run
 from tiny_pipelines import draw, tiny_sd, tiny_unet
 from toys import tower, tower_call, toy, toy_call
@@ -263,7 +263,7 @@ def test_the_shipped_model_is_prepared_in_a_third_of_the_time(
     from asyncdiff.demo import model as demo_model
     from asyncdiff.phases import recording
 
-    monkeypatch.setattr(torch.export, "export", ExportCache()._export)
+    uncached(monkeypatch)
     took = []
     for _ in range(2):
         unet: Any = demo_model.load().unet
@@ -297,7 +297,7 @@ def _prepare(path: str, ready: Any, started: Any, results: Any) -> None:
     os.environ["ASYNCDIFF_CACHE"] = path
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.export, "export", ExportCache()._export)
+        uncached(patch)
         work = Work(patch)
         started.put(1)
         ready.wait(60)
