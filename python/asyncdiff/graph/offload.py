@@ -36,6 +36,11 @@ class Offload:
         """The values of a weight, where they were; None for one that is not on its way."""
         return self._originals.get(id(weight))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that lie where the weights were, until :meth:`finish`."""
+        return sum(x.nbytes for x in self._originals.values())
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Nothing is copied meanwhile, as where times are taken."""

@@ -104,6 +104,12 @@ class Weights:
         """Whether the module is to be offloaded while ranks are made."""
         return self._leaves
 
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes that the module itself has on a device, also where it is about to leave."""
+        if self._leaving is not None and device == self.home:
+            return self._leaving.nbytes
+        return sum(w.nbytes for w in weights_of(self.module) if w.device == device)
+
     def start_offload(self) -> Offload | None:
         """Begin to move what is to be offloaded, so that ranks that are made now take it from where
         it was; None: there is nothing. Then call :meth:`end_offload`."""

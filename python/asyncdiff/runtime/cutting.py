@@ -201,8 +201,7 @@ class Cutter:
     def _room_on(self, device: torch.device) -> int | None:
         room = room_on(device)
         # What the denoiser itself has there is what a component takes.
-        own = [*self._module.parameters(), *self._module.buffers()]
-        return room and room + sum(w.nbytes for w in own if w.device == device)
+        return room and room + self._weights.nbytes_on(device)
 
     def _within(self, limits: Limits, cut: Callable[[Limits], Partition]) -> Partition:
         """What ``cut`` makes within these limits. What is free may do though estimated activations

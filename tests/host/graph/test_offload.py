@@ -112,6 +112,7 @@ def test_nothing_is_copied_while_times_are_taken() -> None:
         begun.set()
         offload._thread.join(0.1)
         assert offload._thread.is_alive()
+    assert offload.nbytes == 32
     offload.finish()
-    assert torch.equal(weights[0], torch.full((8,), 1.0))
+    assert torch.equal(weights[0], torch.full((8,), 1.0)) and offload.nbytes == 0
     assert offload.original(weights[0]) is None
