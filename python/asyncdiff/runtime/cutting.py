@@ -26,6 +26,7 @@ from ..partition.links import Links
 from ..partition.memory import Limits, no_room
 from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
+from ..partition.rescaled import Measured
 from ..partition.shards import Shards, shards
 from ..partition.speeds import at_speeds, on_kinds, runners
 from ..phases import phase
@@ -63,6 +64,7 @@ class Cutter:
         self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
         self._sizes, self._state, self._exporting = Sizes(module), state, exporting
+        self._costs = Measured()
         self._links: Links | None = None
         #: bytes that are free for each rank, once that was looked at
         self._free: list[int | None] | None = None
@@ -273,9 +275,22 @@ class Cutter:
         return costs if speeds is None else at_speeds(costs, speeds, ranks)
 
     def _measured(self, captured: Captured, call: Call, place: Place) -> Costs:
+        costs = None
+        if self._timed_afterwards:
+            costs = self._costs.at_other_sizes(place.kind, captured)
         with phase("measure"), undisturbed():
-            costs = measure(captured, call.tensors, place.device, self._weights.bring)
+            if costs is None:
+                costs = measure(captured, call.tensors, place.device, self._weights.bring)
+                self._costs.keep(place.kind, captured, costs)
             return fused(captured, costs) if self._config.compile else costs
+
+    @property
+    def _timed_afterwards(self) -> bool:
+        """Whether components are timed where they run, which corrects what nodes are thought to
+        cost."""
+        count = self._config.components
+        units = {p.unit for p in self._places[:count]}
+        return self._places[0].device.type == "cuda" and len(units) == count
 
     def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
