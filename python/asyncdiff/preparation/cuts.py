@@ -45,9 +45,13 @@ class KeptCuts:
                 told = [components, copies, *settings]
                 self._key = of_cuts(of_nodes(captured), devices, units, told)
 
-    def known(self) -> bool:
-        """Whether a cut is known."""
-        return self._usable and self._found() is not None
+    def costs(self) -> Costs | None:
+        """What nodes cost, if that is known, whatever links cuts were made for."""
+        data = self._folder.read(_KIND, self._key) if self._usable else None
+        try:
+            return None if data is None else self._costs(data)
+        except Exception:  # of which who looks for a cut is told
+            return None
 
     def get(self, make: Callable[[], Partition]) -> Partition:
         """The cut that is known, else that which ``make`` returns, which is kept. Raises what
@@ -89,19 +93,24 @@ class KeptCuts:
         if data is None:
             return None
         try:
-            return self._made(data) if self._links.like(data["links"]) else None
+            return self._made(data)
         except Exception as e:  # whatever is in a file that is not what it says
             where = self._folder.file(_KIND, self._key)
             self._folder.say(f"a preparation on the disk is ignored, {where}: {e!r}")
             return None
 
-    def _made(self, data: dict[str, Any]) -> Partition:
+    def _costs(self, data: dict[str, Any]) -> Costs:
         nodes = self._captured.nodes
         ms = dict(zip(nodes, map(float, data["ms"]), strict=True))
         macs = dict(zip(nodes, map(int, data["macs"]), strict=True))
         tables = [dict(zip(nodes, map(float, t), strict=True)) for t in data["tables"]]
         each = tuple(tables[int(i)] for i in data["each"])
-        costs = Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN, each)
+        return Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN, each)
+
+    def _made(self, data: dict[str, Any]) -> Partition | None:
+        if not self._links.like(data["links"]):
+            return None
+        costs = self._costs(data)
         cuts = [str(name) for name in data["cuts"]]
         made = partition(self._captured, self._components, cuts, costs=costs)
         return replace(made, settled=bool(data["settled"]))

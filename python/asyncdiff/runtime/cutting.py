@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import asyncdiff_core as core
-
 from ..config import ParallelConfig
 from ..errors import MemoryLimitError
 from ..graph.capture import Captured, capture
@@ -95,7 +93,8 @@ class Cutter:
         def cut() -> Partition:
             costs = None
             if measured:
-                costs = self._of_ranks(captured, call, kinds, components, copies)
+                costs = kept().costs()
+                costs = costs or self._of_ranks(captured, call, kinds, components, copies)
             elif self._config.speeds is not None:
                 ranks = runners(components, copies, len(self._places))
                 costs = at_speeds(estimate(captured), self._config.speeds, ranks)
@@ -235,7 +234,7 @@ class Cutter:
 
     def _known(self, kept: Callable[[], KeptCuts]) -> bool:
         """Whether nothing has to be measured."""
-        return self._team.by(0, "look for a cut", lambda: kept().known())
+        return self._team.by(0, "look for costs", lambda: kept().costs() is not None)
 
     def _on_each_kind(self, captured: Captured, call: Call) -> dict[str, Costs]:
         """What nodes cost on the first device of each kind, for all processes. Collective."""
@@ -300,8 +299,6 @@ class Cutter:
         settings: list[Any] = [compiled, self._config.speeds, self._config.memory]
         if len({p.kind for p in self._places}) > 1:
             settings.append([p.kind for p in self._places])
-        if (simulated := core.simulated_link()) is not None:
-            settings.append(simulated)
         links = self.links()
         return functools.cache(
             lambda: KeptCuts(captured, components, copies, devices, units, settings, links)
