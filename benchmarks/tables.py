@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "results.md"
 QUALITY = ROOT / "docs" / "guide" / "quality.md"
 PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
 SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
+LINKS = ROOT / "docs" / "guide" / "links.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
 
 #: The README's table: title, key of a model and mode of all runs in a row.
@@ -50,6 +51,7 @@ def main() -> None:
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
         (SEQUENCE, {"sequence": sequence}),
+        (LINKS, {"links": links}),
         (PIPELINES, {"pipelines": pipelines}),
     )
     for path, tables in pages:
@@ -221,6 +223,20 @@ def sequence() -> str:
                 cells.append(", ".join(map("{:.1f}".format, row["rank_ms_alone"])))
                 table.append([*cells, f"{row['exchange_mib_per_step']:.0f}"])
     return markdown(table)
+
+
+def links() -> str:
+    """Ticks over simulated links. Its page lies a folder deeper than others."""
+    path = RESULTS / "links_2gpu.json"
+    if not path.exists():
+        return "Not measured yet: `.ci/several 17` does it, on two GPUs.\n"
+    document = json.loads(path.read_text())
+    e = document["environment"]
+    return (
+        f"{len(e['gpus'])} × {e['gpus'][0]}, `benchmarks/denoise/{e['command']}`, torch "
+        f"{e['torch']}, commit {e['commit']}, [{path.name}](../../benchmarks/results/{path.name})."
+        f"\n\n{denoise_table.links(document['figures'])}"
+    )
 
 
 def pictures() -> str:

@@ -183,3 +183,32 @@ def rows(document: dict[str, Any]) -> str:
         cells = (one["nodes"], one["taken"], one["values"][0], size, halves)
         table.append([model["title"], *map(str, cells)])
     return markdown(table)
+
+
+def links(figures: dict[str, Model]) -> str:
+    """Ticks over links, by ``links.py``: a table a model, a row a link, the ways of compressing
+    beside each other."""
+    return "\n".join(f"### {m['title']}\n\n{_links(m)}" for m in figures.values())
+
+
+def _links(model: Model) -> str:
+    rows = model["rows"].values()
+    ways = dict.fromkeys(row["compress"] for row in rows)
+    heads = [
+        head if way == "none" else f"{way}: {head}"
+        for way in ways
+        for head in ("ms a tick", "exposed", "MiB a tick")
+    ]
+    table = [["", *heads]]
+    for title in dict.fromkeys(row["title"] for row in rows):
+        cells = [title]
+        for way in ways:
+            found = [r for r in rows if (r["title"], r["compress"]) == (title, way)]
+            cells += _over_link(found[0]) if found else ["", "", ""]
+        table.append(cells)
+    return markdown(table)
+
+
+def _over_link(row: dict[str, Any]) -> list[str]:
+    exposed = f"{100 * row['exposed_share']:.1f} %" if "exposed_share" in row else ""
+    return [_median(row["tick_ms"], 2), exposed, f"{row['exchange_mib']:.1f}"]

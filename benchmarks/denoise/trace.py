@@ -69,7 +69,7 @@ def by_gpu(trace: dict[str, Any]) -> dict[int, list[Work]]:
             continue
         name = event["name"]
         if category != "kernel" or "asyncdiff" in name:
-            waits = re.search(r"\b(get|get_inline|begin|release|commit)_kernel", name)
+            waits = re.search(r"\b(get|get_inline|begin|release|commit|arrive)_kernel", name)
             kind = "waits" if waits else "moves"
         else:
             kind = "computes"

@@ -93,7 +93,8 @@ def denoising(
 
 
 class Team:
-    """Ranks that serve several settings, one after another."""
+    """Ranks that serve several settings, one after another. ``settings``: others of an
+    AsyncDenoiser."""
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class Team:
         devices: list[str],
         compile: bool | str,
         progress: Any = None,
+        **settings: Any,
     ) -> None:
         several = len(loop.calls) > 1
         self.denoiser = asyncdiff.AsyncDenoiser(
@@ -117,6 +119,7 @@ class Team:
             guidance="split" if setting.split else "batched",
             compile=compile,
             progress=progress,
+            **settings,
         )
         if several:  # a step of them tells ranks what they are for
             with denoising(self.denoiser, loop, 1) as denoise, torch.no_grad():

@@ -37,6 +37,9 @@ def environment() -> dict[str, Any]:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         out["driver"] = driver.splitlines()[0] if driver else None
         out["links"] = _links(len(gpus))
+    simulated = asyncdiff_core.simulated_link()
+    if simulated is not None:
+        out["simulated_link"] = simulated
     nccl = {k: v for k, v in sorted(os.environ.items()) if k.startswith("NCCL_")}
     if nccl:
         out["nccl"] = nccl  # how it was told to go from GPU to GPU

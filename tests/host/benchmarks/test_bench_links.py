@@ -1,0 +1,114 @@
+"""The benchmark of simulated links: what rows say, how a run is continued, and its table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import asyncdiff_core as core
+import results_file
+import tables
+from denoise import links, table
+from denoise.timings import Timings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def timings(ms: list[float], exposed: list[float]) -> Timings:
+    made = Timings()
+    made.ms, made.exposed = ms, exposed
+    return made
+
+
+def denoiser(link: str | None) -> Any:
+    report = SimpleNamespace(simulated_link=link, exchange_bytes_per_tick=3 << 20, cuda_graphs=True)
+    parts = SimpleNamespace(components=[SimpleNamespace(ms=9.0), SimpleNamespace(ms=10.0)])
+    return SimpleNamespace(
+        report=lambda: report,
+        partition=SimpleNamespace(report=lambda: parts, cuts=("here",)),
+    )
+
+
+def test_a_tick_is_what_a_further_step_takes() -> None:
+    each = [timings([200.0, 210.0], [0.1]), timings([400.0, 430.0], [0.5, 0.7])]
+    row = links.row(each, [10, 30], denoiser("6GB/s,10us"))
+    assert row["tick_ms"] == {"median": 10.5, "min": 10.0, "max": 11.0}
+    assert row["exposed_ms"]["median"] == 0.6
+    assert row["exposed_share"] == pytest.approx(0.6 / 10.5, abs=1e-4)
+    assert row["simulated"] and row["link"] == "6GB/s,10us" and row["exchange_mib"] == 3.0
+    real = links.row([timings([100.0], []), timings([260.0], [])], [10, 30], denoiser(None))
+    assert not real["simulated"] and "exposed_share" not in real
+    rows = {links.name_of("off", "none"): real, links.name_of("6GB/s,10us", "fp8"): row}
+    links.compare(rows)
+    assert real["slower_share"] == 0
+    assert row["slower_share"] == pytest.approx(1 - 8 / 10.5, abs=1e-4)
+
+
+def test_links_are_links_and_the_environment_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ASYNCDIFF_LINK", raising=False)
+    for link in links.LINKS:
+        with links.over(link):
+            assert (core.simulated_link() is None) == (link == "off")
+    assert core.simulated_link() is None
+    with links.over("1GB/s,1us"), links.over("off"):
+        assert core.simulated_link() is None
+
+
+def test_results_say_that_links_were_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASYNCDIFF_LINK", raising=False)
+    assert "simulated_link" not in results_file.environment()
+    monkeypatch.setenv("ASYNCDIFF_LINK", "6GB/s,10us")
+    assert results_file.environment()["simulated_link"] == "6GB/s,10us"
+
+
+def test_the_table_has_ways_beside_each_other() -> None:
+    def row(title: str, way: str, ms: float) -> dict[str, Any]:
+        tick = {"median": ms, "min": ms, "max": ms}
+        return {
+            "title": title,
+            "compress": way,
+            "tick_ms": tick,
+            "exchange_mib": ms,
+            "exposed_share": 0.031,
+        }
+
+    rows = [row("real", "none", 10), row("slow", "none", 20), row("slow", "fp8", 12)]
+    model = {"title": "SDXL", "rows": {str(i): r for i, r in enumerate(rows)}}
+    text = table.links({"sdxl": model})
+    assert "### SDXL" in text and "fp8: ms a tick" in text
+    (line,) = (x for x in text.splitlines() if x.startswith("| slow"))
+    assert [c.strip() for c in line.strip("|").split("|")] == [
+        "slow", "20.00", "3.1 %", "20.0", "12.00", "3.1 %", "12.0",
+    ]  # fmt: skip
+
+
+def test_the_page_says_where_nothing_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "Not measured yet" in tables.links()
+
+
+@pytest.mark.slow
+def test_a_run_is_continued(tmp_path: Path) -> None:
+    out = tmp_path / "links.json"
+    script = str(ROOT / "benchmarks/denoise/links.py")
+    command = [sys.executable, script, "--device", "cpu", "--models", "tiny"]
+    command += ["--dtype", "float32", "--steps", "3", "6", "--rounds", "1", "--out", str(out)]
+    command += ["--compress", "none", "--links"]
+    subprocess.run([*command, "off"], check=True)
+    subprocess.run([*command, "off", "100MB/s,1ms"], check=True)
+    figures = json.loads(out.read_text())["figures"]["tiny"]
+    assert list(figures["rows"]) == ["off none", "100MB/s,1ms none"]
+    slow = figures["rows"]["100MB/s,1ms none"]
+    assert slow["simulated"] and slow["link"] == "0.1GB/s,1000us" and "slower_share" in slow
+    wrong = subprocess.run([*command, "slow"], capture_output=True, text=True, check=False)
+    assert wrong.returncode and "write BANDWIDTH,LATENCY" in wrong.stderr
