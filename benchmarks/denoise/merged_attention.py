@@ -91,10 +91,8 @@ def measure(size: tuple[int, int, int, int], device: torch.device) -> dict[str, 
         return torch.randn(shape, device=device, dtype=dtype, generator=made)
 
     query, key, value = drawn(tokens // 2), drawn(tokens), drawn(tokens)
-    halves = [
-        (x.contiguous(), y.contiguous())
-        for x, y in zip(key.chunk(2, 2), value.chunk(2, 2), strict=True)
-    ]
+    chunks = zip(key.chunk(2, 2), value.chunk(2, 2), strict=True)
+    halves = [(k.contiguous(), v.contiguous()) for k, v in chunks]
     merged = torch.compile(merge) if device.type == "cuda" else merge
     parts = [attend(query, *half) for half in halves]
     some = (slice(None), slice(0, 1), slice(0, 256))  # of all, float64 has no room

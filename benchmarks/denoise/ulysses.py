@@ -1,4 +1,4 @@
-"""Measure diffusers' own sequence parallelism (Ulysses) on the GPUs of one host, beside one of them.
+"""Measure diffusers' own sequence parallelism (Ulysses) on GPUs of one host, beside one of them.
 
     torchrun --nproc-per-node 2 benchmarks/denoise/ulysses.py                      # FLUX and Wan
     torchrun --nproc-per-node 2 benchmarks/denoise/ulysses.py --device cpu --dtype float32 \\
