@@ -16,6 +16,7 @@ import results_file
 from asyncdiff_bench.figures import Figure, Results
 from asyncdiff_bench.table import digits, title_of
 from denoise import table as denoise_table
+from fidelity import compression_table
 from fidelity import table as fidelity_table
 from markdown_table import markdown
 from pipelines import table as pipelines_table
@@ -206,6 +207,11 @@ def delays() -> str:
     return fidelity_table.delays(RESULTS)
 
 
+def compression() -> str:
+    """What compressing what crosses costs: a row a run, a column a way."""
+    return compression_table.table(RESULTS)
+
+
 def sequence() -> str:
     """Exact steps whose tokens are shared out, beside the same denoiser on one GPU."""
     document = json.loads((RESULTS / "sequence_2gpu.json").read_text())
@@ -259,6 +265,7 @@ TABLES = {
     "fidelity": fidelity,
     "few-steps": few_steps,
     "delays": delays,
+    "compression": compression,
 }
 
 if __name__ == "__main__":

@@ -21,12 +21,20 @@ class Chosen(Method):
     """A quality on so many devices, each of which has room for the denoiser, for one picture.
 
     The batch that the benchmark draws at once is many such pictures: it is not taken apart.
+    ``compress``: what crosses, as the setting.
     """
 
-    def __init__(self, quality: str, devices: int, device: str, guided: bool) -> None:
+    def __init__(
+        self,
+        quality: str,
+        devices: int,
+        device: str,
+        guided: bool,
+        compress: str | None = None,
+    ) -> None:
         self.name = f"quality {quality}, {devices} devices"
         self.quality, self.count, self.device, self.guided = quality, devices, device, guided
-        self.devices = devices
+        self.devices, self.compress = devices, compress
 
     def run(self, pipe: Any, call: Mapping[str, Any], steps: int) -> torch.Tensor:
         """See :class:`Method`."""
@@ -79,4 +87,5 @@ class Chosen(Method):
             schedule="wavefront",
             tail=settings["exact_tail"],
             split=settings["guidance"] == "split",
+            compress=self.compress,
         )

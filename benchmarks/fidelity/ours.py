@@ -23,7 +23,7 @@ class Asynchronous(Method):
     """``parallelize`` with these settings, all ranks on one device: the same pictures as on many.
 
     The denoiser is split where it balances MACs. ``tail`` is ``exact_tail``; ``split``: each
-    condition of the guidance has ranks of its own.
+    condition of the guidance has ranks of its own; ``compress``: what crosses, as the setting.
     """
 
     def __init__(
@@ -39,12 +39,14 @@ class Asynchronous(Method):
         delay: int | None = None,
         tail: int = 0,
         split: bool = False,
+        compress: str | None = None,
     ) -> None:
         self.name = f"{name} N={components} S={stride} w={warmup}"
         self.name += f" tail={tail}" if tail else ""
         self.components, self.stride, self.warmup = components, stride, warmup
         self.schedule, self.tail, self.delay = schedule, tail, delay
         self.guidance = "split" if split else "batched"
+        self.compress = compress
         self.order: Any = order
         self.device = device
         self.devices = rank_count(components, stride, schedule) * (2 if split else 1)
@@ -112,7 +114,7 @@ _current: list[Any] = []  # the pipeline that is spread, how, and its handle: on
 def _spread(pipe: Any, method: Asynchronous) -> Any:
     """A handle of a copy of ``pipe`` for this number of components, stride and schedule."""
     shape = (method.components, method.stride, method.schedule, method.delay)
-    key = (*shape, method.guidance, method.device)
+    key = (*shape, method.guidance, method.compress, method.device)
     if not (_current and _current[0] is pipe and _current[1] == key):
         if _current:
             _current[2].restore()
@@ -126,6 +128,7 @@ def _spread(pipe: Any, method: Asynchronous) -> Any:
             guidance=method.guidance,
             split=balanced(pipe, method.components).cuts or "estimate",
             compile=False,
+            compress=method.compress,
         )
         _current[:] = [pipe, key, handle]
     # What a plan is made of may change between generations; what is prepared is kept.

@@ -25,6 +25,8 @@ from .schedule.plan import EXACT, check_delay, check_numbers, check_schedule, ra
 Devices = Sequence[str | int | torch.device] | None
 #: With guidance split, guidance has two conditions: two groups of ranks.
 GROUPS = 2
+#: What ``compress`` may be.
+COMPRESS = ("fp8", "int8", "auto")
 #: More steps than any generation has, where their number is not known yet.
 _MANY = 1_000_000
 
@@ -85,6 +87,10 @@ class ParallelConfig:
             100 million parameters on GPUs. "regions": modules that the denoiser has several times
             (blocks) are compiled by themselves, once for all of them, which True is; "whole": each
             component is compiled as one, but for what is pushed.
+        compress: in asynchronous steps a byte a value crosses between components, by how much it
+            differs from what was to be expected (docs/guide/settings.md): "fp8", "int8"; "auto":
+            "fp8" where a boundary would outlast its computation by more than compressing it costs;
+            None: all crosses as it is. What exact steps send is never compressed.
         progress: called with (what, done, of how many) during preparation; None for a bar where
             stderr is a terminal.
         deadline: seconds after which a rank that waits for another gives up; None takes
@@ -111,6 +117,7 @@ class ParallelConfig:
     latents: str | None = None
     timestep: str | None = None
     compile: bool | str | None = None
+    compress: str | None = None
     progress: Progress | None = dataclasses.field(default=None, compare=False)
     deadline: float | None = None
 
@@ -138,6 +145,9 @@ class ParallelConfig:
             if getattr(self, name) not in words:
                 said = " or ".join(map(repr, words))
                 raise InputError(f"{name}={getattr(self, name)!r}: write {said}")
+        if self.compress not in (None, *COMPRESS):
+            said = ", ".join(map(repr, COMPRESS))
+            raise InputError(f"compress={self.compress!r}: write {said}, or None")
         if self.compile not in (None, True, False, "whole", "regions"):
             raise InputError(f"compile={self.compile!r}: write 'regions', 'whole', True or False")
         if self.schedule == "pipeline" and (self.splits or self.exact_mode != "chain"):
@@ -209,6 +219,11 @@ class ParallelConfig:
     def names(self) -> dict[str, str | None]:
         """The names of the denoiser's arguments, where they are not the usual ones."""
         return {"latents": self.latents, "timestep": self.timestep}
+
+    @property
+    def compresses(self) -> str | None:
+        """How bundles are compressed; None, too, where there is none of an asynchronous step."""
+        return None if self.schedule in EXACT or self.components == 1 else self.compress
 
     @property
     def splits(self) -> bool:

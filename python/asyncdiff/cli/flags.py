@@ -45,6 +45,7 @@ _OTHERS = {
     "ranks": "--ranks",
     "speeds": "--speeds",
     "memory": "--max-memory",
+    "compress": "--compress",
 }
 #: Those of them that errors begin with.
 _OF_CARDS = ("speeds", "memory")

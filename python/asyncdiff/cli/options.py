@@ -167,6 +167,26 @@ class Cards:
         return out
 
 
+@dataclass(frozen=True)
+class Links:
+    """How what crosses between devices does."""
+
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            "--compress",
+            help="What crosses in asynchronous steps becomes a byte a value: fp8 or int8; auto: "
+            "fp8 where links would be waited for otherwise. Left out: all crosses as it is.",
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :func:`asyncdiff.parallelize`, those that were given. Raises InputError."""
+        if self.compress not in (None, "fp8", "int8", "auto"):
+            raise InputError(f"--compress {self.compress!r}: write fp8, int8 or auto")
+        return {} if self.compress is None else {"compress": self.compress}
+
+
 Devices = Annotated[
     str | None,
     typer.Option(

@@ -94,7 +94,7 @@ class Spread:
 
 
 #: Arguments that go with a quality.
-_BESIDE = ("compile", "speeds", "memory")
+_BESIDE = ("compile", "speeds", "memory", "compress")
 
 
 def usable(text: str | None) -> list[str]:

@@ -319,11 +319,16 @@ def _number(time: torch.Tensor) -> Time:
 
 def _sent(phase: Phase) -> list[int]:
     """Bytes of boundaries, or of tokens, that ranks send to others, tick by tick."""
-    by_component: dict[int, int] = defaultdict(int)
-    for (source, target), nbytes in phase.engine.bundle_bytes.items():
-        by_component[source] += nbytes * len(phase.plan.ranks_of(target))
+    by_component: dict[tuple[int, bool], int] = defaultdict(int)
+    for exact in (True, False):
+        for (source, target), nbytes in phase.engine.bundle_bytes(exact).items():
+            by_component[source, exact] += nbytes * len(phase.plan.ranks_of(target))
     inside = phase.plan.schedule == "sequence"  # of each run
     return [
-        sum(by_component[run.component] for run in tick.runs if inside or run.ordinal != NOTHING)
+        sum(
+            by_component[run.component, tick.exact]
+            for run in tick.runs
+            if inside or run.ordinal != NOTHING
+        )
         for tick in phase.plan.ticks
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -42,10 +42,12 @@ def balanced(
     links: Links,
     copies: int = 1,
     limits: Limits | None = None,
+    crossing: Callable[[fx.Node], int] = nbytes_of,
 ) -> list[str]:
     """Names of the N−1 nodes at which components 1 … N−1 begin, by the exact optimum of
     :mod:`asyncdiff.balance` within ``limits`` of memory. Raises MemoryLimitError, which names the
-    cut that is closest to them, where none is."""
+    cut that is closest to them, where none is. ``crossing``: bytes that cross of
+    a node's value."""
     owned = units(captured)
     position = {n: i for i, n in enumerate(owned)}
     last_use = list(range(len(owned)))
@@ -57,7 +59,7 @@ def balanced(
         if here is not None:
             for v in sources:
                 last_use[v] = max(last_use[v], here)
-            nbytes[here] += nbytes_of(node)
+            nbytes[here] += crossing(node)
             sources = {here}
         carried[node] = sources
     for output in captured.outputs:

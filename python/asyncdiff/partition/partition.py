@@ -166,6 +166,7 @@ def partition(
     links: Links = _LINKS,
     copies: int = 1,
     limits: Limits | None = None,
+    nbytes: Callable[[fx.Node], int] = nbytes_of,
 ) -> Partition:
     """Split ``captured`` into ``components`` parts.
 
@@ -173,13 +174,13 @@ def partition(
     estimated ones if None), lists of module paths, or node names at which components begin.
     ``links`` are those between ranks, ``copies`` how many ranks run the last component
     (as many as the stride). ``limits``: bytes that components may need, within which the cut is the
-    fastest; a given one is not checked. Raises PartitionError where that cannot be done, for memory
-    MemoryLimitError.
+    fastest; a given one is not checked. ``nbytes``: how many bytes cross of a node's value. Raises
+    PartitionError where that cannot be done, for memory MemoryLimitError.
     """
     cuts: tuple[str, ...] | None = None
     if isinstance(split, str):
         costs = costs or estimate(captured)
-        cuts = tuple(balanced(captured, costs, components, links, copies, limits))
+        cuts = tuple(balanced(captured, costs, components, links, copies, limits, nbytes))
         owners = by_cuts(captured, cuts)
     elif all(isinstance(s, str) for s in split):
         cuts = tuple(str(s) for s in split)

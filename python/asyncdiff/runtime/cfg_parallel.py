@@ -64,11 +64,11 @@ class Groups:
         """The workers of this process's ranks, group by group."""
         return [w for engine in self.engines for w in engine.workers]
 
-    @property
-    def bundle_bytes(self) -> dict[tuple[int, int], int]:
-        """Bytes that cross from one component to another, in all groups together."""
-        edges = self.engines[0].bundle_bytes
-        return {e: sum(engine.bundle_bytes[e] for engine in self.engines) for e in edges}
+    def bundle_bytes(self, exact: bool) -> dict[tuple[int, int], int]:
+        """Bytes that cross from one component to another, in all groups together, in an exact step
+        or another one."""
+        found = [engine.bundle_bytes(exact) for engine in self.engines]
+        return {edge: sum(of_group[edge] for of_group in found) for edge in found[0]}
 
     @property
     def compile_s(self) -> float:

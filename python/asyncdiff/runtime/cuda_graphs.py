@@ -153,6 +153,13 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
         graph.instantiate()
 
 
+@contextlib.contextmanager
+def on_stream(device: torch.device, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Makes both the current ones, without gradients."""
+    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+
+
 def _forbidden(first: BaseException, last: BaseException) -> bool:
     """Whether a capture failed because it was one: ``first`` is what was raised within it, ``last``
     what came of ending it, which may be the same."""

@@ -36,6 +36,8 @@ from ..processes.team import Team
 from ..quiet import undisturbed
 from ..schedule.plan import Exchange, ring
 from .devices import Place, room_on
+from .exchange.compression.choice import MAILBOXES, Choice
+from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.link_speed import engine_links
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
@@ -64,6 +66,7 @@ class Cutter:
         self._sizes, self._state, self._exporting = Sizes(module), state, exporting
         self._costs = Measured()
         self._links: Links | None = None
+        self._choice = Choice(config.compresses, self._places[0].device.type)
         #: bytes that are free for each rank, once that was looked at
         self._free: list[int | None] | None = None
 
@@ -102,7 +105,7 @@ class Cutter:
 
         def parted(costs: Costs | None, room: Limits | None) -> Partition:
             with phase("cut"):
-                return partition(
+                return self._choice.cut(
                     captured,
                     components,
                     split,
@@ -152,7 +155,8 @@ class Cutter:
         limits = self._limits(len(known[0].components), copies)
 
         def decide() -> Partition | None:
-            better = next_cut(timed, links, copies, worth, limits)
+            crossing = self._choice.crossing(known[-1], links, copies)
+            better = next_cut(timed, links, copies, worth, limits, crossing)
             last = known[-1] if better is None else better
             if any(last is parts for parts in known):  # nothing is timed after this one
                 last.settled = True
@@ -176,6 +180,7 @@ class Cutter:
             each.append(min(known, default=None))
         edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]
         slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
+        slots *= MAILBOXES if config.compresses is not None else 1
         engines = components if config.schedule == "pipeline" else 1
         return Limits(tuple(each), slots, engines, free=config.memory is None)
 
@@ -226,6 +231,12 @@ class Cutter:
             raise no_room([u.total for u in uses], limits, "cut as given they need")
 
     # ---- times -------------------------------------------------------------------------------
+
+    def compressed(self, parts: Partition, copies: int) -> Compressed:
+        """Which boundaries cross compressed."""
+        if self._config.compresses is None:
+            return NOTHING_COMPRESSED
+        return self._choice.boundaries(parts, self.links(), copies, self._team)
 
     @property
     def _unequal(self) -> bool:
@@ -297,6 +308,8 @@ class Cutter:
         units = [f"{p.unit} of host {p.host}" for p in self._places]
         compiled = "regions" if self._config.compile is True else self._config.compile or False
         settings: list[Any] = [compiled, self._config.speeds, self._config.memory]
+        if self._config.compresses is not None:
+            settings.append(self._config.compresses)
         if len({p.kind for p in self._places}) > 1:
             settings.append([p.kind for p in self._places])
         links = self.links()

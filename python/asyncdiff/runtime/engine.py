@@ -31,6 +31,7 @@ from ..schedule.actions import Tick
 from ..schedule.plan import Plan
 from .devices import Place
 from .exchange.channels import Channels
+from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.inputs import SharedInputs
 from .executor import RankQueue
 from .input_cache import InputCache
@@ -45,8 +46,8 @@ class Engine:
     own place, where it gets noise predictions if none of these ranks is its own. ``tensors`` are
     the inputs of a call, in the order of the signature; their values are used for a first run,
     which fixes how values lie in memory. ``slots`` and ``extrapolate`` are those of the plans that
-    will be run. ``compile``: how components are compiled, if they are. ``beside``: an engine whose
-    ranks' streams this one's ranks use, in turn with it.
+    will be run. ``compile``: how components are compiled, if they are. ``compressed``: what crosses
+    so. ``beside``: an engine whose ranks' streams this one's ranks use, in turn with it.
 
     Making an engine, :meth:`prepare`, :meth:`begin`, :meth:`finish` and :meth:`close` are
     collective; all processes issue the same ticks.
@@ -67,6 +68,7 @@ class Engine:
         deadline: float | None = None,
         compile: Compiling | None = None,
         beside: Engine | None = None,
+        compressed: Compressed = NOTHING_COMPRESSED,
     ) -> None:
         self.partition = partition
         self.signature = partition.captured.signature
@@ -96,7 +98,7 @@ class Engine:
             self.signature.places[Role.CONDITIONING],
             set[int]().union(*(w.row_conditioning for w in self.workers)),
         )
-        self.channels = Channels(partition, self.places, seats, team, slots, deadline)
+        self.channels = Channels(partition, self.places, seats, team, slots, deadline, compressed)
         self.channels.connect(self.by_rank, [tensors[i] for i in self._latents])
         self.fabric = self.channels.fabric
         #: seconds that compiling took
@@ -112,10 +114,9 @@ class Engine:
 
     # ---- preparation -------------------------------------------------------------------------
 
-    @property
-    def bundle_bytes(self) -> dict[tuple[int, int], int]:
-        """Bytes that cross from one component to another."""
-        return self.channels.bundle_bytes
+    def bundle_bytes(self, exact: bool) -> dict[tuple[int, int], int]:
+        """Bytes that cross from one component to another, in an exact step or another one."""
+        return self.channels.bundle_bytes[exact]
 
     @phase("compile")
     def _compile(self, compiling: Compiling) -> None:
@@ -144,10 +145,7 @@ class Engine:
         for worker in self.workers:
             worker.graphs.try_again()
         with stage("recording CUDA graphs"):
-            for tick in plan.ticks:
-                for action in tick.runs:
-                    if action.rank in self.by_rank:
-                        self.by_rank[action.rank].prepare(action.slots)
+            self.channels.record(plan, self.by_rank)
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
         """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
@@ -167,8 +165,7 @@ class Engine:
         for worker in self.workers:
             worker.rows.begin(steps)
         self.conditioning.begin(tensors, ready.everything)
-        if self.channels.inputs is not None:
-            self.channels.inputs.begin()
+        self.channels.begin()
         with self.team.collective():
             self.fabric.reset()
         self._clean = False
@@ -211,6 +208,8 @@ class Engine:
                     k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()
                 }
             self._ticks += 1
+            if self.channels.sent is not None:
+                self.channels.sent.add(tick)
             version = self.conditioning.version
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             delivered = {}

@@ -212,4 +212,5 @@ class EngineMaker:
                 deadline=config.deadline,
                 compile=self._compiling if config.compile else None,
                 beside=beside,
+                compressed=self._cutter.compressed(parts, len(places) - count + 1),
             )

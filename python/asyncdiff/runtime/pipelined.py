@@ -68,10 +68,9 @@ class Pipelined(Groups):
         """How many there are."""
         return self._split.count
 
-    @property
-    def bundle_bytes(self) -> dict[tuple[int, int], int]:
+    def bundle_bytes(self, exact: bool) -> dict[tuple[int, int], int]:
         """Bytes that cross from one component to another, of one micro-batch."""
-        return self.engines[0].bundle_bytes
+        return self.engines[0].bundle_bytes(exact)
 
     def begin(self, steps: int, tensors: Sequence[torch.Tensor], ready: Ready = READY_NOW) -> None:
         """See :meth:`asyncdiff.runtime.engine.Engine.begin`."""

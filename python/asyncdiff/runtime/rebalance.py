@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from ..errors import PartitionError, ProcessError
-from ..graph.capture import Captured
+from ..graph.capture import Captured, nbytes_of
 from ..memory import out_of_memory
 from ..partition.cost import Costs
+from ..partition.exposure import Crossing
 from ..partition.links import Links
 from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
@@ -166,6 +167,7 @@ def next_cut(
     copies: int = 1,
     worth: float = WORTH,
     limits: Limits | None = None,
+    crossing: Crossing = nbytes_of,
 ) -> Partition | None:
     """What to make in place of the last of the splits that were ``timed``, with the milliseconds of
     their components; None to keep it. See :func:`recut`; of a slower cut, back to the best one.
@@ -176,7 +178,7 @@ def next_cut(
         return best
     if len(timed) > CUTS:
         return None
-    return recut(parts, times, links, copies, worth, limits)
+    return recut(parts, times, links, copies, worth, limits, crossing)
 
 
 def recut(
@@ -186,11 +188,13 @@ def recut(
     copies: int = 1,
     worth: float = WORTH,
     limits: Limits | None = None,
+    crossing: Crossing = nbytes_of,
 ) -> Partition | None:
     """The split under costs that ``times``, milliseconds by component, have corrected.
 
     None where the slowest component is not expected to become faster by the share ``worth``.
-    ``parts`` is an automatic split; ``links``, ``copies`` and ``limits`` are those of
+    ``parts`` is an automatic split; ``links``, ``copies``, ``limits`` and ``crossing`` (there
+    ``nbytes``) are those of
     :func:`~asyncdiff.partition.partition.partition`.
     """
     assert parts.costs is not None
@@ -207,6 +211,7 @@ def recut(
             links=links,
             copies=copies,
             limits=limits,
+            nbytes=crossing,
         )
     except PartitionError:  # the split that there is works
         return None

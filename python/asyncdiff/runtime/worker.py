@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from ..graph.weights import Held, Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..progress import tell
-from ..schedule.actions import NOTHING, Action, Kind, Segment, Slots
-from .cuda_graphs import GraphCache, Issued, capturing
+from ..schedule.actions import NOTHING, Action, Kind, Segment
+from .cuda_graphs import GraphCache, Issued, capturing, on_stream
 from .exchange.buffers import moved_on
+from .exchange.compression.ends import UnpackingReceiver
+from .exchange.compression.sent import Runs, Sent
 from .exchange.meetings import Meetings
-from .exchange.push import Push, Sender
+from .exchange.push import Push, Way, Ways
 from .exchange.results import Result
 from .rows import Rows
 from .step import Caller, Inputs
@@ -97,14 +99,16 @@ class Worker:
         timed = parts.timed
         self.rows = Rows(timed, lambda: self._ahead(timed, self.kept), time, self.graphs)
         #: by receiving component
-        self.senders: dict[int, Sender] = {}
+        self.senders: dict[int, Ways] = {}
         #: where its noise predictions go besides, if they do
         self.result: Result | None = None
         #: where tokens are shared out: its part in the meetings of all ranks
         self.meetings: Meetings | None = None
         self._meets = hasattr(self.program, "meet")
         #: by sending component, the channels that bring bundles
-        self.receivers: dict[int, core.Channel] = {}
+        self.receivers: dict[int, core.Channel | UnpackingReceiver] = {}
+        #: which bundles cross compressed, if any do
+        self.sent: Sent | None = None
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
         self.mailbox: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.compiled = False
@@ -118,7 +122,7 @@ class Worker:
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the worker's device and compute stream the current ones, without gradients."""
-        return torch.no_grad() if self.stream is None else _current(self.device, self.stream)
+        return torch.no_grad() if self.stream is None else on_stream(self.device, self.stream)
 
     # ---- preparation -------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ class Worker:
             log.warning("%s runs uncompiled, which is slower: %s", what, made.refused[0])
         self.synchronize()
 
-    def prepare(self, slots: Slots) -> None:
+    def prepare(self, slots: Runs) -> None:
         """Capture the graph of a run with these slots, if it is still missing."""
         with self.current():
             self.rows.prepare()
@@ -225,11 +229,11 @@ class Worker:
         with self.current():
             self._take({i: inputs.tensors[i] for i in inputs.fresh}, inputs.caller)
 
-    def run(self, slots: Slots) -> Issued:
+    def run(self, slots: Runs) -> Issued:
         """Issue one run; its outputs are valid until the next one, in order of the stream."""
         return self.graphs.issue(slots, lambda: self.execute(slots))
 
-    def execute(self, slots: Slots) -> Issued:
+    def execute(self, slots: Runs) -> Issued:
         """Run the component on the current stream, and push its boundary."""
         read, write, delivers = slots
         reads: dict[int, list[torch.Tensor]] = {}
@@ -238,14 +242,16 @@ class Worker:
             if source in reads:
                 bundle = moved_on(reads[source], bundle, self._extrapolate)
             reads[source] = bundle
-        senders = {} if write == NOTHING else self.senders
-        result = self.result if delivers else None
-        meetings = self.meetings
-        if not senders and result is None and meetings is None:
+        ways: dict[int, Way] = {}
+        if write != NOTHING:
+            for target, by_slot in self.senders.items():
+                ways[target] = by_slot[write]
+        result, meetings = self.result if delivers else None, self.meetings
+        if not ways and result is None and meetings is None:
             return Issued(run_program(self.program, self._arguments(reads), None))
-        push = Push(senders, write, self.stream, self.comm, result)
+        push = Push(ways, self.stream, self.comm, result)
         # A copy of the last component has values for others, but only the component sends them.
-        sink = meetings or (push if senders else None)
+        sink = meetings or (push if ways else None)
         outputs = run_program(self.program, self._arguments(reads), sink)
         if meetings is not None:
             meetings.finish()
@@ -307,7 +313,7 @@ class Worker:
         self._take(mine, inputs.caller if first else None)
         self.rows.select(time, inputs.version)
         with core.nvtx_range("run", rank=self.rank, component=self.index, step=action.time):
-            issued = self.run(action.slots)
+            issued = self.run(action.slots if self.sent is None else self.sent.slots(action))
         if issued.computed is not None:
             self._last = issued
         return None if action.step is None else self._deliver(issued.outputs, inputs.caller)
@@ -391,9 +397,3 @@ class Worker:
                 new.copy_(old, non_blocking=True)
         main.wait_stream(self.stream)
         return out
-
-
-@contextlib.contextmanager
-def _current(device: torch.device, stream: torch.cuda.Stream) -> Iterator[None]:
-    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
-        yield

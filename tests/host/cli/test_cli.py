@@ -75,6 +75,7 @@ def test_plan_json_is_all_there_is_on_stdout(run):
         (["plan", "-N", "two"], "--components"),
         (["generate", "m", "-p", "x", "--speeds", "1,fast"], "--speeds '1,fast': write positive"),
         (["generate", "m", "-p", "x", "--max-memory", "10GB,much"], "write sizes as 10GB,22GB"),
+        (["generate", "m", "-p", "x", "--compress", "zip"], "--compress 'zip': write fp8, int8"),
         (["prepare", "m", "--speeds", "1,-1"], "--speeds '1,-1': write positive"),
         (["plan", "--component-ms", "1,2,3"], "3 component times"),
         (["plan", "--component-ms", "fast"], "6.8,7.1"),

@@ -31,6 +31,7 @@ from asyncdiff.preparation.captures import kept_capture
 from asyncdiff.preparation.folder import preparations
 from asyncdiff.preparation.graph_text import NotKeptError, of_data, to_data
 from asyncdiff.runtime import cutting
+from asyncdiff.runtime.exchange.compression import choice
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_a_cut_for_other_links_is_not_taken(
         made.append(given["links"])
         return partition(*args, **given)
 
-    monkeypatch.setattr(cutting, "partition", parted)
+    monkeypatch.setattr(choice, "partition", parted)
     for speed, cuts in ((2e7, 1), (2.5e7, 1), (6e6, 2), (2e7, 3), (2e7, 3)):
         links = Links(Link(1e9), {(0, 1): Link(speed, 0.01)})
         generated()

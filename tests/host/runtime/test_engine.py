@@ -227,7 +227,7 @@ def test_report_counts_what_was_exchanged() -> None:
     run(denoiser, toy_call(), TIMES)
     report = denoiser.report()
     assert (report.steps, report.ticks) == (8, 2 + 3)
-    sizes = denoiser._engine.bundle_bytes  # type: ignore[union-attr]
+    sizes = denoiser._engine.bundle_bytes(False)  # type: ignore[union-attr]
     # The last component's values go to its copy too.
     per_tick = sum(n * (2 if target == 2 else 1) for (_, target), n in sizes.items())
     assert report.exchange_bytes_per_tick == per_tick

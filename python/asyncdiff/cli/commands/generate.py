@@ -21,6 +21,7 @@ def generate(
     setting: opt.Setting,
     drawn: Picture,
     cards: opt.Cards,
+    links: opt.Links,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")],
     negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
     seed: opt.Seed = 0,
@@ -45,7 +46,8 @@ def generate(
     from ...tools import compare
     from ...tools.prediction import predicted_speedup
 
-    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | cards.arguments()
+    known = cards.arguments() | links.arguments()
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | known
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)

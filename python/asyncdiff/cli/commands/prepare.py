@@ -20,6 +20,7 @@ def prepare(
     setting: opt.Setting,
     drawn: Picture,
     cards: opt.Cards,
+    links: opt.Links,
     size: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +49,8 @@ def prepare(
     from ... import parallelize
     from ...preparation.folder import preparations
 
-    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | cards.arguments()
+    known = cards.arguments() | links.arguments()
+    modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | known
     spread = Spread.of(devices, given.quality(quality), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()

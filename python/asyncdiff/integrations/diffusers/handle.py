@@ -32,7 +32,7 @@ from .subclass import CALLS, HANDLE, denoiser_class, original, pipeline_class
 #: Settings that a handle's text names.
 _SHOWN = (
     *("components", "stride", "warmup", "schedule", "exact_tail", "time_shift"),
-    *("extrapolate", "guidance", "exact_mode", "compile"),
+    *("extrapolate", "guidance", "exact_mode", "compile", "compress"),
 )
 
 

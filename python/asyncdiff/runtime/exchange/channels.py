@@ -19,11 +19,17 @@ import asyncdiff_core as core
 from ...partition.partition import Partition
 from ...partition.shards import Shards
 from ...processes.team import Team
+from ...schedule.actions import Kind
+from ...schedule.plan import Plan
 from ..devices import Place, fabric
 from ..worker import Worker
 from .buffers import layout_of, memory_of, tensors_in
+from .compression.codec import packed_layout
+from .compression.ends import PackingSender, Pair, UnpackingReceiver
+from .compression.sent import NOTHING_COMPRESSED, Compressed, Sent
 from .inputs import SharedInputs
 from .meetings import connect
+from .push import AsTheyAre, Way
 from .results import MODE, SLOTS, Arrivals, Result, among_constants
 
 #: A layout as plain data: element type, shape and strides of each tensor.
@@ -33,7 +39,8 @@ _Edge = tuple[int, int]
 
 class Channels:
     """The fabric of ranks at ``places``, and of a *seat* for each process without any; its channels
-    with ``slots`` slots. ``seats``: the own place of each process."""
+    with ``slots`` slots. ``seats``: the own place of each process. ``compressed``: the boundaries
+    that cross so."""
 
     def __init__(
         self,
@@ -43,11 +50,16 @@ class Channels:
         team: Team,
         slots: int,
         deadline: float | None,
+        compressed: Compressed = NOTHING_COMPRESSED,
     ) -> None:
         self._partition = partition
         self._places = list(places)
         self._team = team
         self._slots = slots
+        self._compressed = compressed
+        #: which bundles cross compressed, if any do
+        self.sent = Sent(slots) if compressed.edges else None
+        self._unpacking: list[UnpackingReceiver] = []
         ranks = len(places)
         owners = [place.process for place in places]
         #: of each process, the rank that noise predictions go to
@@ -65,7 +77,8 @@ class Channels:
         home = self._places[self.own_rank].device
         self._stream = torch.cuda.Stream(home) if cuda and team.several else None
         self._mode = "copy" if cuda else "auto"
-        self.bundle_bytes: dict[_Edge, int] = {}
+        #: bytes of a bundle, whether its step was exact or not
+        self.bundle_bytes: dict[bool, dict[_Edge, int]] = {True: {}, False: {}}
         #: by rank of another process
         self.arrivals: dict[int, Arrivals] = {}
         #: where process 0 alone gets noise predictions, the inputs that it sends to the others
@@ -85,15 +98,46 @@ class Channels:
         with self._team.collective():
             if isinstance(self._partition, Shards):
                 ranks = len(self._partition.components)
-                self.bundle_bytes = connect(self.fabric, edges, ranks, workers, self._mode)
+                tokens = connect(self.fabric, edges, ranks, workers, self._mode)
+                self.bundle_bytes = {True: tokens, False: tokens}
             else:
                 for (i, j), layout in edges.items():
                     self._boundary(workers, i, j, layout)
+            for worker in workers.values():
+                worker.sent = self.sent
             if self._team.several:
                 for rank in self._delivering:
                     self._result(workers, rank, outputs)
             if self._team.first_only:
                 self._share(moving)
+
+    def begin(self) -> None:
+        """A generation begins, in which nothing was sent yet."""
+        if self.inputs is not None:
+            self.inputs.begin()
+        if self.sent is not None:
+            self.sent.begin()
+        for receiver in self._unpacking:
+            receiver.begin()
+
+    def record(self, plan: Plan, workers: Mapping[int, Worker]) -> None:
+        """Capture every CUDA graph of these workers that ``plan`` will replay."""
+        sent = Sent(self._slots) if self.sent is not None else None
+        for tick in plan.ticks:
+            if sent is not None:
+                sent.add(tick)
+            for action in tick.actions:
+                worker = workers.get(action.rank)
+                if worker is None:
+                    continue
+                if action.kind is Kind.RUN:
+                    worker.prepare(action.slots if sent is None else sent.slots(action))
+                elif action.kind is Kind.GET and sent is not None:
+                    receiver = worker.receivers[action.component]
+                    if isinstance(receiver, UnpackingReceiver):
+                        with worker.current():
+                            route = sent.route(action.component, action.ordinal)
+                            receiver.record(action.slot, route)
 
     def synchronize(self) -> None:
         """Wait until all that was to arrive here has."""
@@ -159,15 +203,28 @@ class Channels:
     # ---- channels ----------------------------------------------------------------------------
 
     def _boundary(self, workers: Mapping[int, Worker], i: int, j: int, layout: core.Layout) -> None:
-        self.bundle_bytes[i, j] = sum(spec.nbytes for spec in layout.specs)
         last = len(self._partition.components) - 1
         receivers = list(self._delivering) if j == last else [j]
-        # Copy engines leave the multiprocessors to the components, as in all published rows.
-        channel = self.fabric.channel(
-            i, receivers, layout, slots=self._slots, name=f"component {i} to {j}", mode=self._mode
-        )
+
+        def connected(name: str, layout: core.Layout, *exact: bool) -> core.Channel:
+            for kind in exact:
+                self.bundle_bytes[kind][i, j] = sum(spec.nbytes for spec in layout.specs)
+            # Copy engines leave the multiprocessors to the components, as in all published rows.
+            return self.fabric.channel(
+                i, receivers, layout, slots=self._slots, name=name, mode=self._mode
+            )
+
+        name = f"component {i} to {j}"
+        if (i, j) in self._compressed.edges:
+            whole = connected(f"{name}, whole", layout, True)
+            packed = connected(f"{name}, compressed", packed_layout(layout)[0], False)
+            pair = Pair(layout, whole, packed, self._compressed.kind)
+            self._packed(workers, i, j, pair, receivers)
+            return
+        channel = connected(name, layout, True, False)
         if i in workers:
-            workers[i].senders[j] = channel, layout
+            ways = [Way(channel, slot, layout) for slot in range(self._slots)]
+            workers[i].senders[j] = ways if self.sent is None else AsTheyAre(ways)
         for r in receivers:
             if r not in workers:
                 continue
@@ -176,6 +233,31 @@ class Channels:
             for slot in range(self._slots):
                 memory = memory_of(channel.slot(r, slot), worker.device)
                 worker.mailbox[i, slot] = tensors_in(memory, layout)
+
+    def _packed(
+        self,
+        workers: Mapping[int, Worker],
+        i: int,
+        j: int,
+        pair: Pair,
+        receivers: Sequence[int],
+    ) -> None:
+        """The ends of a boundary that crosses compressed."""
+        assert self.sent is not None
+        if i in workers:
+            with workers[i].current():
+                workers[i].senders[j] = PackingSender(pair, self._slots, workers[i].device)
+        for r in receivers:
+            if r not in workers:
+                continue
+            worker = workers[r]
+            with worker.current():
+                receiver = UnpackingReceiver(
+                    pair, self._slots, worker.device, r, i, self.sent, worker.graphs
+                )
+            worker.receivers[i] = receiver
+            worker.mailbox |= {(i, slot): v for slot, v in enumerate(receiver.values)}
+            self._unpacking.append(receiver)
 
     def _result(self, workers: Mapping[int, Worker], rank: int, outputs: _Specs) -> None:
         """The channel of the noise predictions of a rank, to every other process."""

@@ -3,19 +3,48 @@ all of it together with the noise prediction, at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 import asyncdiff_core as core
 
 from .buffers import as_laid_out
+from .compression.sent import Write
 from .results import Result
 
-#: Where values for one other component go, and how they lie there.
-Sender = tuple[core.Channel, core.Layout]
+
+@dataclass(frozen=True)
+class Way:
+    """Where a bundle goes: the channel, its ``slot`` there, how its values lie in memory, and what
+    is made of a value before it is pushed, by its index, on the stream that pushes."""
+
+    channel: core.Channel
+    slot: int
+    layout: core.Layout
+    change: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+
+
+class Ways(Protocol):
+    """The ways of the bundles that runs send, by what :data:`~.compression.sent.Runs` say of them:
+    a list, by slot, where none crosses compressed."""
+
+    def __getitem__(self, write: Any, /) -> Way: ...
+
+
+class AsTheyAre:
+    """The ways of bundles that are not compressed, where others are."""
+
+    def __init__(self, by_slot: Sequence[Way]) -> None:
+        self._by_slot = by_slot
+
+    def __getitem__(self, write: Any) -> Way:
+        assert isinstance(write, Write)
+        return self._by_slot[write.slot]
 
 
 class Push:
@@ -27,17 +56,15 @@ class Push:
 
     def __init__(
         self,
-        senders: Mapping[int, Sender],
-        slot: int,
+        ways: Mapping[int, Way],
         stream: torch.cuda.Stream | None,
         comm: torch.cuda.Stream | None,
         result: Result | None = None,
     ) -> None:
-        self._senders = senders
-        self._slot = slot
+        self._ways = ways
         self._result = result
         #: by receiver, what leaves at the end
-        self._late: dict[int, list[torch.Tensor]] = {target: [] for target in senders}
+        self._late: dict[int, list[torch.Tensor]] = {target: [] for target in ways}
         self._stream = stream
         self._comm = comm
         # The pushes read these values beside the computation, which must not reuse their memory.
@@ -49,23 +76,27 @@ class Push:
         if comm is not None and stream is not None:
             comm.wait_stream(stream)
         if result is None:
-            for channel, _ in senders.values():
-                channel.begin(slot, comm)
+            for way in ways.values():
+                way.channel.begin(way.slot, comm)
         #: Seconds of the calling thread.
         self.spent = time.perf_counter() - started
 
     def __call__(self, target: int, index: int, value: torch.Tensor) -> None:
         """Push one value of the bundle for ``target``."""
-        channel, layout = self._senders[target]
-        value = as_laid_out(value, layout.specs[index])
+        way = self._ways[target]
+        value = as_laid_out(value, way.layout.specs[index])
         self._held.append(value)
-        if self._result is not None:  # values come in the order of the bundle
-            self._late[target].append(value)
-            return
         started = time.perf_counter()
-        if self._comm is not None and self._stream is not None:
+        late = self._result is not None
+        if self._comm is not None and self._stream is not None and (way.change or not late):
             self._comm.wait_stream(self._stream)
-        channel.push_pointer(index, value.data_ptr(), self._slot, self._comm)
+        if way.change is not None:
+            with contextlib.nullcontext() if self._comm is None else torch.cuda.stream(self._comm):
+                value = way.change(index, value)
+        if late:  # values come in the order of the bundle
+            self._late[target].append(value)
+        else:
+            way.channel.push_pointer(index, value.data_ptr(), way.slot, self._comm)
         self.spent += time.perf_counter() - started
 
     def finish(self, outputs: Sequence[Any]) -> None:
@@ -77,8 +108,8 @@ class Push:
         if self._result is not None:
             self._put(self._result, outputs)
         else:
-            for channel, _ in self._senders.values():
-                channel.commit(self._slot, self._comm)
+            for way in self._ways.values():
+                way.channel.commit(way.slot, self._comm)
         if self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
             self.delivered = _mark(self._stream)
@@ -91,7 +122,7 @@ class Push:
         self._held += values
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
-        bundles = [(c, self._late[t], self._slot) for t, (c, _) in self._senders.items()]
+        bundles = [(w.channel, self._late[t], w.slot) for t, w in self._ways.items()]
         result.fabric.put_batch([*bundles, (result.channel, values, 0)], self._comm)
 
 
