@@ -79,7 +79,8 @@ class ParallelConfig:
         exact_mode: "chain" (exact steps run one component after another); "split": the exact
             steps but the last of the first ones run whole on two devices, a condition each; or
             "sequence": they run on all ranks, which share out the tokens. Those devices hold the
-            whole denoiser then.
+            whole denoiser then. "auto", of pipelines: what is fastest of these for each generation,
+            where there is room for it.
         latents, timestep: names of those arguments, where they are not the usual ones.
         compile: compile the components with inductor, which takes a minute or so for inputs of a
             new shape, up to four where components turn out unequal (results are cached on the disk,
@@ -140,7 +141,7 @@ class ParallelConfig:
     def _check_modes(self) -> None:
         for name, words in (
             ("guidance", ("batched", "split")),
-            ("exact_mode", ("chain", "split", "sequence")),
+            ("exact_mode", ("chain", "split", "sequence", "auto")),
         ):
             if getattr(self, name) not in words:
                 said = " or ".join(map(repr, words))
@@ -150,17 +151,18 @@ class ParallelConfig:
             raise InputError(f"compress={self.compress!r}: write {said}, or None")
         if self.compile not in (None, True, False, "whole", "regions"):
             raise InputError(f"compile={self.compile!r}: write 'regions', 'whole', True or False")
-        if self.schedule == "pipeline" and (self.splits or self.exact_mode != "chain"):
+        alike = self.exact_mode in ("chain", "auto")
+        if self.schedule == "pipeline" and (self.splits or not alike):
             raise PlanError(
                 "schedule='pipeline' keeps the conditions of a picture together: take "
                 "guidance='batched' and exact_mode='chain', and more components for more devices"
             )
-        if self.schedule == "sequence" and self.exact_mode != "chain":
+        if self.schedule == "sequence" and not alike:
             raise PlanError(
                 f"exact_mode={self.exact_mode!r} does not go with schedule='sequence', in which "
                 "every step is exact and runs alike: leave it out"
             )
-        if self.exact_mode != "chain" and self.auto_warmup is not None:
+        if not alike and self.auto_warmup is not None:
             raise PlanError(
                 "warmup='auto' needs exact_mode='chain': the last exact step, which fills the "
                 "mailboxes, is not known ahead"

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
-from .errors import BatchError, CaptureError, DeviceError
+from .errors import BatchError, CaptureError, DeviceError, InputError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
 from .graph.compiled.compile import pays
@@ -48,6 +48,7 @@ class Spread(ReadOnlySettings, Locked):
         checkpoint: str | Path | None,
     ) -> None:
         super().__init__()  # the lock, held by whoever runs a generation
+        _check_picked(config)
         self.module = module
         self._parser = Parser(module, config.latents, config.timestep)
         #: whether engines are for values of masks, because the denoiser's sizes depend on them
@@ -167,7 +168,9 @@ class Spread(ReadOnlySettings, Locked):
         changed then.
         """
         with self.lock:
-            self._config = self._config.between_generations(changes)
+            config = self._config.between_generations(changes)
+            _check_picked(config)
+            self._config = config
 
     def adopt(self, config: ParallelConfig) -> None:
         """Take other settings; where they cannot change between generations, ranks are prepared
@@ -223,3 +226,12 @@ class Spread(ReadOnlySettings, Locked):
         kind = self._seat.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             yield
+
+
+def _check_picked(config: ParallelConfig) -> None:
+    """Raise InputError where something is still to be picked."""
+    if config.exact_mode == "auto":
+        raise InputError(
+            "exact_mode='auto' is picked by the calls of a pipeline, with parallelize(pipe): of an "
+            "AsyncDenoiser write 'chain', 'split' or 'sequence'"
+        )

@@ -233,8 +233,8 @@ ExactMode = Annotated[
     typer.Option(
         "--exact-mode",
         help="How exact steps run, but the last of the first ones: chain (one component after "
-        "another), split (whole on two devices, a condition each), or sequence (of transformers: "
-        "on all devices, which share out the tokens).",
+        "another), split (whole on two devices, a condition each), sequence (of transformers: on "
+        "all devices, which share out the tokens), or auto (the fastest that there is room for).",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the starting noise.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from families import FAMILIES
 
 import asyncdiff
+from asyncdiff.integrations.diffusers.auto import exact_mode
 from asyncdiff.integrations.diffusers.pipeline import plan_partition
+from asyncdiff.quality import Task
 from asyncdiff.schedule.plan import build
 from asyncdiff.schedule.simulate import Timing, predict
 
@@ -42,6 +45,55 @@ def test_another_setting_is_picked_where_tokens_cannot_be_followed(
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, quality="exact") as handle:
         assert torch.equal(_drawn(pipe, call), plain)
         assert "one device" in handle.settings
+
+
+def test_how_exact_steps_run_is_picked() -> None:
+    by_hand: dict[str, Any] = {"components": 2, "warmup": 2, "exact_mode": "auto"}
+    pipe, call = FAMILIES["FLUX"]()
+    call.pop("output_type", None)
+    plain = _drawn(pipe, call | {"num_inference_steps": 2})
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, **by_hand) as handle:
+        assert handle.settings == 'exact_mode="auto" picks at the first call'
+        drawn = _drawn(pipe, call | {"num_inference_steps": 2})
+        assert "exact_mode='sequence'" in handle.settings and handle.config.components == 2
+        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+        handle.configure(exact_mode="chain")
+        handle.configure(warmup=1)
+        _drawn(pipe, call)
+        assert (handle.config.exact_mode, handle.config.warmup) == ("chain", 1)
+        handle.configure(exact_mode="auto")
+        _drawn(pipe, call)
+        assert handle.config.exact_mode == "sequence"
+    pipe, call = FAMILIES["SD 1.5"]()  # no transformer: two conditions
+    call.pop("output_type", None)
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, **by_hand) as handle:
+        _drawn(pipe, call)
+        assert "exact_mode='split'" in handle.settings
+        _drawn(pipe, call | {"guidance_scale": 1.0})
+        assert "exact_mode='chain'" in handle.settings
+        with pytest.raises(asyncdiff.InputError, match="of an AsyncDenoiser write"):
+            handle.denoiser.configure(exact_mode="auto")
+
+
+TASK = Task(devices=4, steps=50, step=0.1, guided=True, pictures=1, whole=True, tokens=True)
+
+
+@pytest.mark.parametrize(
+    "picked, task, settings",
+    [
+        ("sequence", {}, {"components": 4}),
+        ("split", {}, {"components": 2}),
+        ("sequence", {}, {"components": 2, "guidance": "split"}),
+        ("split", {"tokens": False}, {"components": 4}),
+        ("sequence", {"guided": False}, {"components": 2}),
+        ("chain", {"tokens": False, "whole": False}, {"components": 4}),
+        ("chain", {}, {"components": 4, "warmup": "auto"}),
+        ("chain", {}, {"components": 4, "schedule": "sequence"}),
+    ],
+)
+def test_what_is_picked(picked: str, task: dict[str, Any], settings: dict[str, Any]) -> None:
+    config = asyncdiff.ParallelConfig(**settings, exact_mode="auto")
+    assert exact_mode(replace(TASK, **task), config).settings == {"exact_mode": picked}
 
 
 def test_a_plan_of_shares() -> None:

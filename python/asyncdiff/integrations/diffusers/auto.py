@@ -16,7 +16,7 @@ from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
 from ...graph.layers.quantized import parts_of
 from ...graph.signature import Call, Role, Signature, has_several_latents
-from ...quality import Picked, Task, pick
+from ...quality import AUTO, Picked, Task, pick
 from ...runtime.pipelined import conditions_of
 from ...sampling.clean_image import CleanImage
 from .timesteps import is_mixed
@@ -77,6 +77,9 @@ class AutoSettings:
         which.add(call.signature)
         return not known
 
+    def __str__(self) -> str:
+        return f"quality={self.quality!r}"
+
     def settle(
         self,
         denoiser: AsyncDenoiser,
@@ -89,20 +92,25 @@ class AutoSettings:
         ``clean``: the clean images of its steps, or why waves do not serve them. ``calls``: in a
         step, a condition each."""
         task = self._task(denoiser, call, steps, clean, calls)
+        self._agree(denoiser, task)
+        prepared = None if self.picked is None else self.picked.settings
+        picked = pick(self.quality, task, prepared, self._by_hand)
+        devices = tuple(self._devices[: picked.devices])
+        self._took(picked)
+        denoiser.adopt(replace(self._base, devices=devices, **picked.settings))
+
+    def _agree(self, denoiser: AsyncDenoiser, task: Task) -> None:
         # What is picked decides about what the processes do together next.
         known = dataclasses.asdict(task)
         denoiser.team.agree(
             "choose settings",
             lambda: {f"what is asked for ({n})": repr(v) for n, v in known.items()},
         )
-        prepared = None if self.picked is None else self.picked.settings
-        picked = pick(self.quality, task, prepared, self._by_hand)
-        devices = tuple(self._devices[: picked.devices])
-        config = replace(self._base, devices=devices, **picked.settings)
+
+    def _took(self, picked: Picked) -> None:
         if picked != self.picked:
-            log.info("quality=%r picks %s", self.quality, picked)
+            log.info("%s picks %s", self, picked)
             self.picked = picked
-        denoiser.adopt(config)
 
     def _task(
         self, denoiser: AsyncDenoiser, call: Call, steps: int, clean: CleanImage | str, calls: int
@@ -149,6 +157,54 @@ class AutoSettings:
             links = self._devices[0].type != "cuda" or denoiser.link_speed() >= _FAST
             self._fast = links and is_transformer(denoiser.module)
         return self._fast
+
+
+class AutoExactMode(AutoSettings):
+    """Picks how exact steps run, under settings that were given by hand, with ``exact_mode="auto"``
+    among them."""
+
+    def __str__(self) -> str:
+        return 'exact_mode="auto"'
+
+    def given(self, config: ParallelConfig, changes: dict[str, Any]) -> dict[str, Any]:
+        """What ``config`` takes of these at once; an ``exact_mode`` among them is not picked any
+        more, or from now on."""
+        now = {"exact_mode": AUTO} | self._by_hand | changes
+        config.between_generations(now)
+        self._by_hand = {} if now["exact_mode"] == AUTO else {"exact_mode": now["exact_mode"]}
+        return {n: x for n, x in changes.items() if x != AUTO or n != "exact_mode"}
+
+    def settle(
+        self,
+        denoiser: AsyncDenoiser,
+        call: Call,
+        steps: int,
+        clean: CleanImage | str,
+        calls: int = 1,
+    ) -> None:
+        """See :meth:`AutoSettings.settle`."""
+        if self._by_hand:
+            return
+        task = self._task(denoiser, call, steps, clean, calls)
+        self._agree(denoiser, task)
+        picked = exact_mode(task, denoiser.config)
+        self._took(picked)
+        denoiser.configure(**picked.settings)
+
+
+def exact_mode(task: Task, config: ParallelConfig) -> Picked:
+    """How exact steps are fastest under these settings."""
+    ranks, mode = config.ranks, "chain"
+    alone = not task.guided or config.guidance == "split"
+    if config.schedule in ("pipeline", "sequence") or config.auto_warmup is not None:
+        why = "the other settings go with nothing else"
+    elif task.tokens and ranks > 1 and (alone or ranks > 2):
+        mode, why = "sequence", "in exact steps devices share out the picture's tokens"
+    elif task.guided and task.whole and ranks > 1 and not alone:
+        mode, why = "split", "exact steps run a condition on each of two devices"
+    else:
+        why = "there are no parts that devices could share out, or no room for the whole denoiser"
+    return Picked({"exact_mode": mode}, task.devices, why)
 
 
 def is_transformer(module: nn.Module) -> bool:

@@ -94,7 +94,7 @@ class Handle(ReadOnlySettings):
             return "given by hand"
         picked = [str(c.auto.picked) for c in self._calls if c.auto is not None and c.auto.picked]
         told = " | ".join(dict.fromkeys(picked))
-        return told or f"quality={self._auto.quality!r} picks at the first call"
+        return told or f"{self._auto} picks at the first call"
 
     def configure(self, **changes: Any) -> None:
         """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. Where
@@ -194,9 +194,9 @@ class Handle(ReadOnlySettings):
         raised; InputError for pipelines that begin in the middle of a schedule, PlanError where a
         quality chooses the settings.
         """
-        if self._auto is not None:
+        if self._auto is not None and self._auto.quality:
             raise PlanError(
-                f"quality={self._auto.quality!r} chooses settings for each generation, and a "
+                f"{self._auto} chooses settings for each generation, and a "
                 "calibration is for fixed ones: parallelise with schedule='wavefront' and the "
                 "number of exact steps that you want, then calibrate"
             )

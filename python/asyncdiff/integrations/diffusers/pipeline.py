@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
-from .auto import AutoSettings
+from .auto import AutoExactMode, AutoSettings
 from .background import BACKGROUND, FIRST, check_when, plain_copy
 from .denoisers import find_denoiser, find_denoisers
 from .handle import Handle
@@ -112,6 +113,9 @@ def parallelize(
         if group is None:
             settings["devices"] = (every := every_device(devices))[:1]
     config = ParallelConfig.of(config, settings)
+    picks_mode = auto is None and config.exact_mode == AUTO
+    if picks_mode:
+        config = replace(config, exact_mode="chain")
     if checkpoint is not None and not isinstance(checkpoint, Mapping):
         checkpoint = dict.fromkeys(modules, checkpoint)
     if checkpoint is not None and (len(set(checkpoint.values())) < len(modules)):
@@ -136,8 +140,11 @@ def parallelize(
             places, me = spread.places, spread.team.process
             own = every or [p.device for p in places if p.process == me]
             there = every or [p.device for p in places]
-            chosen = auto and AutoSettings(auto, there, config, own, len(modules))
-            made[name] = spread, chosen or None
+            chosen = None
+            if auto is not None or picks_mode:
+                kind = AutoExactMode if picks_mode else AutoSettings
+                chosen = kind(auto or "", there, config, own, len(modules))
+            made[name] = spread, chosen
         handle = Handle(pipe, made, {n: x.to(made[n][0].home) for n, x in plain.items()})
         undo.pop_all()
     return handle
