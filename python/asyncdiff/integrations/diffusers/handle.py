@@ -196,7 +196,7 @@ class Handle(ReadOnlySettings):
         """
         if self._auto is not None and self._auto.quality:
             raise PlanError(
-                f"{self._auto} chooses settings for each generation, and a "
+                f"quality={self._auto.quality!r} chooses settings for each generation, and a "
                 "calibration is for fixed ones: parallelise with schedule='wavefront' and the "
                 "number of exact steps that you want, then calibrate"
             )
