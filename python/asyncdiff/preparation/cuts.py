@@ -83,6 +83,7 @@ class KeptCuts:
             "macs": [costs.macs[n] for n in nodes],
             "tables": [[ms[n] for n in nodes] for ms in tables.values()],
             "each": [list(tables).index(id(ms)) for ms in costs.each],
+            "busy": costs.busy,
         }
         what = f"{len(nodes)} nodes in {self._components} components, {costs.source}"
         self._folder.write(_KIND, self._key, what, data)
@@ -105,7 +106,9 @@ class KeptCuts:
         macs = dict(zip(nodes, map(int, data["macs"]), strict=True))
         tables = [dict(zip(nodes, map(float, t), strict=True)) for t in data["tables"]]
         each = tuple(tables[int(i)] for i in data["each"])
-        return Costs(ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN, each)
+        return Costs(
+            ms, macs, f"{data['source']}".removesuffix(_AGAIN) + _AGAIN, each, bool(data["busy"])
+        )
 
     def _made(self, data: dict[str, Any]) -> Partition | None:
         if not self._links.like(data["links"]):

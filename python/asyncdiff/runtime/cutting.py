@@ -159,8 +159,10 @@ class Cutter:
             better = next_cut(timed, links, copies, worth, limits, crossing)
             last = known[-1] if better is None else better
             if any(last is parts for parts in known):  # nothing is timed after this one
-                last.settled = True
+                # A card that is slower now may not be when the next process begins, which looks.
+                last.settled = last.costs is None or not last.costs.busy
                 kept().keep(last)
+                last.settled = True
             return better
 
         return self._alike(known[0].captured, decide, known, limits)

@@ -250,9 +250,11 @@ def corrected(parts: Partition, costs: Costs, times: Sequence[float]) -> Costs:
         return {node: time * of_node.get(node, 1.0) * device for node, time in ms.items()}
 
     each: tuple[dict[fx.Node, float], ...] = ()
-    if costs.each or set(of_device) != {1.0}:
+    busy = set(of_device) != {1.0}
+    if costs.each or busy:
         each = tuple(table(costs.on(i), device) for i, device in enumerate(of_device))
-    return replace(costs, ms=table(costs.ms, of_device[0]), source=source, each=each)
+    ms = table(costs.ms, of_device[0])
+    return replace(costs, ms=ms, source=source, each=each, busy=costs.busy or busy)
 
 
 def _ms(captured: Captured, component: Component, costs: Costs) -> float:

@@ -22,7 +22,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Partition, partition
-from asyncdiff.runtime import cutting, devices
+from asyncdiff.runtime import cutting, devices, making
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.rebalance import lasting, recut
 
@@ -185,6 +185,32 @@ def test_a_slowed_card_is_found_out_at_once(slow: list[float]) -> None:
     alone = partition(captured, 1, costs=even(captured)).report().components[0].ms
     assert max(taken(new, slow)) <= alone / sum(1 / s for s in slow) / 0.95
     assert new.speeds == pytest.approx([min(slow) / s for s in slow], rel=0.02)
+
+
+def test_a_busy_card_is_looked_at_again_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which begins with the cut that was best, and notices that it is idle."""
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
+    slow = [1.0, 1 / 0.6]
+    timed = []
+
+    def component_ms(engine: Any) -> list[float]:
+        timed.append(engine.partition.cuts)
+        return taken(engine.partition, slow)
+
+    monkeypatch.setattr(making, "component_ms", component_ms)
+    cuts = []
+    for each in ([1.0, 1 / 0.6], [1.0, 1 / 0.6], [1.0, 1.0], [1.0, 1.0]):
+        slow[:] = each
+        made = AsyncDenoiser(deep(), (), toy_call(), devices=["cpu"] * 2)
+        cuts.append((made.partition.cuts, made.partition.speeds))
+        made.close()
+    (busy, speeds), again, (idle, equal), still = cuts
+    assert speeds == pytest.approx([1.0, 0.6], rel=0.02) and again == (busy, speeds)
+    assert equal == pytest.approx([1.0, 1.0], rel=0.02) and still == (idle, equal)
+    assert timed[1] == timed[2] == timed[3] == busy != idle
 
 
 def test_a_busy_card_counts_though_its_runs_do_not_agree() -> None:
