@@ -89,7 +89,7 @@ class ParallelConfig:
             (blocks) are compiled by themselves, once for all of them, which True is; "whole": each
             component is compiled as one, but for what is pushed.
         compress: in asynchronous steps a byte a value crosses between components, by how much it
-            differs from what was to be expected (docs/guide/settings.md): "fp8", "int8"; "auto":
+            differs from what was to be expected (docs/guide/links.md): "fp8", "int8"; "auto":
             "fp8" where a boundary would outlast its computation by more than compressing it costs;
             None: all crosses as it is. What exact steps send is never compressed.
         progress: called with (what, done, of how many) during preparation; None for a bar where
