@@ -86,6 +86,13 @@ class AsyncDiffParallel:
                     ["auto", "off", "on"],
                     {"tooltip": "auto: large denoisers on GPUs, which takes a minute once."},
                 ),
+                "compress": (
+                    ["off", "auto", "fp8", "int8"],
+                    {
+                        "tooltip": "What crosses between devices, over slow links: a byte a value; "
+                        "auto: fp8 where links would be waited for.",
+                    },
+                ),
             },
         }
 

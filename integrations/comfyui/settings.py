@@ -23,6 +23,7 @@ def config_of(
     guidance: str = "batched",
     exact_mode: str = "chain",
     compile: str = "auto",
+    compress: str = "off",
 ) -> ParallelConfig:
     """The configuration that the node's inputs mean. Raises InputError for names that are no
     devices, DeviceError where there are too few or too many, PlanError for numbers that fit no
@@ -52,6 +53,7 @@ def config_of(
         schedule=schedule,
         guidance=guidance,
         compile=_COMPILE[compile],
+        compress=None if compress == "off" else compress,
         **exact,  # type: ignore[arg-type]
     )
 

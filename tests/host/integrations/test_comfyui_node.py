@@ -54,6 +54,11 @@ def test_all_gpus_are_taken(config_of: Any, monkeypatch: Any) -> None:
     assert config_of("", components=2).components == 2
 
 
+def test_what_crosses_is_compressed(config_of: Any) -> None:
+    assert config_of("cpu, cpu").compress is None
+    assert config_of("cpu, cpu", compress="auto").compress == "auto"
+
+
 def test_a_schedule_of_exact_steps_needs_no_numbers_of_them(config_of: Any) -> None:
     assert config_of("cpu, cpu", schedule="sequence", exact_mode="split").exact_tail == 0
 

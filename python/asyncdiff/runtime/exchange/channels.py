@@ -215,9 +215,10 @@ class Channels:
             )
 
         name = f"component {i} to {j}"
-        if (i, j) in self._compressed.edges:
+        less, coded = packed_layout(layout)
+        if (i, j) in self._compressed.edges and any(coded):
             whole = connected(f"{name}, whole", layout, True)
-            packed = connected(f"{name}, compressed", packed_layout(layout)[0], False)
+            packed = connected(f"{name}, compressed", less, False)
             pair = Pair(layout, whole, packed, self._compressed.kind)
             self._packed(workers, i, j, pair, receivers)
             return
