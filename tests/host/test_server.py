@@ -1,0 +1,127 @@
+"""The example of a server: queue, sizes prepared ahead, cancelling between steps, metrics."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi")
+pytest.importorskip("httpx")
+from fastapi.testclient import TestClient
+
+FOLDER = Path(__file__).parents[2] / "examples" / "server"
+SIZE = (64, 64)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import server
+
+    return server
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Pictures are drawn while it is set."""
+    event = threading.Event()
+    event.set()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def client(server: Any, gate: threading.Event) -> Iterator[TestClient]:
+    def load() -> Any:
+        pipe = server.loader(None, "float32")()
+        pipe.set_progress_bar_config(disable=True)
+        step = pipe.scheduler.step
+
+        def gated(*args: Any, **given: Any) -> Any:
+            assert gate.wait(60)
+            return step(*args, **given)
+
+        pipe.scheduler.step = gated
+        return pipe
+
+    drawing = sys.modules["drawing"].Drawing(load, ["cpu"] * 2, [SIZE], 2, waiting=2)
+    with TestClient(server.make_app(drawing, [SIZE], 2)) as client:
+        _until(lambda: client.get("/health").status_code == 200)
+        yield client
+    assert not drawing._thread.is_alive()
+
+
+def _until(done: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _draw(client: TestClient, **asked: Any) -> str:
+    answer = client.post("/pictures", json={"prompt": "red heart", **asked})
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def _ended(client: TestClient, id: str) -> dict[str, Any]:
+    _until(lambda: client.get(f"/pictures/{id}").json()["status"] not in ("queued", "drawing"))
+    return dict(client.get(f"/pictures/{id}").json())
+
+
+@pytest.mark.slow
+def test_pictures(client: TestClient, gate: threading.Event) -> None:
+    ids = [_draw(client, seed=seed) for seed in (1, 2)]
+    ended = [_ended(client, id) for id in ids]
+    assert [e["status"] for e in ended] == ["done"] * 2 and ended[0]["step"] == 2
+    images = [client.get(f"/pictures/{id}/image") for id in ids]
+    assert all(Image.open(io.BytesIO(i.content)).size == SIZE for i in images)
+    assert images[0].content != images[1].content
+    again = _draw(client, seed=1)
+    assert _ended(client, again)["status"] == "done"
+    assert client.get(f"/pictures/{again}/image").content == images[0].content
+
+    gate.clear()  # one is drawn, two wait, a fourth is refused
+    drawn = _draw(client, steps=5)
+    _until(lambda: client.get(f"/pictures/{drawn}").json()["status"] == "drawing")
+    waiting = [_draw(client) for _ in range(2)]
+    full = client.post("/pictures", json={"prompt": "red heart"})
+    assert full.status_code == 503 and "Retry-After" in full.headers
+    assert client.get(f"/pictures/{drawn}/image").status_code == 409
+    for id in (drawn, waiting[0]):
+        assert client.delete(f"/pictures/{id}").status_code == 200
+    gate.set()
+    assert _ended(client, drawn)["status"] == "cancelled" and _ended(client, drawn)["step"] < 5
+    assert _ended(client, waiting[0])["status"] == "cancelled"
+    assert _ended(client, waiting[1])["status"] == "done"
+
+    other = client.post("/pictures", json={"prompt": "red heart", "height": 32})
+    assert other.status_code == 422 and "64 x 64" in other.json()["detail"]
+    assert client.post("/pictures", json={"prompt": ""}).status_code == 422
+    assert client.get("/pictures/nothing").status_code == 404
+    failed = _draw(client, guidance_scale=0.0, prompt="no words that it knows: xyzzy")
+    assert _ended(client, failed)["status"] in ("failed", "done")
+    metrics = client.get("/metrics").text
+    assert 'asyncdiff_pictures_total{status="cancelled"} 2' in metrics
+    assert 'asyncdiff_pictures_total{status="refused"} 1' in metrics
+    assert "asyncdiff_ready 1" in metrics and "asyncdiff_seconds " in metrics
+
+
+def test_a_model_that_cannot_be_loaded(server: Any) -> None:
+    def load() -> Any:
+        raise OSError("there is no such model")
+
+    drawing = sys.modules["drawing"].Drawing(load, None, [SIZE], 2)
+    with TestClient(server.make_app(drawing, [SIZE], 2)) as client:
+        _until(lambda: client.get("/health").json()["status"] == "broken")
+        answer = client.post("/pictures", json={"prompt": "red heart"})
+        assert answer.status_code == 503 and "no such model" in answer.json()["detail"]
+        assert "asyncdiff_ready 0" in client.get("/metrics").text
