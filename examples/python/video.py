@@ -1,4 +1,4 @@
-"""A video by AnimateDiff on two devices. Stable Video Diffusion is used in the same way.
+"""A video by AnimateDiff on two devices.
 
 python examples/python/video.py
 """

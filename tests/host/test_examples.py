@@ -14,6 +14,7 @@ EXAMPLES = {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem
 SAYS = {
     "controlnet": "the ControlNet changes the latents by",
     "drop_in": "from the same noise",
+    "image_to_video": "a picture moves for 4 frames of 32 x 32 pixels",
     "image_to_image": "a picture of 16 x 16 pixels",
     "lora": "without it they are the same again: True",
     "own_loop": "latents of shape (1, 4, 8, 8)",
