@@ -28,6 +28,19 @@ def test_bundles_arrive_whole_and_in_order(
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sharing", ["", ",both", ",all"])
+def test_bundles_arrive_over_simulated_links(
+    place: str, sharing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = len(set(devices_for(place, 2)))
+    monkeypatch.setenv("ASYNCDIFF_LINK", f"5GB/s,20us{sharing}")
+    for result in run("cuda_exchange", 2, tmp_path, gpus, "auto", "auto"):
+        assert result["count"] == 220
+        assert result["wrong"] == result["after_reset"] == 0
+        assert result["links"] == ["simulated"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_a_killed_process_is_an_error_for_all_others(place: str, tmp_path: Path) -> None:
     gpus = len(set(devices_for(place, 2)))
     first, killed, third = run("cuda_killed", 3, tmp_path, gpus)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from conftest import PLACES, devices_for
+from core_world import MODES, WAYS, mixed_bundle
+from core_world import World as Exchange
 
 import asyncdiff_core as core
 
@@ -106,6 +108,29 @@ def test_there_and_back_takes_twice_the_model(
     for took in us:
         assert took >= 2 * (model_us(nbytes) - EARLY)
     assert statistics.median(us) <= 2 * (model_us(nbytes) + LATE)
+
+
+@pytest.mark.parametrize(("place", "transport"), WAYS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sharing", ["", ",all"])
+def test_any_tensors_arrive_whole(
+    place: str, transport: str, mode: str, sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASYNCDIFF_LINK", f"3GB/s,30us{sharing}")
+    world = Exchange(place, transport, mixed_bundle(), receivers=3, mode=mode)
+    rooms = {r: world.room(r) for r in world.receivers}
+    for n in range(6):
+        for tensor in world.tensors:
+            tensor.copy_(tensor + 1)
+        torch.cuda.synchronize(world.devices[0])
+        (world.put if n % 3 else world.push)(n % 2)
+        for r in world.receivers:
+            world.receive(r, n % 2, rooms[r])
+        world.synchronize()
+        world.fabric.check()
+        for room in rooms.values():
+            for sent, got in zip(world.tensors, room, strict=True):
+                assert torch.equal(sent.cpu(), got.cpu())
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -42,7 +42,8 @@ ASYNCDIFF_API const char* asyncdiff_version(void);
 ASYNCDIFF_API const char* asyncdiff_last_error(void);
 ASYNCDIFF_API int asyncdiff_last_error_rank(void);
 
-/* --- fabrics. deadline: seconds that a wait may last, 0 for ASYNCDIFF_DEADLINE or else 10. */
+/* --- fabrics. deadline: seconds that a wait may last, 0 for ASYNCDIFF_DEADLINE or else 10.
+ * ASYNCDIFF_LINK simulates a link between any two ranks. */
 
 /* Ranks are threads of this process. */
 ASYNCDIFF_API asyncdiff_code asyncdiff_host_fabric_make(int ranks, double deadline,
