@@ -233,15 +233,17 @@ def sequence() -> str:
 
 def links() -> str:
     """Ticks over simulated links. Its page lies a folder deeper than others."""
-    path = RESULTS / "links_2gpu.json"
-    if not path.exists():
-        return "Not measured yet: `.ci/several 17` does it, on two GPUs.\n"
+    measured, predicted = (RESULTS / f"links_{what}.json" for what in ("2gpu", "predicted"))
+    path = measured if measured.exists() else predicted
     document = json.loads(path.read_text())
     e = document["environment"]
+    how = "**Predicted**, not measured yet:"
+    if path == measured:
+        how = f"{len(e['gpus'])} × {e['gpus'][0]}, simulated links:"
     return (
-        f"{len(e['gpus'])} × {e['gpus'][0]}, `benchmarks/denoise/{e['command']}`, torch "
-        f"{e['torch']}, commit {e['commit']}, [{path.name}](../../benchmarks/results/{path.name})."
-        f"\n\n{denoise_table.links(document['figures'])}"
+        f"{how} `benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
+        f"[{path.name}](../../benchmarks/results/{path.name}).\n\n"
+        + denoise_table.links(document["figures"])
     )
 
 

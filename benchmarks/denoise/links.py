@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import os
 import statistics
@@ -39,7 +38,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import asyncdiff
 import asyncdiff_core as core
 import results_file
 from denoise.loop import Loop
@@ -62,11 +60,6 @@ KNOWN = MODELS | TRIES
 SETTING = Setting(2, 1, 1)
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 STARTED = time.monotonic()
-
-
-def can_compress() -> bool:
-    """Whether this asyncdiff has the setting."""
-    return "compress" in {f.name for f in dataclasses.fields(asyncdiff.ParallelConfig)}
 
 
 @contextlib.contextmanager
@@ -154,9 +147,6 @@ def run_model(model: Published, args: argparse.Namespace, rows: dict[str, Any], 
         if time.monotonic() - STARTED > args.seconds:
             rows.setdefault("left_out", []).append(name_of(link, how))
             print(f"   no time left for {name_of(link, how)}", flush=True)
-            continue
-        if how != NONE and not can_compress():
-            print(f"   {name_of(link, how)}: this asyncdiff has no compress", flush=True)
             continue
         begun = time.monotonic()
         try:

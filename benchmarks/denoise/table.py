@@ -186,8 +186,8 @@ def rows(document: dict[str, Any]) -> str:
 
 
 def links(figures: dict[str, Model]) -> str:
-    """Ticks over links, by ``links.py``: a table a model, a row a link, the ways of compressing
-    beside each other."""
+    """Ticks over links, by ``links.py`` or ``links_predicted.py``: a table a model, a row a link,
+    the ways of compressing beside each other."""
     return "\n".join(f"### {m['title']}\n\n{_links(m)}" for m in figures.values())
 
 
@@ -197,18 +197,19 @@ def _links(model: Model) -> str:
     heads = [
         head if way == "none" else f"{way}: {head}"
         for way in ways
-        for head in ("ms a tick", "exposed", "MiB a tick")
+        for head in ("ms a tick", "slower", "exposed", "MiB a tick")
     ]
     table = [["", *heads]]
     for title in dict.fromkeys(row["title"] for row in rows):
         cells = [title]
         for way in ways:
             found = [r for r in rows if (r["title"], r["compress"]) == (title, way)]
-            cells += _over_link(found[0]) if found else ["", "", ""]
+            cells += _over_link(found[0]) if found else [""] * 4
         table.append(cells)
     return markdown(table)
 
 
 def _over_link(row: dict[str, Any]) -> list[str]:
-    exposed = f"{100 * row['exposed_share']:.1f} %" if "exposed_share" in row else ""
-    return [_median(row["tick_ms"], 2), exposed, f"{row['exchange_mib']:.1f}"]
+    shares = [row.get(name) for name in ("slower_share", "exposed_share")]
+    told = ["" if x is None else f"{round(100 * x, 1) + 0.0:.1f} %" for x in shares]
+    return [_median(row["tick_ms"], 2), *told, f"{row['exchange_mib']:.1f}"]

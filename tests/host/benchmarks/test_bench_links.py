@@ -10,11 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from toys import toy, toy_call
 
 import asyncdiff_core as core
 import results_file
 import tables
-from denoise import links, table
+from asyncdiff.graph.capture import capture
+from asyncdiff.graph.signature import parse
+from asyncdiff.partition.links import Link
+from asyncdiff.partition.partition import partition
+from denoise import links, links_predicted, table
 from denoise.timings import Timings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,13 +77,8 @@ def test_results_say_that_links_were_simulated(monkeypatch: pytest.MonkeyPatch) 
 def test_the_table_has_ways_beside_each_other() -> None:
     def row(title: str, way: str, ms: float) -> dict[str, Any]:
         tick = {"median": ms, "min": ms, "max": ms}
-        return {
-            "title": title,
-            "compress": way,
-            "tick_ms": tick,
-            "exchange_mib": ms,
-            "exposed_share": 0.031,
-        }
+        shares = {"exposed_share": 0.031, "slower_share": 0.02}
+        return {"title": title, "compress": way, "tick_ms": tick, "exchange_mib": ms, **shares}
 
     rows = [row("real", "none", 10), row("slow", "none", 20), row("slow", "fp8", 12)]
     model = {"title": "SDXL", "rows": {str(i): r for i, r in enumerate(rows)}}
@@ -86,15 +86,45 @@ def test_the_table_has_ways_beside_each_other() -> None:
     assert "### SDXL" in text and "fp8: ms a tick" in text
     (line,) = (x for x in text.splitlines() if x.startswith("| slow"))
     assert [c.strip() for c in line.strip("|").split("|")] == [
-        "slow", "20.00", "3.1 %", "20.0", "12.00", "3.1 %", "12.0",
+        "slow", "20.00", "2.0 %", "3.1 %", "20.0", "12.00", "2.0 %", "3.1 %", "12.0",
     ]  # fmt: skip
 
 
-def test_the_page_says_where_nothing_was_measured(
+def test_what_is_measured_takes_the_place_of_what_was_predicted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "Not measured yet" in tables.links()
+    tick = {"median": 10.0, "min": 10.0, "max": 10.0}
+    row = {"title": "slow", "compress": "none", "tick_ms": tick, "exchange_mib": 1.0}
+    figures = {"sdxl": {"title": "SDXL", "rows": {"x": row}}}
+    environment = {"gpus": ["H200"] * 2, "command": "links.py", "torch": "2", "commit": "abc"}
+    document = {"environment": environment, "figures": figures}
+    without = {"environment": environment | {"gpus": []}, "figures": figures}
+    (tmp_path / "links_predicted.json").write_text(json.dumps(without))
+    assert tables.links().startswith("**Predicted**")
+    (tmp_path / "links_2gpu.json").write_text(json.dumps(document))
+    assert tables.links().startswith("2 × H200, simulated links:")
+
+
+def test_ticks_are_predicted_by_what_has_to_leave() -> None:
+    assert links_predicted.link_of("off") == links_predicted.NVLINK
+    assert links_predicted.link_of("10Gb/s,50us,all") == Link(1.25e6, 0.05)
+    call = parse(toy(), (), toy_call())
+    captured = capture(toy(), call)
+    costs = links_predicted.scaled(captured, 20.0)
+    assert sum(costs.ms[n] for n in captured.nodes if captured.each_run(n)) == pytest.approx(20)
+    rows = links_predicted.rows_of(captured, costs, ["none", "fp8"])
+    assert len(rows) == 2 * len(links.LINKS)
+    for row in rows.values():
+        assert row["predicted"] and row["tick_ms"]["median"] >= max(row["component_ms"]) - 1e-3
+        assert sum(row["component_ms"]) == pytest.approx(20, rel=0.01)
+    # Nothing hides a value that is made at the end, and half the bytes take half the time.
+    parts = partition(captured, 2, costs=costs)
+    nbytes = parts.boundaries[0, 1].nbytes
+    slow, half = (
+        links_predicted.exposed_ms(parts, costs, Link(s, 0.5)) for s in (nbytes / 1e6, nbytes / 5e5)
+    )
+    assert slow == pytest.approx(1e6, rel=1e-3) and half == pytest.approx(5e5, rel=1e-3)
 
 
 @pytest.mark.slow
