@@ -1,10 +1,10 @@
 """What compressing what crosses costs, with what quality="balanced" picks for two devices.
 
-    python benchmarks/fidelity/compression.py                   # both yardsticks, 8 pictures each
+    python benchmarks/fidelity/compression.py                   # both yardsticks, 4 pictures each
     python benchmarks/fidelity/compression.py --models unet --samplers euler --pictures 16
 
 Every row is one batch of pictures beside those of the plain pipeline from the same noise: the mean
-PSNR. Beside the settings there is (guidance 2) what lies behind them: codes of the values
+PSNR. Beside the settings there is, of two runs, what lies behind them: codes of the values
 themselves, or of their change since the last ones, in place of what a straight line through the
 last two leaves; and exact steps whose bundles are compressed, too.
 
@@ -38,8 +38,8 @@ from fidelity.subjects import Subject, Yardstick, subject
 
 OUT = results_file.ROOT / "benchmarks" / "results" / "fidelity_compression.json"
 GUIDANCES = (1.0, 2.0, 5.0)
-#: The guidance with which also what lies behind the settings is measured.
-BEHIND = 2.0
+#: The runs of which also what lies behind the settings is measured: sampler and guidance.
+BEHIND = {("euler", 2.0), ("flow", 2.0)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ OTHERS = (
 
 def run_rows(model: Subject, run: Run, pictures: int, rows: list[Any], save: Callable) -> None:
     """All rows of one run; ``save`` is called after each."""
-    ways = (*SETTINGS, *(OTHERS if run.guidance == BEHIND else ()))
+    ways = (*SETTINGS, *(OTHERS if (run.sampler, run.guidance) in BEHIND else ()))
     here = {r["way"] for r in rows if r["model"] == model.name and run_of(r) == run}
     if here >= {way.name for way in ways}:
         return
@@ -132,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["unet", "transformer"])
     parser.add_argument("--samplers", nargs="+", help="ddim, dpm, euler or flow; default: all")
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     settings = {"pictures": args.pictures, "devices": 2, "quality": "balanced"}
