@@ -6,8 +6,7 @@ The denoiser is exported without memory, its nodes' times are estimated from FLO
 scaled so that their sum is what one GPU takes for a step in a CUDA graph (denoise_4gpu.json), and
 it is cut for each link as an engine is. Values leave in the order in which they are made, each as
 soon as it is there, one after another over the link; a tick ends when the slower component has
-ended, and when all has arrived. ``fp8`` is taken to be half of the bytes, and compressing to take
-no time.
+ended, and when all has arrived. What compressing takes is what ``compress="auto"`` takes it to be.
 
 Writes links_predicted.json, every row of it marked as predicted; docs/guide/links.md has its table
 as long as nothing was measured.
@@ -20,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ import results_file
 from asyncdiff.graph.capture import Captured, capture, nbytes_of
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, estimate
+from asyncdiff.partition.exposure import exposed_ms
 from asyncdiff.partition.links import Link, Links
-from asyncdiff.partition.partition import Partition, partition
+from asyncdiff.partition.partition import partition
+from asyncdiff.runtime.exchange.compression.codec import crossing
 from denoise.links import LINKS, NONE, compare, name_of
 from denoise.models import MODELS, TRIES
 
@@ -42,8 +44,9 @@ OUT = Path(os.environ.get("OUT", RESULTS))
 KNOWN = MODELS | TRIES
 #: NVLink between H200s, as benchmarks/denoise/predicted.py takes it: the real link.
 NVLINK = Link(3.89e8, 1.34e-3)
-#: By how much bundles become smaller.
-SMALLER = {NONE: 1.0, "fp8": 0.5}
+WAYS = (NONE, "fp8")
+#: Bytes of values that a GPU unpacks in a millisecond, as ``compress="auto"`` takes it.
+PACKED_PER_MS = 1e8
 
 
 def link_of(text: str) -> Link:
@@ -62,39 +65,29 @@ def scaled(captured: Captured, step_ms: float) -> Costs:
     return dataclasses.replace(costs, ms={n: ms * step_ms / whole for n, ms in costs.ms.items()})
 
 
-def exposed_ms(parts: Partition, costs: Costs, link: Link) -> float:
-    """By how much what component 0 of two sends outlasts what it computes."""
-    sent = set(parts.boundaries[0, 1].values)
-    now = port = there = 0.0
-    for node in parts.components[0].nodes:
-        if parts.captured.each_run(node):
-            now += costs.ms[node]
-        if node in sent:
-            port = max(port, now) + nbytes_of(node) / link.bytes_per_ms
-            there = port + link.latency_ms
-    return max(0.0, there - now)
-
-
 def row(captured: Captured, costs: Costs, link: Link, compress: str) -> dict[str, Any]:
     """A tick over a link, whose bundles are compressed so."""
-    faster = Link(link.bytes_per_ms / SMALLER[compress], link.latency_ms)
-    parts = partition(captured, 2, costs=costs, links=Links(Link(1e9), {(0, 1): faster}))
+    links = Links(Link(1e9), {(0, 1): link})
+    nbytes = nbytes_of if compress == NONE else crossing
+    parts = partition(captured, 2, costs=costs, links=links, nbytes=nbytes)
     first, second = (c.ms for c in parts.report().components)
-    exposed = exposed_ms(parts, costs, faster)
-    tick = round(max(second, first + exposed), 3)
-    nbytes = parts.boundaries[0, 1].nbytes * SMALLER[compress]
+    exposed = exposed_ms(parts, links, nbytes)[0]
+    boundary = parts.boundaries[0, 1]
+    # Values are packed beside the computation, and unpacked before the other one begins.
+    unpack = 0.0 if compress == NONE else boundary.nbytes / PACKED_PER_MS
+    tick = round(max(second + unpack, first + exposed), 3)
     return {
         "predicted": True,
         "tick_ms": {"median": tick, "min": tick, "max": tick},
         "exposed_ms": round(exposed, 3),
         "exposed_share": round(exposed / tick, 4),
-        "exchange_mib": round(nbytes / 2**20, 3),
+        "exchange_mib": round(sum(map(nbytes, boundary.values)) / 2**20, 3),
         "component_ms": [round(first, 3), round(second, 3)],
         "cuts": list(parts.cuts or ()),
     }
 
 
-def rows_of(captured: Captured, costs: Costs, ways: list[str]) -> dict[str, dict[str, Any]]:
+def rows_of(captured: Captured, costs: Costs, ways: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The rows of all links."""
     rows: dict[str, dict[str, Any]] = {}
     for text, title in LINKS.items():
@@ -123,7 +116,7 @@ def main() -> None:
         module = model.build("meta", torch.float16)
         call = parse(module, (), model.inputs(module))
         captured = capture(module, call)
-        rows = rows_of(captured, scaled(captured, step_ms), list(SMALLER))
+        rows = rows_of(captured, scaled(captured, step_ms), WAYS)
         figures[key] = {"title": model.title, "step_ms": step_ms, "rows": rows}
         for name, found in rows.items():
             print(f"{model.title}, {name}: {found['tick_ms']['median']} ms, {found}"[:200])
