@@ -99,10 +99,25 @@ def _flux(blocks: int, width: int) -> Any:
     )
 
 
-def _pipeline(transformer: Any) -> tuple[Any, dict[str, Any]]:
+def flux_pipeline(transformer: Any) -> tuple[Any, dict[str, Any]]:
+    """A pipeline with this transformer, and a call of it."""
     pipe, call = tiny_flux()
     pipe.register_modules(transformer=transformer)
     return pipe, call | {"num_inference_steps": 3}
+
+
+def saved_flux(folder: Path, blocks: int, width: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A FLUX transformer on the meta device, whose weights were written to this folder."""
+    meta = on_meta(_flux, blocks, width)
+    nn.Module.to(meta, dtype)
+    index = {}
+    for i, (name, weight) in enumerate(meta.state_dict().items()):
+        save_file(
+            {name: (0.02 * torch.randn(weight.shape)).to(dtype)}, folder / f"m-{i}.safetensors"
+        )
+        index[name] = f"m-{i}.safetensors"
+    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return meta
 
 
 def drop_in(member: Member) -> dict[str, Any]:
@@ -110,18 +125,12 @@ def drop_in(member: Member) -> dict[str, Any]:
     much the process grew at most while a FLUX was read from its checkpoint and a picture drawn."""
     split, folder = member.option or "auto", member.folder
     settings: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "warmup": 2}
-    pipe, call = _pipeline(_flux(1, 64).eval())
+    pipe, call = flux_pipeline(_flux(1, 64).eval())
     with asyncdiff.parallelize(pipe, split=split, **settings):  # what exporting takes by itself
         picture(pipe, call)
     del pipe
-    meta = on_meta(_flux, 3, 1024)
-    index, state = {}, meta.state_dict()
-    for i, (name, weight) in enumerate(state.items()):
-        value = {name: 0.02 * torch.randn(weight.shape)}
-        save_file(value, folder / f"m-{i}.safetensors")
-        index[name] = f"m-{i}.safetensors"
-    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    pipe, call = _pipeline(meta)
+    meta = saved_flux(folder, 3, 1024)
+    pipe, call = flux_pipeline(meta)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would not show when it is used again
     Path("/proc/self/clear_refs").write_text("5")

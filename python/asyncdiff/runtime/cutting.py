@@ -71,11 +71,17 @@ class Cutter:
         self._free: list[int | None] | None = None
 
     def first(
-        self, call: Call, components: int, copies: int, like: Partition | None = None
+        self,
+        call: Call,
+        components: int,
+        copies: int,
+        like: Partition | None = None,
+        places: Sequence[Place] = (),
     ) -> Partition:
         """The denoiser, for calls like this one, in so many components, of which the last has
         ``copies``: by what nodes cost, as the settings say. ``like``: cut there, if it can be; for
-        calls of the same signature nothing is exported again."""
+        calls of the same signature nothing is exported again. ``places``: where it will be in
+        another number of components than the settings', for exact steps."""
         config = self._config
         known = like is not None and like.captured.signature == call.signature
         captured = like.captured if like is not None and known else self._capture(call)
@@ -87,7 +93,7 @@ class Cutter:
                 split = list(like.cuts)
         links = self.links()
         kept = self._kept(captured, components, copies)
-        limits = self._limits(components, copies)
+        limits = self._limits(components, copies, places)
         measured = split == "auto" and components > 1
         kinds: dict[str, Costs] = {}
         if measured and self._unequal and not self._known(kept):
@@ -169,7 +175,7 @@ class Cutter:
 
     # ---- memory ------------------------------------------------------------------------------
 
-    def _limits(self, components: int, copies: int) -> Limits:
+    def _limits(self, components: int, copies: int, places: Sequence[Place] = ()) -> Limits:
         """What each component may need: what was said, else what is free on the devices of its
         ranks."""
         config = self._config
@@ -177,7 +183,11 @@ class Cutter:
         room = self._room() if None in said else said
         by_rank = [b if a is None else a for a, b in zip(said, room, strict=True)]
         each: list[int | None] = []
-        for ranks in runners(components, copies, len(self._places)):
+        running = runners(components, copies, len(self._places))
+        if components != config.components and places:
+            here = [next(r for r, p in enumerate(self._places) if p is place) for place in places]
+            running = [[here[r] for r in of] for of in runners(components, copies, len(places))]
+        for ranks in running:
             known = [room for room in (by_rank[rank] for rank in ranks) if room is not None]
             each.append(min(known, default=None))
         edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]

@@ -117,7 +117,7 @@ class EngineMaker:
             for g in range(split.count):
                 of_group = places if in_turn else places[g * ranks : (g + 1) * ranks]
                 if not engines:
-                    made = first = self._even(mine[0], components, of_group, like, tokens)
+                    made = first = self._even(mine[0], components, of_group, like, tokens, places)
                 else:
                     beside = first if in_turn else None
                     made = self._engine(mine[g], first.partition, of_group, beside)
@@ -148,15 +148,17 @@ class EngineMaker:
         places: Sequence[Place],
         like: Partition | None = None,
         tokens: bool = False,
+        everywhere: Sequence[Place] | None = None,
     ) -> Engine:
         """An engine, cut ``like`` another one, where there is one; else, where its components turn
-        out too unequal, cut again. With ``tokens``: see :meth:`ranks`."""
+        out too unequal, cut again. With ``tokens``: see :meth:`ranks`. ``everywhere``: the places
+        of all groups, of which this engine is one."""
         copies = len(places) - components + 1
         parts: Partition
         if tokens:
             parts = self._cutter.shards(call, components, like)
         else:
-            parts = self._cutter.first(call, components, copies, like)
+            parts = self._cutter.first(call, components, copies, like, everywhere or places)
         beside = next((e for e in self.beside if e.places == list(places)), None)
         if isinstance(beside, Groups):
             beside = beside.engines[0]

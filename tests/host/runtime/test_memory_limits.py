@@ -70,6 +70,19 @@ def test_what_does_not_fit_is_refused_with_what_it_needs() -> None:
         made(devices=["cpu"], components=1, memory=limit)
 
 
+def test_a_device_that_does_not_run_the_whole_does_not_limit_it() -> None:
+    """Of three, two run exact steps, a condition each."""
+    whole = needs(components=1, devices=["cpu"])[0]
+    given: dict[str, Any] = {"components": 3, "devices": ["cpu"] * 3, "exact_mode": "split"}
+    for memory, fits in (([2 * whole, 2 * whole, whole // 2], True), ([whole // 2] * 3, False)):
+        denoiser = made(**given, warmup=3, memory=memory)
+        with contextlib.closing(denoiser), contextlib.ExitStack() as stack:
+            if not fits:
+                stack.enter_context(pytest.raises(MemoryLimitError, match="1 components do not"))
+            with denoiser.generation(TIMES):
+                denoiser(**tower_call() | {"timestep": torch.tensor(900)})
+
+
 def test_other_limits_are_other_cuts_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
