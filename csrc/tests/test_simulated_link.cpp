@@ -31,7 +31,7 @@ constexpr double kLatencyUs = 2000;
 constexpr double kTakes = kBytes / kGbPerS / 1e6;  // ms
 constexpr double kLatency = kLatencyUs / 1e3;
 // What a machine with much to do may add. The fastest of several tries counts.
-constexpr double kLate = 3;
+constexpr double kLate = 8;
 constexpr int kTries = 7;
 
 double now_ms() {
