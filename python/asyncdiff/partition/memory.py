@@ -59,15 +59,24 @@ class Limits:
     """How many bytes each component may need (None: any number), with ``slots`` in its mailboxes.
     ``engines``: how many share its weights, each with mailboxes and activations of its own.
     ``free``: these are what is free on the devices, and not what the user allows. ``runs``: whether
-    activations, which are an estimate, count. ``of_weights``: bytes of each weight, where they are
-    not those that it has."""
+    activations, which are an estimate, count. ``compressed``: whether what crosses is compressed,
+    for which both ends keep values, too. ``of_weights``: bytes of each weight, where they are not
+    those that it has."""
 
     each: tuple[int | None, ...]
     slots: int = 2
     engines: int = 1
     free: bool = False
     runs: bool = True
+    compressed: bool = False
     of_weights: Mapping[str, int] | None = None
+
+    def mailboxes(self, read: Any, sent: Any) -> Any:
+        """Bytes of all mailboxes for bundles of which so many bytes are read and sent."""
+        if not self.compressed:
+            return self.engines * self.slots * read
+        # At the reader those of codes, at most half as large, and of values; these at the sender.
+        return self.engines * self.slots * (1.5 * read + sent)
 
     def over(self, uses: Sequence[Use]) -> bool:
         """Whether components need more than they may."""
@@ -156,12 +165,13 @@ def of_nodes(
     captured: Captured,
     nodes: Sequence[fx.Node],
     weights: Iterable[str],
-    mailboxes: int,
+    read: int,
+    sent: int,
     inputs: Iterable[fx.Node],
     limits: Limits | None = None,
 ) -> Use:
-    """What a component of these ``nodes``, in order, needs. ``mailboxes``: bytes of the bundles
-    that it reads; ``inputs``: the denoiser's that it takes."""
+    """What a component of these ``nodes``, in order, needs. ``read`` and ``sent``: bytes of the
+    bundles that it reads and sends; ``inputs``: the denoiser's that it takes."""
     limits = limits or Limits(())
     run = [n for n in nodes if captured.each_run(n)]
     outputs = {base_of(captured, o) for o in captured.outputs if isinstance(o, fx.Node)}
@@ -183,7 +193,7 @@ def of_nodes(
     each = weight_bytes(captured, limits)
     return Use(
         weights=sum(each[w] for w in weights),
-        mailboxes=limits.engines * limits.slots * mailboxes,
+        mailboxes=int(limits.mailboxes(read, sent)),
         activations=limits.engines * limits.runs * most,
         ahead=ahead + min(TABLE_BYTES, _STEPS * rows),
     )
@@ -262,9 +272,11 @@ class Needs:
             alive = np.where(self.last[:b] >= here, self.size[:b], 0.0)
             live = np.cumsum(alive[::-1])[::-1] + self.transient[here]
             peak[:b] = np.maximum(peak[:b], live)
-            each = limits.slots * np.cumsum(mail[:b]) + limits.runs * peak[:b]
+            leaving = np.where(self.last[:b] >= b, self.size[:b], 0.0)
+            boxes = limits.mailboxes(np.cumsum(mail[:b]), np.cumsum(leaving[::-1])[::-1])
             rows = np.minimum(TABLE_BYTES, _STEPS * timed.since(b))
-            need[:b, b] = fixed.since(b) + rows + limits.engines * each + self.inputs
+            runs = limits.engines * limits.runs * peak[:b]
+            need[:b, b] = fixed.since(b) + rows + boxes + runs + self.inputs
         return need
 
 

@@ -92,6 +92,7 @@ class Partition:
                 c.nodes,
                 c.weights,
                 sum(b.nbytes for b in c.reads),
+                sum(b.nbytes for b in c.sends),
                 c.inputs,
                 self.limits,
             )

@@ -194,7 +194,8 @@ class Cutter:
         slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
         slots *= MAILBOXES if config.compresses is not None else 1
         engines = components if config.schedule == "pipeline" else 1
-        return Limits(tuple(each), slots, engines, free=config.memory is None)
+        free, compressed = config.memory is None, config.compresses is not None
+        return Limits(tuple(each), slots, engines, free, compressed=compressed)
 
     def _room(self) -> list[int | None]:
         """Bytes that are free for each rank, looked at before the first cut. Collective."""

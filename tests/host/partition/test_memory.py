@@ -94,12 +94,13 @@ def test_activations_are_what_a_run_holds(which: str, count: int) -> None:
         assert use.mailboxes == 2 * sum(b.nbytes for b in component.reads)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("which", ["toy", "tower"])
-def test_what_the_cut_counts_is_what_components_need(which: str) -> None:
+def test_what_the_cut_counts_is_what_components_need(which: str, compressed: bool) -> None:
     """At least, since a value that others read, too, counts until the last of them has."""
     captured, _ = denoiser(which)
     owned = units(captured)
-    limits = Limits((None,) * 3, slots=3)
+    limits = Limits((None,) * 3, slots=3, compressed=compressed)
     need = Needs(captured, owned, limits).matrix(limits)
     names = [n.name for n in owned]
     inputs = sum(t.nbytes for t in denoiser(which)[1].tensors)
@@ -112,6 +113,7 @@ def test_what_the_cut_counts_is_what_components_need(which: str) -> None:
             assert use.total <= need[a, b] + 1e-6
             # All inputs count for each component.
             sent = 2 * 2 * 7 * 8 * 8 if which == "tower" else 4 * 2 * 8 * 16 * 16 * 8
+            assert (use.mailboxes > 0) == (a > 0 or compressed)
             assert need[a, b] <= use.total + inputs + sent, (a, b)
 
 
