@@ -16,12 +16,14 @@ from tiny_pipelines import tiny_unet
 from asyncdiff.cli import main
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
+from asyncdiff.partition.ownership import fit
 from asyncdiff.partition.partition import partition
 from asyncdiff.tools.fitting import fitting, usable
 from denoise.models import MODELS
 
 Run = Callable[..., tuple[int, str, str]]
 GB = 1_000_000_000
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -185,14 +187,24 @@ def test_flux_and_its_text_encoders(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.slow
 def test_sdxl() -> None:
-    """The bytes are those of its weights, and of what was measured of components on H200s."""
+    """The bytes are those of its weights, and, within a tenth, what torch had of H200s."""
     captured = published("sdxl")
+    known = json.loads((ROOT / "benchmarks/results/denoise_4gpu.json").read_text())
+    compared = 0
+    for way in ("N=2 S=1 w=1", "N=3 S=1 w=1", "N=4 S=1 w=1", "N=2 S=1 w=1, compiled"):
+        run = known["figures"]["sdxl"][way]
+        cuts = run["partition"]["cuts"]
+        if not fit(captured, cuts):  # another version of torch has other names
+            continue
+        uses = partition(captured, len(cuts) + 1, cuts).memory()
+        peaks = run["memory_mib"]["peak"][: len(uses)]
+        assert [u.total / 2**20 for u in uses] == pytest.approx(peaks, rel=0.1), way
+        compared += 1
+    assert compared or torch.__version__ < "2.13"
     halves = partition(captured, 2).memory()
     whole = partition(captured, 1).memory()[0]
     assert whole.weights == pytest.approx(5.135 * GB, rel=0.001)
     assert sum(u.weights for u in halves) == pytest.approx(whole.weights, rel=0.01)
-    # 2,386 and 3,182 MiB were taken from two GPUs, in another cut.
-    assert sum(u.total for u in halves) == pytest.approx((2386 + 3182) * 2**20, rel=0.1)
     for cards in ([8 * GB, 4 * GB], [4 * GB, 8 * GB]):
         plain, *_ = fitting(captured, {}, cards)
         assert plain.fits
