@@ -22,7 +22,7 @@ from ..errors import PartitionError, ProcessError
 from ..graph.capture import Captured, nbytes_of
 from ..memory import out_of_memory
 from ..partition.cost import Costs
-from ..partition.exposure import Crossing
+from ..partition.exposure import Crossing, exposed_ms
 from ..partition.links import Links
 from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
@@ -173,9 +173,9 @@ def next_cut(
     their components; None to keep it. See :func:`recut`; of a slower cut, back to the best one.
     """
     parts, times = timed[-1]
-    best, fastest = min(timed, key=lambda t: max(t[1]))
-    if max(fastest) < max(times):
-        return best
+    each = [_tick_ms(p, t, links, copies, crossing) for p, t in timed]
+    if min(each) < each[-1]:
+        return timed[each.index(min(each))][0]
     if len(timed) > CUTS:
         return None
     return recut(parts, times, links, copies, worth, limits, crossing)
@@ -192,15 +192,16 @@ def recut(
 ) -> Partition | None:
     """The split under costs that ``times``, milliseconds by component, have corrected.
 
-    None where the slowest component is not expected to become faster by the share ``worth``.
+    None where the slowest component, with what it sends too late, is not expected to become faster
+    by the share ``worth``.
     ``parts`` is an automatic split; ``links``, ``copies``, ``limits`` and ``crossing`` (there
     ``nbytes``) are those of
     :func:`~asyncdiff.partition.partition.partition`.
     """
     assert parts.costs is not None
-    slowest = max(times)
-    if slowest < SHORTEST:
+    if max(times) < SHORTEST:
         return None
+    slowest = _tick_ms(parts, times, links, copies, crossing)
     costs = corrected(parts, parts.costs, times)
     count = len(parts.components)
     try:
@@ -215,7 +216,8 @@ def recut(
         )
     except PartitionError:  # the split that there is works
         return None
-    expected = max(_ms(new.captured, c, costs) for c in new.components)
+    ms = [_ms(new.captured, c, costs) for c in new.components]
+    expected = _tick_ms(new, ms, links, copies, crossing)
     better = expected < (1 - worth) * slowest
     log.info(
         "components take %s ms; cut again, at most %.2f ms: %s",
@@ -224,6 +226,15 @@ def recut(
         "done" if better else "not worth it",
     )
     return new if better else None
+
+
+def _tick_ms(
+    parts: Partition, times: Sequence[float], links: Links, copies: int, crossing: Crossing
+) -> float:
+    """Milliseconds of a tick whose components take ``times``: until the last one has computed, and
+    what it sends has arrived."""
+    late = exposed_ms(parts, links, crossing, copies)
+    return max(ms + more for ms, more in zip(times, late, strict=True))
 
 
 def corrected(parts: Partition, costs: Costs, times: Sequence[float]) -> Costs:

@@ -19,7 +19,7 @@ from asyncdiff.partition.partition import Component, Partition, partition
 from asyncdiff.runtime import cutting
 from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime.engine import Engine
-from asyncdiff.runtime.rebalance import component_ms, recut, settled
+from asyncdiff.runtime.rebalance import component_ms, next_cut, recut, settled
 
 FAST = Links.alike(1e12)  # bytes a millisecond: what crosses takes no time
 
@@ -75,6 +75,25 @@ def test_a_cut_that_is_even_stays() -> None:
     assert recut(parts, unequal, FAST, worth=0.5) is None
     # Microseconds are not worth it.
     assert recut(parts, [t / 1000 for t in unequal], FAST) is None
+
+
+def test_what_is_sent_too_late_counts() -> None:
+    """The cut with fewer bytes over a slow link, though its components are less equal."""
+    captured, costs = deep()
+    wide = partition(captured, 2, costs=costs, links=FAST)
+    slow = Links.alike(wide.boundaries[0, 1].nbytes / 100)  # 100 ms for all of it
+    narrow = partition(captured, 2, costs=costs, links=slow)
+    assert narrow.boundaries[0, 1].nbytes < wide.boundaries[0, 1].nbytes
+
+    def times(parts: Partition) -> list[float]:
+        return [taken(parts, c, 1.0) for c in parts.components]
+
+    assert max(times(narrow)) > max(times(wide))
+    new = recut(wide, times(wide), slow)
+    assert new is not None and new.cuts == narrow.cuts
+    both = [(narrow, times(narrow)), (wide, times(wide))]
+    assert next_cut(both, slow) is narrow and next_cut(both[::-1], slow) is None
+    assert next_cut(both[::-1], FAST) is wide
 
 
 def test_only_runs_that_agree_say_something() -> None:
