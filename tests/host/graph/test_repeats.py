@@ -150,6 +150,25 @@ def test_one_of_each_kind_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _repeated(Blocks(blocks), monkeypatch) == 2
 
 
+def test_what_is_returned_may_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FLUX's blocks return their tokens, of text and of the picture."""
+
+    class Parted(Block):
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> Any:
+            both, time = super().forward(torch.cat([x, x]), time)
+            first, other = both[:2], both[2:]
+            return first + other, other.mean() if other.dim() > 2 else time
+
+    class Halves(Block):
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> Any:
+            both, _ = super().forward(torch.cat([x, time.expand_as(x)]), time.mean())
+            return both[:2], both[2:]
+
+    assert _repeated(Blocks([Parted(8) for _ in range(4)]), monkeypatch) == 3
+    # The first one is given a tensor of one element, the second one parts of one tensor.
+    assert _repeated(Blocks([Halves(8) for _ in range(5)]), monkeypatch) == 3
+
+
 def test_weights_that_layers_share_stay_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [Block(8) for _ in range(4)]
     for block in blocks[1:]:

@@ -117,10 +117,8 @@ class Repeats:
         """Tensors like those that a body made."""
         body = self._bodies[number]
         assert body is not None
-        return [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            for x in body.made
-        ]
+        memory = dict[int, Tensor]()
+        return [_like(x, memory) for x in body.made]
 
     def put_in(self, program: Any) -> None:
         """Put what was traced in the place of its repeats, in the program that was exported while
@@ -166,8 +164,16 @@ def _described(leaves: list[Any]) -> list[Any] | None:
     return found
 
 
+def _like(x: Tensor, memory: dict[int, Tensor]) -> Tensor:
+    """A tensor like another one, in ``memory`` that is shared as that is."""
+    count = x.untyped_storage().nbytes() // x.element_size()
+    if storage(x) not in memory:
+        memory[storage(x)] = torch.empty(count, dtype=x.dtype, device=x.device)
+    return memory[storage(x)].as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def _returns(leaves: list[Any], out: list[Any]) -> list[tuple[str, Any]] | None:
-    """Where each part of a result is from; None where it shares memory with something else, or is
+    """Where each part of a result is from; None where it shares memory with what was given, or is
     nothing that is known."""
     found: list[tuple[str, Any]] = []
     memory = {storage(x) for x in _tensors(leaves)}
@@ -179,7 +185,6 @@ def _returns(leaves: list[Any], out: list[Any]) -> list[tuple[str, Any]] | None:
         elif given is not None:
             found.append(("given", given))
         elif isinstance(x, FakeTensor) and x.constant is None and storage(x) not in memory:
-            memory.add(storage(x))
             found.append(("made", made))
             made += 1
         else:
