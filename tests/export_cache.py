@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from lazy_graphs import uncompiled
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from asyncdiff.graph import export as exporting
 from asyncdiff.graph.layers.attention import chosen
+from asyncdiff.graph.tracing.lazy_code import uncompiled
 from asyncdiff.integrations.diffusers.subclass import CALLS, HANDLE
 
 #: Packages whose classes do nothing when they are called but compute.

@@ -26,6 +26,7 @@ from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
 from .state.values import not_zero, values_in
 from .tracing.bodies import UnfollowedError
+from .tracing.lazy_code import uncompiled
 from .tracing.repeats import Repeats
 from .tracing.symbols import OpenSizes, dynamic_shapes, symbols_kept
 from .tracing.traced import Traced
@@ -61,6 +62,7 @@ def export(
                 torch.no_grad(),
                 unlogged(),
                 _without_source_lines(),
+                uncompiled(),
                 stage("exporting the denoiser"),
                 numbers.standing_in(),
                 refused(module),

@@ -1,8 +1,8 @@
 """Code of a graph, made when it is first called.
 
-torch.fx writes and compiles Python for every GraphModule. Those that torch.export makes on its way,
-what it returns and copies of that are hardly ever called: asyncdiff takes graphs apart. (torch has
-the like for inductor, ``_LazyGraphModule``, but not for what it exports.)
+torch.fx writes and compiles Python for every GraphModule. Those that torch.export makes on its way
+are hardly ever called, nor is what it returns: asyncdiff takes graphs apart. (torch has the like
+for inductor, ``_LazyGraphModule``, but not for what it exports.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 
@@ -21,9 +20,15 @@ _recompile = fx.GraphModule.recompile
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Graph modules that are made or recompiled meanwhile get their code when it is asked for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fx.GraphModule, "recompile", _later)
+    if not hasattr(fx.GraphModule, "_recompile_submodules"):  # older torch
         yield
+        return
+    before = fx.GraphModule.recompile
+    fx.GraphModule.recompile = _later  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        fx.GraphModule.recompile = before  # type: ignore[method-assign]
 
 
 def _later(module: fx.GraphModule) -> None:
