@@ -75,8 +75,9 @@ class Limits:
         """Bytes of all mailboxes for bundles of which so many bytes are read and sent."""
         if not self.compressed:
             return self.engines * self.slots * read
-        # At the reader those of codes, at most half as large, and of values; these at the sender.
-        return self.engines * self.slots * (1.5 * read + sent)
+        # At the reader those of whole bundles and of codes, at most half as large, and the values;
+        # at the sender the values, and codes on their way, of which there is one bundle.
+        return self.engines * (self.slots * (2.5 * read + sent) + 0.5 * sent)
 
     def over(self, uses: Sequence[Use]) -> bool:
         """Whether components need more than they may."""

@@ -36,7 +36,7 @@ from ..processes.team import Team
 from ..quiet import undisturbed
 from ..schedule.plan import Exchange, ring
 from .devices import Place, room_on
-from .exchange.compression.choice import MAILBOXES, Choice
+from .exchange.compression.choice import Choice
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.link_speed import engine_links
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
@@ -192,7 +192,6 @@ class Cutter:
             each.append(min(known, default=None))
         edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]
         slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
-        slots *= MAILBOXES if config.compresses is not None else 1
         engines = components if config.schedule == "pipeline" else 1
         free, compressed = config.memory is None, config.compresses is not None
         return Limits(tuple(each), slots, engines, free, compressed=compressed)

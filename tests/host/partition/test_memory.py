@@ -112,7 +112,7 @@ def test_what_the_cut_counts_is_what_components_need(which: str, compressed: boo
         for use, (a, b) in zip(parts.memory(), itertools.pairwise(edges), strict=True):
             assert use.total <= need[a, b] + 1e-6
             # All inputs count for each component.
-            sent = 2 * 2 * 7 * 8 * 8 if which == "tower" else 4 * 2 * 8 * 16 * 16 * 8
+            sent = 3 * 2 * 7 * 8 * 8 if which == "tower" else 4 * 2 * 8 * 16 * 16 * 8
             assert (use.mailboxes > 0) == (a > 0 or compressed)
             assert need[a, b] <= use.total + inputs + sent, (a, b)
 

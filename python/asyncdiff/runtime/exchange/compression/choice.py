@@ -16,9 +16,6 @@ from .sent import NOTHING_COMPRESSED, Compressed
 #: Bytes of values that a device packs, and another unpacks, in a millisecond, by the kind of
 #: device: of a GPU as its memory allows (estimated), of a CPU's thread as measured.
 _PACKED_PER_MS = {"cuda": 1e8, "cpu": 5e4}
-#: What a denoiser whose boundaries are compressed has in the place of a mailbox, whole numbers: one
-#: for what crosses whole, one for codes, and the values.
-MAILBOXES = 3
 
 
 class Choice:
