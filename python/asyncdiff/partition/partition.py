@@ -178,16 +178,35 @@ def partition(
     fastest; a given one is not checked. ``nbytes``: how many bytes cross of a node's value. Raises
     PartitionError where that cannot be done, for memory MemoryLimitError.
     """
-    cuts: tuple[str, ...] | None = None
     if isinstance(split, str):
-        costs = costs or estimate(captured)
-        cuts = tuple(balanced(captured, costs, components, links, copies, limits, nbytes))
-        owners = by_cuts(captured, cuts)
-    elif all(isinstance(s, str) for s in split):
+        known = costs or estimate(captured)
+
+        def fastest(within: Limits | None) -> Partition:
+            starts = balanced(captured, known, components, links, copies, within, nbytes)
+            owners = by_cuts(captured, starts)
+            return _parts(captured, components, owners, tuple(starts), known, limits)
+
+        made = fastest(None)
+        # Where that fits, as it does as a rule, nothing has to be known of other cuts.
+        over = limits is not None and limits.over(made.memory())
+        return fastest(limits) if over else made
+    if all(isinstance(s, str) for s in split):
         cuts = tuple(str(s) for s in split)
         owners = by_cuts(captured, cuts)
-    else:
-        owners = by_modules(captured, [list(s) for s in split])
+        return _parts(captured, components, owners, cuts, costs, limits)
+    owners = by_modules(captured, [list(s) for s in split])
+    return _parts(captured, components, owners, None, costs, limits)
+
+
+def _parts(
+    captured: Captured,
+    components: int,
+    owners: Owners,
+    cuts: tuple[str, ...] | None,
+    costs: Costs | None,
+    limits: Limits | None,
+) -> Partition:
+    """The components that have these owners."""
     outputs = {o for o in captured.outputs if isinstance(o, fx.Node)}
     local, crossing = _close(outputs, owners, components)
     position = {n: i for i, n in enumerate(captured.graph.nodes)}
