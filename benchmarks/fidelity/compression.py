@@ -33,8 +33,8 @@ from asyncdiff.runtime.exchange.compression import reference
 from asyncdiff.runtime.exchange.compression.sent import Sent
 from asyncdiff.tools.fidelity import fidelity
 from fidelity.chosen import Chosen
-from fidelity.rows import Run, run_of
-from fidelity.subjects import Subject, Yardstick, subject
+from fidelity.rows import SAMPLERS, Run, run_of
+from fidelity.subjects import MODELS, Subject, Yardstick, subject
 
 OUT = results_file.ROOT / "benchmarks" / "results" / "fidelity_compression.json"
 GUIDANCES = (1.0, 2.0, 5.0)
@@ -119,6 +119,13 @@ def run_rows(model: Subject, run: Run, pictures: int, rows: list[Any], save: Cal
         print(f"{model.name}, {run}, {way.name}: {row['psnr_db']:.2f} dB", flush=True)
 
 
+def _place(row: dict[str, Any]) -> tuple[int, int, float, int]:
+    """By model, sampler, guidance and way."""
+    names = [way.name for way in (*SETTINGS, *OTHERS)]
+    model, sampler = MODELS.index(row["model"]), list(SAMPLERS).index(row["sampler"])
+    return model, sampler, row["guidance"], names.index(row["way"])
+
+
 def runs(model: Subject, samplers: list[str] | None) -> Iterator[Run]:
     """The runs of a model."""
     for sampler, steps in model.steps.items():
@@ -143,6 +150,7 @@ def main() -> None:
             rows = old["rows"]
 
     def save() -> None:
+        rows.sort(key=_place)
         results_file.write(args.out, {"settings": settings, "rows": rows})
 
     for name in args.models:
@@ -151,6 +159,7 @@ def main() -> None:
         assert isinstance(model, Yardstick)  # whose pictures have variety
         for run in runs(model, args.samplers):
             run_rows(model, run, args.pictures, rows, save)
+    save()
     print(f"written to {args.out}")
 
 

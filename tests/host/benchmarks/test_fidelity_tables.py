@@ -10,7 +10,9 @@ import figures
 import pytest
 
 import tables
-from fidelity import table
+from asyncdiff.runtime.exchange.compression.sent import Sent
+from asyncdiff.schedule.plan import build
+from fidelity import compression, compression_table, table
 from fidelity.rows import Run, by_run, documents, read, together
 
 
@@ -126,3 +128,32 @@ def test_runs_beside_each_other_become_one_document(tmp_path: Path) -> None:
     parts[1]["environment"]["torch"] = "2.14"
     with pytest.raises(ValueError, match="different environment"):
         together(parts)
+
+
+def test_what_compressing_costs(tmp_path: Path) -> None:
+    assert compression_table.table(tmp_path) == "Not measured yet.\n"
+    run = {"model": "unet", "sampler": "euler", "steps": 30, "guidance": 2.0}
+    psnr = {"as it is": 60.0, "fp8": 59.75, "int8": 60.01, "fp8, of the value": 50.0}
+    rows = [{**run, "way": way, "psnr_db": db} for way, db in psnr.items()]
+    environment = {"torch": "2", "commit": "abc", "command": "compression.py"}
+    document = {
+        "environment": environment,
+        "figures": {"settings": {"pictures": 4}, "rows": rows},
+    }
+    (tmp_path / "fidelity_compression.json").write_text(json.dumps(document))
+    told = compression_table.table(tmp_path)
+    assert "4 pictures a row" in told
+    first = "| UNet: Euler, 30 steps, guidance 2 | 60.00 |"
+    assert f"{first} 59.75 (-0.25) | 60.01 (+0.01) |" in told
+    assert f"{first} 50.00 (-10.00) |" in told
+
+
+def test_compressed_bundles_may_be_of_exact_steps_too() -> None:
+    """For the benchmark alone: all but a generation's first one."""
+    plan = build(2, 1, 3, 6)
+    way = next(w for w in compression.OTHERS if w.exact)
+    with way.applied():
+        sent = Sent(plan.slots)
+        for tick in plan.ticks:
+            sent.add(tick)
+    assert [sent.route(0, n).whole for n in range(5)] == [True, False, False, False, False]
