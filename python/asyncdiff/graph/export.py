@@ -20,7 +20,7 @@ from .layers.casting import casts_traced
 from .layers.containers import register_containers
 from .layers.functional import replace_writes, writes
 from .layers.quantized import has_labels, hidden, with_labels, without_gradients
-from .side_effects import refused
+from .side_effects import attributes_kept, refused
 from .signature import Call
 from .state.numbers import Argument, FrozenError, Numbers
 from .state.structure import Structure
@@ -98,7 +98,7 @@ def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any, repeats: b
         if repeats:
             with contextlib.suppress(UnfollowedError):
                 return _once_each(module, kwargs)
-        return torch.export.export(module, (), kwargs, strict=False, dynamic_shapes=shapes)
+        return _plainly(module, kwargs, shapes)
     except Exception as e:
         if "not a known type" not in str(e):
             raise
@@ -111,7 +111,12 @@ def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: Any, repeats: b
 
     other: nn.Module = object.__new__(Returning)
     object.__setattr__(other, "__dict__", module.__dict__)
-    return torch.export.export(other, (), kwargs, strict=False)
+    return _plainly(other, kwargs)
+
+
+def _plainly(module: nn.Module, kwargs: dict[str, Any], shapes: Any = None) -> Any:
+    with attributes_kept(module):
+        return torch.export.export(module, (), kwargs, strict=False, dynamic_shapes=shapes)
 
 
 def _once_each(module: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -119,7 +124,7 @@ def _once_each(module: nn.Module, kwargs: dict[str, Any]) -> Any:
     UnfollowedError where they have to be traced all."""
     repeats = Repeats(module)
     with repeats.standing_in():
-        program = torch.export.export(module, (), kwargs, strict=False)
+        program = _plainly(module, kwargs)
     repeats.put_in(program)
     return program
 

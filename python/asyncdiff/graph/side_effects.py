@@ -28,6 +28,7 @@ _TRUSTED = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy",
 _OWN = frozenset(vars(nn.Module()))
 #: What the exporter says of them where a call sets one to a tensor.
 _ASSIGNED = "assigned during export"
+_MISSING = object()
 #: So many objects are looked at, from each module on.
 _MOST = 10_000
 #: What may be written to.
@@ -71,6 +72,20 @@ def refused(module: nn.Module) -> Iterator[None]:
                 )
 
 
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards layers have the attributes that they had. The exporter leaves copies of the
+    containers among them, each layer one of its own, also where layers share one."""
+    before = [(child, dict(vars(child))) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, then in before:
+            for name in then.keys() - _OWN:
+                if vars(child).get(name, _MISSING) is not then[name]:
+                    vars(child)[name] = then[name]
+
+
 class SideEffects:
     """What is within reach of a denoiser's layers, as it is when this is made."""
 
@@ -85,7 +100,7 @@ class SideEffects:
                 for name, value in vars(child).items()
                 if name not in _OWN
             ]
-            if _foreign(type(child)):
+            if foreign(type(child)):
                 stack += _methods(path, type(child))
             for _ in range(_MOST):
                 if not stack:
@@ -133,7 +148,7 @@ class SideEffects:
                 yield where if within else f"{where}[{key!r}]", entry, outside
         elif isinstance(value, (tuple, partial, types.MethodType)):
             yield from ((where, x, outside) for x in gc.get_referents(value))
-        elif isinstance(value, types.FunctionType) and _foreign(value):
+        elif isinstance(value, types.FunctionType) and foreign(value):
             code, known = value.__code__, value.__globals__
             cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
             yield from ((f"{where}: {name}", cell, True) for name, cell in cells)
@@ -142,7 +157,7 @@ class SideEffects:
                     yield f"{where}: {name}", known.get(name), True
         elif isinstance(value, type):
             yield from _methods(where, value)
-        elif _foreign(type(value)) and hasattr(value, "__dict__"):
+        elif foreign(type(value)) and hasattr(value, "__dict__"):
             yield from _methods(where, type(value))
             if isinstance(value, nn.Module):
                 yield from (
@@ -154,19 +169,20 @@ class SideEffects:
 
 def _methods(where: str, cls: type) -> Iterator[tuple[str, Any, bool]]:
     for base in cls.__mro__:
-        if _foreign(base):
+        if foreign(base):
             yield from ((where, x, True) for x in vars(base).values() if callable(x))
 
 
 def _keeps(module: nn.Module, where: str) -> bool:
     """Whether the attribute is one of a layer that a user made, or made other."""
     layer = module.get_submodule(where.rpartition(".")[0])
-    return _foreign(type(layer)) or "forward" in vars(layer)
+    return foreign(type(layer)) or "forward" in vars(layer)
 
 
-def _foreign(what: Any) -> bool:
-    """Whether a class or function is a user's, of which nothing is known."""
-    package = str(getattr(what, "__module__", None) or "builtins").split(".")[0]
+def foreign(what: Any) -> bool:
+    """Whether a class, function or module is a user's, of which nothing is known."""
+    name = "__name__" if isinstance(what, types.ModuleType) else "__module__"
+    package = str(getattr(what, name, None) or "builtins").split(".")[0]
     known = package in _TRUSTED or package in sys.stdlib_module_names
     return not known or package == "__main__"
 

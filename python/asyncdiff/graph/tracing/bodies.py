@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from ..state.alike import storage
+
 _STACK = "nn_module_stack"
 
 
@@ -56,11 +58,6 @@ def _nothing(tensors: list[Tensor], body: int, ends: bool) -> None:
 
 _REPEAT, _EDGE = torch.ops.asyncdiff.repeat.default, torch.ops.asyncdiff.edge.default
 fx.node.has_side_effect(_EDGE)
-
-
-def storage(x: Tensor) -> int:
-    """The memory in which a tensor lies."""
-    return x.untyped_storage()._cdata
 
 
 def put_in(module: nn.Module, program: Any, bodies: Sequence[Body | None]) -> None:

@@ -9,8 +9,9 @@ the same order as if all had been traced, which takes milliseconds a node.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from ..state.alike import Kinds
-from .bodies import Body, UnfollowedError, edge, put_in, repeat, storage
+from ..layers.attention import chosen
+from ..state.alike import Kinds, storage
+from .bodies import Body, UnfollowedError, edge, put_in, repeat
 
 #: Layers without parts that a layer has at least, to be worth it.
 _LEAST = 6
@@ -33,9 +35,8 @@ class Repeats:
         self._module = module
         self._kinds = Kinds()
         self._layers = list(self._several())
-        #: by kind, with what each was given, and what was traced; None where that cannot stand for
-        #: others
-        self._seen: dict[int, list[tuple[Any, Body | None]]] = {}
+        #: kinds of calls, and what was traced; None where that cannot stand for others
+        self._seen: list[tuple[Any, Body | None]] = []
         self._bodies: list[Body | None] = []
         self._called: set[str] = set()
         self._replaced: set[str] = set()
@@ -44,11 +45,14 @@ class Repeats:
         """Layers of which there are several of one kind."""
         kinds = self._kinds.of_parts(self._module)
         counts = Counter(kinds.values())
+        every = self._module.named_modules(remove_duplicate=False)
+        places = Counter(id(layer) for _, layer in every)
         for path, number in kinds.items():
             layer = self._module.get_submodule(path)
             own = "forward" in vars(layer) or type(layer).forward is nn.Module.forward
             large = sum(not part._modules for part in layer.modules()) >= _LEAST
-            if path and counts[number] > 1 and large and not own:
+            once = places[id(layer)] == 1  # its nodes are called by its path
+            if path and counts[number] > 1 and large and once and not own:
                 yield path, layer
 
     @contextlib.contextmanager
@@ -71,17 +75,24 @@ class Repeats:
             first = path not in self._called
             self._called.add(path)
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            with torch._C.DisableTorchFunction():
-                given = _described(leaves) if first else None
-            like = None if given is None else self._kinds.of(layer)
-            if like is None:
+            kind = self._kind(layer, leaves, spec) if first else None
+            if kind is None:
                 return forward(*args, **kwargs)
-            known = self._seen.setdefault(like, [])
-            body = next((body for key, body in known if key == (given, spec)), _NONE)
+
+            def alone() -> bool:
+                """Whether the call leaves nothing behind for others but its result."""
+                now, tree = pytree.tree_flatten((args, kwargs))
+                same = len(now) == len(leaves) and all(map(operator.is_, now, leaves))
+                return same and self._kind(layer, now, tree) == kind
+
+            body = next((body for seen, body in self._seen if seen == kind), _NONE)
             if body is _NONE:
-                known.append(((given, spec), None))
-                result, made = self._trace(path, layer, leaves, lambda: forward(*args, **kwargs))
-                known[-1] = ((given, spec), made)  # not before: it is no repeat of itself
+                place = len(self._seen)
+                self._seen.append((kind, None))
+                result, made = self._trace(
+                    path, layer, leaves, lambda: forward(*args, **kwargs), alone
+                )
+                self._seen[place] = kind, made  # not before: it is no repeat of itself
                 return result
             if body is None:
                 return forward(*args, **kwargs)
@@ -90,8 +101,20 @@ class Repeats:
 
         return called
 
+    def _kind(self, layer: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+        """What is the same for calls that compute the same; None where that is not known."""
+        with torch._C.DisableTorchFunction():
+            like = self._kinds.of(layer)
+            given = None if like is None else _described(leaves, self._kinds.memory)
+        return None if given is None else (like, given, spec, chosen())
+
     def _trace(
-        self, path: str, layer: nn.Module, leaves: list[Any], call: Callable[[], Any]
+        self,
+        path: str,
+        layer: nn.Module,
+        leaves: list[Any],
+        call: Callable[[], Any],
+        alone: Callable[[], bool],
     ) -> tuple[Any, Body | None]:
         number = len(self._bodies)
         self._bodies.append(None)
@@ -99,7 +122,7 @@ class Repeats:
         result = call()
         out, spec = pytree.tree_flatten(result)
         returns = _returns(leaves, out)
-        if returns is None:
+        if returns is None or not alone():
             return result, None
         made = [out[i] for i, (where, _) in enumerate(returns) if where == "made"]
         body = Body(number, path, layer, spec, returns, made)
@@ -141,14 +164,17 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor)]
 
 
-def _described(leaves: list[Any]) -> list[Any] | None:
-    """What two layers have to be given alike; None where that is not known. Tensors count by shape,
-    and by which of them are the same, or share memory."""
+def _described(leaves: list[Any], memory: Collection[int]) -> list[Any] | None:
+    """What two layers have to be given alike; None where that is not known, as of what lies in
+    ``memory`` that the layer knows of besides. Tensors count by shape, and by which of them are the
+    same, or share memory."""
     found: list[Any] = []
     tensors: list[Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, FakeTensor):
             if leaf.constant is not None or not all(isinstance(n, int) for n in leaf.shape):
+                return None
+            if storage(leaf) in memory:
                 return None
             same = next((i for i, x in enumerate(tensors) if x is leaf), len(tensors))
             beside = next(
