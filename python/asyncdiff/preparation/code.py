@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..graph.state.surroundings import Surroundings
 from ..graph.writes import bits
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -39,6 +40,8 @@ class Code:
         #: functions whose content is still to be taken in, with the class that each is a method of
         self._due: deque[tuple[types.FunctionType, type | None]] = deque()
         self._files: set[str] = set()
+        #: what it reads of what changes while a program runs
+        self.surroundings = Surroundings()
 
     def word(self) -> str:
         """A word that other code does not have."""

@@ -7,12 +7,14 @@ import enum
 import hashlib
 import types
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..graph.layers.attention import chosen
+from ..graph.state.alike import known_by_attributes
 from .code import Code, word_of_tensor
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -24,6 +26,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _APART = ("_parameters", "_buffers", "_modules", *_HOOKS)
 #: Where diffusers keeps hooks.
 _REGISTRY = "_diffusers_hook"
+#: So deep values are looked into.
+_DEPTH = 8
 
 
 class UnknownError(Exception):
@@ -75,7 +79,7 @@ def _of_layer(path: str, layer: nn.Module, seen: dict[int, int], code: Code) -> 
         for name, x in attributes.items()
         if name not in _APART and (name[:1] != "_" or _is_plain(x))
     ]
-    return [path, number, weights, plain]
+    return [path, number, weights, plain, _read_by(type(layer), code)]
 
 
 def _of_tensor(path: str, x: torch.Tensor) -> list[Any]:
@@ -90,7 +94,19 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-def _frozen(value: Any, code: Code, depth: int = 8) -> Any:
+def _read_by(what: Any, code: Code) -> list[Any]:
+    """What a class or function reads besides, as far as there are words for it."""
+    return [_read(x, code) for x in code.surroundings.of(what)]
+
+
+def _read(value: Any, code: Code) -> Any:
+    try:
+        return _frozen(value, code, _DEPTH // 2)
+    except UnknownError:
+        return None
+
+
+def _frozen(value: Any, code: Code, depth: int = _DEPTH) -> Any:
     """A value as it counts; 1, 1.0 and True are three."""
     if isinstance(value, torch.Tensor):
         return word_of_tensor(value)
@@ -100,21 +116,38 @@ def _frozen(value: Any, code: Code, depth: int = 8) -> Any:
         return type(value).__name__, value
     if isinstance(value, (*_TORCH, enum.Enum)):
         return type(value).__name__, str(value)
-    if isinstance(value, Mapping):
-        pairs = [(_frozen(k, code), _frozen(x, code, depth - 1)) for k, x in value.items()]
-        return type(value).__name__, pairs
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_frozen(x, code, depth - 1) for x in value]
-    if isinstance(value, (set, frozenset)):
-        return type(value).__name__, sorted(repr(_frozen(x, code, depth - 1)) for x in value)
     if isinstance(value, type):
         code.value(value)
         return "class", value.__module__, value.__qualname__
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+    # What reads more is looked into only where layers have it themselves.
+    looked_into = depth > _DEPTH - 2
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
         code.value(value)
-        return "function", value.__module__, value.__qualname__
-    if not hasattr(value, "__dict__"):
-        raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
-    code.kind(type(value))
+        read = _read_by(value, code) if looked_into else None
+        return "function", value.__module__, value.__qualname__, read
+    inside = _inside(value, code, depth - 1)
+    if inside is None:
+        if not known_by_attributes(value):
+            raise UnknownError(f"a {type(value).__name__} among the attributes of a layer")
+        code.kind(type(value))
+        inside = _read_by(type(value), code) if looked_into else None
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    return name, [(k, _frozen(x, code, depth - 1)) for k, x in vars(value).items()]
+    own = getattr(value, "__dict__", None)
+    return name, inside, own and [(k, _frozen(x, code, depth - 1)) for k, x in own.items()]
+
+
+def _inside(value: Any, code: Code, depth: int) -> Any:
+    """What there is in a container, method or partial; None where it is none of these."""
+    if isinstance(value, Mapping):
+        return [(_frozen(k, code), _frozen(x, code, depth)) for k, x in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_frozen(x, code, depth) for x in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_frozen(x, code, depth)) for x in value)
+    if isinstance(value, partial):
+        return [_frozen(x, code, depth) for x in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.MethodType):
+        owner = value.__self__  # a layer's own attributes are looked at anyway
+        known = None if isinstance(owner, nn.Module) else _frozen(owner, code, depth)
+        return [_frozen(value.__func__, code, depth), known]
+    return None

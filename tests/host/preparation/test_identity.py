@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,6 +118,82 @@ def test_what_a_forward_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(words) == 3
 
 
+class Scaling:
+    """An object with a number, and a method that has it so."""
+
+    number = 1.0
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.by
+
+
+class Table(dict[str, Any]):
+    """A dictionary that has an attribute."""
+
+
+def _table(by: float) -> Table:
+    made = Table()
+    made.by = by  # type: ignore[attr-defined]
+    return made
+
+
+def _around(by: float) -> Any:
+    held = Scaling(by)
+    return lambda x: held.scaled(x)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(Scaling, _table, _around),
+        *(lambda by: partial(torch.mul, other=by), lambda by: Scaling(by).scaled),
+    ],
+)
+def test_what_an_attribute_has_within_counts(made: Any) -> None:
+    words = []
+    for by in (1.0, 2.0, 1.0):
+        module = toy()
+        module.beside = made(by)
+        words.append(of_denoiser(module))
+    assert words[0] == words[2] != words[1]
+
+
+#: What changes while a program runs.
+_SETTINGS: dict[str, Any] = {"by": 1.0, "object": Scaling(1.0)}
+
+
+class Reading(nn.Identity):
+    """A layer that reads settings of all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x * _SETTINGS["by"] * _SETTINGS["object"].by * Scaling.number
+        return out
+
+
+def test_what_a_forward_reads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = toy()
+    module.beside = Reading()
+    words = [of_denoiser(module)]
+    monkeypatch.setitem(_SETTINGS, "by", 2.0)
+    words.append(of_denoiser(module))
+    monkeypatch.setattr(_SETTINGS["object"], "by", 2.0)
+    words.append(of_denoiser(module))
+    monkeypatch.setattr(Scaling, "number", 2.0)
+    words.append(of_denoiser(module))
+    monkeypatch.undo()
+    assert words.index(of_denoiser(module)) == 0
+    assert len(set(words)) == 4
+
+
+class Slots:
+    """An object of which attributes do not tell all."""
+
+    __slots__ = ("__dict__", "by")
+
+
 def test_inputs_count() -> None:
     module = toy()
 
@@ -150,6 +227,7 @@ def test_what_has_no_word_is_said() -> None:
         lambda module: setattr(module.mix, "forward", module.mix.forward),
         lambda module: setattr(module, "kept", iter([])),
         lambda module: setattr(module, "kept", [nn.Identity()]),
+        lambda module: setattr(module, "kept", Slots()),
     ):
         module = toy()
         change(module)
