@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
@@ -78,6 +79,8 @@ class Drawing:
         self.ready = threading.Event()
         #: why it will never be ready
         self.broken: str | None = None
+        #: nothing is drawn any more
+        self._over = False
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds: collections.deque[float] = collections.deque(maxlen=_LAST)
         self._thread = threading.Thread(target=self._run, name="drawing")
@@ -90,17 +93,21 @@ class Drawing:
         """Cancel what waits and what is drawn, and give the devices back."""
         self._stopping.set()
         for job in self.jobs():
-            job.cancel.set()
-        self._queue.put(None)
-        self._thread.join()
+            self.cancel(job)
+        while self._thread.is_alive():  # the queue may be full
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=0.1)
+                self._thread.join()
 
     # ---- pictures ----------------------------------------------------------------------------
 
     def submit(self, arguments: dict[str, Any], seed: int) -> Job:
-        """Put a picture into the queue. Raises Full."""
+        """Put a picture into the queue. Raises Full, also where none is drawn any more."""
         job = Job(arguments, seed)
         with self._lock:
             try:
+                if self._over:
+                    raise queue.Full
                 self._queue.put_nowait(job)
             except queue.Full:
                 self.counts["refused"] += 1
@@ -109,6 +116,13 @@ class Drawing:
             while len(self._jobs) > self._kept:
                 self._jobs.popitem(last=False)
         return job
+
+    def cancel(self, job: Job) -> None:
+        """Cancel a picture: at once in the queue, else after the step that is under way."""
+        job.cancel.set()
+        with self._lock:
+            if job.status == "queued":
+                self._end(job, "cancelled")
 
     def job(self, id: str) -> Job | None:
         """The picture of this name; None where there is none, or not any more."""
@@ -148,9 +162,10 @@ class Drawing:
     def _draw(self, pipe: Any, job: Job) -> None:
         begun = time.perf_counter()
         try:
-            if job.cancel.is_set():
-                raise Cancelled
-            job.status = "drawing"
+            with self._lock:
+                if job.ended.is_set():  # cancelled in the queue
+                    return
+                job.status = "drawing"
             job.image = pipe(
                 **job.arguments,
                 generator=torch.Generator().manual_seed(job.seed),
@@ -179,6 +194,8 @@ class Drawing:
 
     def _end_all(self) -> None:
         """Nothing is drawn any more: whoever waits hears of it."""
+        with self._lock:
+            self._over = True
         for job in self.jobs():
             if not job.ended.is_set():
                 stopped = self._stopping.is_set()

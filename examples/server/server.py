@@ -109,7 +109,7 @@ def make_app(drawing: Drawing, sizes: list[tuple[int, int]], steps: int) -> Fast
     @app.delete("/pictures/{id}")
     def cancel(id: str) -> dict[str, Any]:
         job = known(id)
-        job.cancel.set()
+        drawing.cancel(job)
         return told(job)
 
     @app.get("/health")

@@ -125,3 +125,26 @@ def test_a_model_that_cannot_be_loaded(server: Any) -> None:
         answer = client.post("/pictures", json={"prompt": "red heart"})
         assert answer.status_code == 503 and "no such model" in answer.json()["detail"]
         assert "asyncdiff_ready 0" in client.get("/metrics").text
+
+
+def test_it_stops_though_pictures_wait_that_nobody_draws(server: Any) -> None:
+    begin, module = threading.Event(), sys.modules["drawing"]
+
+    def load() -> Any:
+        assert begin.wait(60)
+        raise OSError("there is no such model")
+
+    drawing = module.Drawing(load, None, [SIZE], 2, waiting=2)
+    drawing.start()
+    failed, cancelled = [drawing.submit({}, 0) for _ in range(2)]
+    drawing.cancel(cancelled)  # at once, though nothing is drawn yet
+    assert (failed.status, cancelled.status) == ("queued", "cancelled")
+    begin.set()
+    assert failed.ended.wait(60) and failed.status == "failed"
+    drawing._thread.join(60)
+    with pytest.raises(module.Full):  # who asks now would wait for ever
+        drawing.submit({}, 0)
+    stopping = threading.Thread(target=drawing.stop, daemon=True)
+    stopping.start()
+    stopping.join(10)
+    assert not stopping.is_alive() and drawing.counts["cancelled"] == 1
