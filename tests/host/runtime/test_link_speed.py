@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+import asyncdiff_core as core
 from asyncdiff.partition.links import Links
 from asyncdiff.processes.team import Team
 from asyncdiff.runtime.devices import Place
+from asyncdiff.runtime.exchange import link_speed
 from asyncdiff.runtime.exchange.link_speed import engine_links, measured
 
 PLACES = [Place.here(torch.device("cpu"))] * 3
@@ -60,3 +63,16 @@ def test_an_engine_measures_what_its_components_send_by(monkeypatch: pytest.Monk
         return links.bytes_per_ms == pytest.approx(2e5, rel=0.2) and links.latency_ms < 4.0
 
     as_it_is(found)
+
+
+def test_a_link_that_cannot_be_measured_counts_as_fast(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ASYNCDIFF_LINK", "200MB/s,2ms")
+
+    def late(*_: Any) -> Any:
+        raise core.ExchangeTimeout("rank 1 waited for rank 0")
+
+    monkeypatch.setattr(link_speed, "measured", late)
+    assert engine_links(PLACES, Team()) == Links.alike(5e6)
+    assert "could not be measured, and count as fast: rank 1 waited" in caplog.text

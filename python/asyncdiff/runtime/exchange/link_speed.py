@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ import asyncdiff_core as core
 from ...partition.links import Link, Links, Pair
 from ...processes.team import Team
 from ..devices import Place, fabric
+
+log = logging.getLogger("asyncdiff")
 
 #: Bytes of the bundles that say how large those are that are timed, and at most of these.
 _FIRST, _MOST = 1 << 18, 1 << 25
@@ -32,7 +35,8 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     Collective.
 
     What ranks of one device, or on one CPU, exchange goes at memory's speed, which is assumed,
-    unless links are simulated.
+    unless links are simulated; so it is, with a warning, where measuring fails in the one process
+    that there is: a worse cut is better than none.
     """
     assumed = Links.alike(1e9 if places[0].device.type == "cuda" else 5e6)
     simulated = core.simulated_link() is not None
@@ -43,7 +47,13 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     ]
     if not chain:
         return assumed
-    (found,) = measured(places, [chain], team)
+    try:
+        (found,) = measured(places, [chain], team)
+    except core.CoreError as e:
+        if team.several:
+            raise
+        log.warning("links between devices could not be measured, and count as fast: %s", e)
+        return assumed
     return Links(assumed.otherwise, found)
 
 
