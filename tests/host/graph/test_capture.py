@@ -7,6 +7,8 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
+from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, progress
 from asyncdiff.graph.capture import capture
@@ -46,6 +48,16 @@ def test_weights_made_in_inference_mode() -> None:
     with contextlib.closing(denoiser), denoiser.generation([3.0]), torch.no_grad():
         torch.testing.assert_close(denoiser(sample), module(sample))
     assert all(weight.requires_grad for weight in module.parameters())
+
+
+def test_weights_that_are_made_of_others() -> None:
+    module = toy()
+    parametrizations.orthogonal(module.mix)
+    parametrizations.weight_norm(module.text)
+    call = toy_call(2)
+    denoiser = AsyncDenoiser(module, components=2, split="estimate")
+    with contextlib.closing(denoiser), denoiser.generation([0.5]):
+        torch.testing.assert_close(denoiser(**call), module(**call))
 
 
 def test_an_export_that_goes_on_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,7 +203,9 @@ def own_part(module: nn.Module, name: str, found: torch.Tensor) -> torch.Tensor:
     path, _, last = name.partition(_TAKEN_APART)
     if not last:
         return found
-    whole = getattr(module.get_submodule(path), last.rpartition(".")[0])
+    whole = getattr(module.get_submodule(path), last.rpartition(".")[0], None)
+    if whole is None:  # a tensor of somebody else's parametrization
+        return found
     same = (
         p for p in parts_of(whole) if p.data_ptr() == found.data_ptr() and p.dtype == found.dtype
     )
