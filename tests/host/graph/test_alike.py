@@ -313,6 +313,24 @@ def test_what_a_call_leaves_behind_is_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert _right(Blocks([Putting() for _ in range(4)], told), monkeypatch) == 0
 
 
+class Trying(Blocks):
+    """A denoiser that goes on after errors, and calls a block twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.blocks, self.blocks[1]):
+            try:
+                x = block(x)
+            except Exception:
+                x = x * 100
+        return x
+
+
+def test_a_denoiser_that_catches_errors_has_all_traced() -> None:
+    module = Trying([Block() for _ in range(3)]).eval().requires_grad_(False)
+    with torch.no_grad(), pytest.raises(UnfollowedError):
+        exporting._once_each(module, {"x": torch.randn(2, 8)})
+
+
 def test_layers_go_on_sharing_what_they_share() -> None:
     shared: dict[str, Any] = {"by": 1.0}
     module = Blocks([Block(shared=shared) for _ in range(3)]).eval().requires_grad_(False)

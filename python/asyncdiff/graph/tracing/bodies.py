@@ -17,8 +17,9 @@ from ..state.alike import storage
 _STACK = "nn_module_stack"
 
 
-class UnfollowedError(Exception):
-    """What repeats of a layer compute cannot be told from the first one: trace them all."""
+class UnfollowedError(BaseException):
+    """What repeats of a layer compute cannot be told from the first one: trace them all. Denoisers
+    that go on after an Exception do not catch it."""
 
 
 @dataclass
