@@ -369,6 +369,7 @@ def run_with(python: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> R
     )
 
 
+@pytest.mark.slow
 def test_a_dead_process_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, mark = sys.executable, tmp_path / "mark"
     script = tmp_path / "python"

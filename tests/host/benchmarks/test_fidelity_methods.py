@@ -110,6 +110,7 @@ def test_the_papers_key_steps() -> None:
     assert paper_keys(25)[0] == 0 and max(paper_keys(25)) < 25
 
 
+@pytest.mark.slow
 def test_stale_activations_that_are_right_give_the_exact_result(pipe: Any) -> None:
     g = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 12, 32, 32, generator=g, dtype=torch.float64)
@@ -283,6 +284,7 @@ def test_work_adds_up(pipe: Any) -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.slow
 def test_macs_are_what_torch_counts(pipe: Any) -> None:
     """Independent of the capture: the UNet run under torch's own counter, by module."""
     text = torch.zeros(2, 77, pipe.unet.config.cross_attention_dim, dtype=torch.float64)

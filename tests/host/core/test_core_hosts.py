@@ -63,7 +63,7 @@ def test_changes_of_shape_leak_nothing(changes: int, tmp_path: Path) -> None:
         assert late[2] <= early[2], "open files"
 
 
-@pytest.mark.parametrize("how", ["killed", "closed", SLOW])
+@pytest.mark.parametrize("how", ["killed", pytest.param("closed", marks=pytest.mark.slow), SLOW])
 def test_who_waits_for_whom_is_followed_to_the_one_that_is_gone(how: str, tmp_path: Path) -> None:
     _, *others = run("chain", 4, tmp_path, how, hosts="aabb")
     for other in others:

@@ -60,6 +60,7 @@ def test_a_backend_of_torch_is_kept(backend: str) -> None:
         assert not torch.equal(want, other)  # so that it would show
 
 
+@pytest.mark.slow
 def test_a_backend_that_changes() -> None:
     """Between generations: by the denoiser's own method, and around a call."""
     pipe, given = quantized.pipeline(quantized.transformer(FLOAT))

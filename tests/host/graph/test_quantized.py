@@ -270,6 +270,7 @@ def test_what_a_wrapper_is_made_of(tmp_path: Path) -> None:
     assert [n for n in before if before[n] != after[n]] == ["the values of the denoiser's weights"]
 
 
+@pytest.mark.slow
 def test_every_type_of_gguf() -> None:
     """One layer of each that diffusers reads."""
     package = pytest.importorskip("gguf", reason="gguf is not installed")

@@ -104,8 +104,8 @@ GUIDERS: dict[str, tuple[Any, set[int]]] = {
 }
 
 
-#: Tried every time: steps of one call and of two, a guider that keeps something, hooks on layers.
-OFTEN = ("in the middle", "projected", "auto")
+#: Tried every time: steps of one call and of two, a guider that keeps something.
+OFTEN = ("in the middle", "projected")
 
 
 @pytest.mark.parametrize("name", often(OFTEN, GUIDERS))

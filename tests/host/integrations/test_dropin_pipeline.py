@@ -110,6 +110,7 @@ def test_a_callback_sees_and_changes_ordinary_latents(spread: Any) -> None:
     assert reference.distance(draw(pipe, call, **options), draw(plain, call, **options)) < 1e-5
 
 
+@pytest.mark.slow
 def test_guidance_that_is_rescaled_and_other_batches(spread: Any) -> None:
     pipe, handle, _ = spread
     for pictures in (2, 3, 1, 6):

@@ -169,6 +169,7 @@ def test_balanced_is_the_default(given: dict[str, Any]) -> None:
         handle.restore()
 
 
+@pytest.mark.slow
 def test_samplers_without_noise_levels_are_exact_after_waves() -> None:
     """The ranks of waves are no way to draw what waves cannot."""
     pipe, call = sd()
@@ -229,6 +230,7 @@ def test_samplers_that_draw_noise_are_exact(name: str, config: dict[str, Any]) -
     handle.restore()
 
 
+@pytest.mark.slow
 def test_noise_that_a_call_asks_for_is_exact_too() -> None:
     pipe, call = sd()
     plain = sd()[0]

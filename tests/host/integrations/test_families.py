@@ -39,6 +39,7 @@ def test_family(name: str) -> None:
     assert torch.equal(run(), want)
 
 
+@pytest.mark.slow
 def test_a_condition_on_an_input_that_is_all_0() -> None:
     """HunyuanVideo 1.5 asks for the values of an image that is not given."""
     module = model(

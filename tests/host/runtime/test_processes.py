@@ -38,6 +38,7 @@ def test_only_the_first_gets_results(processes: int, tmp_path: Path) -> None:
     assert all(other[i] != mine[i] for other in others for i in range(len(mine)))
 
 
+@pytest.mark.slow
 def test_calibrations(tmp_path: Path) -> None:
     """Process 0's is that of all, also where it alone gets noise predictions."""
     found = run(group_bits.calibrated, 2, tmp_path, ["all", "first"])

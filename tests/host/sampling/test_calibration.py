@@ -335,6 +335,7 @@ def test_a_denoiser_is_calibrated_and_uses_it() -> None:
     denoiser.close()
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_calibrated() -> None:
     pipe = reference.pipeline(SPEC)
     handle = asyncdiff.parallelize(

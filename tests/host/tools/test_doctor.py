@@ -156,6 +156,7 @@ def test_buses_follow_the_uuid_not_the_visible_number(monkeypatch):
     assert "sockets" in doctor._buses(found)[(0, 1)]
 
 
+@pytest.mark.slow
 def test_a_child_that_dies_or_hangs_keeps_what_it_had_said(monkeypatch):
     def run(code):
         real = subprocess.run

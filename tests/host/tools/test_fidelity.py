@@ -160,6 +160,7 @@ def test_tune_takes_the_fastest_that_is_good_enough(pipe: Any) -> None:
     assert type(pipe) is kind  # as it was
 
 
+@pytest.mark.slow
 def test_tune_tells_and_draws_what_it_does(pipe: Any, tmp_path: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     found = tune(
