@@ -44,7 +44,7 @@ class Body:
 @torch.library.custom_op("asyncdiff::repeat", mutates_args=())
 def repeat(inputs: list[Tensor], body: int, path: str) -> list[Tensor]:
     """What the layer at ``path`` makes, which computes as a ``body`` that was traced before."""
-    raise NotImplementedError("it is taken out of the graph")
+    raise RuntimeError("it is taken out of the graph")
 
 
 @torch.library.custom_op("asyncdiff::edge", mutates_args=())
