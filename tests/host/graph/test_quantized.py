@@ -73,8 +73,10 @@ def test_is_the_same_and_held_as_it_is(kind: str, tmp_path: Path) -> None:
         if kind != "bitsandbytes int8":  # whose codes are no weight of the layer
             # In 4 bits of bitsandbytes with tables of its own.
             assert stored == pytest.approx(64 * 256 * a_weight, rel=0.2)
-        # What is computed is the same, whatever weights are.
-        assert sum(count_macs(captured).values()) == 2670592
+        # What is computed is the same, whatever weights are; products of integers have 17 rows at
+        # least.
+        filled = 4773888 if kind == "torchao int8 dynamic" else 2670592
+        assert sum(count_macs(captured).values()) == filled
         # As much as the denoiser itself has, and no copy of it decoded.
         plainly = 2 * sum(p.numel() for p in quantized.transformer().parameters())
         assert sum(held(denoiser)) < plainly * {"mixed dtypes": 1.4, "GGUF BF16": 1.1}.get(
