@@ -93,6 +93,10 @@ class AutoSettings:
         step, a condition each."""
         task = self._task(denoiser, call, steps, clean, calls)
         self._agree(denoiser, task)
+        self._settle(denoiser, task)
+
+    def _settle(self, denoiser: AsyncDenoiser, task: Task) -> None:
+        """Have ``denoiser`` take the settings for this task."""
         prepared = None if self.picked is None else self.picked.settings
         picked = pick(self.quality, task, prepared, self._by_hand)
         devices = tuple(self._devices[: picked.devices])
@@ -174,19 +178,10 @@ class AutoExactMode(AutoSettings):
         self._by_hand = {} if now["exact_mode"] == AUTO else {"exact_mode": now["exact_mode"]}
         return {n: x for n, x in changes.items() if x != AUTO or n != "exact_mode"}
 
-    def settle(
-        self,
-        denoiser: AsyncDenoiser,
-        call: Call,
-        steps: int,
-        clean: CleanImage | str,
-        calls: int = 1,
-    ) -> None:
-        """See :meth:`AutoSettings.settle`."""
+    def _settle(self, denoiser: AsyncDenoiser, task: Task) -> None:
+        """Have ``denoiser`` run exact steps as this task is fastest."""
         if self._by_hand:
             return
-        task = self._task(denoiser, call, steps, clean, calls)
-        self._agree(denoiser, task)
         picked = exact_mode(task, denoiser.config)
         self._took(picked)
         denoiser.configure(**picked.settings)
