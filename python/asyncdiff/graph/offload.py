@@ -16,8 +16,8 @@ class Offload:
     """Weights that lie in host memory from now on, for whoever asks them, and whose values a thread
     copies there. Until :meth:`finish` they are to be taken from :meth:`original`.
 
-    So ranks take them where they are, which is many times faster, and what copying takes (3 s for
-    SDXL) passes while the denoiser is exported.
+    So ranks take them where they are, not from the host, and copying passes while the denoiser is
+    exported.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
