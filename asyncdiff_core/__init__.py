@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         "pip install -e ."
     ) from None
 from .channel import Channel
-from .cuda_graph import replace_memsets
+from .cuda_graph import replace_memsets, upload_graph
 from .errors import (
     Aborted,
     AuthenticationError,
@@ -85,4 +85,5 @@ __all__ = [
     "put_costs",
     "replace_memsets",
     "simulated_link",
+    "upload_graph",
 ]

@@ -17,6 +17,12 @@ void register_cuda_graph([[maybe_unused]] py::module_& m) {
         return replace_memsets(reinterpret_cast<cudaGraph_t>(graph), device);
       },
       py::arg("graph"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "upload_graph",
+      [](std::uintptr_t graph, int device) {
+        upload_graph(reinterpret_cast<cudaGraphExec_t>(graph), device);
+      },
+      py::arg("graph"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
 #endif
 }
 

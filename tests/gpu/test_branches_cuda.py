@@ -36,7 +36,7 @@ def _denoiser(place: str, settings: dict[str, Any]) -> AsyncDenoiser:
     ranks *= 2 if settings.get("guidance") == "split" else 1
     devices = [f"cuda:{d}" for d in devices_for(place, ranks)]
     module = toy().to("cuda:0", torch.float32)
-    return AsyncDenoiser(module, split="estimate", devices=devices, **settings)
+    return AsyncDenoiser(module, **{"split": "estimate", "devices": devices} | settings)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -61,6 +61,8 @@ def test_one_gpu_and_several_give_the_same_bits_for_prompts_of_two_lengths(
     call = _call()
     text = call["encoder_hidden_states"]
     texts = [text[:1], text[1:].repeat(1, 2, 1)[:, :7]]
+    if settings["components"] == 2:  # cut alike, however fast the links are
+        settings = settings | {"split": [["enter", "down"], ["mix", "up", "leave"]]}
     found = []
     for place in PLACES:
         with contextlib.closing(_denoiser(place, settings)) as denoiser:
@@ -88,6 +90,7 @@ class _Slow(torch.nn.Module):
         return (out + timestep.half(),)
 
 
+@pytest.mark.alone
 def test_the_second_branch_does_not_wait_for_the_first_one_of_a_new_prompt() -> None:
     devices = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]
     sample = torch.randn(4096, 4096, device="cuda:0", dtype=torch.float16)

@@ -256,6 +256,7 @@ def test_counts_may_wrap(place: str, transport: str, mode: str, first: int) -> N
         world.fabric.check()
 
 
+@pytest.mark.alone
 def test_auto_takes_what_is_measured_to_be_fastest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import reference
 import torch
 from torch import nn
@@ -41,12 +42,14 @@ def _measured_to_graph(
     return sum(costs.ms.values()) / statistics.median(times)
 
 
+@pytest.mark.alone
 def test_small_nodes_costs_are_the_graphs() -> None:
     """Hundreds of nodes: what is measured around each of them must not count."""
     unet = reference.pipeline(reference.case(reference.NAMES[0]), "cuda:0").unet
     assert 0.6 < _measured_to_graph(unet, (), example_inputs(unet)) < 1.4
 
 
+@pytest.mark.alone
 def test_large_nodes_costs_are_the_graphs() -> None:
     """Values must leave the cache as they do in the graph: freed, and their memory used again."""
     layers: list[nn.Module] = []

@@ -62,6 +62,7 @@ def test_another_gpu_is_left_alone(
         assert contexts == [False, True]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
 def test_changes_of_shape_leak_nothing(place: str, tmp_path: Path) -> None:
     gpus = len(set(devices_for(place, 2)))

@@ -68,3 +68,5 @@ def test_small_memsets_are_replaced_on_one_gpu(memset: Any) -> None:
 def test_a_handle_that_is_no_graph_is_an_error_on_one_gpu() -> None:
     with pytest.raises(core.CudaError, match="reading a graph"):
         core.replace_memsets(0, 0)
+    with pytest.raises(core.CudaError, match="uploading a graph"):
+        core.upload_graph(0, 0)

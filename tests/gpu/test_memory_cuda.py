@@ -14,6 +14,8 @@ from tiny_pipelines import draw
 
 import asyncdiff
 
+pytestmark = pytest.mark.alone
+
 #: Workspaces of libraries, by GPU.
 _BESIDES = 150 << 20
 
@@ -21,7 +23,6 @@ _BESIDES = 150 << 20
 def parallel(folder: Path, devices: list[int], **settings: Any) -> tuple[Any, dict[str, Any], Any]:
     """A FLUX of 1.1 GB in bfloat16, read from a checkpoint by two components."""
     pipe, call = flux_pipeline(saved_flux(folder, 5, 1536, torch.bfloat16))
-    gc.collect()
     torch.cuda.empty_cache()
     for device in set(devices):
         torch.cuda.reset_peak_memory_stats(device)
@@ -39,6 +40,7 @@ def parallel(folder: Path, devices: list[int], **settings: Any) -> tuple[Any, di
 def test_peaks_are_those_of_components(place: str, split: str, tmp_path: Path) -> None:
     """Within a tenth, and never the whole denoiser on one of two."""
     devices = devices_for(place, 2)
+    gc.collect()  # what earlier tests left would leave during this one
     before = {d: torch.cuda.memory_allocated(d) for d in set(devices)}
     pipe, call, handle = parallel(tmp_path, devices, split=split)
     with handle:

@@ -167,6 +167,7 @@ def seconds(**settings: Any) -> float:
         denoiser.close()
 
 
+@pytest.mark.alone
 def test_two_gpus_work_at_once() -> None:
     """Ranks of one tick that both deliver do not wait for each other."""
     devices = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]

@@ -9,6 +9,8 @@ import pytest
 from conftest import devices_for
 from processes import on_host, run
 
+pytestmark = pytest.mark.alone
+
 #: NCCL takes processes with other host ids for processes of other hosts, also on one GPU, and then
 #: goes through sockets. Otherwise it sees two GPUs of one machine, and goes from one to the other.
 WAYS = ("sockets, one GPU", "sockets, two GPUs", "direct, two GPUs")

@@ -122,6 +122,7 @@ class Slow(torch.nn.Module):
         return (self.second(self.first(sample)),)
 
 
+@pytest.mark.alone
 def test_two_gpus_work_on_two_pictures_at_once() -> None:
     names = [f"cuda:{d}" for d in devices_for("several GPUs", 2)]
     times = {}

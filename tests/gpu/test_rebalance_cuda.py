@@ -37,6 +37,7 @@ def test_components_on_one_gpu_are_not_timed() -> None:
     denoiser.close()
 
 
+@pytest.mark.alone
 def test_wrong_costs_are_corrected_on_several_gpus(
     monkeypatch: pytest.MonkeyPatch, full_float32: None
 ) -> None:

@@ -66,6 +66,7 @@ def graph_of(stream: torch.cuda.Stream, work: Callable[[], None]) -> Callable[[]
     return replay
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("nbytes", SIZES)
@@ -133,6 +134,7 @@ def test_any_tensors_arrive_whole(
                 assert torch.equal(sent.cpu(), got.cpu())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
 def test_pieces_leave_while_the_sender_computes(place: str) -> None:
     """Pushed beside a computation that takes longer than all of them: the latency is left."""
@@ -166,6 +168,7 @@ def test_pieces_leave_while_the_sender_computes(place: str) -> None:
         assert 1e3 * marks[1].elapsed_time(marks[2]) >= LATENCY_US - EARLY
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("sharing", "times"), [("", 1), (",both", 2), (",all", 2)])
 def test_both_directions_at_once(place: str, sharing: str, times: int) -> None:
@@ -195,6 +198,7 @@ def test_both_directions_at_once(place: str, sharing: str, times: int) -> None:
     assert 0.9 * model <= statistics.median(max(both) for both in us) <= 1.05 * model + LATE
 
 
+@pytest.mark.alone
 def test_a_small_bundle_does_not_wait_for_a_large_one() -> None:
     """Put together: a noise prediction for one rank, and hidden states for another."""
     world = World("one GPU", ranks=3)

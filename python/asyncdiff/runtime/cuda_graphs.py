@@ -121,7 +121,8 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     """A graph of what is issued on ``stream`` within it, to be replayed afterwards.
 
     Other threads and devices may work on meanwhile. The graph's small memsets become kernels: the
-    workspaces of matrix products and of attention are cleared by one each.
+    workspaces of matrix products and of attention are cleared by one each. It lies on its device
+    already, so that its first replay allocates nothing.
 
     Raises NotCapturable where CUDA or torch says that a capture forbids what was issued, else what
     was raised within it.
@@ -151,6 +152,8 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     if kept:
         core.replace_memsets(graph.raw_cuda_graph(), stream.device.index)
         graph.instantiate()
+        if hasattr(graph, "raw_cuda_graph_exec"):  # from torch 2.9 on
+            core.upload_graph(graph.raw_cuda_graph_exec(), stream.device.index)
 
 
 @contextlib.contextmanager

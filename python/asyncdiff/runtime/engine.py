@@ -106,11 +106,12 @@ class Engine:
         if compile is not None:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
+        # Where ranks wait for each other in the midst of their runs, no copy for one of them may
+        # come behind another's run, in a queue of the same GPU.
+        self._meet = any(w.meetings is not None for w in self.workers)
         self._clean, self.closed = True, False
-        #: ticks that were issued since the engine was made
-        self._ticks = 0
-        #: the plan that was prepared last
-        self._ready: Plan | None = None
+        self._ticks = 0  # issued since the engine was made
+        self._ready: Plan | None = None  # the plan that was prepared last
 
     # ---- preparation -------------------------------------------------------------------------
 
@@ -129,8 +130,8 @@ class Engine:
 
     def _received(self, worker: Worker) -> dict[int, list[torch.Tensor]]:
         """What lies in a rank's mailboxes, by sending component."""
-        reads = self.partition.components[worker.index].reads
-        return {b.source: worker.mailbox[b.source, 0] for b in reads}
+        component = self.partition.components[worker.index]
+        return {b.source: worker.mailbox[b.source, 0] for b in component.reads}
 
     def prepare(self, plan: Plan) -> None:
         """Capture every CUDA graph that ``plan`` will replay. Raises what went wrong, a lack of
@@ -148,7 +149,7 @@ class Engine:
             self.channels.record(plan, self.by_rank)
 
     def graph_alone(self, worker: Worker) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of a rank's component on what lies in its mailboxes, without exchange."""
+        """A graph of a rank's component on what lies in its mailboxes, without exchange."""
         return worker.graph_alone(self._received(worker))
 
     # ---- a generation ------------------------------------------------------------------------
@@ -213,11 +214,11 @@ class Engine:
             version = self.conditioning.version
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             delivered = {}
-            for segment in tick.segments:
-                worker = self.by_rank.get(segment.rank)
-                if worker is None:
-                    continue
-                submitted = self._queue.submit(segment.rank, worker.issue, segment, inputs)
+            mine = [(self.by_rank[s.rank], s) for s in tick.segments if s.rank in self.by_rank]
+            for worker, segment in mine if self._meet and self.cuda else []:
+                self._queue.submit(worker.rank, worker.take_ahead, segment, inputs)
+            for worker, segment in mine:
+                submitted = self._queue.submit(worker.rank, worker.issue, segment, inputs)
                 if segment.step is not None:
                     delivered[segment.step] = submitted
             if fresh:  # ranks that did not run in this tick need the new conditioning too
@@ -383,7 +384,7 @@ class Engine:
     def exposed_ms(self) -> float | None:
         """By how long pushes outlast computation in a tick, worst rank of this process; None if not
         measured, as where tokens are shared out, which ranks exchange inside of a run."""
-        if any(w.meetings is not None for w in self.workers):
+        if self._meet:
             return None
         values = [w.exposed_ms() for w in self.workers if w.senders]
         known = [v for v in values if v is not None]

@@ -25,6 +25,7 @@ from ..progress import tell
 from ..schedule.actions import NOTHING, Action, Kind, Segment
 from .cuda_graphs import GraphCache, Issued, capturing, on_stream
 from .exchange.buffers import moved_on
+from .exchange.caller import CallerCopies
 from .exchange.compression.ends import UnpackingReceiver
 from .exchange.compression.sent import Runs, Sent
 from .exchange.meetings import Meetings
@@ -116,9 +117,9 @@ class Worker:
         self._last: Issued | None = None
         #: the tick that this rank has taken the caller's inputs of
         self._fed = -1
-        self._outside: torch.cuda.Stream | None = None
-        #: streams on callers' devices, for copies from there
-        self._fetching: dict[torch.device, torch.cuda.Stream] = {}
+        #: the tick whose inputs it has taken before any rank of it ran
+        self._ahead_of = -1
+        self._copies = CallerCopies(device, self.stream)
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the worker's device and compute stream the current ones, without gradients."""
@@ -210,8 +211,7 @@ class Worker:
     def issue(self, segment: Segment, inputs: Inputs) -> list[Any] | None:
         """Issue a segment: the outputs of its run on the caller's device, if they are used."""
         outputs = None
-        if inputs.caller is not None:
-            self._look(inputs.caller)
+        self._copies.look(inputs.caller)
         with self.current():
             for action in segment.actions:
                 if action.kind is Kind.RUN:
@@ -222,10 +222,16 @@ class Worker:
                     self.receivers[action.component].release(self.rank, action.slot, self.stream)
         return outputs
 
+    def take_ahead(self, segment: Segment, inputs: Inputs) -> None:
+        """Take what the segment's run is given, before ranks run that wait for this one."""
+        self._copies.look(inputs.caller)
+        with self.current():
+            self._accept(next(a for a in segment.actions if a.kind is Kind.RUN), inputs)
+        self._ahead_of = inputs.number
+
     def feed(self, inputs: Inputs) -> None:
         """Take what is new of the conditioning, in a tick in which this rank does not run."""
-        if inputs.caller is not None:
-            self._look(inputs.caller)
+        self._copies.look(inputs.caller)
         with self.current():
             self._take({i: inputs.tensors[i] for i in inputs.fresh}, inputs.caller)
 
@@ -291,12 +297,17 @@ class Worker:
 
     # ---- pieces of a run ---------------------------------------------------------------------
 
-    def _look(self, caller: Caller) -> None:
-        """Keep which stream of this device is the caller's, as long as it is the current one."""
-        if caller.stream.device != self.device:
-            self._outside = torch.cuda.current_stream(self.device)
-
     def _run(self, action: Action, inputs: Inputs) -> list[Any] | None:
+        if self._ahead_of != inputs.number:
+            self._accept(action, inputs)
+        with core.nvtx_range("run", rank=self.rank, component=self.index, step=action.time):
+            issued = self.run(action.slots if self.sent is None else self.sent.slots(action))
+        if issued.computed is not None:
+            self._last = issued
+        return None if action.step is None else self._copies.deliver(issued.outputs, inputs.caller)
+
+    def _accept(self, action: Action, inputs: Inputs) -> None:
+        """Take what a run is given, and choose the row of its timestep."""
         assert action.latents is not None and action.time is not None
         earlier = inputs.earlier.get(action.latents)
         given = inputs.tensors
@@ -312,11 +323,6 @@ class Worker:
                 mine[i] = time
         self._take(mine, inputs.caller if first else None)
         self.rows.select(time, inputs.version)
-        with core.nvtx_range("run", rank=self.rank, component=self.index, step=action.time):
-            issued = self.run(action.slots if self.sent is None else self.sent.slots(action))
-        if issued.computed is not None:
-            self._last = issued
-        return None if action.step is None else self._deliver(issued.outputs, inputs.caller)
 
     def _take(self, values: dict[int, torch.Tensor], caller: Caller | None) -> None:
         """Copy denoiser inputs to this rank, by index; those that it does not use are passed over.
@@ -326,38 +332,12 @@ class Worker:
         """
         mine = [(self.static[i], value) for i, value in values.items() if i in self.static]
         if mine and caller is not None:
-            self._fetch(mine, caller)
+            self._copies.fetch(mine, caller)
         else:
             for static, value in mine:
                 static.copy_(value, non_blocking=True)
         if self.prelude is not None and not self._conditioning.isdisjoint(values):
             self._refresh()
-
-    def _fetch(self, mine: Sequence[tuple[torch.Tensor, torch.Tensor]], caller: Caller) -> None:
-        """Copy what is ready when ``caller`` says so, and let the caller's stream wait for it."""
-        assert self.stream is not None
-        users = [caller.stream]
-        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        self.stream.wait_event(caller.ready)
-        device = caller.stream.device
-        if device != self.device:
-            if any(value.device == self.device for _, value in mine):
-                # What lies on this device, and not on the caller's, belongs to a stream of it.
-                assert self._outside is not None
-                users.append(self._outside)
-                self.stream.wait_stream(self._outside)
-            # Torch copies between devices on the source's current stream. That is the caller's,
-            # which already waits for the results of ranks whose work was issued before: this rank
-            # would then begin when they end. So it copies on a stream of its own there.
-            if device not in self._fetching:
-                self._fetching[device] = torch.cuda.Stream(device)
-            self._fetching[device].wait_event(caller.ready)
-            context = torch.cuda.stream(self._fetching[device])
-        with context:
-            for static, value in mine:
-                static.copy_(value, non_blocking=True)
-        for stream in users:
-            stream.wait_stream(self.stream)
 
     def _refresh(self) -> None:
         """Compute again what depends on the conditioning alone."""
@@ -378,22 +358,3 @@ class Worker:
         inputs = [self.static[i] for i in self.inputs]
         reads = len(part.graph.find_nodes(op="placeholder")) - len(inputs) - len(kept)
         return [*inputs, *[None] * reads, *kept]
-
-    def _deliver(self, outputs: list[Any], caller: Caller | None) -> list[Any]:
-        """The outputs as new tensors on the caller's device, ready in order of its stream."""
-        if self.stream is None or caller is None:
-            # These may lie in a mailbox, or in what the next run writes to.
-            return [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
-        main = caller.stream
-        with torch.cuda.stream(main):  # whose memory they are
-            out = [
-                torch.empty_like(o, device=main.device) if isinstance(o, torch.Tensor) else o
-                for o in outputs
-            ]
-        # The memory of ``out`` may still be in use by earlier work of the main stream.
-        self.stream.wait_stream(main)
-        for new, old in zip(out, outputs, strict=True):
-            if isinstance(old, torch.Tensor):
-                new.copy_(old, non_blocking=True)
-        main.wait_stream(self.stream)
-        return out
