@@ -240,7 +240,10 @@ def cuda_contexts(process: int, processes: int, folder: Path, transport: str) ->
     assert driver.cuInit(0) == 0
     context = ctypes.c_void_p()
     assert driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
-    assert context.value is None  # GPU 0 is the current one, as it was
+    # GPU 0 is the current one, as it was.
+    device = ctypes.c_int(-1)
+    driver.cuCtxGetDevice(ctypes.byref(device))
+    assert context.value is None, f"a context of GPU {device.value} is current"
     out = []
     for device in range(2):
         flags, active = ctypes.c_uint(), ctypes.c_int()

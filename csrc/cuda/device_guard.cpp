@@ -42,13 +42,17 @@ auto set_current() {
 }  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
-  int current = -1;
-  check_cuda(cudaGetDevice(&current), "reading the current device");
-  if (current == device) return;
   static const auto get = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
   const auto set = set_current();
   CUcontext before = nullptr;
   check_driver(get(&before), "reading the current context");
+  // Without a context, what the runtime calls the current device is none to rely on: it would make
+  // its context current, and leave it so.
+  if (before != nullptr) {
+    int current = -1;
+    check_cuda(cudaGetDevice(&current), "reading the current device");
+    if (current == device) return;
+  }
   // A second time where somebody has reset the device since.
   if (set(primary_context(device, false)) != CUDA_SUCCESS)
     check_driver(set(primary_context(device, true)), "choosing a device");

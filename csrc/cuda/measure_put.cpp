@@ -50,7 +50,10 @@ struct Stream_ {
     const DeviceGuard guard(device);
     check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
   }
-  ~Stream_() { cudaStreamDestroy(stream); }
+  // Without a guard the runtime would make the current device a context, which may be another GPU.
+  ~Stream_() {
+    quietly_on(device, [this] { cudaStreamDestroy(stream); });
+  }
   Stream_(const Stream_&) = delete;
   Stream_& operator=(const Stream_&) = delete;
   operator Stream() const { return reinterpret_cast<Stream>(stream); }
@@ -77,7 +80,9 @@ struct Graph {
     cudaGraphDestroy(graph);
     check_cuda(code, "making a graph");
   }
-  ~Graph() { cudaGraphExecDestroy(ready); }
+  ~Graph() {
+    quietly_on(device, [this] { cudaGraphExecDestroy(ready); });
+  }
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
   void launch(const Stream_& on) const {

@@ -239,9 +239,9 @@ def _check_cuda(devices: Sequence[torch.device]) -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-#: The share of what is free on a GPU that components may take: libraries take some for themselves,
-#: and an allocator cannot use everything.
-_USABLE = 0.92
+#: The share of what is free on a GPU that components may take, as an allocator cannot use
+#: everything; and bytes that libraries' workspaces, kernels and CUDA graphs take for themselves.
+_USABLE, _BESIDES = 0.92, 256 << 20
 
 
 def room_on(device: torch.device) -> int | None:
@@ -251,7 +251,7 @@ def room_on(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(_USABLE * (free + unused))
+    return max(0, int(_USABLE * (free + unused)) - _BESIDES)
 
 
 def peak_of(device: torch.device) -> int | None:
