@@ -36,18 +36,22 @@ def check_forward(module: nn.Module) -> None:
         del module.forward
 
 
-def check_hooks(module: nn.Module) -> None:
-    """Raise InputError where layers do something besides their forward, which may change from call
-    to call."""
+def check_hooks() -> None:
+    """Raise InputError for a hook of all modules there are."""
     if torch_module._global_forward_pre_hooks or torch_module._global_forward_hooks:
         raise InputError(
             "there is a forward hook for all modules (register_module_forward_hook), which an "
             "exported denoiser would never call: remove it, handle.remove(), before the pipeline "
             "runs"
         )
+
+
+def check_layers(module: nn.Module) -> None:
+    """Raise InputError where layers do something besides their forward, which may change from call
+    to call."""
     if getattr(module, "_parallel_config", None) is not None:
         _refuse(type(module).__name__, "parallel_config", module._parallel_config)
-    # Once a generation, of thousands of layers, of which nearly always none has any.
+    # Of thousands of layers nearly always none has any.
     if not any(map(_suspicious, module.modules())):
         return
     for path, child in module.named_modules():

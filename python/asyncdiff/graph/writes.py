@@ -32,6 +32,8 @@ class WeightWatch:
 
     def __init__(self, weights: Iterable[torch.Tensor]) -> None:
         self._weights = list({id(w): w for w in weights if w.device.type != "meta"}.values())
+        #: those whose writes torch counts
+        self._counted = [w for w in self._weights if not w.is_inference()]
         self._marks = self._mark()
         #: elements by kind, as views, and of each row which weight's they are
         self._samples: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
@@ -52,16 +54,21 @@ class WeightWatch:
     def written(self) -> Written:
         """The addresses of those that torch has seen written to; None where it has not seen all,
         as a few elements tell: it may be any then. For weights on a GPU the host waits."""
-        each = zip(self._weights, self._mark(), self._marks, strict=True)
-        counted = {id(w) for w, now, then in each if now != then}
+        counted: set[int] = set()
+        of = self._weights, self._counted
+        for weights, marks, earlier in zip(of, self._mark(), self._marks, strict=True):
+            each = zip(weights, marks, earlier, strict=True)
+            counted |= {id(w) for w, mark, before in each if mark != before}
         for kind, now in self._read().items():
             rows = (now != self._values[kind]).any(1).nonzero().flatten().tolist()
             if not {self._owners[kind][row] for row in rows} <= counted:
                 return None
         return counted
 
-    def _mark(self) -> list[tuple[int, int | None]]:
-        return [(w.data_ptr(), _version(w)) for w in self._weights]
+    def _mark(self) -> tuple[list[int], list[int]]:
+        """Where the weights lie, and how often torch saw those written to whose writes it counts:
+        of thousands, before every generation."""
+        return [w.data_ptr() for w in self._weights], [w._version for w in self._counted]
 
     def _read(self) -> dict[tuple[torch.device, int], torch.Tensor]:
         return {kind: torch.cat(samples) for kind, samples in self._samples.items()}

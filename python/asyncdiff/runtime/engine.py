@@ -25,7 +25,7 @@ from ..graph.weights import Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..phases import phase
-from ..processes.team import Team, lost
+from ..processes.team import Team
 from ..progress import stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
@@ -33,7 +33,7 @@ from .devices import Place
 from .exchange.channels import Channels
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.inputs import SharedInputs
-from .executor import RankQueue
+from .executor import RankQueue, blamed
 from .input_cache import InputCache
 from .step import READY_NOW, Caller, Earlier, Inputs, Ready, Times
 from .worker import Worker
@@ -106,8 +106,6 @@ class Engine:
         if compile is not None:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
-        # Where ranks wait for each other in the midst of their runs, no copy for one of them may
-        # come behind another's run, in a queue of the same GPU.
         self._meet = any(w.meetings is not None for w in self.workers)
         self._clean, self.closed = True, False
         self._ticks = 0  # issued since the engine was made
@@ -214,11 +212,13 @@ class Engine:
             version = self.conditioning.version
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             delivered = {}
-            mine = [(self.by_rank[s.rank], s) for s in tick.segments if s.rank in self.by_rank]
-            for worker, segment in mine if self._meet and self.cuda else []:
-                self._queue.submit(worker.rank, worker.take_ahead, segment, inputs)
-            for worker, segment in mine:
-                submitted = self._queue.submit(worker.rank, worker.issue, segment, inputs)
+            if self._meet and self.cuda:
+                self._take_ahead(tick, inputs)
+            for segment in tick.segments:
+                worker = self.by_rank.get(segment.rank)
+                if worker is None:
+                    continue
+                submitted = self._queue.submit(segment.rank, worker.issue, segment, inputs)
                 if segment.step is not None:
                     delivered[segment.step] = submitted
             if fresh:  # ranks that did not run in this tick need the new conditioning too
@@ -241,6 +241,14 @@ class Engine:
         except BaseException as e:
             error = self._failed(e)
             raise error from error.__cause__
+
+    def _take_ahead(self, tick: Tick, inputs: Inputs) -> None:
+        """Give ranks their inputs before any of them runs: where ranks wait for each other in the
+        midst of their runs, no copy may come behind a run, in a queue of the same GPU."""
+        for segment in tick.segments:
+            worker = self.by_rank.get(segment.rank)
+            if worker is not None:
+                self._queue.submit(worker.rank, worker.take_ahead, segment, inputs)
 
     def _shared(
         self,
@@ -266,7 +274,7 @@ class Engine:
         try:
             self.fabric.check()
         except core.CoreError as e:
-            raise self._blamed(e) from e
+            raise blamed(e, self.by_rank, self.places) from e
 
     @property
     def recovers(self) -> bool:
@@ -330,8 +338,8 @@ class Engine:
             # Where a rank of this process failed, the others were told, and this is what they say.
             try:
                 self._queue.check(wait=True)
-                blamed = self._blamed(error)
-                blamed.__cause__, error = error, blamed
+                told = blamed(error, self.by_rank, self.places)
+                told.__cause__, error = error, told
             except RankError as e:
                 error = e
         self.abandon(error)
@@ -341,17 +349,6 @@ class Engine:
             e.__cause__ = error
             return e
         return error
-
-    def _blamed(self, error: core.CoreError) -> RankError:
-        """The error of a rank that the core tells of."""
-        if isinstance(error, core.errors.ProcessError):
-            return lost(error)
-        rank, told = getattr(error, "rank", -1), str(error)
-        if isinstance(error, core.ExchangeTimeout):
-            late = error.peer if error.straggler < 0 else error.straggler
-            if late not in self.by_rank and late < len(self.places):
-                rank, told = late, f"process {self.places[late].process} of the group: {told}"
-        return RankError(rank, f"{told}. The generation was stopped; the next one starts afresh")
 
     def renew(self, weights: Weights, written: Written) -> bool:
         """Compute with the weights that the denoiser has now; whether that was possible, else this

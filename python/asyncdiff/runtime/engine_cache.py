@@ -13,9 +13,10 @@ from torch import nn
 from ..config import GROUPS, ONLY, Branch, ParallelConfig
 from ..errors import reason
 from ..graph.batch import BatchSplit
-from ..graph.hooks import check_hooks
+from ..graph.hooks import check_hooks, check_layers
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
+from ..graph.state.structure import Structure
 from ..graph.weights import Weights
 from ..graph.writes import WeightWatch
 from ..memory import out_of_memory
@@ -57,6 +58,8 @@ class EngineCache:
         seats: Sequence[Place],
     ) -> None:
         self._module = module
+        #: the layers of which it is known that no hooks are on them
+        self._free_of_hooks: Structure | None = None
         self._state = ModuleState(module)
         self._weights = weights
         self._places = list(places)
@@ -108,7 +111,7 @@ class EngineCache:
 
         def look() -> Mapping[str, str]:
             nonlocal kind
-            check_hooks(self._module)
+            self._check_hooks()
             kind = self._kind(call, branch)
             kept = self._kept.get(kind)
             written = kept is not None and kept.stale(self._state.version)
@@ -123,7 +126,7 @@ class EngineCache:
         if self._team.several:
             self._team.agree(what, look)
         else:
-            check_hooks(self._module)
+            self._check_hooks()
             kind = self._kind(call, branch)
         kept = {id(e) for p in self._kept.values() for e in p.engines}
         self._maker.beside = [e for e in beside if id(e) in kept]
@@ -230,6 +233,15 @@ class EngineCache:
             self._drop([kind])
             return
         log.info("weights were written to: ranks have their new values")
+
+    def _check_hooks(self) -> None:
+        """Raise InputError for hooks: on layers, where something has changed since they were
+        looked at last."""
+        check_hooks()
+        if self._free_of_hooks is None or self._state.structure is not self._free_of_hooks:
+            self._free_of_hooks = None
+            check_layers(self._module)
+            self._free_of_hooks = self._state.structure
 
     def _kind(self, call: Call, branch: Branch) -> _Kind:
         return call.signature, self._state.number(), self._split(call, branch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -13,6 +13,7 @@ import asyncdiff_core as core
 
 from ..errors import RankError
 from ..processes.team import lost
+from .devices import Place
 
 
 class RankQueue:
@@ -122,6 +123,18 @@ def failure(rank: int, error: BaseException) -> RankError:
         f"rank {rank} failed: {type(error).__name__}: {error}. The generation was stopped; the "
         "next one starts afresh",
     )
+
+
+def blamed(error: core.CoreError, own: Container[int], places: Sequence[Place]) -> RankError:
+    """The error of a rank that the core tells of; ``own``: the ranks of this process."""
+    if isinstance(error, core.errors.ProcessError):
+        return lost(error)
+    rank, told = getattr(error, "rank", -1), str(error)
+    if isinstance(error, core.ExchangeTimeout):
+        late = error.peer if error.straggler < 0 else error.straggler
+        if late not in own and late < len(places):
+            rank, told = late, f"process {places[late].process} of the group: {told}"
+    return RankError(rank, f"{told}. The generation was stopped; the next one starts afresh")
 
 
 def _use_threads(count: int) -> None:

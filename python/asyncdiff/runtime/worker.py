@@ -211,7 +211,8 @@ class Worker:
     def issue(self, segment: Segment, inputs: Inputs) -> list[Any] | None:
         """Issue a segment: the outputs of its run on the caller's device, if they are used."""
         outputs = None
-        self._copies.look(inputs.caller)
+        if inputs.caller is not None:
+            self._copies.look(inputs.caller)
         with self.current():
             for action in segment.actions:
                 if action.kind is Kind.RUN:
@@ -224,14 +225,16 @@ class Worker:
 
     def take_ahead(self, segment: Segment, inputs: Inputs) -> None:
         """Take what the segment's run is given, before ranks run that wait for this one."""
-        self._copies.look(inputs.caller)
+        if inputs.caller is not None:
+            self._copies.look(inputs.caller)
         with self.current():
             self._accept(next(a for a in segment.actions if a.kind is Kind.RUN), inputs)
         self._ahead_of = inputs.number
 
     def feed(self, inputs: Inputs) -> None:
         """Take what is new of the conditioning, in a tick in which this rank does not run."""
-        self._copies.look(inputs.caller)
+        if inputs.caller is not None:
+            self._copies.look(inputs.caller)
         with self.current():
             self._take({i: inputs.tensors[i] for i in inputs.fresh}, inputs.caller)
 
@@ -345,7 +348,7 @@ class Worker:
         self.kept = store(self.prelude(*self._ahead(self.prelude)), self.kept)
 
     def _arguments(self, reads: Mapping[int, list[torch.Tensor]]) -> list[torch.Tensor]:
-        values = [self.static[i] for i in self.inputs]
+        values = [*map(self.static.__getitem__, self.inputs)]
         for bundle in reads.values():
             values += bundle
         return values + self.kept + self.rows.values

@@ -22,16 +22,12 @@ from .sharding import Sharding
 
 
 @dataclass(frozen=True)
-class _Meeting:
-    """``gathers``: the nodes at which all ranks' values are put together."""
+class _Gift:
+    """What a rank brings to a meeting, as its ``index``-th value."""
 
-    number: int
-    gathers: list[fx.Node]
-
-    @property
-    def given(self) -> list[fx.Node]:
-        """What this rank brings."""
-        return [g.all_input_nodes[0] for g in self.gathers]
+    meeting: int
+    index: int
+    value: fx.Node
 
 
 def rank_module(
@@ -90,9 +86,9 @@ class _Assembly:
         for step in self._steps():
             if isinstance(step, fx.Node):
                 self._copy(step)
-                continue
-            for i, value in enumerate(step.given):
-                self._graph.call_module("emit", (step.number, i, self._made[value]))
+            else:
+                value = self._made[step.value]
+                self._graph.call_module("emit", (step.meeting, step.index, value))
         (outputs,) = self._source.output_node().args
         self._graph.output(fx.map_arg(list(outputs), self._made.__getitem__))  # type: ignore[arg-type]
         module = fx.GraphModule(self._root, self._graph)
@@ -100,22 +96,23 @@ class _Assembly:
             module.add_module(name, end)
         return module
 
-    def _steps(self) -> Iterator[fx.Node | _Meeting]:
-        """The operations in the order in which they are to be run; a meeting where what it is given
-        leaves."""
+    def _steps(self) -> Iterator[fx.Node | _Gift]:
+        """The operations in the order in which they are to be run; a gift where it leaves."""
         operations = [n for n in self._source.nodes if n.op == "call_function"]
         gathers = (n for n in operations if n.target is _gather)
         groups = itertools.groupby(gathers, lambda n: n.meta[MEETING][0])
         done: set[fx.Node] = set()
         at = 0
         for number, (_, group) in enumerate(groups):
-            meeting = _Meeting(number, list(group))
-            self._numbers = {g: (number, i) for i, g in enumerate(meeting.gathers)}
-            for node in self._behind(meeting.given, done):
-                done.add(node)
-                yield node
-            yield meeting
-            end = self._position[meeting.gathers[-1]] + 1
+            together = list(group)
+            self._numbers = {g: (number, i) for i, g in enumerate(together)}
+            for i, gather in enumerate(together):
+                value = gather.all_input_nodes[0]
+                for node in self._behind(value, done):
+                    done.add(node)
+                    yield node
+                yield _Gift(number, i, value)
+            end = self._position[together[-1]] + 1
             while at < len(operations) and self._position[operations[at]] < end:
                 if operations[at] not in done:
                     done.add(operations[at])
@@ -123,10 +120,10 @@ class _Assembly:
                 at += 1
         yield from (node for node in operations[at:] if node not in done)
 
-    def _behind(self, ends: Sequence[fx.Node], done: set[fx.Node]) -> list[fx.Node]:
-        """The operations that are not done yet and that ``ends`` need, these included, in order."""
+    def _behind(self, end: fx.Node, done: set[fx.Node]) -> list[fx.Node]:
+        """The operations that are not done yet and that ``end`` needs, and itself, in order."""
         found: set[fx.Node] = set()
-        stack = list(ends)
+        stack = [end]
         while stack:
             node = stack.pop()
             if node.op == "call_function" and node not in done and node not in found:

@@ -15,7 +15,7 @@ from ..graph.program import KEEP, NBYTES, mark
 from .axis import Axis
 from .flow import flow_of, is_tensor, operation, shape_of
 from .merging import VIEWS
-from .sharding import PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
+from .sharding import ATTENTION, PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
 
 aten = torch.ops.aten
 
@@ -154,7 +154,8 @@ class _Builder:
     def _make(self, node: fx.Node, axis: Axis | None, form: Form) -> fx.Node:
         if isinstance(form, Keys):
             assert axis == form.axis and self._building is not None
-            local, dim = self._own[node], form.axis.dim
+            dim = form.axis.dim
+            local = self._outermost(node, dim)
             made = self._graph.call_function(self._gather, (local, dim))
             made.meta[MEETING] = self._building.name, form.axis.length
             return made
@@ -166,6 +167,26 @@ class _Builder:
         if isinstance(form, Axis) and (shared := self._view_of_share(node, form)) is not None:
             return shared
         return self._of_whole(self._own[node], form)
+
+    def _outermost(self, node: fx.Node, dim: int) -> fx.Node:
+        """A rank's share of a value that attention alone takes all of, with its tokens outermost in
+        memory: so those of two ranks, one stretch each, can be put together where they arrive.
+        A compiler has whoever computes it write it so at once."""
+        local: fx.Node = self._own[node]
+        whole = node.meta["val"]
+        last = dim == whole.dim() - 1  # attention wants elements beside each other
+        if self._ranks != 2 or last or any(operation(user) != ATTENTION for user in node.users):
+            return local
+        order = sorted(range(whole.dim()), key=lambda d: (d != dim, -whole.stride(d), d))
+        if all(whole.stride(dim) > whole.stride(d) for d in order[1:] if whole.shape[d] > 1):
+            return local
+        call = self._graph.call_function
+        moved = call(aten.permute.default, (local, order))
+        dense = call(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
+        made = call(aten.permute.default, (dense, [order.index(d) for d in range(whole.dim())]))
+        for each in (moved, dense, made):
+            each.meta = {k: v for k, v in local.meta.items() if k == "nn_module_stack"}
+        return made
 
     def _view_of_share(self, node: fx.Node, axis: Axis) -> fx.Node | None:
         """Of a view of a whole value the share, as a view of that value's share: so values that

@@ -69,8 +69,8 @@ def test_every_step_by_tokens(name: str, ranks: int) -> None:
 
 
 def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of each attention, not the result, which is used after the run; with two
-    pictures shares are no stretches of memory."""
+    """Keys and values of each attention, also of two pictures, and of heads before tokens; not the
+    result, which is used after the run."""
     made: list[int] = []
 
     class Counted(Meetings):
@@ -86,7 +86,7 @@ def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch
     assert made == [0, 0, 0]
     made.clear()
     _check("SD3", 2, schedule="sequence", components=2)
-    assert made == [0, 0]
+    assert made == [3, 3]
     made.clear()
     # Of GPUs without peer access: all of a bundle is copied out of host memory.
     monkeypatch.setattr(core.HostFabric, "links", lambda _: {(0, 1): "staged", (1, 0): "staged"})

@@ -41,8 +41,12 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._layers: list[nn.Module] = []
-        self._classes: list[tuple[type, Any]] = []
-        self._copies: list[tuple[Any, Any]] = []
+        self._classes: list[type[Any]] = []
+        #: of each of their classes its forward, which may be exchanged too
+        self._forwards: list[tuple[Any, Any]] = []
+        #: what may be exchanged in layers, and copies of it
+        self._containers: list[Any] = []
+        self._copies: list[Any] = []
         self._attention: tuple[Any, ...] = ()
         self._structure: Structure | None = None
         self._guards = Guards()
@@ -90,6 +94,7 @@ class ModuleState:
     def learn(self, guards: Guards) -> None:
         """A graph has been made, which is right for some values of numbers only."""
         self._guards.learn(guards)
+        self._containers.clear()
         self._copies.clear()
         self._layers.clear()
         self._looked = False
@@ -102,8 +107,10 @@ class ModuleState:
             return
         take_out(self._module)
         self._layers = list(self._module.modules())
-        self._classes = _classes(self._layers)
-        self._copies = [(x, x.copy()) for child in self._layers for x in _containers(child)]
+        self._classes = [*map(type, self._layers)]
+        self._forwards = [(c, c.forward) for c in dict.fromkeys(self._classes)]
+        self._containers = [x for child in self._layers for x in _containers(child)]
+        self._copies = [x.copy() for x in self._containers]
         self._structure = made = Structure(self._module)
         values = {name: slot.value for name, slot in made.slots.items()}
         self._attention = chosen()
@@ -136,8 +143,8 @@ class ModuleState:
         slots = {(id(s.container), s.key): name for name, s in self._structure.slots.items()}
         changed = []
         try:
-            same = _classes(self._layers) == self._classes and chosen() == self._attention
-            for i, (now, then) in enumerate(self._copies):
+            same = self._same_code()
+            for i, (now, then) in enumerate(zip(self._containers, self._copies, strict=True)):
                 if now == then:
                     continue
                 keys = _changed(now, then)
@@ -153,7 +160,7 @@ class ModuleState:
         except (RuntimeError, ValueError, TypeError):
             return False
         for i in changed:
-            now, then = self._copies[i]
+            now, then = self._containers[i], self._copies[i]
             for key in _changed(now, then) or ():
                 then[key] = now[key]
         if changed:
@@ -172,13 +179,17 @@ class ModuleState:
     def _unchanged(self) -> bool:
         try:
             # Identity first, for each value.
-            return bool(self._layers) and (
-                all(now == then for now, then in self._copies)
-                and _classes(self._layers) == self._classes
-                and chosen() == self._attention
-            )
+            same = bool(self._layers) and self._containers == self._copies
+            return same and self._same_code()
         except (RuntimeError, ValueError):  # other tensors, which have no truth
             return False
+
+    def _same_code(self) -> bool:
+        return (
+            [*map(type, self._layers)] == self._classes
+            and all(c.forward == forward for c, forward in self._forwards)
+            and chosen() == self._attention
+        )
 
 
 class _State:
@@ -268,11 +279,6 @@ class _State:
             for n, x in value.items()
             if str(n)[:1] != "_" or _is_plain(x)
         )
-
-
-def _classes(layers: list[nn.Module]) -> list[tuple[type, Any]]:
-    """The classes of layers, and their forwards, which may be exchanged too."""
-    return [(type(x), type(x).forward) for x in layers]
 
 
 def _changed(now: Any, then: Any) -> list[Any] | None:

@@ -20,7 +20,7 @@ from ...denoiser import AsyncDenoiser
 from ...errors import InputError
 from ...graph.capture import capture
 from ...graph.example_inputs import example_inputs
-from ...graph.hooks import check_forward, check_hooks
+from ...graph.hooks import check_forward, check_hooks, check_layers
 from ...graph.signature import parse
 from ...launcher import warn_of_processes
 from ...partition.cost import estimate
@@ -162,7 +162,8 @@ def _check(pipe: Any, module: nn.Module, config: ParallelConfig) -> None:
                 "that is parallelised: call asyncdiff.restore(pipe) first"
             )
         held.restore()
-    check_hooks(twin(module))
+    check_hooks()
+    check_layers(twin(module))
 
 
 #: Settings that a quality chooses.

@@ -23,9 +23,9 @@ class CallerCopies:
         #: streams on callers' devices, for copies from there
         self._fetching: dict[torch.device, torch.cuda.Stream] = {}
 
-    def look(self, caller: Caller | None) -> None:
+    def look(self, caller: Caller) -> None:
         """Keep which stream of this device is the caller's, as long as it is the current one."""
-        if caller is not None and caller.stream.device != self._device:
+        if caller.stream.device != self._device:
             self._outside = torch.cuda.current_stream(self._device)
 
     def fetch(self, mine: Sequence[tuple[torch.Tensor, torch.Tensor]], caller: Caller) -> None:

@@ -76,6 +76,11 @@ class Meetings:
         self._rank, self._stream, self._comm = rank, stream, comm
         self._bundles, self._wholes, self._rest = bundles, wholes, rest
         self._others = [r for r in range(len(rest)) if r != rank]
+        #: copies of the rank's own share, which nothing that leaves has to wait for
+        self._beside = None
+        if stream is not None and any(wholes):
+            self._beside = torch.cuda.Stream(stream.device)
+        self._copied = False
         #: what is being copied to others, whose memory must not be used again
         self._held: list[torch.Tensor] = []
         #: the meeting whose values are still in use where they lie
@@ -93,7 +98,7 @@ class Meetings:
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
         """Give the ``index``-th value of this rank's bundle to the others."""
         if meeting == index == 0:  # what a run that failed had taken is nobody's any more
-            self._lent = None
+            self._lent, self._copied = None, False
             self._held.clear()
         mine = self._bundles[meeting][self._rank]
         place = mine.places[index]
@@ -107,8 +112,12 @@ class Meetings:
         if index == len(mine.places) - 1:
             mine.channel.commit(mine.slot, self._comm)
         if self._wholes[meeting]:
-            with contextlib.nullcontext() if self._comm is None else torch.cuda.stream(self._comm):
+            if self._beside is not None and self._stream is not None:
+                self._beside.wait_stream(self._stream)
+            beside = self._beside
+            with contextlib.nullcontext() if beside is None else torch.cuda.stream(beside):
                 self._wholes[meeting][index].own.copy_(value, non_blocking=True)
+            self._copied = True
 
     def take(self, meeting: int, index: int, value: torch.Tensor, dim: int) -> torch.Tensor:
         """All ranks' ``index``-th values, one after another along ``dim``: as a new tensor, or one
@@ -162,7 +171,10 @@ class Meetings:
         """
         if self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
+            if self._beside is not None and self._copied:
+                self._stream.wait_stream(self._beside)
         self._held.clear()
+        self._copied = False
 
 
 def connect(
