@@ -27,6 +27,7 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 QUALITY = ROOT / "docs" / "guide" / "quality.md"
 PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
+PREPARATION = ROOT / "docs" / "guide" / "preparation.md"
 SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
 LINKS = ROOT / "docs" / "guide" / "links.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
@@ -51,6 +52,7 @@ def main() -> None:
         (PAGE, TABLES),
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
+        (PREPARATION, {"preparation": preparation}),
         (SEQUENCE, {"sequence": sequence}),
         (LINKS, {"links": links}),
         (PIPELINES, {"pipelines": pipelines}),
@@ -210,6 +212,25 @@ def delays() -> str:
 def compression() -> str:
     """What compressing what crosses costs: a row a run, a column a way."""
     return compression_table.table(RESULTS)
+
+
+def preparation() -> str:
+    """Seconds of a first generation, with nothing kept on the disk and with all."""
+    document = json.loads((RESULTS / "compile_2gpu.json").read_text())
+    phases = ("export", "measure", "build", "compile")
+    caches = {"cold": "nothing kept", "warm": "all kept"}
+    ways = {"graphs": "", "regions": ", compiled", "whole": ", compiled whole"}
+    table = [["", "kept on the disk", "all, s", *phases, "ms a step"]]
+    for model in document["figures"].values():
+        for way, name in ((w, n) for w, n in ways.items() if w in model["ways"]):
+            for cache, said in caches.items():
+                row = model["ways"][way].get(cache)
+                if row is None or "total_s" not in row:
+                    continue
+                spent = [f"{row['phases_s'].get(phase, 0.0):.1f}" for phase in phases]
+                figures = [f"{row['total_s']:.1f}", *spent, f"{row['ms_a_step']['median']:.1f}"]
+                table.append([f"{model['title']}{name}", said, *figures])
+    return markdown(table)
 
 
 def sequence() -> str:
