@@ -36,7 +36,7 @@ from .errors import (
     ProcessLost,
     SlotOrderError,
 )
-from .fabric import CudaFabric, Fabric, HostFabric, simulated_link
+from .fabric import CudaFabric, Fabric, HostFabric, simulated_link, transport
 from .nvtx import nvtx_range
 from .paths import (
     get_cmake_dir,
@@ -85,5 +85,6 @@ __all__ = [
     "put_costs",
     "replace_memsets",
     "simulated_link",
+    "transport",
     "upload_graph",
 ]

@@ -285,6 +285,12 @@ def simulated_link() -> str | None:
     return _core.link_of_environment() or None
 
 
+def transport() -> str:
+    """How bundles travel between GPUs where fabrics are not told: what ASYNCDIFF_TRANSPORT says,
+    else "auto"."""
+    return _core.transport_of_environment()
+
+
 def _owners(ranks: int, owners: Sequence[int] | None, rendezvous: Rendezvous | None) -> list[int]:
     if owners is None:
         return list(range(ranks))

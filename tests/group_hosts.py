@@ -54,7 +54,7 @@ def links(member: Member) -> dict[str, Any]:
     """Where ranks are, how they reach each other, and what the partition takes a link for."""
     from asyncdiff.runtime import cutting
 
-    denoiser = AsyncDenoiser(toy(), group=member.group(), components=3, deadline=20, **ESTIMATE)
+    denoiser = AsyncDenoiser(toy(), group=member.group(), components=3, deadline=20)
     speeds = []
     measured = cutting.engine_links
 

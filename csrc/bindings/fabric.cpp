@@ -114,6 +114,7 @@ void register_fabric(py::module_& m) {
         return make_host_fabric(std::move(owners), seconds, std::move(rendezvous), link);
       },
       py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"), py::arg("link"));
+  m.def("transport_of_environment", &env::transport);
   m.def("link_of_environment", [] {
     const std::optional<SimulatedLink> link = env::link();
     return link ? link->describe() : std::string();

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import asyncdiff_core as core
-from asyncdiff.preparation import captures, cuts
+from asyncdiff.preparation import captures, cuts, links
 from asyncdiff.preparation.folder import Folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_kept() -> Iterator[None]:
-    """Tests keep no preparations; what the exchange costs is kept as ever."""
+    """Tests keep no preparations; what puts cost is kept as ever."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (captures, cuts):
+        for module in (captures, cuts, links):
             patch.setattr(module, "preparations", lambda: Folder(None))
         yield
 

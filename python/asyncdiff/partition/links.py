@@ -31,6 +31,10 @@ class Links:
         """The same link between any two ranks, without latency."""
         return cls(Link(bytes_per_ms))
 
+    def of(self, kept: Sequence[Sequence[float]]) -> Links:
+        """These, with the pairs that :meth:`to_list` told of. Raises ValueError for other data."""
+        return Links(self.otherwise, {(int(a), int(b)): Link(x, y) for a, b, x, y in kept})
+
     def between(self, source: int, target: int) -> Link:
         """From one rank to another."""
         return self.pairs.get((source, target), self.otherwise)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import asyncdiff_core as core
+
 from ..config import ParallelConfig
 from ..errors import MemoryLimitError
 from ..graph.capture import Captured, capture
@@ -38,7 +40,7 @@ from ..schedule.plan import Exchange, ring
 from .devices import Place, room_on
 from .exchange.compression.choice import Choice
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
-from .exchange.link_speed import engine_links
+from .exchange.link_speed import assumed_links, engine_links, once_measured
 from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
 log = logging.getLogger("asyncdiff")
@@ -91,8 +93,10 @@ class Cutter:
                 return like
             if like.cuts and fit(captured, like.cuts):
                 split = list(like.cuts)
-        links = self.links()
-        kept = self._kept(captured, components, copies)
+        # An estimate is the same in every run, and so is the cut that comes of it.
+        alike = split == "estimate" and config.compresses != "auto" and not core.simulated_link()
+        links = assumed_links(self._places) if alike else self.links()
+        kept = self._kept(captured, components, copies, links)
         limits = self._limits(components, copies, places)
         measured = split == "auto" and components > 1
         kinds: dict[str, Costs] = {}
@@ -156,7 +160,7 @@ class Cutter:
         it. See :func:`~.rebalance.next_cut`."""
         worth = WORTH_COMPILING if self._config.compile else WORTH
         known, links = [parts for parts, _ in timed], self.links()
-        kept = self._kept(known[0].captured, len(known[0].components), copies)
+        kept = self._kept(known[0].captured, len(known[0].components), copies, links)
 
         limits = self._limits(len(known[0].components), copies)
 
@@ -314,7 +318,9 @@ class Cutter:
         units = {p.unit for p in self._places[:count]}
         return self._places[0].device.type == "cuda" and len(units) == count
 
-    def _kept(self, captured: Captured, components: int, copies: int) -> Callable[[], KeptCuts]:
+    def _kept(
+        self, captured: Captured, components: int, copies: int, links: Links
+    ) -> Callable[[], KeptCuts]:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
         devices = [p.device for p in self._places if p.process == self._team.process]
         units = [f"{p.unit} of host {p.host}" for p in self._places]
@@ -324,7 +330,6 @@ class Cutter:
             settings.append(self._config.compresses)
         if len({p.kind for p in self._places}) > 1:
             settings.append([p.kind for p in self._places])
-        links = self.links()
         return functools.cache(
             lambda: KeptCuts(captured, components, copies, devices, units, settings, links)
         )
@@ -383,5 +388,5 @@ class Cutter:
     def links(self) -> Links:
         """The links between ranks, measured once."""
         if self._links is None:
-            self._links = engine_links(self._places, self._team)
+            self._links = once_measured(self._places, self._team, engine_links)
         return self._links

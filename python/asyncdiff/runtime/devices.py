@@ -108,12 +108,28 @@ def own_device() -> torch.device:
 
 
 def _unit(device: torch.device, host: int) -> str:
-    by_name = f"{device} of host {host}"
-    if device.type == "cpu":
-        return by_name
-    properties = torch.cuda.get_device_properties(device)
     # Where torch does not tell, processes of a host have to see the same GPUs under the same names.
-    return str(getattr(properties, "uuid", by_name))
+    return _uuid(device) or f"{device} of host {host}"
+
+
+def _uuid(device: torch.device) -> str:
+    """The name of a GPU that no other one has, '' where torch does not tell."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def uuids_of(places: Sequence[Place], team: Team) -> list[str] | None:
+    """The names of GPUs of one host that no others have, in the order of ranks; None where not all
+    are GPUs of one host that have such. Collective."""
+    if {p.device.type for p in places} != {"cuda"} or len({p.host for p in places}) > 1:
+        return None
+
+    def mine() -> list[str]:
+        return [_uuid(p.device) for p in places if p.process == team.process]
+
+    found = [name for of in team.together("name their GPUs", mine) for name in of]
+    return found if all(found) else None
 
 
 def kind_of(device: torch.device) -> str:

@@ -192,6 +192,16 @@ def test_a_cut_for_other_links_is_not_taken(
         assert work.done == (1, 1) and len(made) == cuts
 
 
+def test_an_estimated_cut_goes_by_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is the same in every run, however busy a machine is."""
+
+    def measured(*_: Any) -> Any:
+        raise AssertionError("links were measured")
+
+    monkeypatch.setattr(cutting, "engine_links", measured)
+    generated(split="estimate")
+
+
 def test_without_a_folder_all_is_done_again(
     work: Work, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

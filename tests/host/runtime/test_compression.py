@@ -282,7 +282,7 @@ def test_auto_compresses_what_slow_links_expose(
     bytes_per_ms: float, compressed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cutting, "engine_links", lambda *args: Links.alike(bytes_per_ms))
-    settings = {"warmup": 2, "split": "estimate"}
+    settings = {"warmup": 2, "split": SPLITS[2]}
     same = torch.equal(drawn(compress="auto", **settings), drawn(**settings))
     assert same is not compressed
     if compressed:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import asyncdiff_core as core
-from asyncdiff.partition.links import Links
+from asyncdiff.partition.links import Link, Links
+from asyncdiff.preparation.folder import preparations
 from asyncdiff.processes.team import Team
+from asyncdiff.runtime import devices
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.exchange import link_speed
-from asyncdiff.runtime.exchange.link_speed import engine_links, measured
+from asyncdiff.runtime.exchange.link_speed import engine_links, measured, once_measured
 
 PLACES = [Place.here(torch.device("cpu"))] * 3
 
@@ -76,3 +79,61 @@ def test_a_link_that_cannot_be_measured_counts_as_fast(
     monkeypatch.setattr(link_speed, "measured", late)
     assert engine_links(PLACES, Team()) == Links.alike(5e6)
     assert "could not be measured, and count as fast: rank 1 waited" in caplog.text
+
+
+def gpus(count: int) -> list[Place]:
+    return [Place.here(torch.device("cuda", i)) for i in range(count)]
+
+
+class Measure:
+    """What it finds, and how often it was asked."""
+
+    def __init__(self, rate: float = 3e8) -> None:
+        self.found = Links(Link(1e9), {(0, 1): Link(rate, 0.01)})
+        self.count = 0
+
+    def __call__(self, places: Sequence[Place], team: Team) -> Links:
+        self.count += 1
+        return self.found
+
+
+def test_links_of_gpus_are_measured_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(devices, "_uuid", lambda device: names[device.index])
+    names = ["one", "other"]
+    first, again = Measure(), Measure(1e6)
+    places = gpus(2)
+    assert once_measured(places, Team(), first) == first.found
+    assert once_measured(places, Team(), again) == first.found and again.count == 0
+    (entry,) = preparations().entries()
+    assert (entry.kind, entry.of) == ("links", "links between 2 GPUs")
+    # The same GPUs under other names, over another way, and simulated ones.
+    names.reverse()
+    assert once_measured(places, Team(), again) == again.found
+    names.reverse()
+    monkeypatch.setenv("ASYNCDIFF_TRANSPORT", "staged")
+    once_measured(places, Team(), again)
+    monkeypatch.delenv("ASYNCDIFF_TRANSPORT")
+    monkeypatch.setenv("ASYNCDIFF_LINK", "1GB/s,1us")
+    once_measured(places, Team(), again)
+    assert again.count == 3 and len(preparations().entries()) == 3
+    monkeypatch.delenv("ASYNCDIFF_LINK")
+    # What cannot be read is measured anew.
+    for file in (tmp_path / "preparations").glob("links-*"):
+        file.write_bytes(b"not this")
+    assert once_measured(places, Team(), again) == again.found
+
+
+def test_what_is_not_measured_or_not_of_gpus_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    names = ["one", "other"]
+    monkeypatch.setattr(devices, "_uuid", lambda device: names[device.index])
+    once_measured(gpus(2), Team(), lambda *_: Links.alike(1e9))
+    once_measured(PLACES, Team(), Measure())
+    names = ["", ""]  # torch does not tell
+    once_measured(gpus(2), Team(), Measure())
+    assert preparations().entries() == []

@@ -131,6 +131,7 @@ def test_the_order_of_devices_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_speeds_by_hand(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
     monkeypatch.setattr(cutting.Cutter, "links", lambda cutter: FAST)
+    monkeypatch.setattr(cutting, "assumed_links", lambda places: FAST)
     given: dict[str, Any] = {"devices": ["cpu"] * 2, "split": split, "speeds": [5, 3, 9]}
     denoiser = AsyncDenoiser(deep(), (), toy_call(), **given)
     with contextlib.closing(denoiser):

@@ -16,8 +16,10 @@ import torch
 import asyncdiff_core as core
 
 from ...partition.links import Link, Links, Pair
+from ...phases import phase
+from ...preparation.links import KeptLinks
 from ...processes.team import Team
-from ..devices import Place, fabric
+from ..devices import Place, fabric, uuids_of
 
 log = logging.getLogger("asyncdiff")
 
@@ -38,7 +40,7 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     unless links are simulated; so it is, with a warning, where measuring fails in the one process
     that there is: a worse cut is better than none.
     """
-    assumed = Links.alike(1e9 if places[0].device.type == "cuda" else 5e6)
+    assumed = assumed_links(places)
     simulated = core.simulated_link() is not None
     chain = [
         (a, b)
@@ -55,6 +57,28 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
         log.warning("links between devices could not be measured, and count as fast: %s", e)
         return assumed
     return Links(assumed.otherwise, found)
+
+
+def once_measured(
+    places: Sequence[Place], team: Team, measure: Callable[[Sequence[Place], Team], Links]
+) -> Links:
+    """What ``measure`` finds of the links between ``places``; those of GPUs of one host are kept
+    for other processes. Collective."""
+    names = uuids_of(places, team) if core.simulated_link() is None else None
+    kept = None if names is None else KeptLinks(names, core.transport())
+    known = None if kept is None else team.by(0, _WHAT, kept.get)
+    if known is not None:
+        return assumed_links(places).of(known)
+    with phase("measure"):
+        found = measure(places, team)
+    if kept is not None and team.process == 0:
+        kept.keep(found)
+    return found
+
+
+def assumed_links(places: Sequence[Place]) -> Links:
+    """As fast as memory, all of them."""
+    return Links.alike(1e9 if places[0].device.type == "cuda" else 5e6)
 
 
 def measured(
