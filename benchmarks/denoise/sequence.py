@@ -38,6 +38,8 @@ from denoise.ways import Asynchronous, Eager, Team, component_times
 KNOWN = MODELS | TRIES
 COMPILE: dict[str, bool | str] = {"graphs": False, "regions": "regions"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
+#: Seconds of loops before those that are timed.
+WARM_S = 1.0
 #: Steps of the loop whose result is compared with the plain module's.
 FEW = 3
 
@@ -104,8 +106,11 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
         )
         result = Timings()
         result.take(exact, loop)
-        way.run(model.loop(inputs, min(args.steps, args.warmup + 4)))
-        synchronize()
+        # Clocks rise in the first second of work, and one round may be all that there is time for.
+        warm, few = time.perf_counter(), model.loop(inputs, min(args.steps, args.warmup + 4))
+        while time.perf_counter() - warm < WARM_S:
+            way.run(few)
+            synchronize()
         row = rows[name] = {
             "devices": devices,
             "shared_gpus": gpus < setting.ranks,
@@ -114,6 +119,7 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
                 way.denoiser.report().exchange_bytes_per_tick / 2**20, 2
             ),
             "distance_to_plain": result.distance(plain),
+            "steps": args.steps,
             "commit": results_file.commit(),
         }
         if gpus:

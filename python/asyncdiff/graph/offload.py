@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layers.quantized import own_classes, plain
+from .pinned import copy_to_host, dense
 
 
 class Offload:
@@ -63,9 +64,13 @@ class Offload:
     def _copy(self, hosts: list[torch.Tensor]) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad(), self._stream():
-                for host, original in zip(hosts, list(self._originals.values()), strict=True):
-                    with self._quiet:
-                        host.copy_(original)
+                pairs = list(zip(hosts, self._originals.values(), strict=True))
+                whole = [(a, b) for a, b in pairs if dense(b) and a.stride() == b.stride()]
+                copy_to_host(whole, self.waiting)
+                for host, original in pairs:
+                    if not (dense(original) and host.stride() == original.stride()):
+                        with self._quiet:
+                            host.copy_(original)
         except BaseException as e:
             self._failed = e
 

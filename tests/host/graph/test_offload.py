@@ -13,6 +13,7 @@ from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.offload import Offload, weights_of
+from asyncdiff.graph.pinned import copy_to_host, dense
 from asyncdiff.graph.weights import Weights
 
 
@@ -96,6 +97,37 @@ def test_where_copying_fails_weights_stay() -> None:
     with pytest.raises(MemoryError, match="none left"):
         offload.finish()
     assert [w.data_ptr() for w in weights] == places
+
+
+@pytest.mark.parametrize("stage", [1, 7, 64, 1000, 1 << 20])
+def test_all_kinds_of_memory_arrive(stage: int) -> None:
+    """Whatever fits into a buffer, and wherever a buffer ends."""
+    rows = torch.randn(6, 5)
+    originals = [
+        torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last),
+        torch.randn(7).half(),
+        torch.tensor(3.5, dtype=torch.float64),
+        torch.arange(11, dtype=torch.int8),
+        rows.t(),
+        torch.randn(1, 4, 1).bfloat16(),
+        torch.randn(2, 3) > 0,
+    ]
+    hosts = [torch.empty_like(x) for x in originals]
+    assert all(map(dense, originals))
+    copy_to_host(zip(hosts, originals, strict=True), contextlib.nullcontext, stage)
+    for host, original in zip(hosts, originals, strict=True):
+        assert host.stride() == original.stride() and torch.equal(host, original)
+    assert not any(map(dense, (rows[:, :3], rows[::2], rows.expand(2, 6, 5), rows[:0])))
+
+
+def test_weights_with_gaps_are_copied_by_themselves() -> None:
+    whole = torch.randn(6, 5)
+    weights = [whole[:, :3], torch.randn(4), torch.randn(0, 3)]
+    want = [w.clone() for w in weights]
+    offload = Offload(weights)
+    offload.finish()
+    for weight, value in zip(weights, want, strict=True):
+        assert torch.equal(weight, value)
 
 
 def test_nothing_is_copied_while_times_are_taken() -> None:

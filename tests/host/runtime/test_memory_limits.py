@@ -26,6 +26,7 @@ TIMES = [900, 500, 100]
 def links_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else so small a denoiser has its cut where least crosses."""
     monkeypatch.setattr(Cutter, "links", lambda cutter: Links.alike(1e12))
+    monkeypatch.setattr(cutting, "assumed_links", lambda places: Links.alike(1e12))
 
 
 def made(**settings: Any) -> AsyncDenoiser:

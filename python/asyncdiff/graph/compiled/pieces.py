@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from ..capture import VIEW
 from ..program import Emit, Meet
+from ..tracing.lazy_code import uncompiled
 from .regions import module_paths
 from .structure import computes, structure, unlike
 
@@ -43,7 +44,8 @@ def cut(program: fx.GraphModule, regions: Mapping[str, int]) -> Cut:
     parts: list[fx.Node | list[fx.Node]] = []
     for stretch in _stretches(program.graph):
         parts += [stretch] if isinstance(stretch, fx.Node) else _pieces(stretch, labels, regions)
-    return _assembled(program, parts)
+    with uncompiled():  # pieces are compiled by inductor, nearly all of them
+        return _assembled(program, parts)
 
 
 def _labels(graph: fx.Graph, regions: Mapping[str, int]) -> dict[fx.Node, str]:
