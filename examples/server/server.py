@@ -38,7 +38,7 @@ class Asked(BaseModel):
     width: int | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0)
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)  # what torch takes
 
 
 def told(job: Job) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def test_pictures(client: TestClient, gate: threading.Event) -> None:
 
     other = client.post("/pictures", json={"prompt": "red heart", "height": 32})
     assert other.status_code == 422 and "64 x 64" in other.json()["detail"]
-    assert client.post("/pictures", json={"prompt": ""}).status_code == 422
+    for wrong in ({"prompt": ""}, {"prompt": "a", "seed": 2**64}, {"prompt": "a", "steps": 0}):
+        assert client.post("/pictures", json=wrong).status_code == 422
     assert client.get("/pictures/nothing").status_code == 404
     failed = _draw(client, guidance_scale=0.0, prompt="no words that it knows: xyzzy")
     assert _ended(client, failed)["status"] in ("failed", "done")
