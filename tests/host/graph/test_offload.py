@@ -12,8 +12,7 @@ import torch
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff.graph.offload import Offload, weights_of
-from asyncdiff.graph.pinned import copy_to_host, dense
+from asyncdiff.graph.offload import Offload, copy_to_host, dense, weights_of
 from asyncdiff.graph.weights import Weights
 
 
