@@ -3,7 +3,7 @@ freeze as it then is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -108,6 +108,15 @@ def hooks_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
         name: {"class": type(hook), **{n: x for n, x in vars(hook).items() if n != "fn_ref"}}
         for name, hook in _hooks(attributes).items()
     }
+
+
+def containers_of_hooks(attributes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The dictionaries in which hooks of diffusers on a layer with these attributes, or what they
+    have, may be exchanged."""
+    hooks = getattr(attributes.get("_diffusers_hook"), "hooks", None)
+    if isinstance(hooks, dict):
+        yield hooks
+        yield from map(vars, hooks.values())
 
 
 def is_own(forward: Any) -> bool:

@@ -115,6 +115,24 @@ def test_what_counts_as_another_state() -> None:
     assert changed() and not changed()
 
 
+def test_hooks_of_diffusers_below_another_one_are_of_the_state() -> None:
+    """Where one is taken away, the layer's forward stays."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    module = toy()
+    traced = type("Hook", (ModelHook,), {"__module__": "diffusers.hooks.layer_skip"})
+    registry = HookRegistry.check_if_exists_or_initialize(module.down[1])
+    for name in ("first", "second"):
+        registry.register_hook(traced(), name)
+    state = ModuleState(module)
+    numbers = [state.number()]
+    registry.hooks["second"].strength = 0.5
+    numbers.append(state.number())
+    registry.remove_hook("first")
+    numbers.append(state.number())
+    assert len(set(numbers)) == 3 and state.number() == numbers[-1]
+
+
 def test_other_weights_are_another_version_of_the_same_state() -> None:
     """But not of other shapes, dtypes, or of weights that were shared."""
     module = toy()

@@ -47,6 +47,22 @@ def test_hooks_of_layers_are_refused(pair: Any) -> None:
         hook.remove()
 
 
+def test_hooks_that_are_put_into_a_registry_are_refused(pair: Any) -> None:
+    """Into one of diffusers that was there, on a layer whose forward stays."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    _, pipe, call = pair
+    layer = pipe.unet.mid_block.resnets[0].conv1
+    hooks = HookRegistry.check_if_exists_or_initialize(layer).hooks
+    want = draw(pipe, call)
+    for _ in range(2):
+        hooks["mine"] = ModelHook()
+        with pytest.raises(InputError, match=r"hooks of diffusers \(mine on mid_block"):
+            draw(pipe, call)
+        del hooks["mine"]
+        assert torch.equal(draw(pipe, call), want)
+
+
 def test_a_hook_that_a_callback_registers(pair: Any) -> None:
     _, pipe, call = pair
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import hooks_of, is_own
+from ..hooks import containers_of_hooks, hooks_of, is_own
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
 from .numbers import Guards
@@ -298,6 +298,9 @@ def _containers(layer: nn.Module) -> Iterator[Any]:
     yield attributes
     yield from (attributes["_modules"], attributes["_parameters"], attributes["_buffers"])
     yield from (layer._forward_hooks, layer._forward_pre_hooks)
+    # Of diffusers' hooks: the layer's forward stays when one below the last is taken away.
+    if "_diffusers_hook" in attributes:
+        yield from containers_of_hooks(attributes)
     # Of its processor, where that is no submodule.
     own = getattr(attributes.get("processor"), "__dict__", {})
     if own:
