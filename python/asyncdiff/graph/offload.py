@@ -186,13 +186,14 @@ def _stages(
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a dense tensor. Raises RuntimeError for one with gaps."""
-    strides, shape = tensor.stride(), tensor.shape
-    order = sorted(range(tensor.dim()), key=lambda d: (strides[d], shape[d]), reverse=True)
-    return tensor.permute(order).view(-1).view(torch.uint8)
+    """The memory of a dense tensor, of which a size of 1 may have any stride."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is all of the memory from its first element to its last."""
+    """Whether a tensor is all of the memory from its first element to its last, as it lies there:
+    no view of conjugate or negated values."""
+    if tensor.is_conj() or tensor.is_neg():
+        return False
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() > 0 and last + 1 == tensor.numel()

@@ -110,6 +110,10 @@ def test_all_kinds_of_memory_arrive(stage: int) -> None:
         rows.t(),
         torch.randn(1, 4, 1).bfloat16(),
         torch.randn(2, 3) > 0,
+        rows[2:3, 1],  # one element, whose stride means nothing
+        rows.as_strided((1, 1), (7, 9)),
+        rows.as_strided((5, 1, 6), (6, 100, 1)),
+        torch.randn(3, dtype=torch.complex64),
     ]
     hosts = [torch.empty_like(x) for x in originals]
     assert all(map(dense, originals))
@@ -119,9 +123,11 @@ def test_all_kinds_of_memory_arrive(stage: int) -> None:
     assert not any(map(dense, (rows[:, :3], rows[::2], rows.expand(2, 6, 5), rows[:0])))
 
 
-def test_weights_with_gaps_are_copied_by_themselves() -> None:
+def test_weights_that_are_not_just_memory_are_copied_by_themselves() -> None:
     whole = torch.randn(6, 5)
-    weights = [whole[:, :3], torch.randn(4), torch.randn(0, 3)]
+    turned = torch.randn(4, dtype=torch.complex64).conj()
+    negated = torch._neg_view(torch.randn(5))
+    weights = [whole[:, :3], torch.randn(4), torch.randn(0, 3), turned, negated]
     want = [w.clone() for w in weights]
     offload = Offload(weights)
     offload.finish()
