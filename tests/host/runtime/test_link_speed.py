@@ -126,6 +126,39 @@ def test_links_of_gpus_are_measured_once_for_all_processes(
     assert once_measured(places, Team(), again) == again.found
 
 
+@pytest.mark.parametrize(
+    "links",
+    [
+        [],
+        [[0, 1, 3e8]],
+        [[0, 1, -3e8, 0.01]],
+        [[0, 1, 0.0, 0.01]],
+        [[0, 1, float("nan"), 0.01]],
+        [[0, 1, 3e8, float("nan")]],
+        [[0, 1, 10**400, 0.01]],
+        [[0, 2, 3e8, 0.01]],
+        [[0, 1.5, 3e8, 0.01]],
+        [[0, 1, 3e8, 0.01], [1, 2, 3e8, 0.01]],
+        [[0, 1, 3e8, 0.01], [0, 1, 3e8, 0.01]],
+        {"0": 1},
+        [3],
+    ],
+)
+def test_links_that_cannot_be_are_measured_anew(
+    links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is in a file: of other ranks, too few, or of no speed."""
+    monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(devices, "_uuid", lambda device: f"GPU {device.index}")
+    measure, folder = Measure(), preparations()
+    once_measured(gpus(2), Team(), measure)
+    (entry,) = folder.entries()
+    folder.write(entry.kind, entry.key, entry.of, {"links": links})
+    assert once_measured(gpus(2), Team(), measure) == measure.found and measure.count == 2
+    assert "a preparation on the disk is ignored" in caplog.text
+    assert once_measured(gpus(2), Team(), measure) == measure.found and measure.count == 2
+
+
 def test_what_is_not_measured_or_not_of_gpus_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

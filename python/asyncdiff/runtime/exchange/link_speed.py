@@ -41,12 +41,7 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     that there is: a worse cut is better than none.
     """
     assumed = assumed_links(places)
-    simulated = core.simulated_link() is not None
-    chain = [
-        (a, b)
-        for a, b in itertools.pairwise(range(len(places)))
-        if simulated or places[a].unit != places[b].unit
-    ]
+    chain = _chain(places)
     if not chain:
         return assumed
     try:
@@ -59,13 +54,23 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     return Links(assumed.otherwise, found)
 
 
+def _chain(places: Sequence[Place]) -> list[Pair]:
+    """Each rank and the next one, but for those that share a device."""
+    simulated = core.simulated_link() is not None
+    return [
+        (a, b)
+        for a, b in itertools.pairwise(range(len(places)))
+        if simulated or places[a].unit != places[b].unit
+    ]
+
+
 def once_measured(
     places: Sequence[Place], team: Team, measure: Callable[[Sequence[Place], Team], Links]
 ) -> Links:
     """What ``measure`` finds of the links between ``places``; those of GPUs of one host are kept
     for other processes. Collective."""
     names = uuids_of(places, team) if core.simulated_link() is None else None
-    kept = None if names is None else KeptLinks(names, core.transport())
+    kept = None if names is None else KeptLinks(names, _chain(places), core.transport())
     known = None if kept is None else team.by(0, _WHAT, kept.get)
     if known is not None:
         return assumed_links(places).of(known)
