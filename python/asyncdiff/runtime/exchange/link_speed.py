@@ -45,7 +45,8 @@ def engine_links(places: Sequence[Place], team: Team) -> Links:
     if not chain:
         return assumed
     try:
-        (found,) = measured(places, [chain], team)
+        with phase("measure"):
+            (found,) = measured(places, [chain], team)
     except core.CoreError as e:
         if team.several:
             raise
@@ -74,8 +75,7 @@ def once_measured(
     known = None if kept is None else team.by(0, _WHAT, kept.get)
     if known is not None:
         return assumed_links(places).of(known)
-    with phase("measure"):
-        found = measure(places, team)
+    found = measure(places, team)
     if kept is not None and team.process == 0:
         kept.keep(found)
     return found
