@@ -207,7 +207,7 @@ def _head(line: bytes) -> dict[str, Any]:
     try:
         head: dict[str, Any] = json.loads(line)
         version = head["asyncdiff preparation"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise ValueError("it is damaged") from None
     if version != VERSION:
         raise ValueError(f"it is of another version ({version}, not {VERSION})")
@@ -228,7 +228,10 @@ def _content(data: bytes, kind: str, key: str) -> Any:
         raise ValueError("it is damaged") from None
     if not unpack.eof:
         raise ValueError("it is too large")
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is damaged") from None
 
 
 def _replace(where: Path, data: bytes) -> None:

@@ -4,8 +4,10 @@ that is full or read-only, too."""
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,12 @@ def _foreign(data: bytes) -> bytes:
     return b"\x80\x04\x95 a pickle, say"
 
 
+def _nested(data: bytes) -> bytes:
+    packed = zlib.compress(b"[" * 100_000)
+    head = json.loads(data.partition(b"\n")[0]) | {"sha256": hashlib.sha256(packed).hexdigest()}
+    return json.dumps(head).encode() + b"\n" + packed
+
+
 @pytest.mark.parametrize(
     "change,why",
     [
@@ -72,6 +80,8 @@ def _foreign(data: bytes) -> bytes:
         (_other_key, "something else"),
         (_foreign, "damaged"),
         (lambda data: b"", "damaged"),
+        (lambda data: b"[" * 100_000, "damaged"),
+        (_nested, "damaged"),
     ],
 )
 def test_what_is_not_right_is_ignored_with_a_line(
