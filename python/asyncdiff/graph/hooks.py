@@ -126,6 +126,12 @@ def is_own(forward: Any) -> bool:
     return layer is not None and getattr(forward, "__func__", None) is type(layer).forward
 
 
+def replaces_method(layer: nn.Module, name: str) -> bool:
+    """Whether an attribute of this name stands in the place of a method of a layer's class: so
+    convolutions are made to pad as tiles need it (``_conv_forward``)."""
+    return callable(getattr(type(layer), name, None))
+
+
 def _refuse(layer: str, name: str, hook: object) -> None:
     """Raise InputError for a hook of diffusers that does something else from call to call."""
     where, source = f"{name} on {layer}", type(hook).__module__

@@ -60,13 +60,15 @@ class Code:
         self._say("class", cls.__module__, cls.__qualname__, method)
         if self._new((id(cls), method), cls):
             self._method(cls, method)
+            for base in cls.__mro__:
+                if base not in (object, torch.nn.Module) and _versioned(_file_of(base)):
+                    self._exchanged(base, cls)
 
     def kind(self, cls: type) -> None:
         """Take in what all methods of a class reach: of an attention processor, say."""
         self.value(cls)
         for base in cls.__mro__:
-            file = getattr(sys.modules.get(base.__module__), "__file__", None)
-            if base is not object and not _versioned(file or ""):
+            if base is not object and not _versioned(_file_of(base)):
                 for name, x in list(vars(base).items()):
                     if isinstance(_inside(x), types.FunctionType):
                         self.reach(cls, name)
@@ -85,8 +87,8 @@ class Code:
                 self.value(x)
         elif isinstance(value, type):
             self._say("class", value.__module__, value.__qualname__)
-            file = getattr(sys.modules.get(value.__module__), "__file__", None)
-            if file is not None and not _versioned(file):
+            file = _file_of(value)
+            if file and not _versioned(file):
                 self._files.add(file)
         elif isinstance(value, types.ModuleType):
             self._module(value, names)
@@ -94,6 +96,16 @@ class Code:
             self._say(repr(word_of_tensor(value)))
         elif not self._function(value):
             self._say("object", type(value).__module__, type(value).__qualname__)
+
+    def _exchanged(self, base: type, owner: type) -> None:
+        """Take in what was put in the place of methods of a class that a version tells of."""
+        for name, x in list(vars(base).items()):
+            function = _inside(x)
+            if isinstance(function, types.FunctionType) and not _versioned(
+                function.__code__.co_filename
+            ):
+                self._say(name)
+                self._function(x, owner)
 
     def _say(self, *words: str) -> None:
         for word in words:
@@ -183,6 +195,11 @@ def _inside(value: Any) -> Any:
         if callable(inner):
             return _inside(inner)
     return value
+
+
+def _file_of(cls: type) -> str:
+    """The file of the module that a class is of, '' where there is none."""
+    return getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
 
 
 @functools.cache

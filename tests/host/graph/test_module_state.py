@@ -92,6 +92,16 @@ def test_what_counts_as_another_state() -> None:
         module.down[1].gains["default"] = scale
         assert changed()
 
+    def padded(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return type(layer)._conv_forward(layer, x, weight, bias) * 2
+
+    module.enter._conv_forward = padded.__get__(module.enter)  # in a method's place
+    assert changed()
+    module.enter._conv_forward = padded.__get__(module.enter)
+    assert not changed()
+    del module.enter._conv_forward
+    assert changed() and numbers[-1] == numbers[-4]
+
     class Processor:
         def __init__(self, gain: float) -> None:
             self.gain = gain

@@ -62,13 +62,32 @@ def _torchs(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: plain(self, x) * 2)
 
 
-@pytest.mark.parametrize("patch", [_forward, _constant, _torchs])
+def _within_torchs(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    plain = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda self, *args: plain(self, *args) * 2)
+
+
+@pytest.mark.parametrize("patch", [_forward, _constant, _torchs, _within_torchs])
 def test_code_counts(monkeypatch: pytest.MonkeyPatch, patch: Any) -> None:
     before = of_denoiser(toy())
     patch(monkeypatch, Toy)
     assert of_denoiser(toy()) != before
     monkeypatch.undo()
     assert of_denoiser(toy()) == before
+
+
+def test_what_stands_in_a_methods_place_counts() -> None:
+    """As in convolutions that are to draw tiles."""
+    words = [of_denoiser(toy())]
+    for by in (1, 2, 1):
+        module = toy()
+
+        def padded(layer: Any, x: Any, weight: Any, bias: Any, by: int = by) -> Any:
+            return type(layer)._conv_forward(layer, x, weight, bias) * by
+
+        module.enter._conv_forward = padded.__get__(module.enter)  # type: ignore[method-assign]
+        words.append(of_denoiser(module))
+    assert len(set(words)) == 3 and words[1] == words[3]
 
 
 class Helper:

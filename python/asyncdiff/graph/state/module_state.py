@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import containers_of_hooks, hooks_of, is_own
+from ..hooks import containers_of_hooks, hooks_of, is_own, replaces_method
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
 from .numbers import Guards
@@ -218,7 +219,7 @@ class _State:
         plain = tuple(
             (n, self._of_attribute(part, n, x))
             for n, x in attributes.items()
-            if (str(n)[:1] != "_" or _is_plain(x))
+            if (str(n)[:1] != "_" or _is_plain(x) or replaces_method(layer, n))
             and n != "forward"
             and not (n == "training" and same)
             and not unused(layer, n)
@@ -271,6 +272,9 @@ class _State:
             return tuple(self._frozen_entry(value, i, x) for i, x in enumerate(value))
         if _is_plain(value):
             return value
+        if isinstance(value, types.MethodType):  # may be bound anew in each call
+            self.held.append(value)
+            return object, id(value.__func__), id(value.__self__)
         if not isinstance(value, dict):
             self.held.append(value)
             return object, id(value)
