@@ -3,7 +3,9 @@ freeze as it then is."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,8 @@ from ..errors import InputError
 #: Where diffusers has hooks that compute the same in every call: they are a part of what is
 #: exported. Guiders put them on layers for one of the calls in a step.
 _TRACED = ("layerwise_casting", "layer_skip", "smoothed_energy_guidance_utils")
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
 
 
 def check_forward(module: nn.Module) -> None:
@@ -126,10 +130,13 @@ def is_own(forward: Any) -> bool:
     return layer is not None and getattr(forward, "__func__", None) is type(layer).forward
 
 
-def replaces_method(layer: nn.Module, name: str) -> bool:
-    """Whether an attribute of this name stands in the place of a method of a layer's class: so
-    convolutions are made to pad as tiles need it (``_conv_forward``)."""
-    return callable(getattr(type(layer), name, None))
+def is_code(layer: nn.Module, name: str, value: Any) -> bool:
+    """Whether a private attribute of a layer is something that its forward may call: a function,
+    or what stands in the place of a method of its class. So convolutions are made to pad as tiles
+    need it (``_conv_forward``)."""
+    if name == "_compiled_call_impl":  # calls the forward
+        return False
+    return isinstance(value, _FUNCTIONS) or callable(getattr(type(layer), name, None))
 
 
 def _refuse(layer: str, name: str, hook: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.hooks import replaces_method
+from ..graph.hooks import is_code
 from ..graph.layers.attention import chosen
 from ..graph.state.alike import known_by_attributes
 from .code import Code, word_of_tensor
@@ -78,7 +78,7 @@ def _of_layer(path: str, layer: nn.Module, seen: dict[int, int], code: Code) -> 
     plain = [
         [name, _frozen(x, code)]
         for name, x in attributes.items()
-        if name not in _APART and (name[:1] != "_" or _is_plain(x) or replaces_method(layer, name))
+        if name not in _APART and (name[:1] != "_" or _is_plain(x) or is_code(layer, name, x))
     ]
     return [path, number, weights, plain, _read_by(type(layer), code)]
 

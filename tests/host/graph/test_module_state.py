@@ -101,6 +101,11 @@ def test_what_counts_as_another_state() -> None:
     assert not changed()
     del module.enter._conv_forward
     assert changed() and numbers[-1] == numbers[-4]
+    for act in (torch.relu, torch.tanh):
+        module.mix._act = act
+        assert changed()
+    module.compile(backend="eager")
+    assert not changed()
 
     class Processor:
         def __init__(self, gain: float) -> None:

@@ -90,6 +90,17 @@ def test_what_stands_in_a_methods_place_counts() -> None:
     assert len(set(words)) == 3 and words[1] == words[3]
 
 
+def test_functions_of_a_layers_own_count() -> None:
+    words = []
+    for act in (torch.relu, torch.tanh, partial(torch.mul, other=2), toy, torch.relu):
+        module = toy()
+        module._act = act
+        words.append(of_denoiser(module))
+    assert len(set(words)) == 4 and words[0] == words[4]
+    module.compile(backend="eager")  # which calls the same
+    assert of_denoiser(module) == words[0]
+
+
 class Helper:
     """An object that a layer asks for something."""
 

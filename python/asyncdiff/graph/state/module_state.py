@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import containers_of_hooks, hooks_of, is_own, replaces_method
+from ..hooks import containers_of_hooks, hooks_of, is_code, is_own
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
 from .numbers import Guards
@@ -219,7 +219,7 @@ class _State:
         plain = tuple(
             (n, self._of_attribute(part, n, x))
             for n, x in attributes.items()
-            if (str(n)[:1] != "_" or _is_plain(x) or replaces_method(layer, n))
+            if (str(n)[:1] != "_" or _is_plain(x) or is_code(layer, n, x))
             and n != "forward"
             and not (n == "training" and same)
             and not unused(layer, n)
