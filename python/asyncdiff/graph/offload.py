@@ -133,7 +133,7 @@ def copy_to_host(
         with turn():
             cuda = parts[0][1].is_cuda
             if len(buffers) < _BUFFERS:
-                buffers.append(torch.empty(stage, dtype=torch.uint8, pin_memory=cuda))
+                buffers.append(_buffer(stage, cuda))
             buffer = buffers[number % _BUFFERS]
             at = 0
             for _, source in parts:
@@ -146,6 +146,14 @@ def copy_to_host(
             full = parts, buffer, filled
     with turn():
         _empty(full)
+
+
+def _buffer(nbytes: int, pinned: bool) -> torch.Tensor:
+    """Host memory; not pinned, which is slower, where no more may be."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _empty(full: tuple[list[_Part], torch.Tensor, torch.cuda.Event | None] | None) -> None:

@@ -90,11 +90,11 @@ def test_without_memory_for_both_the_denoiser_leaves_first(
 def test_where_copying_fails_weights_stay() -> None:
     weights = [torch.randn(4), torch.randn(3)]
     places = [w.data_ptr() for w in weights]
-    offload = Offload(weights)
-    offload._thread.join()
-    offload._failed = MemoryError("the host has none left")
+    leaving = Offload(weights)
+    leaving._thread.join()
+    leaving._failed = MemoryError("the host has none left")
     with pytest.raises(MemoryError, match="none left"):
-        offload.finish()
+        leaving.finish()
     assert [w.data_ptr() for w in weights] == places
 
 
@@ -129,8 +129,8 @@ def test_weights_that_are_not_just_memory_are_copied_by_themselves() -> None:
     negated = torch._neg_view(torch.randn(5))
     weights = [whole[:, :3], torch.randn(4), torch.randn(0, 3), turned, negated]
     want = [w.clone() for w in weights]
-    offload = Offload(weights)
-    offload.finish()
+    leaving = Offload(weights)
+    leaving.finish()
     for weight, value in zip(weights, want, strict=True):
         assert torch.equal(weight, value)
 
@@ -144,12 +144,12 @@ def test_nothing_is_copied_while_times_are_taken() -> None:
             begun.wait(60)
             super()._copy(hosts)
 
-    offload = Waiting(weights)
-    with offload.waiting(), offload.waiting():
+    leaving = Waiting(weights)
+    with leaving.waiting(), leaving.waiting():
         begun.set()
-        offload._thread.join(0.1)
-        assert offload._thread.is_alive()
-    assert offload.nbytes == 32
-    offload.finish()
-    assert torch.equal(weights[0], torch.full((8,), 1.0)) and offload.nbytes == 0
-    assert offload.original(weights[0]) is None
+        leaving._thread.join(0.1)
+        assert leaving._thread.is_alive()
+    assert leaving.nbytes == 32
+    leaving.finish()
+    assert torch.equal(weights[0], torch.full((8,), 1.0)) and leaving.nbytes == 0
+    assert leaving.original(weights[0]) is None
