@@ -14,9 +14,9 @@ namespace asyncdiff {
 // instantiated yet, and belong to the device. Throws CudaError where it cannot be read.
 ASYNCDIFF_EXPORT int replace_memsets(cudaGraph_t graph, int device);
 
-// Puts an instantiated graph on its device, and waits until it is there. Else its first launch does:
-// that allocates memory, which may wait for whatever runs on this device and on its peers, and a
-// graph there may be waiting for this one. Throws CudaError.
+// Puts an instantiated graph on its device, and waits until it is there. Else its first launch
+// does: that allocates memory, which may wait for whatever runs on this device and on its peers,
+// and a graph there may be waiting for this one. Throws CudaError.
 ASYNCDIFF_EXPORT void upload_graph(cudaGraphExec_t graph, int device);
 
 }  // namespace asyncdiff
