@@ -29,14 +29,12 @@ def made(kind: str, folder: Path) -> Any:
     return quantized.KINDS[kind][0](folder).to("cuda:0")
 
 
-def check(
-    denoiser: AsyncDenoiser, call: dict[str, Any], want: torch.Tensor, limit: float = 0.02
-) -> None:
+def check(denoiser: AsyncDenoiser, call: dict[str, Any], want: torch.Tensor) -> None:
     """Exact steps, of which the first is compared, twice: in the first one graphs are recorded."""
     for _ in range(2):
         with denoiser.generation(TIMES):
             got, *_ = [denoiser(**{**call, "timestep": t[None].to("cuda:0")})[0] for t in TIMES]
-        assert float((got - want).abs().max() / want.abs().max()) < limit
+        assert float((got - want).abs().max() / want.abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -68,11 +66,8 @@ def test_compiled(kind: str, tmp_path: Path) -> None:
         want = module(**call)[0]
     settings: dict[str, Any] = {"components": 2, "warmup": 3, "split": "estimate", "compile": True}
     denoiser = AsyncDenoiser(module, devices=["cuda:0"] * 2, **settings)
-    # What lies between two float8 may become the other one, a sixteenth away, where a fused kernel
-    # rounds what is quantised otherwise.
-    limit = 0.05 if kind.endswith("dynamic") else 0.02
     with contextlib.closing(denoiser):
-        check(denoiser, call, want, limit)
+        check(denoiser, call, want)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def capturing(stream: torch.cuda.Stream, pool: Any = None) -> Iterator[torch.cud
     if kept:
         core.replace_memsets(graph.raw_cuda_graph(), stream.device.index)
         graph.instantiate()
-        if hasattr(graph, "raw_cuda_graph_exec"):  # from torch 2.9 on
+        if hasattr(graph, "raw_cuda_graph_exec"):  # older torch does not show it
             core.upload_graph(graph.raw_cuda_graph_exec(), stream.device.index)
 
 

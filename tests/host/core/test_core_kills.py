@@ -132,7 +132,7 @@ def test_whoever_is_killed_is_named_and_the_others_go_on(
         folder.mkdir()
         errors += kill_all_but_one(2 + world % 3, rng, folder)
         assert not left_behind()
-    # The rest were killed before they came to a rendezvous, and are missed there. Of a few that may
-    # be most.
+    # The rest were killed before they came to a rendezvous, and are missed there: processes are on
+    # their way to one about half of the time. That may be all of three kills, but not of eighteen.
     lost = errors.count("ProcessLost")
-    assert lost >= 0.3 * len(errors) or len(errors) < 10, (lost, len(errors))
+    assert lost >= 0.3 * len(errors) or worlds < 9, (lost, len(errors))
