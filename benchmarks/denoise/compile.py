@@ -48,6 +48,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one way of one model, in this process."""
     import torch
 
+    # What a user has imported before the first generation begins: parallelize() is a call of it.
+    from asyncdiff import AsyncDenoiser  # noqa: F401
     from asyncdiff.phases import recording
     from denoise.settings import Setting
     from denoise.timings import Timings, synchronize

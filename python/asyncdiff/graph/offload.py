@@ -3,13 +3,20 @@
 They go by way of pinned memory. A straight copy takes what one processor takes to make the pages of
 new memory, and to copy to them: gigabytes a second. Here the GPU fills a pinned buffer while all
 processors, as torch copies, empty another one into its place.
+
+The thread that does this calls torch as rarely as it can. Torch lets go of the interpreter in each
+call, for a view too, and has to wait up to 5 ms for it afterwards, beside a thread that exports;
+there are thousands of weights. So what goes where is found out before that thread begins.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +27,18 @@ from .layers.quantized import own_classes, plain
 _STAGE = 64 << 20
 _BUFFERS = 2
 
-#: Where bytes go to, and where they are: flat uint8.
-_Part = tuple[torch.Tensor, torch.Tensor]
+
+class Stage(NamedTuple):
+    """What a buffer holds at a time: where bytes go to and where they are, flat uint8, on one
+    device each."""
+
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+    sizes: list[int]
+
+    def pieces(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The beginning of a buffer, cut like what it is to hold."""
+        return list(buffer[: sum(self.sizes)].split(self.sizes))
 
 
 class Offload:
@@ -39,7 +56,11 @@ class Offload:
         hosts = [torch.empty_like(x, device="cpu") for x in self._originals.values()]
         self._failed: BaseException | None = None
         self._quiet = threading.RLock()  # who takes times may do so inside of it
-        self._thread = threading.Thread(target=self._copy, args=(hosts,), daemon=True)
+        pairs = list(zip(hosts, self._originals.values(), strict=True))
+        whole = [dense(b) and a.stride() == b.stride() for a, b in pairs]
+        self._others = list(itertools.compress(pairs, map(operator.not_, whole)))
+        self._stages = stages_of(itertools.compress(pairs, whole))
+        self._thread = threading.Thread(target=self._copy, daemon=True)
         for weight, host in zip(self._weights, hosts, strict=True):
             weight.data = host
         self._thread.start()
@@ -68,20 +89,18 @@ class Offload:
                 weight.data = self._originals[id(weight)]
         for device in self._gpus():  # other GPUs may still copy from it
             torch.cuda.synchronize(device)
-        self._originals.clear()
+        for kept in (self._originals, self._stages, self._others):
+            kept.clear()
         if self._failed is not None:
             raise self._failed
 
-    def _copy(self, hosts: list[torch.Tensor]) -> None:
+    def _copy(self) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad(), self._stream():
-                pairs = list(zip(hosts, self._originals.values(), strict=True))
-                whole = [(a, b) for a, b in pairs if dense(b) and a.stride() == b.stride()]
-                copy_to_host(whole, self.waiting)
-                for host, original in pairs:
-                    if not (dense(original) and host.stride() == original.stride()):
-                        with self._quiet:
-                            host.copy_(original)
+                copy_to_host(self._stages, self.waiting)
+                for host, original in self._others:
+                    with self._quiet:
+                        host.copy_(original)
         except BaseException as e:
             self._failed = e
 
@@ -117,33 +136,29 @@ def weights_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 def copy_to_host(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    turn: Callable[[], contextlib.AbstractContextManager[None]],
-    stage: int = _STAGE,
+    stages: Sequence[Stage], turn: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> None:
-    """Copy to the first of each pair, in host memory, the second, of the same shape, strides and
-    dtype, on the current stream of its device. All is done when it returns.
+    """Copy what the stages hold into its place in host memory, on the current stream of its device.
+    All is done when it returns.
 
     ``turn`` is entered for a few milliseconds at a time; outside of it nothing is copied. Raises
     what allocating and copying raise.
     """
     buffers: list[torch.Tensor] = []
-    full: tuple[list[_Part], torch.Tensor, torch.cuda.Event | None] | None = None
-    for number, parts in enumerate(_stages(pairs, stage)):
+    most = max((sum(stage.sizes) for stage in stages), default=0)
+    full: tuple[Stage, list[torch.Tensor], torch.cuda.Event | None] | None = None
+    for number, stage in enumerate(stages):
         with turn():
-            cuda = parts[0][1].is_cuda
+            cuda = stage.sources[0].is_cuda
             if len(buffers) < _BUFFERS:
-                buffers.append(_buffer(stage, cuda))
-            buffer = buffers[number % _BUFFERS]
-            at = 0
-            for _, source in parts:
-                buffer[at : at + len(source)].copy_(source, non_blocking=True)
-                at += len(source)
+                buffers.append(_buffer(most, cuda))
+            pieces = stage.pieces(buffers[number % _BUFFERS])
+            torch._foreach_copy_(pieces, stage.sources, non_blocking=True)
             filled = None
             if cuda:
-                filled = torch.cuda.current_stream(parts[0][1].device).record_event()
+                filled = torch.cuda.current_stream(stage.sources[0].device).record_event()
             _empty(full)
-            full = parts, buffer, filled
+            full = stage, pieces, filled
     with turn():
         _empty(full)
 
@@ -156,41 +171,37 @@ def _buffer(nbytes: int, pinned: bool) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _empty(full: tuple[list[_Part], torch.Tensor, torch.cuda.Event | None] | None) -> None:
+def _empty(full: tuple[Stage, list[torch.Tensor], torch.cuda.Event | None] | None) -> None:
     """Copy what a buffer is full of to where it goes, once it is there."""
     if full is None:
         return
-    parts, buffer, filled = full
+    stage, pieces, filled = full
     if filled is not None:
         filled.synchronize()
-    at = 0
-    for target, _ in parts:
-        target.copy_(buffer[at : at + len(target)])
-        at += len(target)
+    torch._foreach_copy_(stage.targets, pieces)
 
 
-def _stages(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], stage: int
-) -> Iterator[list[_Part]]:
-    """All bytes, as much at a time as a buffer holds, of one device."""
-    parts: list[_Part] = []
-    room = stage
+def stages_of(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], nbytes: int = _STAGE
+) -> list[Stage]:
+    """All bytes of tensors that are :func:`dense`, in stages of at most so many: pairs of one in
+    host memory and another one, of the same shape, strides and dtype, to be copied to it."""
+    out: list[Stage] = []
+    room = 0
     for host, original in pairs:
         target, source = _bytes_of(host), _bytes_of(original)
-        if parts and parts[0][1].device != source.device:
-            yield parts
-            parts, room = [], stage
         begin = 0
         while begin < len(source):
+            if room == 0 or out[-1].sources[0].device != source.device:
+                out.append(Stage([], [], []))
+                room = nbytes
             end = min(len(source), begin + room)
-            parts.append((target[begin:end], source[begin:end]))
+            out[-1].targets.append(target[begin:end])
+            out[-1].sources.append(source[begin:end])
+            out[-1].sizes.append(end - begin)
             room -= end - begin
             begin = end
-            if room == 0:
-                yield parts
-                parts, room = [], stage
-    if parts:
-        yield parts
+    return out
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

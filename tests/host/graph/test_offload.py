@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff.graph.offload import Offload, copy_to_host, dense, weights_of
+from asyncdiff.graph.offload import Offload, copy_to_host, dense, stages_of, weights_of
 from asyncdiff.graph.weights import Weights
 
 
@@ -22,9 +26,9 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     set."""
     go_on, copy = threading.Event(), Offload._copy
 
-    def late(self: Offload, hosts: list[torch.Tensor]) -> None:
+    def late(self: Offload) -> None:
         go_on.wait(60)
-        copy(self, hosts)
+        copy(self)
 
     made = Weights.__init__
 
@@ -117,10 +121,31 @@ def test_all_kinds_of_memory_arrive(stage: int) -> None:
     ]
     hosts = [torch.empty_like(x) for x in originals]
     assert all(map(dense, originals))
-    copy_to_host(zip(hosts, originals, strict=True), contextlib.nullcontext, stage)
+    copy_to_host(stages_of(zip(hosts, originals, strict=True), stage), contextlib.nullcontext)
     for host, original in zip(hosts, originals, strict=True):
         assert host.stride() == original.stride() and torch.equal(host, original)
     assert not any(map(dense, (rows[:, :3], rows[::2], rows.expand(2, 6, 5), rows[:0])))
+
+
+class Calls(TorchFunctionMode):
+    """Counts calls of torch, after each of which a thread waits for the interpreter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return call(*args, **(kwargs or {}))
+
+
+def test_the_thread_calls_torch_by_buffer_not_by_weight() -> None:
+    pairs = [(torch.empty(8), torch.full((8,), float(i))) for i in range(200)]
+    stages = stages_of(pairs, 32 * 100)
+    with Calls() as calls:
+        copy_to_host(stages, contextlib.nullcontext)
+    assert len(stages) == 2 and calls.count <= 10 * len(stages)
+    assert all(torch.equal(host, original) for host, original in pairs)
 
 
 def test_weights_that_are_not_just_memory_are_copied_by_themselves() -> None:
@@ -135,14 +160,26 @@ def test_weights_that_are_not_just_memory_are_copied_by_themselves() -> None:
         assert torch.equal(weight, value)
 
 
+def test_where_weights_were_the_memory_is_free() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    weights = [torch.from_numpy(values), torch.from_numpy(np.ones((4, 4), np.float32))[:, :3]]
+    freed = weakref.ref(values)
+    leaving = Offload(weights)
+    del values
+    leaving.finish()
+    gc.collect()
+    assert freed() is None
+    assert torch.equal(weights[0], torch.arange(12.0).view(3, 4))
+
+
 def test_nothing_is_copied_while_times_are_taken() -> None:
     weights = [torch.full((8,), 1.0)]
     begun = threading.Event()
 
     class Waiting(Offload):
-        def _copy(self, hosts: list[torch.Tensor]) -> None:
+        def _copy(self) -> None:
             begun.wait(60)
-            super()._copy(hosts)
+            super()._copy()
 
     leaving = Waiting(weights)
     with leaving.waiting(), leaving.waiting():
