@@ -31,6 +31,8 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 # Errors alone: pip warns of every index, link and script folder that a machine's settings name.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Python compiles what is imported, which is a small part of what is installed.
+INSTALL := $(PIP) install --no-compile
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
 PYTHON_FILES := $(shell find python asyncdiff_core -name '*.py' -o -name '*.safetensors')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
@@ -82,11 +84,11 @@ docs: $(STAMPS)/docs
 # oldest GPUs and for those whose kernels have code of their own; the package is built for all.
 cuda: $(STAMPS)/build
 	@ASYNCDIFF_CUDA=on $(BIN)/python csrc/packaging/pypi_cuda.py >$(STAMPS)/cuda.txt
-	$(PIP) install -r $(STAMPS)/cuda.txt
+	$(INSTALL) -r $(STAMPS)/cuda.txt
 	rm -rf build/cuda
 	export CUDAARCHS="$${CUDAARCHS:-75-real;90}"
 	ASYNCDIFF_CUDA=on $(PIP) wheel --no-build-isolation --no-deps -w build/cuda .
-	$(PIP) install --no-deps --no-compile --target build/cuda/site build/cuda/*.whl
+	$(INSTALL) --no-deps --target build/cuda/site build/cuda/*.whl
 	cd build/cuda
 	export PYTHONPATH=site PATH="$(abspath $(BIN)):$$PATH"
 	python -c "$$CHECK_CUDA"
@@ -154,14 +156,14 @@ $(STAMPS)/torch: $(STAMPS)/venv
 		index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 	fi
 	echo "installing $(TORCH) $${index[*]}"
-	$(PIP) install "$${index[@]}" '$(TORCH)'
+	$(INSTALL) "$${index[@]}" '$(TORCH)'
 	touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch pyproject.toml
 	@$(BIN)/python -c "$$REQUIRES" build-system requires >$(STAMPS)/requires.txt
 	echo "installing what builds the extension"
 	$(BIN)/python csrc/packaging/pypi_cuda.py >>$(STAMPS)/requires.txt
-	$(PIP) install -r $(STAMPS)/requires.txt
+	$(INSTALL) -r $(STAMPS)/requires.txt
 	touch $@
 
 # What a list in pyproject.toml names, found by the keys that lead to it.
@@ -182,14 +184,14 @@ export REQUIRES
 # Without build isolation, so that CMake's own folder stays valid and builds only what changed.
 $(STAMPS)/package: $(STAMPS)/build $(BUILD) $(NATIVE)
 	@echo "building and installing asyncdiff[$(EXTRAS)]"
-	$(PIP) install --no-build-isolation -e '.[$(EXTRAS)]'
+	$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
 	@$(BIN)/python -c "$$REQUIRES" project optional-dependencies docs >$(STAMPS)/docs.txt
-	$(PIP) install -r $(STAMPS)/docs.txt
+	$(INSTALL) -r $(STAMPS)/docs.txt
 	touch $@
 
 $(STAMPS)/lint: $(STAMPS)/package
-	@$(PIP) install $(LINTERS)
+	@$(INSTALL) $(LINTERS)
 	touch $@
