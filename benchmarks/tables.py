@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import results_file
 from asyncdiff_bench.figures import Figure, Results
 from asyncdiff_bench.table import digits, title_of
 from denoise import table as denoise_table
+from denoise.models import MODELS
 from fidelity import compression_table
 from fidelity import table as fidelity_table
 from markdown_table import markdown
@@ -31,6 +33,8 @@ PREPARATION = ROOT / "docs" / "guide" / "preparation.md"
 SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
 LINKS = ROOT / "docs" / "guide" / "links.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
+#: What calls of diffusers' Ulysses were timed on.
+_CALLS = ("one", "several")
 
 #: The README's table: title, key of a model and mode of all runs in a row.
 _GLANCE = {
@@ -53,7 +57,7 @@ def main() -> None:
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
         (PREPARATION, {"preparation": preparation}),
-        (SEQUENCE, {"sequence": sequence}),
+        (SEQUENCE, {"sequence": sequence, "ulysses": ulysses, "merged": merged}),
         (LINKS, {"links": links}),
         (PIPELINES, {"pipelines": pipelines}),
     )
@@ -253,18 +257,48 @@ def sequence() -> str:
 
 
 def links() -> str:
-    """Ticks over simulated links. Its page lies a folder deeper than others."""
-    measured, predicted = (RESULTS / f"links_{what}.json" for what in ("2gpu", "predicted"))
-    path = measured if measured.exists() else predicted
-    document = json.loads(path.read_text())
-    e = document["environment"]
-    how = "**Predicted**, not measured yet:"
-    if path == measured:
-        how = f"{len(e['gpus'])} × {e['gpus'][0]}, simulated links:"
+    """Ticks over simulated links, measured and, of all models and links, predicted."""
+    measured, predicted = _document("links_2gpu"), _document("links_predicted")
+    gpus = measured["environment"]["gpus"]
     return (
-        f"{how} `benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
-        f"[{path.name}](../../benchmarks/results/{path.name}).\n\n"
-        + denoise_table.links(document["figures"])
+        f"Measured on {len(gpus)} × {gpus[0]}, over simulated links: {_source('links_2gpu')}\n\n"
+        + denoise_table.links(measured["figures"])
+        + f"\n**Predicted**, not measured: {_source('links_predicted')}\n\n"
+        + denoise_table.links(predicted["figures"], "predicted")
+    )
+
+
+def ulysses() -> str:
+    """diffusers' own sequence parallelism beside one GPU."""
+    table = [["", "one GPU, ms a call", "two GPUs", "times one GPU"]]
+    for model in _document("ulysses_2gpu")["figures"].values():
+        for way in (w for w in ("eager", "compiled") if w in model):
+            one, several = (statistics.median(model[way]["ms_a_call"][n]) for n in _CALLS)
+            times = f"{model[way]['speedup']:.2f}"
+            table.append([f"{model['title']}, {way}", f"{one:.1f}", f"{several:.1f}", times])
+    return f"{_source('ulysses_2gpu')}\n\n{markdown(table)}"
+
+
+def merged() -> str:
+    """Attention in two parts, of which the second may arrive later, beside attention at once."""
+    table = [["half the queries, all keys", "at once, ms", "in two parts", "merging them"]]
+    for name, row in _document("merged_attention")["figures"].items():
+        cells = [f"{row[key]:.3f}" for key in ("whole_ms", "halves_ms", "merge_ms")]
+        table.append([MODELS[name].title, *cells])
+    return f"{_source('merged_attention')}\n\n{markdown(table)}"
+
+
+def _document(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return document
+
+
+def _source(name: str) -> str:
+    """Where figures are from, for pages of the guide, which lie a folder deeper than others."""
+    e = _document(name)["environment"]
+    return (
+        f"`benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
+        f"[{name}.json](../../benchmarks/results/{name}.json)."
     )
 
 

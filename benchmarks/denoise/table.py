@@ -185,10 +185,13 @@ def rows(document: dict[str, Any]) -> str:
     return markdown(table)
 
 
-def links(figures: dict[str, Model]) -> str:
+def links(figures: dict[str, Model], said: str = "") -> str:
     """Ticks over links, by ``links.py`` or ``links_predicted.py``: a table a model, a row a link,
-    the ways of compressing beside each other."""
-    return "\n".join(f"### {m['title']}\n\n{_links(m)}" for m in figures.values())
+    the ways of compressing beside each other. ``said``: what titles say besides."""
+    titles = {m["title"]: m for m in figures.values()}
+    return "\n".join(
+        f"### {', '.join(filter(None, (t, said)))}\n\n{_links(m)}" for t, m in titles.items()
+    )
 
 
 def _links(model: Model) -> str:

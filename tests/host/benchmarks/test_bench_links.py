@@ -89,7 +89,7 @@ def test_the_table_has_ways_beside_each_other() -> None:
     ]  # fmt: skip
 
 
-def test_what_is_measured_takes_the_place_of_what_was_predicted(
+def test_what_is_measured_and_what_is_predicted_stand_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
@@ -100,9 +100,10 @@ def test_what_is_measured_takes_the_place_of_what_was_predicted(
     document = {"environment": environment, "figures": figures}
     without = {"environment": environment | {"gpus": []}, "figures": figures}
     (tmp_path / "links_predicted.json").write_text(json.dumps(without))
-    assert tables.links().startswith("**Predicted**")
     (tmp_path / "links_2gpu.json").write_text(json.dumps(document))
-    assert tables.links().startswith("2 × H200, simulated links:")
+    measured, predicted = tables.links().split("**Predicted**, not measured: ")
+    assert measured.startswith("Measured on 2 × H200, over simulated links: ")
+    assert "### SDXL\n" in measured and "### SDXL, predicted\n" in predicted
 
 
 def test_ticks_are_predicted_by_what_has_to_leave() -> None:
