@@ -29,12 +29,19 @@ def made(kind: str, folder: Path) -> Any:
     return quantized.KINDS[kind][0](folder).to("cuda:0")
 
 
-def check(denoiser: AsyncDenoiser, call: dict[str, Any], want: torch.Tensor) -> None:
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def check(
+    denoiser: AsyncDenoiser, call: dict[str, Any], want: torch.Tensor, bound: float = 0.02
+) -> None:
     """Exact steps, of which the first is compared, twice: in the first one graphs are recorded."""
     for _ in range(2):
         with denoiser.generation(TIMES):
             got, *_ = [denoiser(**{**call, "timestep": t[None].to("cuda:0")})[0] for t in TIMES]
-        assert float((got - want).abs().max() / want.abs().max()) < 0.02
+        assert distance(got, want) < bound
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -64,10 +71,13 @@ def test_compiled(kind: str, tmp_path: Path) -> None:
     module, call = made(kind, tmp_path), on_gpu(quantized.arguments())
     with torch.no_grad():
         want = module(**call)[0]
+        # Inductor rounds less often than eager kernels; where activations are cast to float8, that
+        # moves some of them by a whole step of it. Torch's own compilation is the measure.
+        bound = max(0.02, 1.5 * distance(torch.compile(module)(**call)[0], want))
     settings: dict[str, Any] = {"components": 2, "warmup": 3, "split": "estimate", "compile": True}
     denoiser = AsyncDenoiser(module, devices=["cuda:0"] * 2, **settings)
     with contextlib.closing(denoiser):
-        check(denoiser, call, want)
+        check(denoiser, call, want, bound)
 
 
 @pytest.mark.parametrize(
