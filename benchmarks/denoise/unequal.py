@@ -157,9 +157,14 @@ def of_ideal(whole_ms: float, shares: Sequence[float], step_ms: float) -> float:
     return whole_ms / sum(shares) / step_ms
 
 
+def loop_ms(way: Any, loop: Any, rounds: int) -> float:
+    """Milliseconds of a loop, the median."""
+    return statistics.median(timed(way, loop)[0] for _ in range(rounds))
+
+
 def step_ms(way: Any, loops: Sequence[Any], rounds: int) -> float:
     """Milliseconds of a further step, from the median of loops of two lengths."""
-    few, many = (statistics.median(timed(way, loop)[0] for _ in range(rounds)) for loop in loops)
+    few, many = (loop_ms(way, loop, rounds) for loop in loops)
     lengths = [len(loop.timesteps) for loop in loops]
     return max(many - few, 1e-3) / (lengths[1] - lengths[0])
 
@@ -183,11 +188,16 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
         if device != args.devices[1]:
             return
 
+        undisturbed = [loop_ms(one, loop, args.rounds) for loop in loops]
+
         def share_at(pause: float) -> float:
             other.pause(pause)
-            return whole[device] / step_ms(one, loops, args.rounds)
+            return undisturbed[0] / loop_ms(one, loops[0], 1)
 
-        pause, share = find_pause(share_at, args.share)
+        # It is sought by few steps, and what it leaves is measured by many.
+        pause, _ = find_pause(share_at, args.share)
+        other.pause(pause)
+        share = undisturbed[1] / loop_ms(one, loops[1], args.rounds)
         other.pause(-1)
         shares.update(pause_ms=round(pause, 3), share=round(share, 4))
 
@@ -230,6 +240,7 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
             "costs": parts.report().source,
         }
         denoiser.close()
+        print(f"{name}: {found[name]['step_ms']} ms a step", flush=True)
         return parts.cuts or ()
 
     run("both alone")
