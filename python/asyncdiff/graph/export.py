@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 from collections.abc import Collection, Iterator
@@ -69,6 +70,7 @@ def export(
                 casts_traced(module),
                 without_gradients(module),
                 backends_recorded(),
+                _without_collecting(),
                 traced,
                 symbols_kept(module) if open_sizes else contextlib.nullcontext(),
             ):
@@ -175,6 +177,20 @@ def unlogged() -> Iterator[None]:
             del vars(_trace)["print"]
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """An export makes so many objects that Python looks through all there are again and again, and
+    hardly any that it could free."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from toys import toy, toy_call
 
-from asyncdiff import AsyncDenoiser, progress
+from asyncdiff import AsyncDenoiser, CaptureError, progress
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.graph.tracing import traced
@@ -75,3 +76,31 @@ def test_an_export_that_goes_on_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     with progress.watched(seen.append):
         capture(Many(), parse(Many(), (sample, time), {}))
     assert sum("exporting the denoiser: " in x and "operations" in x for x in seen) >= 2
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_while_the_exporter_runs(collecting: bool) -> None:
+    found: list[bool] = []
+
+    class Asking(nn.Module):
+        def __init__(self, fails: bool) -> None:
+            super().__init__()
+            self.weight, self.fails = nn.Parameter(torch.ones(3)), fails
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            found.append(gc.isenabled())
+            if self.fails:
+                raise ValueError("no")
+            return sample * self.weight + timestep
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        for fails in (False, True):
+            module, inputs = Asking(fails), (torch.ones(2, 3), torch.tensor(0.5))
+            with pytest.raises(CaptureError) if fails else contextlib.nullcontext():
+                capture(module, parse(module, inputs, {}))
+            assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert len(found) >= 2 and not any(found)
