@@ -86,6 +86,10 @@ def test_nothing_is_collected_while_the_exporter_runs(
 ) -> None:
     found, before, export = list[bool](), gc.isenabled(), torch.export.export
 
+    class Own(nn.Module):  # no test has exported it before
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return sample + timestep
+
     def exporting(*args: Any, **kwargs: Any) -> Any:
         found.append(gc.isenabled())
         if fails:
@@ -96,7 +100,7 @@ def test_nothing_is_collected_while_the_exporter_runs(
     try:
         (gc.enable if collecting else gc.disable)()
         with pytest.raises(CaptureError) if fails else contextlib.nullcontext():
-            capture(toy(), parse(toy(), (), toy_call()))
+            capture(Own(), parse(Own(), (torch.ones(2, 3), torch.tensor(0.5)), {}))
         assert gc.isenabled() == collecting
     finally:
         (gc.enable if before else gc.disable)()
