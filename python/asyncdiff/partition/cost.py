@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from ..graph.capture import Captured, nbytes_of, tensors_of
 from ..graph.layers.quantized import plain
 from ..graph.program import on_device, resolve
 from ..progress import tell
+from .timing import milliseconds
 
 #: Nodes timed behind one gate: few enough that a GPU's launch queue holds them all.
 _BLOCK_NODES = 128
@@ -197,7 +196,9 @@ def measure(
             block = captured.nodes[start : start + _BLOCK_NODES]
             values |= _bring(captured, block, device, bring or _weight)
             runs = _runs(block, values, last_reader, device)
-            passes = [_timed(runs, device) for _ in range(_PASSES + 1)][1:]
+            for run in runs:  # kernels are loaded, and chosen, in the first run
+                run()
+            passes = [milliseconds(runs, device) for _ in range(_PASSES)]
             for node, times in zip(block, zip(*passes, strict=True), strict=True):
                 view = node in captured.views
                 ms[node] = 0.0 if view else max(statistics.median(times) - too_long, 0.0)
@@ -263,26 +264,6 @@ def _forget(
             del values[node]
 
 
-def _timed(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Milliseconds of each piece of work; on a GPU between events on the current stream."""
-    if device.type != "cuda":
-        ends = [time.perf_counter()]
-        for piece in work:
-            piece()
-            ends.append(time.perf_counter())
-        return [(b - a) * 1e3 for a, b in itertools.pairwise(ends)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(work) + 1)]
-    torch.cuda.synchronize(device)
-    # The gate holds the queue back while it fills, so that enqueueing is not what is timed.
-    torch.cuda._sleep(20_000_000)
-    events[0].record()
-    for piece, event in zip(work, events[1:], strict=True):
-        piece()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-
-
 @functools.cache
 def _launch_ms(device: torch.device) -> float:
     """By how much a node between two events takes longer than in the CUDA graph that it will run
@@ -296,8 +277,8 @@ def _launch_ms(device: torch.device) -> float:
             add()
     differences = []
     for _ in range(_PASSES):
-        apart = statistics.median(_timed([add] * _BLOCK_NODES, device))
-        together = statistics.median(_timed([graph.replay] * 8, device)) / _BLOCK_NODES
+        apart = statistics.median(milliseconds([add] * _BLOCK_NODES, device))
+        together = statistics.median(milliseconds([graph.replay] * 8, device)) / _BLOCK_NODES
         differences.append(apart - together)
     # The least: where others use the GPU too, events are further apart.
     return max(min(differences), 0.0)
