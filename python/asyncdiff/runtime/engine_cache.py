@@ -108,13 +108,17 @@ class EngineCache:
     ) -> Engine | Groups:
         """:meth:`get`, of a denoiser that was looked at."""
         kind: _Kind
+        written = False
 
-        def look() -> Mapping[str, str]:
-            nonlocal kind
+        def look() -> None:
+            nonlocal kind, written
             self._check_hooks()
             kind = self._kind(call, branch)
             kept = self._kept.get(kind)
             written = kept is not None and kept.stale(self._state.version)
+
+        def said() -> Mapping[str, str]:
+            look()
             prepared = f"prepared: {kind in self._kept}, weights written to: {written}"
             slots = self._state.structure.slots.items()
             return {
@@ -124,18 +128,20 @@ class EngineCache:
             }
 
         if self._team.several:
-            self._team.agree(what, look)
+            self._team.agree(what, said)
         else:
-            self._check_hooks()
-            kind = self._kind(call, branch)
+            look()
         kept = {id(e) for p in self._kept.values() for e in p.engines}
         self._maker.beside = [e for e in beside if id(e) in kept]
         with self._team.busy():
-            return self._get(call, kind, branch)
+            return self._get(call, kind, branch, written)
 
-    def _get(self, call: Call, kind: _Kind, branch: Branch) -> Engine | Groups:
+    def _get(self, call: Call, kind: _Kind, branch: Branch, written: bool) -> Engine | Groups:
+        """:meth:`get`; ``written``: the ranks of this kind may have other weights than there are
+        now."""
         self._drop_what_is_over(kind)
-        self._renew(kind)
+        if written and kind in self._kept:
+            self._renew(kind)
         if kind not in self._kept or branch.index not in self._kept[kind].branches:
             config = self._config
             if kind not in self._kept:
@@ -221,11 +227,9 @@ class EngineCache:
         self._drop([kind])
 
     def _renew(self, kind: _Kind) -> None:
-        """Give the engines of a kind what its weights are now, if they were written to; drop the
-        engines where they have to be made anew for that."""
-        kept, version = self._kept.get(kind), self._state.version
-        if kept is None or not kept.stale(version):
-            return
+        """Give the engines of a kind what its weights are now; drop the engines where they have to
+        be made anew for that."""
+        kept, version = self._kept[kind], self._state.version
         structure = self._state.structure
         if not self._team.every(
             "take the denoiser's weights", lambda: kept.renew(structure, version)

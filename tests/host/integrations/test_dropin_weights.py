@@ -93,18 +93,22 @@ def test_weights_that_a_callback_writes_to() -> None:
 def test_what_a_watch_sees() -> None:
     module = toy()
     module.up[0].weight.data = module.up[0].weight.data.to(memory_format=torch.channels_last)
+    module.register_buffer("wide", torch.ones(3, dtype=torch.complex128))
+    module.register_buffer("small", torch.ones(9, 9, dtype=torch.bfloat16))
+    module.register_buffer("whole", torch.ones((), dtype=torch.int64))
     module.register_buffer("odd", torch.full((3,), float("nan"))[::2])
     module.register_buffer("none", torch.empty(0))
     weights = [*module.parameters(), *module.buffers(), torch.empty(3, device="meta")]
     watch = WeightWatch(weights)
     assert not watch.changed()
     for weight in weights[:-2]:
-        weight.data.add_(1.0) if not weight.isnan().any() else weight.data.zero_()
+        weight.data.add_(1) if not weight.isnan().any() else weight.data.zero_()
         assert watch.changed()
         watch = WeightWatch(weights)
         assert not watch.changed()
     weights[0][0, 0, 0, 0] += 1.0
     assert watch.changed()
+    weights[-3].untyped_storage().resize_(1024)  # by who shards weights
 
 
 def test_which_weights_were_written_to() -> None:

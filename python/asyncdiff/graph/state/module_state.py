@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,8 @@ from .structure import Part, Structure, is_number
 #: So many states are known again.
 _KNOWN = 8
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+#: Copies of what is empty. (Dictionaries of hooks have an order, which such have not.)
+_EMPTY: dict[type, Any] = {list: [], dict: {}, OrderedDict: {}}
 #: Layers that compute the same in training.
 _ALIKE = (
     *(nn.Linear, nn.Conv2d, nn.Identity, nn.Sequential),
@@ -111,7 +114,10 @@ class ModuleState:
         self._classes = [*map(type, self._layers)]
         self._forwards = [(c, c.forward) for c in dict.fromkeys(self._classes)]
         self._containers = [x for child in self._layers for x in _containers(child)]
-        self._copies = [x.copy() for x in self._containers]
+        # Most are empty: one copy stands for these, so that less memory is looked through.
+        self._copies = [_EMPTY.get(type(x)) if not x else None for x in self._containers]
+        pairs = zip(self._copies, self._containers, strict=True)
+        self._copies = [x.copy() if empty is None else empty for empty, x in pairs]
         self._structure = made = Structure(self._module)
         values = {name: slot.value for name, slot in made.slots.items()}
         self._attention = chosen()
