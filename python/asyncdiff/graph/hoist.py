@@ -17,6 +17,10 @@ from torch import fx
 from .program import KEEP, NBYTES, ONCE, TIMED
 from .row import ROW_BYTES, padded
 
+#: Rows that depend on the conditioning are computed again for each prompt. Where values that depend
+#: on both make so much less of the work, they are computed in every run instead.
+_LESS = 1 / 10
+
 
 @dataclass(frozen=True)
 class Hoisted:
@@ -38,13 +42,15 @@ class Hoisted:
 def hoist(program: fx.GraphModule, row_bytes: int = ROW_BYTES) -> Hoisted:
     """Split ``program`` into what runs once a generation, once a timestep, and every time.
 
-    Only what later nodes need is kept. While a row would have more than ``row_bytes``, its largest
-    values stay in what runs every time, which then finds the timestep itself in the row.
+    Only what later nodes need is kept. Where nearly all of a row is made of the timestep alone, the
+    rest of it (of a text's first products, which a block modulates) stays in what runs every time,
+    so that rows are right for any prompt. While a row would have more than ``row_bytes``, its
+    largest values stay there, too, which then finds the timestep itself in the row.
     """
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     emits = program.graph.find_nodes(op="call_module", target="emit")
     ends = [*program.graph.find_nodes(op="output"), *emits]
-    refused: set[fx.Node] = set()
+    refused = _spoiling(program, ends)
     while True:
         every_time, needed = _walk(ends, {ONCE, TIMED}, refused)
         row = sorted((n for n in needed if n.meta[KEEP] == TIMED), key=position.__getitem__)
@@ -76,9 +82,28 @@ def store(values: list[torch.Tensor], into: list[torch.Tensor]) -> list[torch.Te
     """``values`` in memory that stays: copied ``into`` the tensors of an earlier call, if any."""
     if not into:
         return [v.clone(memory_format=torch.preserve_format) for v in values]
-    for old, new in zip(into, values, strict=True):
-        old.copy_(new)
+    torch._foreach_copy_(into, values)
     return into
+
+
+def _spoiling(program: fx.GraphModule, ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """The values of a row that depend on the conditioning too, where they are but a small part of
+    it, by the weights that are read for them; else none."""
+    both: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        given = node.op == "placeholder" and node.meta.get(KEEP) != TIMED
+        if given or not both.isdisjoint(node.all_input_nodes):
+            both.add(node)
+    _, needed = _walk(ends, {ONCE, TIMED}, ())
+    behind, _ = _walk([n for n in needed if n.meta[KEEP] == TIMED], {ONCE}, ())
+    read = {True: 0, False: 0}
+    for node in behind:
+        weight = getattr(program, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(weight, torch.Tensor):
+            read[not both.isdisjoint(node.users.keys() & behind)] += weight.nbytes
+    if read[True] >= _LESS * read[False]:
+        return set()
+    return {n for n in both if n.op != "placeholder" and n.meta.get(KEEP) == TIMED}
 
 
 def _walk(

@@ -14,6 +14,7 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, ParallelConfig, RankError
 from asyncdiff.generation.generation import Generation
+from asyncdiff.graph import hoist as hoisting
 from asyncdiff.graph.hoist import Hoisted, hoist
 from asyncdiff.graph.program import KEEP, TIMED
 from asyncdiff.graph.row import Row, padded
@@ -94,6 +95,12 @@ def without_rows(make: Callable[[], AsyncDenoiser], *args: Any, **options: Any) 
         assert all(w.rows.program is None for w in denoiser._engine.workers)  # type: ignore[union-attr]
         denoiser.close()
     return result
+
+
+@pytest.fixture(autouse=True)
+def toys_rows_are_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of denoisers are in which all that is made of the timestep depends on the text."""
+    monkeypatch.setattr(hoisting, "_LESS", 0.0)
 
 
 @pytest.fixture
@@ -183,6 +190,46 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
+    denoiser.close()
+
+
+class Modulated(torch.nn.Module):
+    """Modulates its ``blocks`` by the timestep, the text before the first one."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.texts = torch.nn.Linear(4, 4)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(blocks)])
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        time = timestep.sin().expand(len(sample), 4)
+        text = self.texts(encoder_hidden_states * (1 + self.blocks[0](time)))
+        for block in self.blocks:
+            sample = torch.relu(sample * block(time) + text)
+        return (sample,)
+
+
+@pytest.mark.parametrize("blocks", [12, 2])
+def test_rows_of_the_timestep_alone_stay_for_another_prompt(
+    blocks: int, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a block makes something of the prompt and the timestep, if that is little."""
+    monkeypatch.setattr(hoisting, "_LESS", 0.1)
+    torch.manual_seed(0)
+    module = Modulated(blocks).eval().requires_grad_(False)
+    times, prompts = torch.tensor([9.0, 5.0, 2.0]), torch.randn(3, 2, 4)
+    denoiser = AsyncDenoiser(module, devices=["cpu"], components=1, warmup=1)
+    for number, prompt in enumerate(prompts):
+        computed.clear()
+        with denoiser.generation(times):
+            for time in times:
+                sample = torch.randn(2, 4)
+                (found,) = denoiser(sample, time, prompt)
+                assert torch.equal(found, module(sample, time, prompt)[0])
+        if number:
+            assert len(computed) == (0 if blocks == 12 else len(times))
     denoiser.close()
 
 
