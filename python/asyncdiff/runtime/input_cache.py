@@ -32,6 +32,8 @@ class InputCache:
         #: whether the ranks hold nothing of this generation yet
         self._first = True
         self._writes = Writes()
+        #: where values are compared beside what the caller's stream has to do
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def begin(self, tensors: Sequence[torch.Tensor], ready: Caller | None = None) -> None:
         """A generation begins, whose first call has these tensors: the ranks hold none of them.
@@ -43,8 +45,10 @@ class InputCache:
         self._seen.clear()
         self._first = True
         self._writes.clear()
-        with contextlib.nullcontext() if ready is None else ready.beside():
-            self._renew({i: tensors[i] for i in self._of_rows}, compare=True)
+        mine = {i: tensors[i] for i in self._of_rows}
+        if mine:
+            with contextlib.nullcontext() if ready is None else ready.beside(self._streams):
+                self._renew(mine, compare=True)
 
     def changed(self, tensors: Sequence[torch.Tensor]) -> Sequence[int]:
         """Places of what is not what the ranks hold: they have to be given it now. A tensor is

@@ -31,10 +31,16 @@ class Caller:
         self.ready = self.stream.record_event()
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self, streams: dict[torch.device, torch.cuda.Stream]) -> Iterator[None]:
         """Work of the caller's device that begins when this was made, and waits for nothing that
-        its stream has to do since; that waits for this work."""
-        stream = torch.cuda.Stream(self.stream.device)
+        its stream has to do since; that waits for this work. It runs on one of ``streams``, of
+        each device one, which this adds to."""
+        device = self.stream.device
+        if device not in streams:
+            # Kept: torch's free memory is a stream's own. On a new one it would ask CUDA for more,
+            # which may wait for all that the device has to do.
+            streams[device] = torch.cuda.Stream(device)
+        stream = streams[device]
         stream.wait_event(self.ready)
         with torch.cuda.stream(stream):
             yield

@@ -16,6 +16,7 @@ from tiny_pipelines import tiny_unet
 from toys import Toy
 
 import asyncdiff
+from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.runtime.worker import Worker
 
 STEPS = 8
@@ -292,6 +293,25 @@ def test_two_denoisers_and_a_beginning_in_the_middle() -> None:
     with spread(pipe, warmup=99):
         for begin, latents in want.items():
             torch.testing.assert_close(pipe(begin), latents)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_times_are_not_looked_at_where_the_scheduler_is_known_to_step(
+    replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host would wait for the first branch, before the second one begins. A step that
+    somebody put in the place of the scheduler's is not counted."""
+    looks, has = [], TimestepTracker.has
+    monkeypatch.setattr(TimestepTracker, "has", lambda *a: looks.append(1) or has(*a))
+    plain, pipe = Guided(), Guided()
+    want = plain(time=lambda t: t / 1000)
+    with spread(pipe, warmup=99):
+        for looked in (1, 1 if replaced else 0):
+            looks.clear()
+            torch.testing.assert_close(pipe(time=lambda t: t / 1000), want)
+            assert (len(looks) > 0) == bool(looked)
+            if replaced:
+                pipe.scheduler.step = partial(pipe.scheduler.step)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

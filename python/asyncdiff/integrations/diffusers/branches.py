@@ -13,7 +13,7 @@ import torch
 
 from ...generation.generation import Generation
 from ...graph.signature import Call, Role
-from .step_count import steps_of
+from .step_count import is_counted, steps_of
 from .timesteps import TimestepTracker
 
 
@@ -47,9 +47,11 @@ class CallBranch:
 
 
 class BranchFinder:
-    """Tells branches apart, and steps, in one run of a sampler."""
+    """Tells branches apart, and steps, in one run of a sampler. ``stepping``: the classes of
+    schedulers that were seen to take steps in runs before this one, and are in this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, stepping: set[type]) -> None:
+        self._stepping = stepping
         self.all: list[CallBranch] = []
         #: index of the sampler's step, from the first call on
         self.step = 0
@@ -66,6 +68,7 @@ class BranchFinder:
         count = steps_of(scheduler)
         if scheduler is self._scheduler and count != self._count:
             self._counts = True
+            self._stepping.add(type(scheduler))
             self.step += 1
         elif self.all and (alone or scheduler is not self._scheduler or self._is_next(time)):
             self.step += 1
@@ -98,7 +101,10 @@ class BranchFinder:
             return here != there
         if self._counts or (last is time and version is not None and version == time._version):
             return False
-        # In the first step of a scheduler that may not be asked for steps. On a GPU the host waits.
+        if type(self._scheduler) in self._stepping and is_counted(self._scheduler):
+            return False
+        # In the first step of a scheduler that may not be asked for steps. On a GPU the host waits,
+        # for the result of the call before this one.
         if not times.reading.known:
             return not torch.equal(time, last)
         return not times.has(self.step - self.all[0].start, time)

@@ -71,7 +71,9 @@ class Calls:
         #: what came of the pipeline's last call, if this denoiser had a part in it
         self.report: GenerationReport | None = None
         self.run = Run()
-        self._found = BranchFinder()
+        #: classes of schedulers that this pipeline has asked for steps
+        self._stepping: set[type] = set()
+        self._found = BranchFinder(self._stepping)
         #: calls in a step, as far as that is known; how many the pipeline's code tells of, and how
         #: many there were where it told so
         self._expected = 1
@@ -156,7 +158,7 @@ class Calls:
     def _forget(self) -> None:
         self._alone = None
         self.denoiser.stop()
-        self._found = BranchFinder()
+        self._found = BranchFinder(self._stepping)
 
     def serve(self, call: Call) -> Any:
         """The denoiser's result."""

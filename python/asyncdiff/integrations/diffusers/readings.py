@@ -83,14 +83,18 @@ def readings(
 
     Raises SchedulerError where there is none.
     """
-    value = float(moving(first.detach().double()))
     rounding = 1e-5 + 2 * torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
     train = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
     found: list[tuple[float, Reading]] = []
-    for (name, mapping), (order, make) in itertools.product(_MAPPINGS, enumerate(_ORDERS)):
-        # Where and as the pipeline computes them, so that they have the same bits.
-        values = make(mapping, source.detach(), train, first.dtype)
-        exact = values.double().cpu()
+    ways = list(itertools.product(_MAPPINGS, enumerate(_ORDERS)))
+    # Where and as the pipeline computes them, so that they have the same bits.
+    each = [make(m, source.detach(), train, first.dtype) for (_, m), (_, make) in ways]
+    # All at once: on a GPU the host waits.
+    known = first.detach().reshape(-1).double().to(source.device)
+    known = torch.cat([known, *(v.double() for v in each)]).cpu()
+    value = float(moving(known[: first.numel()]))
+    exacts = known[first.numel() :].view(len(each), -1)
+    for ((name, _), (order, _)), values, exact in zip(ways, each, exacts, strict=True):
         distance = (exact - value).abs()
         error = float(distance.min()) / (float(exact.abs().max()) or 1.0)
         if error <= rounding:

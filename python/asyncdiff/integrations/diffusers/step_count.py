@@ -89,3 +89,8 @@ def steps_of(scheduler: Any) -> int:
     """How many steps it and its copies have taken since then; 0 for one that is not counted."""
     step = getattr(scheduler, "__dict__", {}).get("step")
     return step.counts.steps if isinstance(step, _Counted) else 0
+
+
+def is_counted(scheduler: Any) -> bool:
+    """Whether its steps are counted now."""
+    return isinstance(getattr(scheduler, "__dict__", {}).get("step"), _Counted)
