@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from export_cache import uncached
 from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_sd3
 from toys import toy, toy_call
 
@@ -128,6 +129,73 @@ def test_what_counts_as_another_state() -> None:
     assert changed()
     module.mix.shift = torch.zeros(3)  # tensors are told apart by which they are
     assert changed() and not changed()
+
+
+def test_methods_of_classes_that_are_replaced_are_of_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of layers', of those that theirs are derived from, and of attention processors'; and no other
+    attributes of classes."""
+
+    class Scale:
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    class Convolution(torch.nn.Conv2d):
+        calls = 0
+
+        @property
+        def gain(self) -> float:
+            return 1.0
+
+    module = toy()
+    module.down[1] = Convolution(8, 8, 3, padding=1)
+    module.mix.processor = Scale()
+    state = ModuleState(module)
+    number = state.number()
+    for cls, name, other in (
+        (torch.nn.Conv2d, "_conv_forward", lambda *_: None),
+        (Convolution, "_conv_forward", lambda *_: None),  # a method that the class had not itself
+        (Convolution, "gain", property(lambda _: 2.0)),
+        (torch.nn.modules.conv._ConvNd, "extra_repr", lambda *_: None),
+        (Scale, "__call__", lambda *_: None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, name, other)
+            assert state.number() != number
+        assert state.number() == number
+    Convolution.calls += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(ModuleState, "_moved", None)  # is not asked, since nothing has changed
+        assert state.number() == number
+
+
+def test_a_method_of_a_class_that_is_replaced_is_noticed_by_the_next_generation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uncached(monkeypatch)
+    module, call = toy(), toy_call(2)
+    original = torch.nn.Conv2d._conv_forward
+
+    def louder(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return 1.1 * original(layer, x, weight, bias)
+
+    with contextlib.closing(
+        AsyncDenoiser(module, devices=["cpu"] * 2, components=2, split="estimate")
+    ) as denoiser:
+
+        def near() -> bool:
+            with denoiser.generation([900.0]):
+                (found,) = denoiser(**call)
+            return torch.allclose(found, module(**call)[0])
+
+        plain = module(**call)[0]
+        assert near()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Conv2d, "_conv_forward", louder)
+            assert not torch.allclose(module(**call)[0], plain)
+            assert near()
+        assert near() and len(denoiser._engines) == 2
 
 
 def test_hooks_of_diffusers_below_another_one_are_of_the_state() -> None:

@@ -13,7 +13,7 @@ import itertools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from ..hooks import containers_of_hooks, hooks_of, is_code, is_own
 from ..layers.attention import chosen
 from .adapters import by_adapter, entries, take_out, unused
+from .methods import Methods
 from .numbers import Guards
 from .structure import Part, Structure, is_number
 
@@ -38,16 +39,16 @@ _ALIKE = (
 
 
 class ModuleState:
-    """The layers of a denoiser that compute, their classes and hooks, the shapes of their weights,
-    and the plain values among the attributes of these and of their attention processors; and what
-    is chosen for attention beside them."""
+    """The layers of a denoiser that compute, their classes and these classes' methods, hooks, the
+    shapes of their weights, and the plain values among the attributes of these and of their
+    attention processors; and what is chosen for attention beside them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._layers: list[nn.Module] = []
         self._classes: list[type[Any]] = []
-        #: of each of their classes its forward, which may be exchanged too
-        self._forwards: list[tuple[Any, Any]] = []
+        #: of these classes, and of attention processors'
+        self._methods = Methods(())
         #: what may be exchanged in layers, and copies of it
         self._containers: list[Any] = []
         self._copies: list[Any] = []
@@ -112,7 +113,7 @@ class ModuleState:
         take_out(self._module)
         self._layers = list(self._module.modules())
         self._classes = [*map(type, self._layers)]
-        self._forwards = [(c, c.forward) for c in dict.fromkeys(self._classes)]
+        self._methods = Methods(_classes(self._layers))
         self._containers = [x for child in self._layers for x in _containers(child)]
         # Most are empty: one copy stands for these, so that less memory is looked through.
         self._copies = [_EMPTY.get(type(x)) if not x else None for x in self._containers]
@@ -122,8 +123,10 @@ class ModuleState:
         values = {name: slot.value for name, slot in made.slots.items()}
         self._attention = chosen()
         of_layers = _State(made, self._guards, values)
-        state = (*self._attention, *of_layers.taken())
-        self._number = self._count(self._known, state, of_layers.held)
+        methods = self._methods.of(_classes(part.layer for part in made.parts))
+        state = (*self._attention, methods, *of_layers.taken())
+        held = of_layers.held, self._methods.held
+        self._number = self._count(self._known, state, held)
         self._count_version()
 
     def _count_version(self) -> None:
@@ -194,7 +197,7 @@ class ModuleState:
     def _same_code(self) -> bool:
         return (
             [*map(type, self._layers)] == self._classes
-            and all(c.forward == forward for c, forward in self._forwards)
+            and self._methods.same()
             and chosen() == self._attention
         )
 
@@ -243,8 +246,7 @@ class _State:
             forward = None
         # A hook of diffusers may be a new one in each call, and wraps the layer's forward anew.
         wrapped = self._frozen(forward and (hooks_of(attributes) or forward))
-        forwards = type(layer).forward, wrapped
-        return part.name, type(layer), forwards, plain, weights, inside, hooks
+        return part.name, type(layer), wrapped, plain, weights, inside, hooks
 
     def _of_attribute(self, part: Part, name: str, value: Any) -> Any:
         if part.wraps and isinstance(value, dict) and by_adapter(part.layer, name):
@@ -289,6 +291,12 @@ class _State:
             for n, x in value.items()
             if str(n)[:1] != "_" or _is_plain(x)
         )
+
+
+def _classes(layers: Iterable[nn.Module]) -> dict[type[Any], None]:
+    """The classes of layers and of their attention processors."""
+    every = ((layer, vars(layer).get("processor")) for layer in layers)
+    return dict.fromkeys(type(x) for pair in every for x in pair)
 
 
 def _changed(now: Any, then: Any) -> list[Any] | None:
