@@ -31,8 +31,9 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 # Errors alone: pip warns of every index, link and script folder that a machine's settings name.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-# Python compiles what is imported, which is a small part of what is installed.
+# What is imported, which is a small part of what is installed, Python compiles itself, once.
 INSTALL := $(PIP) install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 NATIVE := $(shell find csrc -type f 2>/dev/null | sed 's/ /\\ /g')
 PYTHON_FILES := $(shell find python asyncdiff_core -name '*.py' -o -name '*.safetensors')
 BUILD := $(wildcard pyproject.toml setup.py CMakeLists.txt)
