@@ -15,11 +15,13 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.partition.links import Links
 from asyncdiff.runtime.cutting import Cutter
 
+#: An estimated cut would be another one where links are measured, as "auto" wants them.
+TWO = [["enter", "down"], ["mix", "up", "leave"]]
 #: By how many ranks they have.
 SETTINGS: dict[int, list[dict[str, Any]]] = {
     2: [
-        {"components": 2, "warmup": 2, "compress": "fp8", **ESTIMATE},
-        {"components": 2, "warmup": 2, "compress": "auto", **ESTIMATE},
+        {"components": 2, "warmup": 2, "compress": "fp8", "split": TWO},
+        {"components": 2, "warmup": 2, "compress": "auto", "split": TWO},
         {
             "components": 2, "schedule": "wavefront", "warmup": 2, "exact_tail": 1,
             "compress": "int8", **ESTIMATE,
