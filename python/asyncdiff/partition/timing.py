@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-#: Cycles that a gate takes at first, about 2 ms, and at most.
-_SHORT, _LONG = 4_000_000, 1 << 30
+#: Cycles that a gate takes at first, about 2 ms, and at most: where work waits for the host, or a
+#: queue is full, the queue is never there before the gate opens, however long that takes.
+_SHORT, _LONG = 4_000_000, 20_000_000
 
 
 def milliseconds(work: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:

@@ -31,7 +31,7 @@ class Gpu:
         return self.held <= self.filling
 
 
-@pytest.mark.parametrize("filling", [0, timing._SHORT - 1, timing._SHORT, 9 * timing._SHORT])
+@pytest.mark.parametrize("filling", [0, timing._SHORT - 1, timing._SHORT, timing._LONG - 1])
 def test_a_gate_is_as_long_as_the_queue_takes_to_fill(
     monkeypatch: pytest.MonkeyPatch, filling: int
 ) -> None:
