@@ -12,8 +12,6 @@ there are thousands of weights. So what goes where is found out before that thre
 from __future__ import annotations
 
 import contextlib
-import itertools
-import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -26,6 +24,10 @@ from .layers.quantized import own_classes, plain
 #: Bytes of a buffer.
 _STAGE = 64 << 20
 _BUFFERS = 2
+
+
+#: A tensor in host memory, and the one that is to be copied to it.
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Stage(NamedTuple):
@@ -56,10 +58,13 @@ class Offload:
         hosts = [torch.empty_like(x, device="cpu") for x in self._originals.values()]
         self._failed: BaseException | None = None
         self._quiet = threading.RLock()  # who takes times may do so inside of it
-        pairs = list(zip(hosts, self._originals.values(), strict=True))
-        whole = [dense(b) and a.stride() == b.stride() for a, b in pairs]
-        self._others = list(itertools.compress(pairs, map(operator.not_, whole)))
-        self._stages = stages_of(itertools.compress(pairs, whole))
+        whole: list[_Pair] = []
+        #: what is not just memory, and is copied by itself
+        self._others: list[_Pair] = []
+        for host, original in zip(hosts, self._originals.values(), strict=True):
+            alike = dense(original) and host.stride() == original.stride()
+            (whole if alike else self._others).append((host, original))
+        self._stages = stages_of(whole)
         self._thread = threading.Thread(target=self._copy, daemon=True)
         for weight, host in zip(self._weights, hosts, strict=True):
             weight.data = host
@@ -181,11 +186,9 @@ def _empty(full: tuple[Stage, list[torch.Tensor], torch.cuda.Event | None] | Non
     torch._foreach_copy_(stage.targets, pieces)
 
 
-def stages_of(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], nbytes: int = _STAGE
-) -> list[Stage]:
-    """All bytes of tensors that are :func:`dense`, in stages of at most so many: pairs of one in
-    host memory and another one, of the same shape, strides and dtype, to be copied to it."""
+def stages_of(pairs: Iterable[_Pair], nbytes: int = _STAGE) -> list[Stage]:
+    """All bytes of tensors that are :func:`dense`, and of one shape, strides and dtype in each
+    pair, in stages of at most so many."""
     out: list[Stage] = []
     room = 0
     for host, original in pairs:

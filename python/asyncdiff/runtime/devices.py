@@ -272,12 +272,7 @@ def room_on(device: torch.device) -> int | None:
 
 def peak_of(device: torch.device) -> int | None:
     """The most bytes that torch's tensors have taken of a GPU; None of a CPU."""
-    if device.type != "cuda":
-        return None
-    # max_memory_allocated() sorts all there is by name, which takes as long as a tick's issue.
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
-    peak: int = stats.get("allocated_bytes", {}).get("all", {}).get("peak", 0)
-    return peak
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def collect() -> None:

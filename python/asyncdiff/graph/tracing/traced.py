@@ -17,7 +17,6 @@ from ..layers.quantized import is_wrapper
 #: So many operations, and looks at a tensor, take less than a second.
 _EVERY = 1000
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_Getter = type(_DATA)
 
 
 class Traced(TorchFunctionMode):
@@ -52,8 +51,6 @@ class Traced(TorchFunctionMode):
             heartbeat(f"exporting the denoiser: {self._seen} operations")
         if function == _DATA:
             return args[0].detach()
-        if type(function) is _Getter and not self._ahead:  # which are most, of shapes and the like
-            return function(*args, **kwargs)
         if function is scaled_dot_product_attention:
             return attend(*args, **kwargs)
         if function is torch.Tensor.fill_diagonal_ and args[0].dim() == 2 and len(args) == 2:
