@@ -109,20 +109,13 @@ def details() -> str:
 
 def rows() -> str:
     """What no step computes."""
-    path = RESULTS / "rows.json"
-    document = json.loads(path.read_text())
-    e = document["environment"]
-    return (
-        f"`benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
-        f"[{path.name}](../benchmarks/results/{path.name}).\n\n" + denoise_table.rows(document)
-    )
+    return f"{_source('rows', '..')}\n\n{denoise_table.rows(_document('rows'))}"
 
 
 def pipelines() -> str:
     """What came of the pipelines of diffusers."""
-    document = json.loads((RESULTS / "pipelines.json").read_text())
     path = "../benchmarks/results/pipelines.json"
-    return f"[pipelines.json]({path}): {pipelines_table.table(document)}"
+    return f"[pipelines.json]({path}): {pipelines_table.table(_document('pipelines'))}"
 
 
 def glance() -> str:
@@ -220,7 +213,7 @@ def compression() -> str:
 
 def preparation() -> str:
     """Seconds of a first generation, with nothing kept on the disk and with all."""
-    document = json.loads((RESULTS / "compile_2gpu.json").read_text())
+    document = _document("compile_2gpu")
     phases = ("export", "measure", "build", "compile")
     caches = {"cold": "nothing kept", "warm": "all kept"}
     ways = {"graphs": "", "regions": ", compiled", "whole": ", compiled whole"}
@@ -239,7 +232,7 @@ def preparation() -> str:
 
 def sequence() -> str:
     """Exact steps whose tokens are shared out, beside the same denoiser on one GPU."""
-    document = json.loads((RESULTS / "sequence_2gpu.json").read_text())
+    document = _document("sequence_2gpu")
     modes = {"graphs": "", "regions": ", compiled"}
     table = [["", "ms a step", "times one GPU", "shares alone, ms", "MiB of both a step"]]
     for model in document["figures"].values():
@@ -264,7 +257,7 @@ def links() -> str:
         f"Measured on {len(gpus)} × {gpus[0]}, over simulated links: {_source('links_2gpu')}\n\n"
         + denoise_table.links(measured["figures"])
         + f"\n**Predicted**, not measured: {_source('links_predicted')}\n\n"
-        + denoise_table.links(predicted["figures"], "predicted")
+        + denoise_table.links(predicted["figures"], ", predicted")
     )
 
 
@@ -293,18 +286,18 @@ def _document(name: str) -> dict[str, Any]:
     return document
 
 
-def _source(name: str) -> str:
-    """Where figures are from, for pages of the guide, which lie a folder deeper than others."""
+def _source(name: str, up: str = "../..") -> str:
+    """Where figures are from, for pages of the guide, or others, from which the root is ``up``."""
     e = _document(name)["environment"]
     return (
         f"`benchmarks/denoise/{e['command']}`, torch {e['torch']}, commit {e['commit']}, "
-        f"[{name}.json](../../benchmarks/results/{name}.json)."
+        f"[{name}.json]({up}/benchmarks/results/{name}.json)."
     )
 
 
 def pictures() -> str:
     """Several pictures in turn on all GPUs, beside the same batch on one."""
-    document = json.loads((RESULTS / "pictures_2gpu.json").read_text())
+    document = _document("pictures_2gpu")
     table = [["", "pictures", "one GPU, ms a step", "two GPUs", "times one GPU"]]
     for row in document["figures"]["rows"]:
         one, two = (row["ms_a_step"][way]["median"] for way in ("one", "pipeline"))

@@ -187,11 +187,8 @@ def rows(document: dict[str, Any]) -> str:
 
 def links(figures: dict[str, Model], said: str = "") -> str:
     """Ticks over links, by ``links.py`` or ``links_predicted.py``: a table a model, a row a link,
-    the ways of compressing beside each other. ``said``: what titles say besides."""
-    titles = {m["title"]: m for m in figures.values()}
-    return "\n".join(
-        f"### {', '.join(filter(None, (t, said)))}\n\n{_links(m)}" for t, m in titles.items()
-    )
+    the ways of compressing beside each other. ``said``: what their titles end with."""
+    return "\n".join(f"### {m['title']}{said}\n\n{_links(m)}" for m in figures.values())
 
 
 def _links(model: Model) -> str:

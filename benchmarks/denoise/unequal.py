@@ -162,9 +162,9 @@ def loop_ms(way: Any, loop: Any, rounds: int) -> float:
     return statistics.median(timed(way, loop)[0] for _ in range(rounds))
 
 
-def step_ms(way: Any, loops: Sequence[Any], rounds: int) -> float:
-    """Milliseconds of a further step, from the median of loops of two lengths."""
-    few, many = (loop_ms(way, loop, rounds) for loop in loops)
+def step_ms(loops: Sequence[Any], each_ms: Sequence[float]) -> float:
+    """Milliseconds of a further step, from those of loops of two lengths."""
+    few, many = each_ms
     lengths = [len(loop.timesteps) for loop in loops]
     return max(many - few, 1e-3) / (lengths[1] - lengths[0])
 
@@ -184,11 +184,10 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
         one: Any = Graphed(module) if cuda else Eager(module)
         loops = [model.loop(inputs, steps) for steps in args.steps]
         one.run(loops[0])
-        whole[device] = step_ms(one, loops, args.rounds)
+        undisturbed = [loop_ms(one, loop, args.rounds) for loop in loops]
+        whole[device] = step_ms(loops, undisturbed)
         if device != args.devices[1]:
             return
-
-        undisturbed = [loop_ms(one, loop, args.rounds) for loop in loops]
 
         def share_at(pause: float) -> float:
             other.pause(pause)
@@ -229,7 +228,7 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
         )
         way = Asynchronous(argparse.Namespace(denoiser=denoiser), _SETTING)  # type: ignore[arg-type]
         way.run(loops[0])
-        ms = step_ms(way, loops, args.rounds)
+        ms = step_ms(loops, [loop_ms(way, loop, args.rounds) for loop in loops])
         report, parts = denoiser.report(), denoiser.partition
         found[name] = {
             "step_ms": round(ms, 3),
