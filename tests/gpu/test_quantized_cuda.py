@@ -71,9 +71,11 @@ def test_compiled(kind: str, tmp_path: Path) -> None:
     module, call = made(kind, tmp_path), on_gpu(quantized.arguments())
     with torch.no_grad():
         want = module(**call)[0]
-        # Inductor rounds less often than eager kernels; where activations are cast to float8, that
-        # moves some of them by a whole step of it. Torch's own compilation is the measure.
-        bound = max(0.02, 1.5 * distance(torch.compile(module)(**call)[0], want))
+        bound = 0.02
+        if kind == "torchao float8 dynamic":
+            # Inductor rounds less often than eager kernels; where activations are cast to float8,
+            # that moves some of them by a whole step of it, in torch's own compilation too.
+            bound = max(bound, distance(torch.compile(module)(**call)[0], want))
     settings: dict[str, Any] = {"components": 2, "warmup": 3, "split": "estimate", "compile": True}
     denoiser = AsyncDenoiser(module, devices=["cuda:0"] * 2, **settings)
     with contextlib.closing(denoiser):
