@@ -10,7 +10,8 @@ there. Each process draws ``--rounds`` loops of ``--steps`` steps. Reported are 
 first generation by phase (``asyncdiff.phases``; ``total_s`` with what belongs to none), how many
 pieces there were and how many of them inductor was given, the milliseconds of a step (median,
 smallest, largest), of the components alone in CUDA graphs, and how far the result of a few exact
-steps is from the plain module's.
+steps is from the plain module's. With ``--new-size`` the first generation of another size follows
+in the same process, of three quarters of the height.
 
 What ``--out`` has already, from the same machine and versions, stays in it: it is written after
 each process, and a run that was stopped can go on with what is missing (``--again``: all anew).
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         timings.take(asynchronous, loop)
     report = team.denoiser.report()
+    if args.new_size:
+        other = replace(model, height=model.height * 3 // 4 // 64 * 64)
+        lower = other.loop(other.inputs(module), args.steps)
+        synchronize()
+        with recording() as afresh:
+            asynchronous.run(lower)
+            synchronize()
     figures = {
-        "phases_s": {name: round(s, 2) for name, s in spent.in_order().items()},
-        "total_s": round(spent.total, 2),
+        **seconds(spent),
         "compiled": report.compiled,
         "pieces": sum(pieces.values()),
         "given_to_inductor": given,
@@ -96,6 +104,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "shared_gpus": gpus < args.components,
         "commit": results_file.commit(),
     }
+    if args.new_size:
+        figures["new_size"] = {"height": other.height, "width": other.width, **seconds(afresh)}
     if gpus:
         figures["component_ms_alone"] = [round(t, 3) for t in component_times(team.denoiser)]
     exact = Timings()
@@ -104,6 +114,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     figures["distance_to_eager"] = exact.distance(eager)
     team.denoiser.close()
     return figures
+
+
+def seconds(spent: Any) -> dict[str, Any]:
+    """What a first generation took, by phase and in all."""
+    phases = {name: round(s, 2) for name, s in spent.in_order().items()}
+    return {"phases_s": phases, "total_s": round(spent.total, 2)}
 
 
 def told(pieces: dict[str, int]) -> Any:
@@ -131,6 +147,8 @@ def run(
     command = [sys.executable, __file__, "--one", str(result), "--models", key, "--ways", way]
     for name in ("components", "steps", "rounds", "dtype", "device"):
         command += [f"--{name}", str(getattr(args, name))]
+    if args.new_size:
+        command.append("--new-size")
     try:
         done = subprocess.run(command, env=environment, timeout=args.left())
     except subprocess.TimeoutExpired:
@@ -181,6 +199,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--new-size", action="store_true", help="also that of another size")
     parser.add_argument("--again", action="store_true", help="measure what --out has already")
     parser.add_argument("--out", type=Path, default=OUT / "compile.json")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
