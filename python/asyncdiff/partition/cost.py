@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from .timing import milliseconds
 _BLOCK_NODES = 128
 #: Timed passes over each block, after one that warms up.
 _PASSES = 3
+#: Nodes that are alike are timed at so many places, and then no more where at least so many follow
+#: each other: layers of a denoiser are mostly alike.
+_PLACES, _FOLLOWING = 3, 32
 #: A GPU's rates for estimates, about half of an H200's peaks. Only ratios matter for a cut.
 _FLOPS_PER_MS = {torch.float32: 2.5e10, torch.float16: 4e11, torch.bfloat16: 4e11}
 _BYTES_PER_MS = 2.5e9
@@ -133,23 +136,38 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def _kind(node: fx.Node) -> str:
+    """What nodes have in common that do the same work: the operation, and its arguments by type,
+    shape, strides and dtype."""
+
+    def told(source: fx.Node) -> Any:
+        if source.op == "get_attr":  # a graph of its own
+            return source.target
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: (type(t).__name__, tuple(t.shape), t.stride(), t.dtype),
+            source.meta.get("val"),
+        )
+
+    return f"{node.target} {fx.map_arg((node.args, node.kwargs), told)}"
+
+
 def count_macs(captured: Captured) -> dict[fx.Node, int]:
     """Multiply-accumulates of every node, as torch's own FLOP counter counts them; of products that
     it does not know (of quantised weights), by their shapes."""
     macs = dict.fromkeys(captured.nodes, 0)
     heavy = ("conv", "linear", "mm", "matmul", "attention", "einsum")
-    counted: dict[str, int] = {}  # the blocks of a denoiser are mostly alike
+    counted: dict[str, int] = {}
     for node in captured.nodes:
         if not any(word in str(node.target) for word in heavy):
             continue
-        values = {
-            n: pytree.tree_map_only(torch.Tensor, _meta, n.meta.get("val"))
-            for n in node.all_input_nodes
-        }
-        args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
-        shapes = pytree.tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))
-        key = f"{node.target} {shapes}"
+        key = _kind(node)
         if key not in counted:
+            values = {
+                n: pytree.tree_map_only(torch.Tensor, _meta, n.meta.get("val"))
+                for n in node.all_input_nodes
+            }
+            args, kwargs = resolve(node, values.__getitem__, torch.device("meta"))
             counter = FlopCounterMode(display=False)
             counter.mod_tracker = _Untracked()  # type: ignore[assignment]
             with counter:
@@ -175,7 +193,8 @@ def measure(
     device: torch.device,
     bring: Callable[[Captured, str, torch.device], torch.Tensor] | None = None,
 ) -> Costs:
-    """Run the denoiser node by node on ``device`` and time each (medians).
+    """Run the denoiser node by node on ``device`` and time each (medians, also over nodes that are
+    alike: of those the first ones are timed).
 
     ``tensors`` are the call's inputs. Weights are brought to the device block by block, by
     ``bring`` (None: they are where the denoiser is), so that a denoiser larger than the device's
@@ -187,25 +206,62 @@ def measure(
         if node.op == "placeholder" and node.name in captured.inputs
     }
     last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
-    ms: dict[fx.Node, float] = {}
+    alike = _alike(captured)
+    found: dict[Hashable, list[float]] = {kind: [] for kind in alike.values()}
     what, count = "timing the denoiser's parts", len(captured.nodes)
     with on_device(device):
         too_long = _launch_ms(device) if device.type == "cuda" else 0.0
-        for start in range(0, count, _BLOCK_NODES):
+        start = 0
+        while start < count:
             tell(what, start, count)
-            block = captured.nodes[start : start + _BLOCK_NODES]
+            block, known = _block(captured.nodes[start:], alike, found)
+            start += len(block)
             values |= _bring(captured, block, device, bring or _weight)
             runs = _runs(block, values, last_reader, device)
             for run in runs:  # kernels are loaded, and chosen, in the first run
                 run()
-            passes = [milliseconds(runs, device) for _ in range(_PASSES)]
-            for node, times in zip(block, zip(*passes, strict=True), strict=True):
-                view = node in captured.views
-                ms[node] = 0.0 if view else max(statistics.median(times) - too_long, 0.0)
+            if not known:
+                passes = [milliseconds(runs, device) for _ in range(_PASSES)]
+                for node, times in zip(block, zip(*passes, strict=True), strict=True):
+                    if node in alike:
+                        found[alike[node]].append(statistics.median(times) - too_long)
             _forget(captured, block, values, last_reader)
     tell(what, count, count)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    of_kind = {kind: max(statistics.median(times), 0.0) for kind, times in found.items()}
+    ms = {node: of_kind[alike[node]] if node in alike else 0.0 for node in captured.nodes}
     return Costs(ms, count_macs(captured), f"measured on {name}")
+
+
+def _alike(captured: Captured) -> dict[fx.Node, Hashable]:
+    """What nodes have in common that take the same time: what they do, and what made that which
+    they read, because that may still be in the cache. Views take none, and are left out."""
+    kinds = {node: _kind(node) for node in captured.nodes if node not in captured.views}
+    return {
+        node: (kind, *(kinds.get(_base(captured, s)) for s in node.all_input_nodes))
+        for node, kind in kinds.items()
+    }
+
+
+def _block(
+    nodes: Sequence[fx.Node],
+    alike: Mapping[fx.Node, Hashable],
+    found: Mapping[Hashable, Sequence[float]],
+) -> tuple[Sequence[fx.Node], bool]:
+    """The first ones, which are run behind one gate; and whether enough of what is like them was
+    timed."""
+
+    def known_from(start: int) -> int:
+        ahead = enumerate(nodes[start : start + _BLOCK_NODES])
+        new = (i for i, n in ahead if n in alike and len(found[alike[n]]) < _PLACES)
+        return next(new, len(nodes[start : start + _BLOCK_NODES]))
+
+    known = known_from(0)
+    if known >= min(_FOLLOWING, len(nodes)):
+        return nodes[:known], True
+    most = min(_BLOCK_NODES, len(nodes))
+    end = next((i for i in range(1, most) if known_from(i) >= _FOLLOWING), most)
+    return nodes[:end], False
 
 
 def _weight(captured: Captured, name: str, device: torch.device) -> torch.Tensor:

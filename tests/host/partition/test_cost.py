@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -11,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
+from asyncdiff.partition import cost
 from asyncdiff.partition.cost import _forget, _runs, count_macs, measure
+from asyncdiff.partition.timing import milliseconds
 
 
 class Model(nn.Module):
@@ -93,3 +97,54 @@ def test_values_live_no_longer_than_they_are_read() -> None:
         _forget(captured, half, values, last_reader)
         assert not set(weights) & set(values)
     assert not [n for n in values if n in captured.nodes]
+
+
+class Layers(nn.Module):
+    """Many layers that are alike, and between them a wider one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.ModuleList(nn.Linear(8, 8) for _ in range(60))
+        self.wide = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, layer in enumerate(self.narrow):
+            x = layer(x).sigmoid()
+            if i == 40:
+                x = self.wide(x)
+        return x
+
+
+def test_layers_that_are_alike_are_timed_at_a_few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Layers(), torch.randn(2, 8)
+    call = parse(module, (x,), {})
+    captured = capture(module, call)
+    timed: list[int] = []
+
+    def counted(work: Sequence[Any], device: torch.device) -> list[float]:
+        timed.append(len(work))
+        return milliseconds(work, device)
+
+    monkeypatch.setattr(cost, "milliseconds", counted)
+    monkeypatch.setattr(cost, "_BLOCK_NODES", 32)
+    costs = measure(captured, call.tensors, torch.device("cpu"))
+    assert set(costs.ms) == set(captured.nodes)
+    # Of 124 nodes: the first block, and that of the wide layer.
+    assert sum(timed) / cost._PASSES < 80
+    each = [n for n in captured.nodes if "linear" in str(n.target)]
+    narrow = [costs.ms[n] for n in each if n.meta["val"].shape == (2, 8)][1:40]
+    assert len(set(narrow)) == 1 and len({costs.ms[n] for n in each}) > 1
+
+
+def test_what_other_shapes_or_arguments_have_is_timed() -> None:
+    """Also views that make the same values lie otherwise, and what another dimension is reduced."""
+
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x.softmax(0), x.softmax(1), x.t().softmax(1), x.double().softmax(1)
+
+    module = Other()
+    call = parse(module, (torch.randn(4, 4),), {})
+    captured = capture(module, call)
+    alike = [k for n, k in cost._alike(captured).items() if "softmax" in str(n.target)]
+    assert len(alike) == len(set(alike)) == 4
