@@ -1,6 +1,10 @@
-"""Whether it was memory that lacked."""
+"""Whether it was memory that lacked, and when Python looks for some to free."""
 
 from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
 
 import torch
 
@@ -27,3 +31,18 @@ def out_of_memory(error: BaseException | None) -> bool:
         return True
     said = isinstance(error, RuntimeError) and any(s in str(error) for s in _SAID)
     return said or out_of_memory(error.__cause__)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing is looked for meanwhile: what exports a denoiser, or makes ranks of it, makes so many
+    objects that Python looks through all there are again and again, for a third of a second each
+    time, and hardly any that it could free."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

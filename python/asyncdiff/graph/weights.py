@@ -6,7 +6,7 @@ With a checkpoint the module holds none: a component's are read when they are ne
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,9 @@ class Weights:
         self._held: weakref.WeakValueDictionary[tuple[str | int, torch.device], Held] = (
             weakref.WeakValueDictionary()
         )
+        #: Those of them that have the values which the denoiser's weights have now, for a graph
+        #: that is captured next: who keeps ranks knows.
+        self.current: Callable[[], Iterable[Held]] = tuple
         #: how often a copy has become that of another weight
         self.exchanges = 0
         #: which of them are of the denoiser captured last, and known to be its weights
@@ -152,7 +155,8 @@ class Weights:
         weight = captured.weights[name]
         if captured is not self._captured():
             self._captured = weakref.ref(captured)
-            self._known.clear()
+            current = set(self.current())
+            self._known = {key for key, held in self._held.items() if held in current}
         # What stands for a number is each graph's own.
         key = captured.places.get(name, id(weight)) if weight.dim() else id(weight), device
         held = self._held.get(key)

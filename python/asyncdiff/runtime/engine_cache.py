@@ -17,7 +17,7 @@ from ..graph.hooks import check_hooks, check_layers
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
 from ..graph.state.structure import Structure
-from ..graph.weights import Weights
+from ..graph.weights import Held, Weights
 from ..graph.writes import WeightWatch
 from ..memory import out_of_memory
 from ..processes.agreement import digest
@@ -62,6 +62,7 @@ class EngineCache:
         self._free_of_hooks: Structure | None = None
         self._state = ModuleState(module)
         self._weights = weights
+        weights.current = self._copies
         self._places = list(places)
         self._config = config
         self._team = team
@@ -175,6 +176,19 @@ class EngineCache:
             self._cuts.keep(kind, made.partition)
         self._kept.move_to_end(kind)
         return self._kept[kind].asked(branch.index, self._state.version)
+
+    def _copies(self) -> list[Held]:
+        """The copies that ranks hold of weights which were not written to since: those that are
+        made for other sizes need not copy them again."""
+        version = self._state.version
+        return [
+            held
+            for kept in self._kept.values()
+            if not kept.stale(version)
+            for engine in kept.engines
+            for worker in engine.workers
+            for held in worker.held.values()
+        ]
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:
         """The other kinds that no branch is using, those that were asked for longest ago first."""

@@ -17,6 +17,7 @@ from ..graph.compiled.ahead import Compiling
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.signature import Call
 from ..graph.weights import Weights
+from ..memory import uncollected
 from ..partition.partition import Partition
 from ..phases import phase
 from ..processes.team import Team
@@ -78,7 +79,9 @@ class EngineMaker:
         shares of its tokens; with ``split`` an engine for each part of the batch: of conditions on
         devices of their own, of pictures in turn on all of them. ``batched``: which inputs hold all
         parts of it, if that is known. ``like``: what is to be cut alike, where that can be."""
-        with contextlib.closing(self._compiling):
+        # Compilers leave much to free.
+        lasting = uncollected() if not self._config.compile else contextlib.nullcontext()
+        with contextlib.closing(self._compiling), lasting:
             if split is None:
                 with self._offloading():
                     return self._even(call, components, places, like, tokens)

@@ -78,11 +78,12 @@ class Worker:
         self._conditioning = self.static.keys() & places[Role.CONDITIONING]
         self._captured = captured
         #: weights, which ranks of a device share, by placeholder
-        self._held: dict[str, Held] = {}
+        #: the weights that it computes with, by name
+        self.held: dict[str, Held] = {}
 
         def bring(name: str, device: torch.device) -> torch.Tensor:
-            self._held[name] = weights.get(captured, name, device)
-            return self._held[name].tensor
+            self.held[name] = weights.get(captured, name, device)
+            return self.held[name].tensor
 
         # A program holds where its values go: every rank has its own.
         parts = hoist(partition.program(index, device, bring))
@@ -187,14 +188,14 @@ class Worker:
         """Compute with the weights that the denoiser has now; whether graphs have to be recorded
         anew for that, None where it is not possible. See
         :meth:`~..graph.weights.Weights.renew`. Call when idle."""
-        moved = weights.renew(self._captured, self._held, written)
+        moved = weights.renew(self._captured, self.held, written)
         if moved is None:
             return None
         for name, held in moved.items():
             for part in self._parts:
                 if hasattr(part, weight_name(name)):
                     setattr(part, weight_name(name), held.tensor)
-            self._held[name] = held
+            self.held[name] = held
         if moved:  # graphs compute with what lies where it lay
             self.graphs.clear()
         return bool(moved)

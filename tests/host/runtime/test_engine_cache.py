@@ -13,6 +13,7 @@ import torch
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.weights import Weights
 from asyncdiff.runtime import cutting, making
 from asyncdiff.runtime.engine import Engine
 
@@ -179,3 +180,58 @@ def test_graphs_have_room_made_for_them_too(
     denoiser.prepare(**toy_call(batch=2), steps=4)
     assert tries == [3, 1]
     assert next(iter(denoiser._engines._kept))[0].inputs[0].shape[0] == 2
+
+
+def _rows(denoiser: AsyncDenoiser, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ranks make of a call, and what the module does."""
+    call = toy_call(batch=batch)
+    with denoiser.generation([900]):
+        (got,) = denoiser(**call)
+    return got, denoiser.module(**call)[0]
+
+
+def test_copies_of_weights_are_made_once_for_all_sizes(
+    denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a weight was written to in between, in whichever way."""
+    made = []
+    bring, take = Weights.bring, Weights._take
+
+    def brought(weights: Weights, captured: Any, name: str, device: torch.device) -> torch.Tensor:
+        made.append(name)
+        return bring(weights, captured, name, device)
+
+    def taken(weights: Weights, held: Any, weight: torch.Tensor) -> None:
+        made.append("again")
+        take(weights, held, weight)
+
+    monkeypatch.setattr(Weights, "_shared", staticmethod(lambda weight, device: False))
+    monkeypatch.setattr(Weights, "bring", brought)
+    monkeypatch.setattr(Weights, "_take", taken)
+    torch.testing.assert_close(*_rows(denoiser, 1))
+    once = len(made)
+    for batch in (2, 3):
+        torch.testing.assert_close(*_rows(denoiser, batch))
+        assert len(made) == once > 0
+    first, second = denoiser.module.leave.weight, denoiser.module.mix.weight
+    for batch, write in ((4, lambda: first.mul_(2.0)), (5, lambda: second.data.mul_(2.0))):
+        made.clear()
+        write()
+        torch.testing.assert_close(*_rows(denoiser, batch))
+        assert "again" in made
+    torch.testing.assert_close(*_rows(denoiser, 3))  # which were made before that
+    made.clear()
+    torch.testing.assert_close(*_rows(denoiser, 1))  # whose engine had to make room
+    assert not made
+
+
+def test_nothing_is_collected_while_ranks_are_made(
+    denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would look through all objects there are again and again."""
+    seen = []
+    monkeypatch.setattr(
+        making, "Engine", lambda *a, **k: seen.append(gc.isenabled()) or Engine(*a, **k)
+    )
+    denoiser.prepare(**toy_call())
+    assert seen == [False] and gc.isenabled()

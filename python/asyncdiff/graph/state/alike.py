@@ -8,7 +8,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,15 +17,19 @@ from torch import nn
 
 from .surroundings import Surroundings
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+#: Of which most attributes are.
+_JUST_PLAIN = frozenset(_PLAIN)
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 #: What would run besides a layer's forward.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: Where diffusers keeps hooks.
 _REGISTRY = "_diffusers_hook"
 #: Attributes that are looked at by themselves, or do not count.
-_APART = ("_parameters", "_buffers", "_modules", "forward", _REGISTRY, *_HOOKS)
+_APART = frozenset(("_parameters", "_buffers", "_modules", "forward", _REGISTRY, *_HOOKS))
 #: So deep values are looked into.
 _DEPTH = 6
 
@@ -133,7 +137,7 @@ class Kinds:
 
     def _frozen(self, value: Any, depth: int = _DEPTH) -> Hashable:
         """A value as it counts; 1, 1.0 and True are three."""
-        if isinstance(value, (*_PLAIN, *_TORCH, enum.Enum)):
+        if type(value) in _JUST_PLAIN or isinstance(value, (*_PLAIN, enum.Enum)):
             return type(value), value
         if isinstance(value, weakref.ref):
             return _Itself(value), self._frozen(value(), 0)
@@ -187,8 +191,16 @@ class _Itself:
 def _shared(layer: nn.Module) -> Hashable:
     """Which of a layer's weights are the same."""
     first: dict[int, int] = {}
-    weights = [
-        *layer.named_parameters(remove_duplicate=False),
-        *layer.named_buffers(remove_duplicate=False),
-    ]
-    return tuple(first.setdefault(id(x), i) for i, (_, x) in enumerate(weights))
+    return tuple(first.setdefault(id(x), i) for i, (_, x) in enumerate(weights_in(layer)))
+
+
+def weights_in(layer: nn.Module, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a layer and its parts by name, each as often as it stands there:
+    what torch has for that walks through all parts twice, each through all above it."""
+    for where in (layer._parameters, layer._buffers):
+        for name, x in where.items():
+            if x is not None:
+                yield path + name, x
+    for name, part in layer._modules.items():
+        if part is not None:
+            yield from weights_in(part, f"{path}{name}.")

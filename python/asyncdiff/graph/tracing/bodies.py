@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from ..state.alike import storage
+from ..state.alike import storage, weights_in
 
 _STACK = "nn_module_stack"
 
@@ -126,7 +126,7 @@ class _Weights:
     def __init__(self, module: nn.Module, program: Any) -> None:
         self._module = module
         nodes = {n.name: n for n in program.graph_module.graph.find_nodes(op="placeholder")}
-        every = _tensors_of(module)
+        every = dict(weights_in(module))
         specs = program.graph_signature.input_specs
         names = {s.arg.name: s.target for s in specs if s.kind.name in ("PARAMETER", "BUFFER")}
         #: by node the tensor, and by tensor the node
@@ -139,7 +139,7 @@ class _Weights:
         """What tells which node stands, for the layer at ``path``, for one that ``first`` uses;
         None for what is none of either's, nor of all layers'."""
         layer = self._module.get_submodule(path)
-        mine, theirs = _tensors_of(first), _tensors_of(layer)
+        mine, theirs = dict(weights_in(first)), dict(weights_in(layer))
         names = {id(tensor): name for name, tensor in mine.items()}
 
         def like(node: fx.Node) -> fx.Node | None:
@@ -150,11 +150,6 @@ class _Weights:
             return node if name is None else self._nodes[id(theirs[name])]
 
         return like
-
-
-def _tensors_of(layer: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = dict(layer.named_parameters(remove_duplicate=False))
-    return found | dict(layer.named_buffers(remove_duplicate=False))
 
 
 class _Copying:
@@ -188,6 +183,8 @@ class _Copying:
         made.meta = {**source.meta, _STACK: self._stack | self._inside(source.meta[_STACK])}
         if source in self._made:
             made.meta["val"] = self._made[source]
+        elif isinstance(source.meta.get("val"), Tensor):
+            made.meta["val"] = self._example(source.meta["val"])
         elif "val" in source.meta:
             made.meta["val"] = pytree.tree_map_only(Tensor, self._example, source.meta["val"])
         self.nodes[source] = made
