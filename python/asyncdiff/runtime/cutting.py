@@ -41,7 +41,7 @@ from .devices import Place, room_on
 from .exchange.compression.choice import Choice
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.link_speed import assumed_links, engine_links, once_measured
-from .rebalance import WORTH, WORTH_COMPILING, next_cut
+from .rebalance import WORTH, WORTH_COMPILING, corrected, next_cut
 
 log = logging.getLogger("asyncdiff")
 
@@ -161,7 +161,6 @@ class Cutter:
         worth = WORTH_COMPILING if self._config.compile else WORTH
         known, links = [parts for parts, _ in timed], self.links()
         kept = self._kept(known[0].captured, len(known[0].components), copies, links)
-
         limits = self._limits(len(known[0].components), copies)
 
         def decide() -> Partition | None:
@@ -173,6 +172,7 @@ class Cutter:
                 last.settled = last.costs is None or not last.costs.busy
                 kept().keep(last)
                 last.settled = True
+                self._learn(last, next(ms for parts, ms in timed if parts is last))
             return better
 
         return self._alike(known[0].captured, decide, known, limits)
@@ -301,19 +301,27 @@ class Cutter:
         return costs if speeds is None else at_speeds(costs, speeds, ranks)
 
     def _measured(self, captured: Captured, call: Call, place: Place) -> Costs:
-        costs = None
-        if self._timed_afterwards:
-            costs = self._costs.at_other_sizes(place.kind, captured)
-        with phase("measure"), undisturbed():
+        with phase("measure"):
+            costs = None
+            if self._timed_afterwards:
+                costs = self._costs.at_other_sizes(place.kind, captured)
             if costs is None:
-                costs = measure(captured, call.tensors, place.device, self._weights.bring)
+                with undisturbed():
+                    costs = measure(captured, call.tensors, place.device, self._weights.bring)
+                costs = fused(captured, costs) if self._config.compile else costs
                 self._costs.keep(place.kind, captured, costs)
-            return fused(captured, costs) if self._config.compile else costs
+            return costs
+
+    def _learn(self, parts: Partition, times: Sequence[float]) -> None:
+        """For other sizes: what nodes cost by the times that their components took."""
+        assert parts.costs is not None
+        costs = corrected(parts, parts.costs, times)
+        if not (costs.each or costs.busy):
+            self._costs.keep(self._places[0].kind, parts.captured, costs)
 
     @property
     def _timed_afterwards(self) -> bool:
-        """Whether components are timed where they run, which corrects what nodes are thought to
-        cost."""
+        """Whether components are timed where they run, which corrects what nodes cost."""
         count = self._config.components
         units = {p.unit for p in self._places[:count]}
         return self._places[0].device.type == "cuda" and len(units) == count

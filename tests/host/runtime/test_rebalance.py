@@ -134,6 +134,28 @@ def test_a_denoiser_is_made_with_the_new_cut(
     denoiser.close()
 
 
+def test_what_components_took_counts_for_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each new size would be cut wrongly first, and ranks be made twice."""
+    module = Toy(depth=12).double().eval().requires_grad_(False)
+    made: list[Any] = []
+
+    def timed(engine: Engine) -> list[float]:
+        parts = engine.partition
+        made.append(parts.cuts)
+        return [taken(parts, c, 1.2) for c in parts.components]
+
+    monkeypatch.setattr(cutting, "measure", even)
+    monkeypatch.setattr(cutting.Cutter, "_timed_afterwards", True)
+    monkeypatch.setattr(prepared, "component_ms", timed)
+    denoiser = asyncdiff.AsyncDenoiser(module, devices=["cpu"] * 2, components=2)
+    denoiser.prepare(**toy_call())
+    assert len(made) > 1 and made[0] != made[-1]
+    made.clear()
+    denoiser.prepare(**toy_call(size=16))
+    assert len(made) == 1
+    denoiser.close()
+
+
 def test_components_are_not_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float] | None] = []
 
