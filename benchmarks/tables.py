@@ -31,6 +31,7 @@ QUALITY = ROOT / "docs" / "guide" / "quality.md"
 PIPELINE = ROOT / "docs" / "guide" / "pipeline.md"
 PREPARATION = ROOT / "docs" / "guide" / "preparation.md"
 SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
+SETTINGS = ROOT / "docs" / "guide" / "settings.md"
 LINKS = ROOT / "docs" / "guide" / "links.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
 #: What calls of diffusers' Ulysses were timed on.
@@ -57,6 +58,7 @@ def main() -> None:
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
         (PREPARATION, {"preparation": preparation}),
+        (SETTINGS, {"unequal": unequal}),
         (SEQUENCE, {"sequence": sequence, "ulysses": ulysses, "merged": merged}),
         (LINKS, {"links": links}),
         (PIPELINES, {"pipelines": pipelines}),
@@ -227,7 +229,25 @@ def preparation() -> str:
                 spent = [f"{row['phases_s'].get(phase, 0.0):.1f}" for phase in phases]
                 figures = [f"{row['total_s']:.1f}", *spent, f"{row['ms_a_step']['median']:.1f}"]
                 table.append([f"{model['title']}{name}", said, *figures])
+                new = row.get("new_size")
+                if new is not None:
+                    spent = [f"{new['phases_s'].get(phase, 0.0):.1f}" for phase in phases]
+                    size = f"then {new['height']}×{new['width']}{name}"
+                    table.append([size, said, f"{new['total_s']:.1f}", *spent, ""])
     return markdown(table)
+
+
+def unequal() -> str:
+    """Two GPUs of which another process slows one down."""
+    table = [["", "speeds it was cut for", "ms a step", "of the sum of both speeds"]]
+    for name, model in _document("unequal_2gpu")["figures"].items():
+        share = f"{100 * model['share_of_first']:.0f} %"
+        for way, row in ((w, r) for w, r in model.items() if isinstance(r, dict) and "cuts" in r):
+            slower = "" if way == "both alone" else f", one at {share}"
+            speeds = ", ".join(f"{s:.2f}" for s in row["speeds"] or [1.0, 1.0])
+            figures = [f"{row['step_ms']:.1f}", f"{row['of_ideal']:.3f}"]
+            table.append([f"{MODELS[name].title}: {way}{slower}", speeds, *figures])
+    return f"{_source('unequal_2gpu')}\n\n{markdown(table)}"
 
 
 def sequence() -> str:

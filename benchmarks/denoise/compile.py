@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         timings.take(asynchronous, loop)
     report = team.denoiser.report()
+    alone = component_times(team.denoiser) if gpus else []
     if args.new_size:
         with recording() as afresh:
             asynchronous.run(lower)
@@ -107,7 +108,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.new_size:
         figures["new_size"] = {"height": other.height, "width": other.width, **seconds(afresh)}
     if gpus:
-        figures["component_ms_alone"] = [round(t, 3) for t in component_times(team.denoiser)]
+        figures["component_ms_alone"] = [round(t, 3) for t in alone]
+        figures["cuts"] = team.denoiser.partition.cuts
     exact = Timings()
     few = model.loop(inputs, EXACT)
     exact.take(Asynchronous(team, Setting(args.components, 1, EXACT)), few)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ from .timing import milliseconds
 _BLOCK_NODES = 128
 #: Timed passes over each block, after one that warms up.
 _PASSES = 3
-#: Nodes that are alike are timed at so many places, and then no more where at least so many follow
-#: each other: layers of a denoiser are mostly alike.
-_PLACES, _FOLLOWING = 3, 32
+#: Nodes that are alike, as those of layers mostly are, are timed at so many places, spread over all
+#: of them. What lies between, of at least so many nodes, is only run.
+_PLACES, _FOLLOWING = 5, 32
 #: A GPU's rates for estimates, about half of an H200's peaks. Only ratios matter for a cut.
 _FLOPS_PER_MS = {torch.float32: 2.5e10, torch.float16: 4e11, torch.bfloat16: 4e11}
 _BYTES_PER_MS = 2.5e9
@@ -194,7 +194,7 @@ def measure(
     bring: Callable[[Captured, str, torch.device], torch.Tensor] | None = None,
 ) -> Costs:
     """Run the denoiser node by node on ``device`` and time each (medians, also over nodes that are
-    alike: of those the first ones are timed).
+    alike: of those a few are timed).
 
     ``tensors`` are the call's inputs. Weights are brought to the device block by block, by
     ``bring`` (None: they are where the denoiser is), so that a denoiser larger than the device's
@@ -208,19 +208,20 @@ def measure(
     last_reader = {s: n for n in captured.nodes for s in n.all_input_nodes}
     alike = _alike(captured)
     found: dict[Hashable, list[float]] = {kind: [] for kind in alike.values()}
+    chosen = _chosen(alike)
     what, count = "timing the denoiser's parts", len(captured.nodes)
     with on_device(device):
         too_long = _launch_ms(device) if device.type == "cuda" else 0.0
         start = 0
         while start < count:
             tell(what, start, count)
-            block, known = _block(captured.nodes[start:], alike, found)
+            block, timed = _block(captured.nodes[start:], chosen)
             start += len(block)
             values |= _bring(captured, block, device, bring or _weight)
             runs = _runs(block, values, last_reader, device)
             for run in runs:  # kernels are loaded, and chosen, in the first run
                 run()
-            if not known:
+            if timed:
                 passes = [milliseconds(runs, device) for _ in range(_PASSES)]
                 for node, times in zip(block, zip(*passes, strict=True), strict=True):
                     if node in alike:
@@ -243,25 +244,31 @@ def _alike(captured: Captured) -> dict[fx.Node, Hashable]:
     }
 
 
-def _block(
-    nodes: Sequence[fx.Node],
-    alike: Mapping[fx.Node, Hashable],
-    found: Mapping[Hashable, Sequence[float]],
-) -> tuple[Sequence[fx.Node], bool]:
-    """The first ones, which are run behind one gate; and whether enough of what is like them was
-    timed."""
+def _chosen(alike: Mapping[fx.Node, Hashable]) -> set[fx.Node]:
+    """The nodes to be timed: of those alike a few, spread over all."""
+    places: dict[Hashable, list[fx.Node]] = {}
+    for node, kind in alike.items():
+        places.setdefault(kind, []).append(node)
+    return {
+        nodes[i * (len(nodes) - 1) // max(_PLACES - 1, 1)]
+        for nodes in places.values()
+        for i in range(_PLACES)
+    }
 
-    def known_from(start: int) -> int:
-        ahead = enumerate(nodes[start : start + _BLOCK_NODES])
-        new = (i for i, n in ahead if n in alike and len(found[alike[n]]) < _PLACES)
-        return next(new, len(nodes[start : start + _BLOCK_NODES]))
 
-    known = known_from(0)
-    if known >= min(_FOLLOWING, len(nodes)):
-        return nodes[:known], True
+def _block(nodes: Sequence[fx.Node], chosen: Set[fx.Node]) -> tuple[Sequence[fx.Node], bool]:
+    """The first ones, to be run behind one gate; and whether there is one to be timed."""
+
+    def only_run(start: int) -> int:
+        ahead = nodes[start : start + _BLOCK_NODES]
+        return next((i for i, node in enumerate(ahead) if node in chosen), len(ahead))
+
+    passed = only_run(0)
+    if passed >= min(_FOLLOWING, len(nodes)):
+        return nodes[:passed], False
     most = min(_BLOCK_NODES, len(nodes))
-    end = next((i for i in range(1, most) if known_from(i) >= _FOLLOWING), most)
-    return nodes[:end], False
+    end = next((i for i in range(1, most) if only_run(i) >= _FOLLOWING), most)
+    return nodes[:end], True
 
 
 def _weight(captured: Captured, name: str, device: torch.device) -> torch.Tensor:
