@@ -54,15 +54,14 @@ class Weights:
         self._held: weakref.WeakValueDictionary[tuple[str | int, torch.device], Held] = (
             weakref.WeakValueDictionary()
         )
-        #: Those of them that have the values which the denoiser's weights have now, for a graph
-        #: that is captured next: who keeps ranks knows.
+        #: Those of them that have the values which the denoiser's weights have now: who keeps ranks
+        #: knows.
         self.current: Callable[[], Iterable[Held]] = tuple
         #: how often a copy has become that of another weight
         self.exchanges = 0
-        #: which of them are of the denoiser captured last, and known to be its weights
+        #: which of them are known to have the values of the denoiser's weights
         self._known: set[tuple[str | int, torch.device]] = set()
         self._gpus: set[torch.device] = set()
-        self._captured: Callable[[], Captured | None] = lambda: None
         self._offloaded = False
         #: to be offloaded while ranks are made, and on the way
         self._leaves = False
@@ -150,13 +149,15 @@ class Weights:
                 raise
             self._offloaded = False
 
+    def look(self) -> None:
+        """Find out which copies have the values that the denoiser's weights have now. Call before
+        ranks are made, or take weights anew: other ranks may have the same copies."""
+        current = set(self.current())
+        self._known = {key for key, held in self._held.items() if held in current}
+
     def get(self, captured: Captured, name: str, device: torch.device) -> Held:
         """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
         weight = captured.weights[name]
-        if captured is not self._captured():
-            self._captured = weakref.ref(captured)
-            current = set(self.current())
-            self._known = {key for key, held in self._held.items() if held in current}
         # What stands for a number is each graph's own.
         key = captured.places.get(name, id(weight)) if weight.dim() else id(weight), device
         held = self._held.get(key)

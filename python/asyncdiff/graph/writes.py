@@ -49,16 +49,29 @@ class WeightWatch:
                 self._samples.setdefault(kind, []).append(_array(elements) if host else elements)
                 self._owners.setdefault(kind, []).extend([id(weight)] * len(elements))
         self._values = self._read()
+        #: what was found by now: who looked may have taken what has been put back since
+        self._written: Written = set()
 
     def changed(self) -> bool:
-        """Whether something was written. For weights on a GPU the host waits."""
-        return self._mark() != self._marks or not all(
+        """Whether something was written, also where it was put back after it was found here. For
+        weights on a GPU the host waits."""
+        same = self._mark() == self._marks and all(
             torch.equal(now, self._values[kind]) for kind, now in self._read().items()
         )
+        if same and self._written == set():
+            return False
+        self.written()
+        return True
 
     def written(self) -> Written:
         """The addresses of those that torch has seen written to; None where it has not seen all,
         as a few elements tell: it may be any then. For weights on a GPU the host waits."""
+        now, earlier = self._differing(), self._written
+        self._written = None if now is None or earlier is None else now | earlier
+        return self._written
+
+    def _differing(self) -> Written:
+        """Those that are not now what they were."""
         counted: set[int] = set()
         of = self._weights, self._counted
         for weights, marks, earlier in zip(of, self._mark(), self._marks, strict=True):

@@ -162,9 +162,9 @@ class EngineMaker:
             parts = self._cutter.shards(call, components, like)
         else:
             parts = self._cutter.first(call, components, copies, like, everywhere or places)
-        beside = next((e for e in self.beside if e.places == list(places)), None)
-        if isinstance(beside, Groups):
-            beside = beside.engines[0]
+        self._weights.look()
+        each = [e for b in self.beside for e in (b.engines if isinstance(b, Groups) else [b])]
+        beside = next((e for e in each if e.places == list(places)), None)
         engine = self._engine(call, parts, places, beside)
         given = self._config.split != "auto" or like is not None
         if components == 1 or given or parts.settled:

@@ -93,7 +93,7 @@ class Prepared:
     def stale(self, version: int) -> bool:
         """Whether the denoiser has, or may have, other weights now than the ranks."""
         then = self.version, self.exchanges
-        return then != (version, self.weights.exchanges) or self.watch.changed()
+        return self.watch.changed() or then != (version, self.weights.exchanges)
 
     def renew(self, structure: Structure, version: int) -> bool:
         """Give the ranks the weights and numbers that the denoiser has now; whether that was
@@ -101,6 +101,7 @@ class Prepared:
         captured = {id(e.partition.captured): e.partition.captured for e in self.engines}
         for each in captured.values():
             each.follow(structure)
+        self.weights.look()
         written = self.watch.written()
         if False in [engine.renew(self.weights, written) for engine in self.engines]:
             return False

@@ -77,8 +77,7 @@ class Worker:
         self._times = places[Role.TIMESTEP]
         self._conditioning = self.static.keys() & places[Role.CONDITIONING]
         self._captured = captured
-        #: weights, which ranks of a device share, by placeholder
-        #: the weights that it computes with, by name
+        #: the weights that it computes with, which ranks of a device share, by placeholder
         self.held: dict[str, Held] = {}
 
         def bring(name: str, device: torch.device) -> torch.Tensor:

@@ -43,6 +43,17 @@ def test_as_in_one_batch(settings: dict[str, Any]) -> None:
         assert "9 steps of 2 calls" in str(report)
 
 
+def test_after_a_batch_whose_exact_steps_ran_split() -> None:
+    """Its ranks for exact steps are at the same places, one group at each."""
+    settings: dict[str, Any] = {"components": 2, "warmup": 1, "exact_mode": "split"}
+    with contextlib.closing(AsyncDenoiser(toy(), split="estimate", **settings)) as denoiser:
+        for branches in (1, 2):
+            with denoiser.generation([900], branches=branches):
+                for index in range(branches):
+                    call = toy_call(batch=2 + 2 * index)
+                    torch.testing.assert_close(denoiser(**call), denoiser.module(**call))
+
+
 @pytest.mark.parametrize("settings", [SETTINGS[0], SETTINGS[4], SETTINGS[6]], ids=str)
 def test_prompts_of_other_lengths(settings: dict[str, Any]) -> None:
     """The same bits as with a denoiser for each."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.weights import Weights
 from asyncdiff.runtime import cutting, making
 from asyncdiff.runtime.engine import Engine
+from asyncdiff.runtime.worker import Worker
 
 SPLIT = [["enter", "down"], ["mix", "up", "leave"]]
 
@@ -235,3 +237,65 @@ def test_nothing_is_collected_while_ranks_are_made(
     )
     denoiser.prepare(**toy_call())
     assert seen == [False] and gc.isenabled()
+
+
+def _swapped(weight: torch.Tensor) -> Callable[[], None]:
+    before, weight.data = weight.data, 2 * weight.data
+
+    def put_back() -> None:
+        weight.data = before
+
+    return put_back
+
+
+def _doubled(weight: torch.Tensor) -> Callable[[], None]:
+    weight.data.mul_(2.0)  # unseen by torch
+    return lambda: weight.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [_swapped, _doubled])
+@pytest.mark.parametrize("batches", [(1, 2, 1), (1, 2, 3), (2, 2, 1), (2, 1, 2)], ids=str)
+def test_weights_that_are_put_back(
+    denoiser: AsyncDenoiser,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[torch.Tensor], Callable[[], None]],
+    batches: tuple[int, int, int],
+) -> None:
+    """As averages do: what calls of another size took meanwhile are the copies of all."""
+    monkeypatch.setattr(Weights, "_shared", staticmethod(lambda weight, device: False))
+    before, meanwhile, after = batches
+    for batch in {1, before}:
+        torch.testing.assert_close(*_rows(denoiser, batch))
+    put_back = write(denoiser.module.mix.weight)
+    torch.testing.assert_close(*_rows(denoiser, meanwhile))
+    put_back()
+    torch.testing.assert_close(*_rows(denoiser, after))
+
+
+def test_ranks_of_exact_steps_that_are_made_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has copies for calls of another size, of more than its component."""
+    monkeypatch.setattr(Weights, "_shared", staticmethod(lambda weight, device: False))
+    bring = Weights.get
+
+    def apart(weights: Weights, captured: Any, name: str, device: torch.device) -> Any:
+        return bring(weights, captured, name, at[-1])
+
+    def placed(worker: Worker, parts: Any, rank: int, *args: Any, **options: Any) -> None:
+        at.append(torch.device("cpu", rank + (len(parts.components) == 1)))
+        make(worker, parts, rank, *args, **options)
+
+    make, at = Worker.__init__, list[torch.device]()
+    monkeypatch.setattr(Weights, "get", apart)
+    monkeypatch.setattr(Worker, "__init__", placed)
+    settings: dict[str, Any] = {"split": SPLIT, "exact_mode": "split", "warmup": 1}
+    with contextlib.closing(AsyncDenoiser(toy(), devices=["cpu"] * 2, **settings)) as denoiser:
+
+        def check(call: dict[str, torch.Tensor]) -> None:
+            with denoiser.generation([900], branches=2):
+                for _ in range(2):
+                    torch.testing.assert_close(denoiser(**call), denoiser.module(**call))
+
+        check(toy_call(batch=1))
+        denoiser.prepare(**toy_call(batch=2))
+        denoiser.module.enter.weight.mul_(2.0)
+        check(toy_call(batch=2))
