@@ -20,6 +20,7 @@ from toys import Toy, toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.weights import Weights
 
 
 class Large(nn.Module):
@@ -171,3 +172,20 @@ def bits(member: Member) -> dict[str, Any]:
     )
     out["shared"] = whole.down[-1].weight is whole.down[0].weight
     return out
+
+
+def replaced(member: Member) -> list[float]:
+    """A weight that one component has is another one, and then the first again, with calls of
+    other sizes in between, of devices that have copies: how far off results are."""
+    Weights._shared = staticmethod(lambda weight, device: False)  # type: ignore[method-assign]
+    module, off = toy(), []
+    denoiser = AsyncDenoiser(module, group=member.group(), split=SPLIT, deadline=60)
+    first = module.mix.weight
+    other = nn.Parameter(2 * first, requires_grad=False)
+    for batch, weight in ((1, first), (2, other), (1, first), (2, other), (3, first)):
+        module.mix.weight = weight
+        call = toy_call(batch=batch)
+        with denoiser.generation([900]):
+            off.append(float((denoiser(**call)[0] - module(**call)[0]).abs().max()))
+    denoiser.close()
+    return off

@@ -57,8 +57,10 @@ class Weights:
         #: Those of them that have the values which the denoiser's weights have now: who keeps ranks
         #: knows.
         self.current: Callable[[], Iterable[Held]] = tuple
-        #: how often a copy has become that of another weight
+        #: how often a weight has taken another one's place, of which there may be copies; in all
+        #: processes of a group, whoever has these
         self.exchanges = 0
+        self._placed: dict[str, weakref.ref[torch.Tensor]] = {}
         #: which of them are known to have the values of the denoiser's weights
         self._known: set[tuple[str | int, torch.device]] = set()
         self._gpus: set[torch.device] = set()
@@ -149,11 +151,18 @@ class Weights:
                 raise
             self._offloaded = False
 
-    def look(self) -> None:
+    def look(self, captured: Captured) -> None:
         """Find out which copies have the values that the denoiser's weights have now. Call before
-        ranks are made, or take weights anew: other ranks may have the same copies."""
+        ranks of ``captured`` are made, or take its weights anew: others may have the same
+        copies."""
         current = set(self.current())
         self._known = {key for key, held in self._held.items() if held in current}
+        for name, place in captured.places.items():
+            weight = captured.weights[name]
+            if weight.dim():
+                before = self._placed.get(place)
+                self.exchanges += before is not None and before() is not weight
+                self._placed[place] = weakref.ref(weight)
 
     def get(self, captured: Captured, name: str, device: torch.device) -> Held:
         """The weight of placeholder ``name`` on ``device``; shared where it lies there already."""
@@ -187,7 +196,6 @@ class Weights:
 
     def _take(self, held: Held, weight: torch.Tensor) -> None:
         """Write a weight into what may be the copy of another one."""
-        self.exchanges += held.weight is not weight
         original = self._original(weight)
         held.tensor.copy_(plain(weight) if original is None else original)
         held.weight = weight

@@ -63,12 +63,15 @@ class WeightWatch:
         self.written()
         return True
 
-    def written(self) -> Written:
-        """The addresses of those that torch has seen written to; None where it has not seen all,
-        as a few elements tell: it may be any then. For weights on a GPU the host waits."""
-        now, earlier = self._differing(), self._written
-        self._written = None if now is None or earlier is None else now | earlier
-        return self._written
+    def written(self, now: Iterable[torch.Tensor] = ()) -> Written:
+        """The addresses of those that torch has seen written to, and of weights that there are
+        ``now`` and were not then; None where it has not seen all, as a few elements tell: it may be
+        any then. For weights on a GPU the host waits."""
+        found, earlier = self._differing(), self._written
+        self._written = None if found is None or earlier is None else found | earlier
+        if self._written is None:
+            return None
+        return self._written | {*map(id, now)}.difference(map(id, self._weights))
 
     def _differing(self) -> Written:
         """Those that are not now what they were."""

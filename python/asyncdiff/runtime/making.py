@@ -162,7 +162,7 @@ class EngineMaker:
             parts = self._cutter.shards(call, components, like)
         else:
             parts = self._cutter.first(call, components, copies, like, everywhere or places)
-        self._weights.look()
+        self._weights.look(parts.captured)
         each = [e for b in self.beside for e in (b.engines if isinstance(b, Groups) else [b])]
         beside = next((e for e in each if e.places == list(places)), None)
         engine = self._engine(call, parts, places, beside)

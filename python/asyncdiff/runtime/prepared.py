@@ -101,11 +101,12 @@ class Prepared:
         captured = {id(e.partition.captured): e.partition.captured for e in self.engines}
         for each in captured.values():
             each.follow(structure)
-        self.weights.look()
-        written = self.watch.written()
+            self.weights.look(each)
+        weights = [w for each in captured.values() for w in each.weights.values()]
+        written = self.watch.written(weights)
         if False in [engine.renew(self.weights, written) for engine in self.engines]:
             return False
-        self.watch = WeightWatch(w for each in captured.values() for w in each.weights.values())
+        self.watch = WeightWatch(weights)
         self.version, self.exchanges = version, self.weights.exchanges
         self.renewals += 1
         return True

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
@@ -299,3 +300,16 @@ def test_ranks_of_exact_steps_that_are_made_after_a_write(monkeypatch: pytest.Mo
         denoiser.prepare(**toy_call(batch=2))
         denoiser.module.enter.weight.mul_(2.0)
         check(toy_call(batch=2))
+
+
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2.0), lambda x: x.data.mul_(2.0)])
+def test_weights_that_took_the_place_of_others_and_are_written_to(
+    denoiser: AsyncDenoiser, monkeypatch: pytest.MonkeyPatch, write: Callable[[torch.Tensor], Any]
+) -> None:
+    """While calls of another size came, which have the same copies."""
+    monkeypatch.setattr(Weights, "_shared", staticmethod(lambda weight, device: False))
+    torch.testing.assert_close(*_rows(denoiser, 1))
+    denoiser.module.mix.weight = nn.Parameter(-denoiser.module.mix.weight, requires_grad=False)
+    torch.testing.assert_close(*_rows(denoiser, 2))
+    write(denoiser.module.mix.weight)
+    torch.testing.assert_close(*_rows(denoiser, 1))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import group_bits
+import group_weights
 import pytest
 from group import run
 
@@ -65,3 +66,9 @@ def test_tokens(processes: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_qualities(tmp_path: Path) -> None:
     alike(run(group_bits.qualities, 2, tmp_path), group_bits.qualities_alone(2))
+
+
+def test_weights_of_one_component_that_are_replaced(tmp_path: Path) -> None:
+    """The processes that have no copies of them look as often at what they have."""
+    for off in run(group_weights.replaced, 2, tmp_path):
+        assert max(off) < 1e-10
