@@ -30,6 +30,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _REGISTRY = "_diffusers_hook"
 #: Attributes that are looked at by themselves, or do not count.
 _APART = frozenset(("_parameters", "_buffers", "_modules", "forward", _REGISTRY, *_HOOKS))
+#: What every module has; most of it is empty.
+_OWN = frozenset(vars(nn.Module()))
 #: So deep values are looked into.
 _DEPTH = 6
 
@@ -116,7 +118,9 @@ class Kinds:
             for name, x in where.items()
         )
         plain = tuple(
-            (name, self._frozen(x)) for name, x in attributes.items() if name not in _APART
+            (name, self._frozen(x))
+            for name, x in attributes.items()
+            if name not in _APART and not (name in _OWN and not x)
         )
         return type(layer), type(layer).forward, weights, plain, self._read_by(type(layer))
 
