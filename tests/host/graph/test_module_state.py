@@ -320,6 +320,7 @@ def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
             assert torch.equal(copy.tensor, weight)
         weight.data += 1
         captured = capture(module, parse(module, (), toy_call()))
+        weights.look(captured)
         assert weights.get(captured, name, here) is copy and torch.equal(copy.tensor, weight)
 
 
