@@ -165,8 +165,8 @@ class Weights:
                 self._placed[place] = weakref.ref(weight)
 
     def get(self, captured: Captured, name: str, device: torch.device) -> Held:
-        """The weight of placeholder ``name`` on ``device``; shared where it lies there already. Only
-        after :meth:`look`."""
+        """The weight of placeholder ``name`` on ``device``; shared where it lies there already.
+        Only after :meth:`look`."""
         weight = captured.weights[name]
         # What stands for a number is each graph's own.
         key = captured.places.get(name, id(weight)) if weight.dim() else id(weight), device
