@@ -5,13 +5,13 @@
     python benchmarks/denoise/compile.py --device cpu --dtype float32 --models tiny-sdxl  # a try
 
 Each way of a model is prepared in a process of its own, with nothing on the disk: inductor's cache
-and asyncdiff's are empty folders; then once more in another process, with what the first one left
-there. Each process draws ``--rounds`` loops of ``--steps`` steps. Reported are the seconds of the
-first generation by phase (``asyncdiff.phases``; ``total_s`` with what belongs to none), how many
-pieces there were and how many of them inductor was given, the milliseconds of a step (median,
-smallest, largest), of the components alone in CUDA graphs, and how far the result of a few exact
-steps is from the plain module's. With ``--new-size`` the first generation of another size follows
-in the same process, of three quarters of the height.
+and asyncdiff's are empty folders; then, but for ``--cold``, once more in another process, with what
+the first one left there. Each process draws ``--rounds`` loops of ``--steps`` steps. Reported are
+the seconds of the first generation by phase (``asyncdiff.phases``; ``total_s`` with what belongs to
+none), how many pieces there were and how many of them inductor was given, the milliseconds of a
+step (median, smallest, largest), of the components alone in CUDA graphs, and how far the result of
+a few exact steps is from the plain module's. With ``--new-size`` the first generation of another
+size follows in the same process, of three quarters of the height.
 
 What ``--out`` has already, from the same machine and versions, stays in it: it is written after
 each process, and a run that was stopped can go on with what is missing (``--again``: all anew).
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--cold", action="store_true", help="no process with what another kept")
     parser.add_argument("--new-size", action="store_true", help="also that of another size")
     parser.add_argument("--again", action="store_true", help="measure what --out has already")
     parser.add_argument("--out", type=Path, default=OUT / "compile.json")
@@ -237,10 +238,11 @@ def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder
     good = True
     for way in args.ways:
         known, place = entry["ways"].setdefault(way, {}), folder / f"{key}-{way}"
-        if "total_s" in known.get("cold", {}) and "total_s" not in known.get("warm", {}):
+        warm = args.cold or "total_s" in known.get("warm", {})
+        if "total_s" in known.get("cold", {}) and not warm:
             # What the cold process left may be gone.
             known = entry["ways"][way] = known if place.exists() else {}
-        for cache in CACHES:
+        for cache in CACHES[: 1 if args.cold else None]:
             if "total_s" in known.get(cache, {}):
                 continue
             found = run(args, key, way, cache, place)
