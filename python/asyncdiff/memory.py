@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 
 import torch
@@ -33,16 +34,31 @@ def out_of_memory(error: BaseException | None) -> bool:
     return said or out_of_memory(error.__cause__)
 
 
+#: Whether nothing is collected because of us.
+_paused = False
+
+
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Nothing is looked for meanwhile: what exports a denoiser, or makes ranks of it, makes so many
     objects that Python looks through all there are again and again, for a third of a second each
     time, and hardly any that it could free."""
+    global _paused
     if not gc.isenabled():
         yield
         return
     gc.disable()
+    _paused = True
     try:
         yield
     finally:
+        _paused = False
         gc.enable()
+
+
+def _in_child() -> None:
+    if _paused:  # by a thread that a child has not
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from asyncdiff import AsyncDenoiser, CaptureError, progress
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.graph.tracing import traced
+from asyncdiff.memory import uncollected
 
 
 class WritesData(nn.Module):
@@ -77,6 +79,15 @@ def test_an_export_that_goes_on_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     with progress.watched(seen.append):
         capture(Many(), parse(Many(), (sample, time), {}))
     assert sum("exporting the denoiser: " in x and "operations" in x for x in seen) >= 2
+
+
+def test_a_process_made_by_fork_meanwhile_collects() -> None:
+    """The thread that would begin to collect again is not in it."""
+    with uncollected():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitpid(child, 0)[1] == 0 and not gc.isenabled()
 
 
 @pytest.mark.parametrize("collecting", [True, False])
