@@ -17,13 +17,10 @@ run and after all is unloaded.
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
-import importlib.util
 import os
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from comfyui.loading import load_pack, open_comfyui
+
 import results_file
 
-PACK = results_file.ROOT / "integrations" / "comfyui"
 FOLDER = os.environ.get("COMFYUI", "")
 #: What ComfyUI finds out of a checkpoint of SDXL.
 SDXL = {
@@ -63,7 +61,6 @@ TINY = SDXL | {
     "transformer_depth": [0, 2],
     "transformer_depth_output": [0, 0, 2, 2],
     "transformer_depth_middle": 1,
-    "context_dim": 2048,
 }
 #: By name its configuration, and the latents' height and width.
 MODELS = {"sdxl": (SDXL, 128), "tiny": (TINY, 16)}
@@ -75,40 +72,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "defaults": {},
 }
 TOKENS = 77
-
-
-def comfy_pack(cpu: bool) -> Any:
-    """ComfyUI's modules, and the node pack as ComfyUI loads it."""
-    if not FOLDER:
-        raise SystemExit("COMFYUI has to name ComfyUI's folder")
-    sys.path.insert(0, FOLDER)
-    for name in ("torchvision", "torchaudio"):
-        if importlib.util.find_spec(name) is None:
-            _pretend(name)
-    from comfy.cli_args import args
-
-    args.cpu = cpu
-    args.use_pytorch_cross_attention = True
-    spec = importlib.util.spec_from_file_location(
-        "asyncdiff_comfyui", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    assert spec is not None and spec.loader is not None
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = pack
-    spec.loader.exec_module(pack)
-    return pack
-
-
-def _pretend(name: str) -> None:
-    """A package that can be imported, with nothing in it."""
-    for path in (name, f"{name}.transforms", f"{name}.functional"):
-        module = types.ModuleType(path)
-        module.__spec__ = importlib.machinery.ModuleSpec(path, None)
-        module.__getattr__ = lambda attribute: None  # type: ignore[method-assign]
-        sys.modules[path] = module
-        parent, _, own = path.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], own, module)
 
 
 def build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -156,7 +119,7 @@ def held() -> list[int]:
     return [torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count())]
 
 
-def measure(args: argparse.Namespace, pack: Any) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of all ways."""
     import comfy.model_management
 
@@ -165,7 +128,7 @@ def measure(args: argparse.Namespace, pack: Any) -> dict[str, Any]:
     home = torch.device("cuda:0") if gpu else torch.device("cpu", 0)
     model = build(config, home, torch.float16 if gpu else torch.float32)
     devices = "cuda:0, cuda:1" if gpu else "cpu, cpu"
-    node = pack.NODE_CLASS_MAPPINGS["AsyncDiffParallel"]()
+    node = load_pack().NODE_CLASS_MAPPINGS["AsyncDiffParallel"]()
     compile = {"compile": "on" if args.compile else "off"}
     figures: dict[str, Any] = {"steps": args.steps, "sampler": args.sampler, "ways": {}}
     drawn: dict[str, torch.Tensor] = {}
@@ -218,9 +181,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--out", type=Path, default=results_file.ROOT / "out" / "comfyui.json")
     args = parser.parse_args()
-    pack = comfy_pack(args.device == "cpu")
+    if not FOLDER:
+        raise SystemExit("COMFYUI has to name ComfyUI's folder")
+    open_comfyui(FOLDER, args.device == "cpu")
     figures = results_file.continued(args.out)
-    figures[args.model + ("-compiled" if args.compile else "")] = measure(args, pack)
+    figures[args.model + ("-compiled" if args.compile else "")] = measure(args)
     results_file.write(args.out, figures)
     print(f"written to {args.out}")
 

@@ -3,7 +3,6 @@ themselves."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,30 +11,20 @@ from typing import Any
 
 import pytest
 
-PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 _FOLDER = os.environ.get("COMFYUI", "")
 
 if _FOLDER:
-    sys.path.insert(0, _FOLDER)
-    from comfy.cli_args import args
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from comfyui.loading import load_pack, open_comfyui
 
-    args.cpu = True
-    args.use_pytorch_cross_attention = True  # as on GPUs
-
+    open_comfyui(_FOLDER, cpu=True)
     from tiny_models import sd15
 
 
 @pytest.fixture(scope="session")
 def pack() -> Any:
     """The node pack, loaded as ComfyUI loads it."""
-    spec = importlib.util.spec_from_file_location(
-        "asyncdiff_comfyui", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_pack()
 
 
 @pytest.fixture
