@@ -240,13 +240,15 @@ def preparation() -> str:
 def unequal() -> str:
     """Two GPUs of which another process slows one down."""
     table = [["", "speeds it was cut for", "ms a step", "of the sum of both speeds"]]
-    for name, model in _document("unequal_2gpu")["figures"].items():
+    for key, model in _document("unequal_2gpu")["figures"].items():
+        name, *run = key.split(", ")
+        title = ", ".join([MODELS[name].title, *run])
         share = f"{100 * model['share_of_first']:.0f} %"
         for way, row in ((w, r) for w, r in model.items() if isinstance(r, dict) and "cuts" in r):
             slower = "" if way == "both alone" else f", one at {share}"
             speeds = ", ".join(f"{s:.2f}" for s in row["speeds"] or [1.0, 1.0])
             figures = [f"{row['step_ms']:.1f}", f"{row['of_ideal']:.3f}"]
-            table.append([f"{MODELS[name].title}: {way}{slower}", speeds, *figures])
+            table.append([f"{title}: {way}{slower}", speeds, *figures])
     return f"{_source('unequal_2gpu')}\n\n{markdown(table)}"
 
 
