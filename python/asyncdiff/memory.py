@@ -41,8 +41,8 @@ _paused = False
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Nothing is looked for meanwhile: what exports a denoiser, or makes ranks of it, makes so many
-    objects that Python looks through all there are again and again, for a third of a second each
-    time, and hardly any that it could free."""
+    objects that Python looks through all there are again and again, and hardly any that it could
+    free."""
     global _paused
     if not gc.isenabled():
         yield

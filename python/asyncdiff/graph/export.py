@@ -186,7 +186,7 @@ def unlogged() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly(module: nn.Module) -> Iterator[None]:
-    """Where torch only looks at metadata, modes that see each look are passed by: they take a third
+    """Where torch only looks at metadata, modes that see each look are passed by: they take much
     of the time of an export. Weights of classes of their own may answer otherwise then."""
     quiet = () if own_classes(module) else _LOOKING
     before = [(where, name, getattr(where, name, None)) for where, name in quiet]

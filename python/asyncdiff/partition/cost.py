@@ -250,7 +250,7 @@ def _chosen(alike: Mapping[fx.Node, Hashable]) -> set[fx.Node]:
     for node, kind in alike.items():
         places.setdefault(kind, []).append(node)
     return {
-        nodes[i * (len(nodes) - 1) // max(_PLACES - 1, 1)]
+        nodes[i * (len(nodes) - 1) // (_PLACES - 1)]
         for nodes in places.values()
         for i in range(_PLACES)
     }
