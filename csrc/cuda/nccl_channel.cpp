@@ -230,7 +230,9 @@ void NcclChannel::put(const std::vector<const void*>& tensors, int slot, Stream 
   check_count(tensors.size());
   check_end(sender(), slot);
   const DeviceGuard guard(shared_->device(sender()));
-  if (launch_bundle(from_, layout(), tensors, slot, Launch::kOrdinary, as_stream(stream))) {
+  // What is packed of a large bundle crosses while the rest of it is packed.
+  if (!in_parts() &&
+      launch_bundle(from_, layout(), tensors, slot, Launch::kOrdinary, as_stream(stream))) {
     shared_->courier().wake();
     return;
   }
