@@ -13,6 +13,9 @@ step (median, smallest, largest), of the components alone in CUDA graphs, and ho
 a few exact steps is from the plain module's. With ``--new-size`` the first generation of another
 size follows in the same process, of three quarters of the height.
 
+With ``--beside`` all of them prepare beside each other, and then time one by one: for what steps
+take, which is then compared of the same cuts, by estimate. Preparing takes longer than by itself.
+
 What ``--out`` has already, from the same machine and versions, stays in it: it is written after
 each process, and a run that was stopped can go on with what is missing (``--again``: all anew).
 With ``--seconds`` it stops by itself. Caches stay in ``--caches``, if that is given: then another
@@ -29,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import results_file
+from denoise.beside import Lock
 from denoise.models import MODELS, TRIES
 
 WAYS: dict[str, bool | str] = {"whole": "whole", "regions": "regions", "graphs": False}
@@ -57,6 +62,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from denoise.timings import Timings, synchronize
     from denoise.ways import Asynchronous, Eager, Team, component_times
 
+    lock = Lock(args.lock)
+    lock.prepare()
     model, way = KNOWN[args.models[0]], args.ways[0]
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     home = "cuda:0" if gpus else "cpu"
@@ -82,15 +89,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     loop = model.loop(inputs, args.steps)
     synchronize()
     with recording() as spent:
-        team = Team(module, loop, setting, devices, WAYS[way], told(pieces))
+        # Whatever else the GPUs do misleads whoever times components.
+        settings = {"split": "estimate"} if args.beside else {}
+        team = Team(module, loop, setting, devices, WAYS[way], told(pieces), **settings)
         asynchronous = Asynchronous(team, setting)
         asynchronous.run(loop)
         synchronize()
+    lock.time()
     timings = Timings()
     for _ in range(args.rounds):
         timings.take(asynchronous, loop)
     report = team.denoiser.report()
     alone = component_times(team.denoiser) if gpus else []
+    lock.free()
     if args.new_size:
         with recording() as afresh:
             asynchronous.run(lower)
@@ -103,6 +114,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **timings.figures(args.steps),
         "devices": devices,
         "shared_gpus": gpus < args.components,
+        "prepared_beside_others": args.beside,
         "commit": results_file.commit(),
     }
     if args.new_size:
@@ -151,6 +163,8 @@ def run(
         command += [f"--{name}", str(getattr(args, name))]
     if args.new_size:
         command.append("--new-size")
+    if args.beside:
+        command += ["--beside", "--lock", str(folder.parent / "lock")]
     try:
         done = subprocess.run(command, env=environment, timeout=args.left())
     except subprocess.TimeoutExpired:
@@ -202,10 +216,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--cold", action="store_true", help="no process with what another kept")
+    parser.add_argument("--beside", action="store_true", help="all at once, cold: see above")
     parser.add_argument("--new-size", action="store_true", help="also that of another size")
     parser.add_argument("--again", action="store_true", help="measure what --out has already")
     parser.add_argument("--out", type=Path, default=OUT / "compile.json")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         args.one.write_text(json.dumps(measure(args)))
@@ -218,8 +234,11 @@ def main() -> None:
     figures = results_file.continued(args.out)
     good = True
     try:
-        for key in args.models:
-            good &= measured(args, key, figures, folder)
+        if args.beside:
+            good = measured_beside(args, figures, folder)
+        else:
+            for key in args.models:
+                good &= measured(args, key, figures, folder)
     finally:
         if args.caches is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,15 +246,52 @@ def main() -> None:
     raise SystemExit(not good)
 
 
-def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder: Path) -> bool:
-    """Put a model's figures into ``figures`` and ``--out``, process by process; whether none
-    failed, or was left out for lack of time."""
+def entry_of(args: argparse.Namespace, key: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A model's figures in ``figures``: those that there are, if they were asked for so."""
     asked = {"steps": args.steps, "dtype": args.dtype, "components": args.components}
-    entry = figures.get(key, {})
+    entry: dict[str, Any] = figures.get(key, {})
     if args.again or any(entry.get(name) != value for name, value in asked.items()):
         entry = {"title": KNOWN[key].title, **asked, "ways": {}}
     figures[key] = entry
+    return entry
+
+
+def measured_beside(args: argparse.Namespace, figures: dict[str, Any], folder: Path) -> bool:
+    """As :func:`measured`, of all models and ways at once, with nothing on the disk."""
+    entries = {key: entry_of(args, key, figures) for key in args.models}
+    wanted = [
+        (key, way)
+        for key in args.models
+        for way in args.ways
+        if "total_s" not in entries[key]["ways"].get(way, {}).get("cold", {})
+    ]
     good = True
+    with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
+        runs = {
+            pool.submit(run, args, key, way, "cold", folder / f"{key}-{way}"): (key, way)
+            for key, way in wanted
+        }
+        for done in as_completed(runs):
+            key, way = runs[done]
+            found = done.result()
+            if found is None:
+                print(f"{key}, {way}: no time was left", flush=True)
+                good = False
+                continue
+            entries[key]["ways"].setdefault(way, {})["cold"] = found
+            entries[key]["regions_over_whole"] = compared(entries[key]["ways"])
+            results_file.write(args.out, figures)
+            print(f"{key}, {way}: {json.dumps(found)}", flush=True)
+            good &= "failed" not in found
+    for key, entry in entries.items():
+        print(f"{key}: regions over whole {entry.get('regions_over_whole')}", flush=True)
+    return good
+
+
+def measured(args: argparse.Namespace, key: str, figures: dict[str, Any], folder: Path) -> bool:
+    """Put a model's figures into ``figures`` and ``--out``, process by process; whether none
+    failed, or was left out for lack of time."""
+    entry, good = entry_of(args, key, figures), True
     for way in args.ways:
         known, place = entry["ways"].setdefault(way, {}), folder / f"{key}-{way}"
         warm = args.cold or "total_s" in known.get("warm", {})

@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node 2 benchmarks/denoise/processes.py            # SD 2.1 and SDXL, N=2
     torchrun --nproc-per-node 2 benchmarks/denoise/processes.py --models sdxl --modes compiled
+    torchrun --nproc-per-node 2 benchmarks/denoise/processes.py --hosts    # as if on two hosts
     torchrun --nproc-per-node 2 benchmarks/denoise/processes.py --device cpu --models tiny \
         --dtype float32 --modes graph --steps 6    # a try-out
 
 Random weights, as in run.py. Rounds of the processes together, then rounds of process 0 alone with
 all of the GPUs, which the others have left, then of the processes again. Printed, and written to
 ``--out``: milliseconds a loop (medians, smallest, largest), the processes' over the one's, whether
-both computed the same bits, and what a generation's beginning and end cost besides.
+both computed the same bits. With ``--hosts`` each process counts as one on a host of its own, so
+that they exchange over the network (NCCL; TCP on the CPU); the one process goes on as ever.
 """
 
 from __future__ import annotations
@@ -81,8 +83,10 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     if rank != 0:
         return {}
     assert before.latents is not None and alone.latents is not None and after.latents is not None
-    several = before.ms + after.ms
-    return {
+    several, exposed = before.ms + after.ms, before.exposed + after.exposed
+    late = {"exposed_ms_per_tick": spread(exposed)} if exposed else {}
+    return late | {
+        "hosts": args.hosts,
         "processes_ms": spread(several),
         "one_process_ms": spread(alone.ms),
         "ratio": round(statistics.median(several) / statistics.median(alone.ms), 4),
@@ -95,6 +99,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["sd21", "sdxl"])
     parser.add_argument("--setting", type=Setting.parse, default=Setting(2, 1, 1))
     parser.add_argument("--modes", nargs="+", choices=("graph", "compiled"), default=["graph"])
+    parser.add_argument("--hosts", action="store_true", help="a host for each process: see above")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -103,6 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.hosts:
+        os.environ["ASYNCDIFF_HOST"] = f"host-{os.environ['RANK']}"
     dist.init_process_group("gloo")
     figures: dict[str, Any] = {}
     for name in args.models:
