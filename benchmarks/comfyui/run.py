@@ -123,6 +123,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of all ways."""
     import comfy.model_management
 
+    from asyncdiff.phases import recording
+
     config, side = MODELS[args.model]
     gpu = args.device == "cuda"
     home = torch.device("cuda:0") if gpu else torch.device("cpu", 0)
@@ -137,19 +139,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.ways:
             given = {"devices": devices, "components": 0, **compile, **WAYS[name]}
             models[name] = node.spread(model, **given)[0]
-        for name in models:
-            begun = time.perf_counter()
-            drawn[name] = sample(models[name], side, args)
-            figures["ways"][name] = {"first_s": round(time.perf_counter() - begun, 2), "s": []}
-            if gpu:
-                figures["ways"][name]["held_bytes"] = held()
-        for _ in range(args.rounds):
-            for name, run in models.items():
+        for name in [*models, "plain"]:
+            with recording() as spent:
                 begun = time.perf_counter()
-                sample(run, side, args)
-                figures["ways"][name]["s"].append(time.perf_counter() - begun)
+                drawn[name] = sample(models[name], side, args)
+                first = round(time.perf_counter() - begun, 2)
+            row = figures["ways"].setdefault(name, {"first_s": first, "s": []})
+            row["phases_s"] = {phase: round(s, 2) for phase, s in spent.in_order().items()}
+            for _ in range(args.rounds):
+                begun = time.perf_counter()
+                sample(models[name], side, args)
+                row["s"].append(time.perf_counter() - begun)
+            if gpu:
+                row["held_bytes"] = held()
         models.clear()
-        del run
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         if gpu:

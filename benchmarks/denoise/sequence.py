@@ -12,7 +12,7 @@ chain. Loops alternate in ``--rounds`` rounds; reported are milliseconds of a st
 times the speed of one GPU in the same mode and round (median, smallest, largest), what crosses, how
 far the result of exact steps is from the plain module's, and milliseconds of each rank's graph
 alone, without any exchange. With ``--seconds`` it stops by itself; what is measured is written
-after every round.
+after every round. With ``--lock FILE`` runs beside each other prepare together, and time alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import results_file
+from denoise.beside import Lock
 from denoise.models import MODELS, TRIES
 from denoise.settings import Setting
 from denoise.timings import Timings, synchronize
@@ -67,8 +68,9 @@ def of_one(value: Any) -> Any:
     )
 
 
-def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None:
+def measure(args: argparse.Namespace, key: str, compile: str, save: Any, lock: Lock) -> None:
     """The rows of one model in one mode; ``save`` is given them whenever there are more."""
+    lock.prepare()
     model = KNOWN[key] if args.guided else dataclasses.replace(KNOWN[key], branches=1)
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     home = "cuda:0" if gpus else "cpu"
@@ -88,6 +90,7 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
         if args.over():
             print(f"{key}, {compile}, {name}: no time was left", flush=True)
             continue
+        lock.prepare()
         devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(setting.ranks)]
         begun = time.perf_counter()
         loop = model.loop(inputs, FEW)
@@ -106,6 +109,7 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
         )
         result = Timings()
         result.take(exact, loop)
+        lock.time()
         # Clocks rise in the first second of work, and one round may be all that there is time for.
         warm, few = time.perf_counter(), model.loop(inputs, min(args.steps, args.warmup + 4))
         while time.perf_counter() - warm < WARM_S:
@@ -139,6 +143,7 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any) -> None
             rows[name] |= timings[name].figures(args.steps)
             rows[name]["speedup"] = timings[name].ratios(timings["one GPU"])
         save(rows)
+    lock.free()
     for name, row in rows.items():
         print(f"{key}, {compile}, {name}: {row.get('ms_a_step')} {row.get('speedup')}", flush=True)
     for team in teams.values():
@@ -159,9 +164,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--lock", type=Path, help="of runs beside each other: see above")
     parser.add_argument("--out", type=Path, default=OUT / "sequence.json")
     args = parser.parse_args()
-    started = time.monotonic()
+    lock, started = Lock(args.lock), time.monotonic()
     args.over = lambda: time.monotonic() - started > args.seconds
     figures = results_file.continued(args.out)
     for key in args.models:
@@ -176,7 +182,7 @@ def main() -> None:
                 entry[compile] = rows
                 results_file.write(args.out, figures)
 
-            measure(args, key, compile, save)
+            measure(args, key, compile, save, lock)
     print(f"written to {args.out}")
 
 
