@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,6 +25,7 @@ from ..partition.exposure import Crossing, exposed_ms
 from ..partition.links import Links
 from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
+from ..partition.runs import OF_NODES, typical
 from ..phases import phase
 from ..quiet import undisturbed
 from .cuda_graphs import NotCapturable
@@ -47,13 +47,6 @@ SHORTEST = 0.5
 #: Milliseconds that each component is run for, all at once, and how often at most.
 _RUN_FOR = 120.0
 _REPLAYS = 200
-#: Such runs, at least and at most, and by what share the two fastest of a component may differ:
-#: whatever else a GPU does makes runs slower, and some more than others.
-_RUNS = (3, 12)
-_ALIKE = 0.01
-#: By so much components may take longer than their nodes say, compared with each other. On equal
-#: GPUs it was 2.4 %, once 4.7 %.
-_OF_NODES = 1.1
 
 
 @phase("balance")
@@ -88,9 +81,9 @@ def component_ms(engine: Engine) -> list[float] | None:
         team.together("time its components", record)
         once = timed([2] * count)
         replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
-        runs: list[list[float]] = []
-        while not settled(runs) and len(runs) < _RUNS[1]:
-            runs.append(timed(replays))
+        # Only process 0 is sure to have what was measured.
+        expected, busy = team.by(0, "time its components", lambda: _expected(engine.partition))
+        usual = typical(lambda: timed(replays), expected, busy)
     except Exception as e:
         team.check()
         elsewhere = isinstance(e, ProcessError)  # which could not do it, and said why
@@ -103,30 +96,9 @@ def component_ms(engine: Engine) -> list[float] | None:
             engine.synchronize()
         graphs.clear()
         torch.cuda.empty_cache()  # what the graphs had is not for torch alone
-    if settled(runs):
-        return [min(ms) for ms in zip(*runs, strict=True)]
-    usual = lasting(runs)
     if usual is None:
         log.info("components are not timed: the GPUs are busy")
     return usual
-
-
-def settled(runs: Sequence[Sequence[float]]) -> bool:
-    """Whether the two fastest runs of every component took the same time: by the milliseconds of
-    each component in each run."""
-    if len(runs) < _RUNS[0]:
-        return False
-    fastest = [sorted(ms)[:2] for ms in zip(*runs, strict=True)]
-    return all(b <= (1 + _ALIKE) * a for a, b in fastest)
-
-
-def lasting(runs: Sequence[Sequence[float]]) -> list[float] | None:
-    """The usual milliseconds of each component, where runs do not agree, but a GPU is so busy
-    that its component takes longer in every run than that of another one usually does, by more than
-    costs of nodes could be wrong; else None."""
-    usual = [statistics.median(ms) for ms in zip(*runs, strict=True)]
-    fastest = min(ms[usual.index(max(usual))] for ms in runs)
-    return usual if fastest > _OF_NODES * min(usual) else None
 
 
 def _fill(worker: Worker) -> None:
@@ -249,7 +221,7 @@ def corrected(parts: Partition, costs: Costs, times: Sequence[float]) -> Costs:
         for component, time in zip(parts.components, times, strict=True)
     ]
     least = min(factors)
-    of_device = [f / least if f > _OF_NODES * least else 1.0 for f in factors]
+    of_device = [f / least if f > OF_NODES * least else 1.0 for f in factors]
     of_node = {
         node: factor / device
         for component, factor, device in zip(parts.components, factors, of_device, strict=True)
@@ -266,6 +238,13 @@ def corrected(parts: Partition, costs: Costs, times: Sequence[float]) -> Costs:
         each = tuple(table(costs.on(i), device) for i, device in enumerate(of_device))
     ms = table(costs.ms, of_device[0])
     return replace(costs, ms=ms, source=source, each=each, busy=costs.busy or busy)
+
+
+def _expected(parts: Partition) -> tuple[list[float], bool]:
+    """Milliseconds of each component by its nodes, and whether a device is known to be busy."""
+    costs = parts.costs
+    assert costs is not None
+    return [_ms(parts.captured, c, costs) for c in parts.components], costs.busy
 
 
 def _ms(captured: Captured, component: Component, costs: Costs) -> float:

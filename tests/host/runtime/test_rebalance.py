@@ -19,7 +19,7 @@ from asyncdiff.partition.partition import Component, Partition, partition
 from asyncdiff.runtime import cutting
 from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime.engine import Engine
-from asyncdiff.runtime.rebalance import component_ms, next_cut, recut, settled
+from asyncdiff.runtime.rebalance import component_ms, next_cut, recut
 
 FAST = Links.alike(1e12)  # bytes a millisecond: what crosses takes no time
 
@@ -94,15 +94,6 @@ def test_what_is_sent_too_late_counts() -> None:
     both = [(narrow, times(narrow)), (wide, times(wide))]
     assert next_cut(both, slow) is narrow and next_cut(both[::-1], slow) is None
     assert next_cut(both[::-1], FAST) is wide
-
-
-def test_only_runs_that_agree_say_something() -> None:
-    quiet = [[10.0, 5.0], [10.05, 5.02], [10.02, 5.01]]
-    assert settled(quiet)
-    assert not settled(quiet[:2]), "too few"
-    # Whatever else a GPU does makes runs slower; then two undisturbed ones have to be there.
-    assert settled([[20.0, 5.0], *quiet[:2], [15.0, 9.0]])
-    assert not settled([[20.0, 5.0], [10.0, 5.0], [15.0, 5.0]])
 
 
 @pytest.mark.parametrize("guidance", often(["split"], ["batched", "split"]))
