@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import logging
 import os
 import statistics
 import subprocess
@@ -169,6 +170,28 @@ def step_ms(loops: Sequence[Any], each_ms: Sequence[float]) -> float:
     return max(many - few, 1e-3) / (lengths[1] - lengths[0])
 
 
+@contextlib.contextmanager
+def decisions() -> Iterator[list[str]]:
+    """What is logged meanwhile of components that are timed: their runs, and what was made of
+    them."""
+    told: list[str] = []
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.module in ("runs", "rebalance"):
+                told.append(record.getMessage())
+
+    log, handler = logging.getLogger("asyncdiff"), Told()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield told
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
 def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
     """Shares, steps of each way, and how much of the ideal they are."""
     model = (MODELS | TRIES)[args.model]
@@ -217,17 +240,21 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
     found: dict[str, Any] = {"whole_ms": whole, **shares, "share_of_first": round(share, 4)}
 
     def run(name: str, **options: Any) -> tuple[str, ...]:
-        denoiser = asyncdiff.AsyncDenoiser(
-            copy.deepcopy(module).to("cpu") if cuda else module,
-            (),
-            inputs,
-            devices=args.devices,
-            components=2,
-            compile=args.compile,
-            **options,
-        )
-        way = Asynchronous(argparse.Namespace(denoiser=denoiser), _SETTING)  # type: ignore[arg-type]
-        way.run(loops[0])
+        with decisions() as decided:
+            denoiser = asyncdiff.AsyncDenoiser(
+                copy.deepcopy(module).to("cpu") if cuda else module,
+                (),
+                inputs,
+                devices=args.devices,
+                components=2,
+                compile=args.compile,
+                **options,
+            )
+            way = Asynchronous(
+                argparse.Namespace(denoiser=denoiser),  # type: ignore[arg-type]
+                _SETTING,
+            )
+            way.run(loops[0])
         ms = step_ms(loops, [loop_ms(way, loop, args.rounds) for loop in loops])
         report, parts = denoiser.report(), denoiser.partition
         found[name] = {
@@ -237,6 +264,7 @@ def measure(args: argparse.Namespace, other: Occupier) -> dict[str, Any]:
             "memory": report.memory,
             "cuts": parts.cuts,
             "costs": parts.report().source,
+            "decided": decided,
         }
         denoiser.close()
         print(f"{name}: {found[name]['step_ms']} ms a step", flush=True)

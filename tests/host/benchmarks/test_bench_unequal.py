@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from denoise.unequal import find_pause, of_ideal
+from asyncdiff.partition.runs import typical
+from denoise.unequal import decisions, find_pause, of_ideal
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,6 +37,15 @@ def test_the_ideal_is_the_sum_of_the_speeds() -> None:
     assert of_ideal(16.0, [1.0, 0.6], 8 / 0.6) == pytest.approx(0.75)
 
 
+def test_what_was_decided_of_components_is_recorded() -> None:
+    with decisions() as decided:
+        typical(lambda: [10.0, 16.0], [10.0, 10.0])
+    (told,) = decided
+    assert told.count("16.00") == 12 and "slower" in told
+    typical(lambda: [10.0, 16.0], [10.0, 10.0])
+    assert len(decided) == 1
+
+
 @pytest.mark.slow
 def test_it_runs_on_cpus(tmp_path: Path) -> None:
     out = tmp_path / "unequal.json"
@@ -48,4 +58,6 @@ def test_it_runs_on_cpus(tmp_path: Path) -> None:
     (found,) = json.loads(out.read_text())["figures"].values()
     assert found["by hand"]["speeds"][0] != found["by hand"]["speeds"][1]
     assert found["cut as for equal ones"]["cuts"] == found["both alone"]["cuts"]
+    # On CPUs components are not timed.
+    assert found["found out"]["decided"] == []
     assert "of the ideal" in done.stdout
