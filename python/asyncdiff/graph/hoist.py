@@ -16,6 +16,7 @@ from torch import fx
 
 from .program import KEEP, NBYTES, ONCE, TIMED
 from .row import ROW_BYTES, padded
+from .tracing.lazy_code import LazyModule
 
 #: Rows that depend on the conditioning are computed again for each prompt. Where values that depend
 #: on both make so much less of the work, they are computed in every run instead.
@@ -146,4 +147,4 @@ def _module(
             env[node] = graph.node_copy(node, env.__getitem__)
     if results is not None:
         graph.output([env[n] for n in results])
-    return fx.GraphModule(program, graph)
+    return LazyModule(program, graph)

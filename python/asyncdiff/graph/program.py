@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from .capture import VIEW, Captured, nbytes_of
 from .signature import Role
+from .tracing.lazy_code import LazyModule
 
 #: Called with (target component, index in the bundle, value) as soon as a boundary value exists.
 Sink = Callable[[int, int, torch.Tensor], None]
@@ -143,7 +144,7 @@ def build(
         for target, index in sends.get(node, ()):
             graph.call_module("emit", (target, index, env[node]))
     graph.output([env[o] if isinstance(o, fx.Node) else o for o in outputs])
-    program = fx.GraphModule(root, graph)
+    program = LazyModule(root, graph)
     program.add_module("emit", emit)  # GraphModule keeps only what its graph uses
     return program
 

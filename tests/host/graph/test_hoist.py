@@ -133,6 +133,18 @@ def test_a_timestep_that_is_read_directly_is_in_its_row() -> None:
     assert same_bits(program, split, parts.components[0], captured, call)
 
 
+def test_programs_get_code_when_they_are_called() -> None:
+    unet, kwargs = tiny()
+    captured = capture(unet, call := parse(unet, (), kwargs))
+    parts = partition(captured, 2, "estimate")
+    program = parts.program(0, CPU, lambda name, device: captured.weights[name])
+    hoisted = hoist(program)
+    made = [hoisted.once, hoisted.timed, hoisted.main]
+    assert not any("_code" in vars(part) for part in (program, *made))
+    assert same_bits(program, hoisted, parts.components[0], captured, call)
+    assert all("_code" in vars(part) for part in (program, *made))
+
+
 def test_kept_values_stay_where_they_are() -> None:
     first = store([torch.ones(2, 3).T], [])
     second = store([torch.zeros(2, 3).T], first)

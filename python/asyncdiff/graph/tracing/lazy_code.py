@@ -1,8 +1,8 @@
 """Code of a graph, made when it is first called.
 
 torch.fx writes and compiles Python for every GraphModule. Those that torch.export makes on its way
-are hardly ever called, nor is what it returns: asyncdiff takes graphs apart. (torch has the like
-for inductor, ``_LazyGraphModule``, but not for what it exports.)
+are hardly ever called, nor is what it returns, nor a component's program before it is taken apart.
+(torch has the like for inductor, ``_LazyGraphModule``, but not for what it exports.)
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 
 _recompile = fx.GraphModule.recompile
+#: Whether torch is new enough.
+_CAN_WAIT = hasattr(fx.GraphModule, "_recompile_submodules")
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Graph modules that are made or recompiled meanwhile get their code when it is asked for."""
-    if not hasattr(fx.GraphModule, "_recompile_submodules"):  # older torch
+    if not _CAN_WAIT:
         yield
         return
     before = fx.GraphModule.recompile
@@ -29,6 +31,14 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         fx.GraphModule.recompile = before  # type: ignore[method-assign]
+
+
+class LazyModule(fx.GraphModule):
+    """A graph module that gets its code when it is first called, or its code is asked for."""
+
+    def recompile(self) -> Any:
+        """Have the code written anew, later."""
+        return _later(self) if _CAN_WAIT else _recompile(self)
 
 
 def _later(module: fx.GraphModule) -> None:
