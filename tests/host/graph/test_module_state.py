@@ -292,6 +292,22 @@ def test_what_numbers_are_inputs_of_a_graph() -> None:
     assert state.number() != number
 
 
+def test_a_graph_for_which_nothing_was_compared_changes_no_state() -> None:
+    """The layers are then compared with what they were; what exporting them has left is seen."""
+    module = toy()
+    state = ModuleState(module)
+    number, before = state.number(), state.structure
+    with state.settled():
+        captured = capture(module, parse(module, (), toy_call()))
+        state.learn(captured.guards)
+        assert state.number() == number
+        assert state.structure is before
+        module.mix.left_behind = 1
+        state.learn(captured.guards)
+        assert state.number() != number
+    assert state.structure is not before
+
+
 def test_a_weight_that_was_merged_into_is_copied_anew() -> None:
     """What is fused goes into the same parameter, in other memory."""
     module = toy()

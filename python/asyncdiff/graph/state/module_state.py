@@ -97,12 +97,13 @@ class ModuleState:
         return self._structure
 
     def learn(self, guards: Guards) -> None:
-        """A graph has been made, which is right for some values of numbers only."""
-        self._guards.learn(guards)
-        self._containers.clear()
-        self._copies.clear()
-        self._layers.clear()
+        """A graph has been made, which may have changed something, and is right for some values of
+        numbers only: where that is new, states are others."""
         self._looked = False
+        if self._guards.learn(guards):
+            self._containers.clear()
+            self._copies.clear()
+            self._layers.clear()
 
     def _look(self) -> None:
         if self._settled and self._looked:

@@ -40,11 +40,15 @@ class Guards:
         self.comparisons: dict[str, Comparisons] = {}
         self.frozen: set[str] = set()
 
-    def learn(self, other: Guards) -> None:
-        """Take those of another graph, too."""
+    def learn(self, other: Guards) -> bool:
+        """Take those of another graph, too; whether any were new."""
+        new = not other.frozen <= self.frozen
         self.frozen |= other.frozen
         for name, found in other.comparisons.items():
-            self.comparisons.setdefault(name, {}).update(found)
+            mine = self.comparisons.setdefault(name, {})
+            new = new or not found.keys() <= mine.keys()
+            mine.update(found)
+        return new
 
     def of(self, name: str, value: float) -> Any:
         """What tells values apart that graphs are different for."""
