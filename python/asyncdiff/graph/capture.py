@@ -7,9 +7,9 @@ import logging
 import re
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -31,6 +31,7 @@ from .tracing.where import where
 log = logging.getLogger("asyncdiff")
 
 _Operation = torch._ops.OpOverload
+T = TypeVar("T")
 #: In the metadata of a node: its value lies in memory of what it is made of.
 VIEW = "asyncdiff_view"
 #: Nodes without effect on the result, which would pin the device of the export.
@@ -73,6 +74,8 @@ class Captured:
     timed: set[fx.Node] = field(default_factory=set)
     once: set[fx.Node] = field(default_factory=set)
     views: set[fx.Node] = field(default_factory=set)
+    #: what was worked out of the nodes, which stay what they are, by what it is
+    known: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.nodes = [n for n in self.graph.nodes if n.op == "call_function"]
@@ -102,6 +105,13 @@ class Captured:
         # A module called twice appears as "path@1"; older exporters keep the name of the root.
         path: str = list(stack.values())[-1][0].split("@")[0]
         return path.removeprefix("L['self']").removeprefix(".")
+
+    def once_known(self, what: str, work_out: Callable[[], T]) -> T:
+        """What ``work_out`` makes of the nodes, and of nothing else: worked out once."""
+        if what not in self.known:
+            self.known[what] = work_out()
+        found: T = self.known[what]
+        return found
 
     def follow(self, structure: Structure) -> None:
         """Take the weights and numbers that the denoiser has now, which is made of the same layers

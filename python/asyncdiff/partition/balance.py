@@ -77,15 +77,19 @@ def _best(by_index: Sequence[np.ndarray]) -> list[int] | None:
     count = len(by_index[0]) - 1
     best = by_index[0][0]  # best[b]: slowest component over nodes 0 … b−1 with n components
     choices = []
-    for costs in by_index[1:]:
+    for costs in by_index[1:-1]:
         worst = np.maximum(best[:, None], costs)  # [a, b]: last component is a … b−1
         choice = worst.argmin(axis=0)
         best = worst[choice, np.arange(count + 1)]
         choices.append(choice)
-    if not np.isfinite(best[count]):
+    if len(by_index) == 1:
+        return [] if np.isfinite(best[count]) else None
+    # The last one ends where all nodes do.
+    worst = np.maximum(best, by_index[-1][:, count])
+    end = int(worst.argmin())
+    if not np.isfinite(worst[end]):
         return None
-    cuts = []
-    end = count
+    cuts = [end]
     for choice in reversed(choices):
         end = int(choice[end])
         cuts.append(end)

@@ -51,6 +51,10 @@ class Costs:
 
 def estimate(captured: Captured) -> Costs:
     """Costs from FLOPs and bytes moved: the same on every machine, for any device (also meta)."""
+    return captured.once_known("estimated costs", lambda: _estimated(captured))
+
+
+def _estimated(captured: Captured) -> Costs:
     macs = count_macs(captured)
     ms = {}
     for node in captured.nodes:

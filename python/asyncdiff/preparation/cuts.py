@@ -125,12 +125,16 @@ _AGAIN = ", in an earlier process"
 
 def of_nodes(captured: Captured) -> str:
     """A word for a graph: its nodes, and the shapes, strides and dtypes of their values."""
-    return digest(
-        [
-            (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), _shapes(n))
-            for n in captured.graph.nodes
-        ]
-    )
+
+    def word() -> str:
+        return digest(
+            [
+                (n.name, n.op, str(n.target), str(n.args), str(n.kwargs), _shapes(n))
+                for n in captured.graph.nodes
+            ]
+        )
+
+    return captured.once_known("a word for its nodes", word)
 
 
 def _shapes(node: torch.fx.Node) -> list[Any]:

@@ -176,7 +176,8 @@ class EngineMaker:
             if times is None:
                 break
             timed.append((engine.partition, times))
-            better = self._cutter.again(timed, copies)
+            with phase("cut"):
+                better = self._cutter.again(timed, copies)
             if better is None:
                 break
             engine.close()

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition import cost
-from asyncdiff.partition.cost import _forget, _runs, count_macs, measure
+from asyncdiff.partition.cost import _forget, _runs, count_macs, estimate, measure
 from asyncdiff.partition.timing import milliseconds
+from asyncdiff.preparation import cuts
+from asyncdiff.preparation.cuts import of_nodes
 
 
 class Model(nn.Module):
@@ -43,6 +45,19 @@ def test_every_node_has_a_cost() -> None:
     assert set(costs.ms) == set(captured.nodes)
     assert all(ms >= 0 for ms in costs.ms.values())
     assert costs.source == "measured on CPU"
+
+
+def test_what_nodes_say_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, _ = _captured(torch.randn(2, 8), torch.tensor(3.0))
+    other, _ = _captured(torch.randn(3, 8), torch.tensor(3.0))
+    costs, word = estimate(captured), of_nodes(captured)
+    monkeypatch.setattr(cost, "count_macs", None)
+    monkeypatch.setattr(cuts, "digest", None)
+    assert estimate(captured) is costs and of_nodes(captured) == word
+    with pytest.raises(TypeError):
+        estimate(other)
+    with pytest.raises(TypeError):
+        of_nodes(other)
 
 
 class Watch(TorchDispatchMode):

@@ -16,7 +16,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Component, Partition, partition
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime import cutting, rebalance
 from asyncdiff.runtime import making as prepared
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.rebalance import component_ms, next_cut, recut
@@ -75,6 +75,26 @@ def test_a_cut_that_is_even_stays() -> None:
     assert recut(parts, unequal, FAST, worth=0.5) is None
     # Microseconds are not worth it.
     assert recut(parts, [t / 1000 for t in unequal], FAST) is None
+
+
+def test_where_no_cut_can_be_worth_it_none_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, costs = deep()
+    parts = partition(captured, 2, costs=costs, links=FAST)
+    owned = sum(costs.ms[n] for c in parts.components for n in c.owned)
+    looked: list[Any] = []
+
+    def look(*given: Any, **options: Any) -> Partition:
+        looked.append(given)
+        return partition(*given, **options)
+
+    monkeypatch.setattr(rebalance, "partition", look)
+    # What both components compute could be saved, at best, by another cut.
+    more = sum(taken(parts, c, 1.0) for c in parts.components) - owned
+    assert 0 <= more < 0.01 * owned
+    mean = (owned + more) / 2
+    assert recut(parts, [mean * 1.005, mean * 0.995], FAST) is None and not looked
+    recut(parts, [mean * 1.03, mean * 0.97], FAST)
+    assert looked
 
 
 def test_what_is_sent_too_late_counts() -> None:
