@@ -36,13 +36,15 @@ _BYTES_PER_MS = 2.5e9
 class Costs:
     """Milliseconds and multiply-accumulates by node. ``source`` says where the times are from.
     ``each``: where components run on unequal devices, milliseconds by node on that of each.
-    ``busy``: a device was found to be slower than others of its kind, which may pass."""
+    ``busy``: a device was found to be slower than others of its kind, which may pass. ``timed``:
+    they go by what components took."""
 
     ms: dict[fx.Node, float]
     macs: dict[fx.Node, int]
     source: str
     each: tuple[dict[fx.Node, float], ...] = ()
     busy: bool = False
+    timed: bool = False
 
     def on(self, component: int) -> dict[fx.Node, float]:
         """Milliseconds by node where a component runs."""

@@ -23,6 +23,7 @@ class _Known:
     measured: list[float]
     estimated: list[float]
     source: str
+    timed: bool
 
 
 class Measured:
@@ -35,8 +36,8 @@ class Measured:
         """Keep what was measured on a device of this kind."""
         before = estimate(captured)
         measured, estimated = ([c.ms[n] for n in captured.nodes] for c in (costs, before))
-        known = _Known(kind, _operations(captured), measured, estimated, costs.source)
-        self._known.append(known)
+        told = costs.source, costs.timed
+        self._known.append(_Known(kind, _operations(captured), measured, estimated, *told))
 
     def at_other_sizes(self, kind: str, captured: Captured) -> Costs | None:
         """What the nodes of ``captured`` cost on a device of this kind, by what was measured of a
@@ -54,7 +55,8 @@ class Measured:
         ):
             ratio = now.ms[node] / then if then > 0 else 1.0
             ms[node] = max(measured * ratio, min(measured, _LEAST))
-        return Costs(ms, now.macs, f"{known.source}, at other sizes")
+        source = f"{known.source}, at other sizes"
+        return Costs(ms, now.macs, source, timed=known.timed)
 
 
 def _operations(captured: Captured) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ log = logging.getLogger("asyncdiff")
 
 #: Runs, at least and at most.
 RUNS = (3, 12)
+#: Runs of a short look, at most.
+LOOKS = 6
 #: By so much components may take longer than their nodes say, compared with each other. On equal
 #: GPUs it was 2.4 %, once 4.7 %.
 OF_NODES = 1.1
@@ -27,21 +29,27 @@ Runs = Sequence[Sequence[float]]
 
 
 def typical(
-    run: Callable[[], Sequence[float]], expected: Sequence[float], busy: bool = False
+    run: Callable[[], Sequence[float]],
+    expected: Sequence[float],
+    busy: bool = False,
+    look: bool = False,
 ) -> list[float] | None:
     """Milliseconds of each component; None where runs differ too much to say.
 
     ``run`` times all of them once, in ms; ``expected``: what they take by their costs, in ms.
     ``busy``: these count a device as slower for whatever else it does, so runs there will differ.
+    ``look``: None, too, where a few runs do not agree.
     """
     runs: list[Sequence[float]] = []
-    while not (quiet := settled(runs, expected)) and len(runs) < RUNS[1]:
+    while not (quiet := settled(runs, expected)) and len(runs) < (LOOKS if look else RUNS[1]):
         runs.append(run())
     each = list(zip(*runs, strict=True))
     usual = [statistics.median(ms) for ms in each]
     found: list[float] | None = [min(ms) for ms in each]
     if quiet:
         why = "they agree"
+    elif look:
+        found, why = None, "a longer look may tell"
     elif lasting(runs, expected):
         found, why = usual, "a GPU is slower in most"
     elif busy and not _slower(usual, usual, expected):

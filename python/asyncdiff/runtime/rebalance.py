@@ -27,6 +27,7 @@ from ..partition.memory import Limits
 from ..partition.partition import Component, Partition, partition
 from ..partition.runs import OF_NODES, typical
 from ..phases import phase
+from ..processes.team import Team
 from ..quiet import undisturbed
 from .cuda_graphs import NotCapturable
 
@@ -47,12 +48,15 @@ SHORTEST = 0.5
 #: Milliseconds that each component is run for, all at once, and how often at most.
 _RUN_FOR = 120.0
 _REPLAYS = 200
+#: Milliseconds of a short look.
+_LOOK_FOR = 40.0
 
 
 @phase("balance")
 @undisturbed()
-def component_ms(engine: Engine) -> list[float] | None:
+def component_ms(engine: Engine, foreseen: Sequence[float] | None = None) -> list[float] | None:
     """Milliseconds of each component in a CUDA graph without exchange, all at once. Collective.
+    With what is ``foreseen`` (:func:`foreseen_ms`) it is a short look, in a third of the time.
 
     None where that says nothing: on the CPU, where components share a GPU, without graphs, or where
     GPUs have other work too or no memory for more graphs. Call it when the engine is idle.
@@ -79,11 +83,12 @@ def component_ms(engine: Engine) -> list[float] | None:
 
     try:
         team.together("time its components", record)
-        once = timed([2] * count)
-        replays = [max(2, min(_REPLAYS, round(_RUN_FOR / max(ms, 1e-3)))) for ms in once]
+        once = foreseen or timed([2] * count)
+        run_for = _RUN_FOR if foreseen is None else _LOOK_FOR
+        replays = [max(2, min(_REPLAYS, round(run_for / max(ms, 1e-3)))) for ms in once]
         # Only process 0 is sure to have what was measured.
         expected, busy = team.by(0, "time its components", lambda: _expected(engine.partition))
-        usual = typical(lambda: timed(replays), expected, busy)
+        usual = typical(lambda: timed(replays), expected, busy, look=foreseen is not None)
     except Exception as e:
         team.check()
         elsewhere = isinstance(e, ProcessError)  # which could not do it, and said why
@@ -96,9 +101,22 @@ def component_ms(engine: Engine) -> list[float] | None:
             engine.synchronize()
         graphs.clear()
         torch.cuda.empty_cache()  # what the graphs had is not for torch alone
-    if usual is None:
+    if usual is None and foreseen is None:  # else a longer look may tell
         log.info("components are not timed: the GPUs are busy")
     return usual
+
+
+def foreseen_ms(parts: Partition, team: Team) -> list[float] | None:
+    """Milliseconds of each component by what components took at another size; None where none were
+    timed. Collective."""
+
+    def foreseen() -> list[float] | None:
+        costs = parts.costs
+        if costs is None or not costs.timed:
+            return None
+        return [_ms(parts.captured, component, costs) for component in parts.components]
+
+    return team.by(0, "time its components", foreseen)
 
 
 def _fill(worker: Worker) -> None:
@@ -250,7 +268,8 @@ def corrected(parts: Partition, costs: Costs, times: Sequence[float]) -> Costs:
     if costs.each or busy:
         each = tuple(table(costs.on(i), device) for i, device in enumerate(of_device))
     ms = table(costs.ms, of_device[0])
-    return replace(costs, ms=ms, source=source, each=each, busy=costs.busy or busy)
+    busy = costs.busy or busy
+    return replace(costs, ms=ms, source=source, each=each, busy=busy, timed=True)
 
 
 def _expected(parts: Partition) -> tuple[list[float], bool]:

@@ -237,7 +237,7 @@ def test_a_cut_that_was_settled_is_not_timed_again(
     """What is cut again is kept with the costs that were corrected."""
     timed = []
 
-    def component_ms(engine: Any) -> list[float]:
+    def component_ms(engine: Any, *_: Any) -> list[float]:
         """A little more than its nodes say, at first."""
         timed.append(engine.partition.cuts)
         first, second = (1e4 * c.ms for c in engine.partition.report().components)

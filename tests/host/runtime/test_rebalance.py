@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Component, Partition, partition
+from asyncdiff.processes.team import Team
 from asyncdiff.runtime import cutting, rebalance
 from asyncdiff.runtime import making as prepared
+from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.rebalance import component_ms, next_cut, recut
 
@@ -123,7 +127,7 @@ def test_a_denoiser_is_made_with_the_new_cut(
     module, call = toy(), toy_call()
     made: list[Any] = []
 
-    def timed(engine: Engine) -> list[float] | None:
+    def timed(engine: Engine, *_: Any) -> list[float] | None:
         """As if the first component took far longer than it was cut for, and still does."""
         made.append(engine.partition)
         return [10.0 - len(made), 2.0]
@@ -149,11 +153,13 @@ def test_what_components_took_counts_for_other_sizes(monkeypatch: pytest.MonkeyP
     """Else each new size would be cut wrongly first, and ranks be made twice."""
     module = Toy(depth=12).double().eval().requires_grad_(False)
     made: list[Any] = []
+    slow, short = [1.2], list[Any]()
 
-    def timed(engine: Engine) -> list[float]:
+    def timed(engine: Engine, foreseen: Any) -> list[float]:
         parts = engine.partition
         made.append(parts.cuts)
-        return [taken(parts, c, 1.2) for c in parts.components]
+        short.append(foreseen)
+        return [taken(parts, c, slow[0]) for c in parts.components]
 
     monkeypatch.setattr(cutting, "measure", even)
     monkeypatch.setattr(cutting.Cutter, "_timed_afterwards", True)
@@ -162,15 +168,59 @@ def test_what_components_took_counts_for_other_sizes(monkeypatch: pytest.MonkeyP
     denoiser.prepare(**toy_call())
     assert len(made) > 1 and made[0] != made[-1]
     made.clear()
+    assert not any(short)
+    short.clear()
     denoiser.prepare(**toy_call(size=16))
     assert len(made) == 1
+    # Where nothing has changed, a short look is enough; it is not enough to cut again by.
+    assert len(short[0]) == 2
+    slow[0] = 0.8
+    made.clear()
+    short.clear()
+    denoiser.prepare(**toy_call(size=24))
+    assert short[0] and len(short) > 2 and not any(short[1:])
+    assert made[0] == made[1] != made[-1]
     denoiser.close()
+
+
+def test_a_short_look_takes_a_third_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    replays: list[list[int]] = []
+    alike = True
+
+    class Engine:
+        cuda, team, workers = True, Team(), [SimpleNamespace(rank=0), SimpleNamespace(rank=1)]
+        places = tuple(Place(0, torch.device("cpu"), unit) for unit in "ab")
+        partition = SimpleNamespace(components=[0, 1])
+
+        def graph_alone(self, worker: Any) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+    def replayed(engine: Any, workers: Any, graphs: Any, counts: list[int]) -> list[float]:
+        replays.append(counts)
+        return [4.0, 6.0 if alike else 4.0 + len(replays)]
+
+    for worker in Engine.workers:
+        worker.current = contextlib.nullcontext
+    monkeypatch.setattr(rebalance, "_fill", lambda worker: None)
+    monkeypatch.setattr(rebalance, "replay", replayed)
+    engine: Any = Engine()
+    assert component_ms(engine) == [4.0, 6.0]
+    assert replays == [[2, 2], *[[30, 20]] * 3]
+    replays.clear()
+    assert component_ms(engine, [4.1, 5.9]) == [4.0, 6.0]
+    assert replays == [[10, 7]] * 3
+    alike = False
+    replays.clear()
+    assert component_ms(engine, [4.1, 5.9]) is None and len(replays) == 6
 
 
 def test_components_are_not_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[float] | None] = []
 
-    def timed(engine: Engine) -> list[float] | None:
+    def timed(engine: Engine, *_: Any) -> list[float] | None:
         seen.append(component_ms(engine))
         return seen[-1]
 
@@ -189,7 +239,7 @@ def test_a_cut_that_turns_out_slower_is_taken_back(monkeypatch: pytest.MonkeyPat
     times = iter([[10.0, 2.0], [30.0, 30.0]])
     made: list[Any] = []
 
-    def timed(engine: Engine) -> list[float]:
+    def timed(engine: Engine, *_: Any) -> list[float]:
         made.append(engine.partition.cuts)
         return next(times)
 
@@ -217,7 +267,7 @@ def test_without_memory_for_the_new_cut_the_old_one_stays(
 
     monkeypatch.setattr(cutting, "measure", even)
     monkeypatch.setattr(prepared, "Engine", Full)
-    monkeypatch.setattr(prepared, "component_ms", lambda engine: [10.0, 2.0])
+    monkeypatch.setattr(prepared, "component_ms", lambda *_: [10.0, 2.0])
     denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
     assert made[2] == made[0] == denoiser.partition.cuts != made[1]
     assert "stays cut as it was" in caplog.text

@@ -200,7 +200,7 @@ def test_a_busy_card_is_looked_at_again_by_the_next_process(
     slow = [1.0, 1 / 0.6]
     timed = []
 
-    def component_ms(engine: Any) -> list[float]:
+    def component_ms(engine: Any, *_: Any) -> list[float]:
         timed.append(engine.partition.cuts)
         return taken(engine.partition, slow)
 
