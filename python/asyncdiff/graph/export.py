@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import _trace
 from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
@@ -40,6 +41,8 @@ WITHOUT = "run the denoiser without asyncdiff (restore())"
 _exporting = threading.Lock()
 #: Where torch looks at tensors' metadata, a hundred times at each: of module and name.
 _LOOKING = ((proxy_tensor, "track_tensor_tree"), (_trace, "_fakify_params_buffers"))
+#: Where it notes which node has made which symbol, and the metadata in which it does.
+_BINDING, _BOUND = "_replace_unbacked_bindings", "unbacked_bindings"
 #: What of torch logs pages.
 _LOUD = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
 
@@ -67,6 +70,7 @@ def export(
                 torch.no_grad(),
                 unlogged(),
                 _without_source_lines(),
+                _without_bindings(),
                 _quietly(module),
                 uncompiled(),
                 stage("exporting the denoiser"),
@@ -208,6 +212,38 @@ def _quietly(module: nn.Module) -> Iterator[None]:
         for where, name, function in before:
             if function is not None:
                 setattr(where, name, function)
+
+
+@contextlib.contextmanager
+def _without_bindings() -> Iterator[None]:
+    """Where all sizes are numbers, torch does not look through the values of all nodes for symbols
+    of which it does not know the values."""
+    bind = getattr(_trace, _BINDING, None)
+    if bind is None:  # another version of torch
+        yield
+        return
+
+    def needed(graph_module: fx.GraphModule) -> None:
+        nodes = graph_module.graph.nodes
+        with torch._C.DisableTorchFunction():
+            known = all(_BOUND not in n.meta and _of_numbers(n.meta.get("val")) for n in nodes)
+        if not known:
+            bind(graph_module)
+
+    setattr(_trace, _BINDING, needed)
+    try:
+        yield
+    finally:
+        setattr(_trace, _BINDING, bind)
+
+
+def _of_numbers(value: Any) -> bool:
+    """Whether there is no symbol in a node's value."""
+    if type(value) is FakeTensor:
+        return value.layout is torch.strided and not value._has_symbolic_sizes_strides
+    if isinstance(value, (list, tuple)):
+        return all(map(_of_numbers, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 @contextlib.contextmanager

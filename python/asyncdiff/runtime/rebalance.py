@@ -19,7 +19,7 @@ from torch import fx
 
 from ..errors import PartitionError, ProcessError
 from ..graph.capture import Captured, nbytes_of
-from ..memory import out_of_memory
+from ..memory import collect_young, out_of_memory
 from ..partition.cost import Costs
 from ..partition.exposure import Crossing, exposed_ms
 from ..partition.links import Links
@@ -147,6 +147,7 @@ def replay(
                 graph.replay()
             ended.record()
             events.append((begun, ended))
+    collect_young()  # meanwhile
     engine.synchronize()
     return [a.elapsed_time(b) / n for (a, b), n in zip(events, replays, strict=True)]
 

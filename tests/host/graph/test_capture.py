@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from export_cache import uncached
 from torch import nn
+from torch.export import _trace
 from torch.nn.utils import parametrizations
 from toys import toy, toy_call
 
@@ -17,6 +19,7 @@ from asyncdiff import AsyncDenoiser, CaptureError, progress
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.graph.tracing import traced
+from asyncdiff.graph.tracing.symbols import open_sizes
 from asyncdiff.memory import uncollected
 
 
@@ -40,6 +43,25 @@ def test_writes_that_the_exporter_does_not_trace() -> None:
     denoiser = AsyncDenoiser(module, components=2, split="estimate")
     with contextlib.closing(denoiser), denoiser.generation([3.0]):
         torch.testing.assert_close(denoiser(sample, time), module(sample, time))
+
+
+def test_symbols_are_looked_for_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = getattr(_trace, "_replace_unbacked_bindings", None)
+    if bind is None:
+        pytest.skip("this torch notes no symbols of nodes")
+    uncached(monkeypatch)
+    looked: list[Any] = []
+    monkeypatch.setattr(
+        _trace, "_replace_unbacked_bindings", lambda graph: looked.append(graph) or bind(graph)
+    )
+    module = toy()
+    text = torch.randn(2, 7, 6, dtype=torch.float64)
+    each = [toy_call(), toy_call() | {"encoder_hidden_states": text}]
+    calls = [parse(module, (), call) for call in each]
+    capture(module, calls[0])
+    assert not looked
+    capture(module, calls[0], open_sizes(*(call.signature for call in calls)))
+    assert len(looked) == 1
 
 
 def test_weights_made_in_inference_mode() -> None:

@@ -15,6 +15,7 @@ from toys import Toy, toy, toy_call
 import asyncdiff
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
+from asyncdiff.memory import uncollected
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Component, Partition, partition
@@ -215,6 +216,24 @@ def test_a_short_look_takes_a_third_of_the_time(monkeypatch: pytest.MonkeyPatch)
     alike = False
     replays.clear()
     assert component_ms(engine, [4.1, 5.9]) is None and len(replays) == 6
+
+
+def test_while_components_run_what_making_ranks_left_is_freed() -> None:
+    class Left:
+        def __init__(self) -> None:
+            self.itself = self
+
+    class Engine:
+        def synchronize(self) -> None:
+            seen.append(left())
+
+    engine: Any = Engine()
+    seen: list[Any] = []
+    with uncollected():
+        left = weakref.ref(Left())
+        assert left() is not None
+        rebalance.replay(engine, [], [], [])
+    assert seen == [None]
 
 
 def test_components_are_not_timed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,14 +45,15 @@ class Repeats:
         """Layers of which there are several of one kind."""
         kinds = self._kinds.of_parts(self._module)
         counts = Counter(kinds.values())
-        every = self._module.named_modules(remove_duplicate=False)
-        places = Counter(id(layer) for _, layer in every)
+        every = dict(self._module.named_modules(remove_duplicate=False))
+        places = Counter(map(id, every.values()))
         for path, number in kinds.items():
-            layer = self._module.get_submodule(path)
+            layer = every[path]
+            if not path or counts[number] < 2 or not layer._modules:
+                continue
             own = "forward" in vars(layer) or type(layer).forward is nn.Module.forward
-            large = sum(not part._modules for part in layer.modules()) >= _LEAST
             once = places[id(layer)] == 1  # its nodes are called by its path
-            if path and counts[number] > 1 and large and once and not own:
+            if once and not own and sum(not part._modules for part in layer.modules()) >= _LEAST:
                 yield path, layer
 
     @contextlib.contextmanager
