@@ -17,6 +17,7 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import Call, parse
 from asyncdiff.sequence.program import program
 from asyncdiff.sequence.sharding import Sharding
+from asyncdiff.sequence.shares import Shares
 
 
 class _Stop(Exception):
@@ -65,16 +66,17 @@ class Gatherer:
 
 
 def run(
-    captured: Captured, sharding: Sharding, ranks: int, values: Sequence[torch.Tensor]
+    captured: Captured, sharding: Sharding, shares: Shares, values: Sequence[torch.Tensor]
 ) -> tuple[list[list[Any]], Gatherer]:
     """The outputs of every rank, whose inputs are the values of the placeholders."""
+    ranks = shares.ranks
     gatherer = Gatherer(ranks)
     out: list[Any] = [None] * ranks
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            graph = program(captured, sharding, rank, ranks, gatherer.of(rank))
+            graph = program(captured, sharding, rank, shares, gatherer.of(rank))
             with torch.no_grad():
                 out[rank] = list(fx.Interpreter(captured.root, graph=graph).run(*values))
         except BaseException as e:

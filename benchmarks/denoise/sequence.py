@@ -2,26 +2,32 @@
 
     python benchmarks/denoise/sequence.py                              # FLUX, SD3, Wan on two GPUs
     python benchmarks/denoise/sequence.py --models flux --compile graphs regions --ranks 2
+    python benchmarks/denoise/sequence.py --models sd3 --shares joint even --warmup 0
     python benchmarks/denoise/sequence.py --device cpu --dtype float32 --models tiny-flux  # a try
 
 For each model, without guidance (one condition, one call a step; as usual with ``--guided``, of
 which one GPU has all), as it is in CUDA graphs and compiled by regions: all steps on one GPU
 (``components=1``), all steps by tokens (``schedule="sequence"``), and ``--steps`` steps with
 ``--warmup`` exact ones, all but the last of these by tokens (``exact_mode="sequence"``), and as a
-chain. Loops alternate in ``--rounds`` rounds; reported are milliseconds of a step and how many
-times the speed of one GPU in the same mode and round (median, smallest, largest), what crosses, how
-far the result of exact steps is from the plain module's, and milliseconds of each rank's graph
-alone, without any exchange. With ``--seconds`` it stops by itself; what is measured is written
-after every round. With ``--lock FILE`` runs beside each other prepare together, and time alone.
+chain. ``--shares``: GPUs have as many tokens each, of all streams together (``joint``) or of each
+stream (``even``); both in one run to compare them. Loops alternate in ``--rounds`` rounds;
+reported are milliseconds of a step and how many times the speed of one GPU in the same mode and
+round (median, smallest, largest), what crosses, how far the result of exact steps is from the plain
+module's, and milliseconds of each rank's graph alone, without any exchange. With ``--seconds`` it
+stops by itself; what is measured is written after every round. With ``--lock FILE`` runs beside
+each other prepare together, and time alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import results_file
+from asyncdiff.partition.shards import shards
+from asyncdiff.runtime import cutting
+from asyncdiff.sequence.shares import Decide, even, joint
 from denoise.beside import Lock
 from denoise.models import MODELS, TRIES
 from denoise.settings import Setting
@@ -37,26 +46,41 @@ from denoise.timings import Timings, synchronize
 from denoise.ways import Asynchronous, Eager, Team, component_times
 
 KNOWN = MODELS | TRIES
+SHARES: dict[str, Decide] = {"joint": joint, "even": even}
 COMPILE: dict[str, bool | str] = {"graphs": False, "regions": "regions"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
 #: Seconds of loops before those that are timed.
 WARM_S = 1.0
 #: Steps of the loop whose result is compared with the plain module's.
 FEW = 3
+#: A setting, and how its tokens are shared out.
+Row = tuple[Setting, str]
 
 
-def settings(ranks: int, warmup: int, steps: int) -> dict[str, Setting]:
+def settings(ranks: int, warmup: int, steps: int, kinds: Sequence[str]) -> dict[str, Row]:
     """What is timed, by the name of its row."""
-    out = {
-        "one GPU": Setting(1, 1, 1),
-        f"{ranks} GPUs, tokens": Setting(ranks, 1, 1, sequence=True),
-    }
+    out = {"one GPU": (Setting(1, 1, 1), "joint")}
+    said = {kind: "" if kind == "joint" else f", {kind} shares" for kind in kinds}
+    for kind in kinds:
+        setting = Setting(ranks, 1, 1, sequence=True)
+        out[f"{ranks} GPUs, tokens{said[kind]}"] = setting, kind
     if 0 < warmup < steps:
-        out |= {
-            f"{ranks} GPUs, w={warmup}, chain": Setting(ranks, 1, warmup),
-            f"{ranks} GPUs, w={warmup}, tokens": Setting(ranks, 1, warmup, sequence_warmup=True),
-        }
+        out[f"{ranks} GPUs, w={warmup}, chain"] = Setting(ranks, 1, warmup), "joint"
+        for kind in kinds:
+            setting = Setting(ranks, 1, warmup, sequence_warmup=True)
+            out[f"{ranks} GPUs, w={warmup}, tokens{said[kind]}"] = setting, kind
     return out
+
+
+@contextlib.contextmanager
+def shared_out(kind: str) -> Iterator[None]:
+    """Whatever is prepared meanwhile shares out its tokens so."""
+    plain = cutting.shards
+    cutting.shards = functools.partial(shards, decide=SHARES[kind])
+    try:
+        yield
+    finally:
+        cutting.shards = plain
 
 
 def of_one(value: Any) -> Any:
@@ -86,7 +110,7 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any, lock: L
     teams: dict[Any, Team] = {}
     timings: dict[str, Timings] = {}
     timed = model.loop(inputs, args.steps)
-    for name, setting in settings(args.ranks, args.warmup, args.steps).items():
+    for name, (setting, kind) in settings(args.ranks, args.warmup, args.steps, args.shares).items():
         if args.over():
             print(f"{key}, {compile}, {name}: no time was left", flush=True)
             continue
@@ -94,27 +118,20 @@ def measure(args: argparse.Namespace, key: str, compile: str, save: Any, lock: L
         devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(setting.ranks)]
         begun = time.perf_counter()
         loop = model.loop(inputs, FEW)
-        if setting.team not in teams:
-            teams[setting.team] = Team(module, loop, setting, devices, COMPILE[compile])
-        way = Asynchronous(teams[setting.team], setting)
-        exact = Asynchronous(
-            teams[setting.team],
-            Setting(
-                setting.components,
-                1,
-                FEW,
-                sequence=setting.sequence,
-                sequence_warmup=setting.sequence_warmup,
-            ),
-        )
         result = Timings()
-        result.take(exact, loop)
-        lock.time()
-        # Clocks rise in the first second of work, and one round may be all that there is time for.
-        warm, few = time.perf_counter(), model.loop(inputs, min(args.steps, args.warmup + 4))
-        while time.perf_counter() - warm < WARM_S:
-            way.run(few)
-            synchronize()
+        with shared_out(kind):
+            team = setting.team, kind
+            if team not in teams:
+                teams[team] = Team(module, loop, setting, devices, COMPILE[compile])
+            way = Asynchronous(teams[team], setting)
+            exact = Asynchronous(teams[team], dataclasses.replace(setting, warmup=FEW))
+            result.take(exact, loop)
+            lock.time()
+            # Clocks rise in the first second of work, and one round may be all there is time for.
+            warm, few = time.perf_counter(), model.loop(inputs, min(args.steps, args.warmup + 4))
+            while time.perf_counter() - warm < WARM_S:
+                way.run(few)
+                synchronize()
         row = rows[name] = {
             "devices": devices,
             "shared_gpus": gpus < setting.ranks,
@@ -160,6 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shares", nargs="+", default=["joint"], choices=SHARES)
     parser.add_argument("--guided", action="store_true", help="with both conditions of guidance")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a try-out")

@@ -49,8 +49,9 @@ def hoist(program: fx.GraphModule, row_bytes: int = ROW_BYTES) -> Hoisted:
     largest values stay there, too, which then finds the timestep itself in the row.
     """
     position = {node: i for i, node in enumerate(program.graph.nodes)}
-    emits = program.graph.find_nodes(op="call_module", target="emit")
-    ends = [*program.graph.find_nodes(op="output"), *emits]
+    # Ranks meet whether or not they use what they are given.
+    meant = [n for n in program.graph.nodes if n.op == "call_module"]
+    ends = [*program.graph.find_nodes(op="output"), *meant]
     refused = _spoiling(program, ends)
     while True:
         every_time, needed = _walk(ends, {ONCE, TIMED}, refused)

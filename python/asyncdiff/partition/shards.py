@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from ..errors import TokensError
 from ..graph.capture import Captured
-from ..sequence.axis import Axis
 from ..sequence.flow import operation
 from ..sequence.module import rank_module
-from ..sequence.sharding import Form, Sharding, shard
+from ..sequence.sharding import Sharding, shard
+from ..sequence.shares import Decide, Shares, joint
 from .cost import Costs, estimate
 from .partition import Component, Partition
 from .report import ComponentReport, PartitionReport
 
 #: Of the multiply-accumulates of a step, what has to be shared out: else ranks mostly do the same.
 _SHARED = 0.5
+_HINT = "take schedule='asyncdiff' or 'wavefront', or exact_mode='chain', for this denoiser"
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Shards(Partition):
     """Ranks as if they were components: each has all nodes, for its share of the tokens, and
     returns the whole result. Nothing crosses between them but where tokens meet."""
 
-    sharding: Sharding | None = None
+    sharding: Sharding = field(default_factory=Sharding)
+    shares: Shares = field(default_factory=lambda: Shares(1))
 
     def program(
         self,
@@ -36,12 +38,11 @@ class Shards(Partition):
         weight: Callable[[str, torch.device], torch.Tensor] | None = None,
     ) -> fx.GraphModule:
         """The program of rank ``index``; see :func:`asyncdiff.sequence.module.rank_module`."""
-        assert self.sharding is not None
         return rank_module(
             self.captured,
             self.sharding,
             index,
-            len(self.components),
+            self.shares,
             self.components[index].inputs,
             device,
             weight or self._bring,
@@ -49,12 +50,11 @@ class Shards(Partition):
 
     def report(self) -> PartitionReport:
         """What each rank computes; prints as a table, ``to_dict`` for JSON."""
-        assert self.sharding is not None
         costs = self.costs or estimate(self.captured)
         run = [n for n in self.captured.nodes if self.captured.each_run(n)]
         reports = []
         for c in self.components:
-            parts = {n: _part(self.sharding, n, c.index, len(self.components)) for n in run}
+            parts = {n: _part(self.sharding, n, c.index, self.shares) for n in run}
             ms = sum(costs.ms[n] * part for n, part in parts.items())
             macs = round(sum(costs.macs[n] * part for n, part in parts.items()))
             weights = sum(self.captured.weights[w].numel() for w in c.weights)
@@ -64,66 +64,60 @@ class Shards(Partition):
         return PartitionReport(reports, [], costs.source, None, whole, memory=self.memory())
 
 
-def shards(captured: Captured, ranks: int, costs: Costs | None = None) -> Shards:
+def shards(
+    captured: Captured, ranks: int, costs: Costs | None = None, decide: Decide = joint
+) -> Shards:
     """``captured`` with its tokens shared out among so many ranks. ``costs``: for its report
-    (None: estimated).
+    (None: estimated). ``decide``: how many of each stream each rank has.
 
     Raises TokensError for a denoiser in which tokens cannot be followed, or of which too much
     would be computed by each rank, saying by which operations; and where there are too few tokens.
     """
     sharding = shard(captured)
-    _check(captured, sharding, ranks)
+    _check(captured, sharding)
+    longest = sharding.longest()
+    assert longest is not None
+    shares = decide(longest.segments, ranks)
+    if len(longest.owners(shares)) < ranks:
+        raise TokensError(
+            f"{longest.length} tokens cannot be shared out among {ranks} ranks: take fewer "
+            f"devices, or {_HINT}"
+        )
     used = {s for n in captured.nodes for s in n.all_input_nodes}
     used |= {o for o in captured.outputs if isinstance(o, fx.Node)}
     inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
     weights = sorted(n.name for n in used if n.name in captured.weights)
     nodes = list(captured.nodes)
     parts = [Component(r, nodes, nodes, inputs, weights) for r in range(ranks)]
-    return Shards(captured, parts, {}, tuple(range(ranks)), None, costs, True, sharding=sharding)
+    order = tuple(range(ranks))
+    return Shards(captured, parts, {}, order, None, costs, True, sharding=sharding, shares=shares)
 
 
-def _check(captured: Captured, sharding: Sharding, ranks: int) -> None:
-    hint = "take schedule='asyncdiff' or 'wavefront', or exact_mode='chain', for this denoiser"
+def _check(captured: Captured, sharding: Sharding) -> None:
     unknown = ", ".join(dict.fromkeys(map(operation, sharding.unknown)))
     if not sharding.attention:
         ends = f" (they end at {unknown})" if unknown else ""
         raise TokensError(
             "the denoiser's tokens cannot be shared out among ranks: there is no attention between "
-            f"tokens that could be followed to what they are made of{ends}; {hint}"
+            f"tokens that could be followed to what they are made of{ends}; {_HINT}"
         )
     costs: Costs = estimate(captured)
     run = [n for n in captured.nodes if captured.each_run(n)]
     whole = sum(costs.macs[n] for n in run)
-    mine = sum(costs.macs[n] for n in run if _part(sharding, n, 0, 2) < 1)
+    mine = sum(costs.macs[n] for n in run if _part(sharding, n, 0, Shares(2)) < 1)
     if mine < _SHARED * whole:
         unknown = unknown or "none by name"
         raise TokensError(
             f"of the denoiser's work {100 * mine / max(whole, 1):.0f} % could be shared out among "
             f"ranks by tokens; it ends at operations through which tokens are not followed "
-            f"({unknown}); {hint}"
+            f"({unknown}); {_HINT}"
         )
-    for axis in _gathered(captured, sharding):
-        if axis.local(0, ranks) == 0:
-            raise TokensError(
-                f"{axis.length} tokens cannot be shared out among {ranks} ranks: take fewer "
-                f"devices, or {hint}"
-            )
 
 
-def _gathered(captured: Captured, sharding: Sharding) -> Iterator[Axis]:
-    """Of all values that ranks give to each other, where their tokens are."""
-    outputs: dict[fx.Node, Form] = {o: None for o in captured.outputs if isinstance(o, fx.Node)}
-    for forms in [*sharding.forms.values(), outputs]:
-        for node, form in forms.items():
-            axis = sharding.axis(node)
-            if axis is not None and node not in sharding.entries and form != axis:
-                yield axis
-
-
-def _part(sharding: Sharding, node: fx.Node, rank: int, ranks: int) -> float:
+def _part(sharding: Sharding, node: fx.Node, rank: int, shares: Shares) -> float:
     """The share of a node's work that a rank does."""
     axes = sharding.axes.get(node)
     axis = next((a for a in axes if a), None) if isinstance(axes, list) else axes
     if axis is None or node in sharding.entries:
         return 1.0
-    return axis.local(rank, ranks) / max(axis.length, 1)
+    return axis.local(rank, shares) / max(axis.length, 1)

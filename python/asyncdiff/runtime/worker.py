@@ -261,6 +261,8 @@ class Worker:
         push = Push(ways, self.stream, self.comm, result)
         # A copy of the last component has values for others, but only the component sends them.
         sink = meetings or (push if ways else None)
+        if meetings is not None:
+            meetings.begin()
         outputs = run_program(self.program, self._arguments(reads), sink)
         if meetings is not None:
             meetings.finish()

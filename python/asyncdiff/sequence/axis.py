@@ -6,10 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
-def share(length: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The tokens [begin, end) of ``length`` that a rank of so many has: as even as can be."""
-    return length * rank // ranks, length * (rank + 1) // ranks
+from .shares import Shares
 
 
 @dataclass(frozen=True)
@@ -33,29 +30,22 @@ class Axis:
         """The same tokens along another dimension."""
         return Axis(dim, self.segments)
 
-    def local(self, rank: int, ranks: int) -> int:
+    def local(self, rank: int, shares: Shares) -> int:
         """How many tokens a rank has."""
-        return sum(end - begin for begin, end in self.ranges(rank, ranks))
+        return sum(end - begin for begin, end in self.ranges(rank, shares))
 
-    def ranges(self, rank: int, ranks: int) -> list[tuple[int, int]]:
+    def owners(self, shares: Shares) -> tuple[int, ...]:
+        """The ranks that have any of the tokens."""
+        return tuple(rank for rank in range(shares.ranks) if self.local(rank, shares))
+
+    def ranges(self, rank: int, shares: Shares) -> list[tuple[int, int]]:
         """Where a rank's tokens lie among all of them, by segment."""
         starts = itertools.accumulate(self.segments, initial=0)
         return [
             (start + begin, start + end)
             for start, length in zip(starts, self.segments, strict=False)
-            for begin, end in [share(length, rank, ranks)]
+            for begin, end in [shares.of(length, rank)]
         ]
-
-    def order(self, ranks: int) -> list[int] | None:
-        """Which of all tokens come one after another where the ranks' shares do; None: all of them
-        in their own order."""
-        order = [
-            token
-            for rank in range(ranks)
-            for begin, end in self.ranges(rank, ranks)
-            for token in range(begin, end)
-        ]
-        return None if order == list(range(self.length)) else order
 
     def cut(self, begin: int, end: int) -> tuple[int, ...] | None:
         """The segments of tokens [begin, end); None where one of them would be cut."""

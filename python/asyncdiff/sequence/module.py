@@ -19,6 +19,7 @@ from ..graph.capture import Captured
 from ..graph.program import Emit, Meet, attribute, rehome
 from .program import MEETING, program
 from .sharding import Sharding
+from .shares import Shares
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,22 @@ def rank_module(
     captured: Captured,
     sharding: Sharding,
     rank: int,
-    ranks: int,
+    shares: Shares,
     inputs: Sequence[fx.Node],
     device: torch.device,
     weight: Callable[[str, torch.device], torch.Tensor],
 ) -> fx.GraphModule:
-    """What ``rank`` of so many computes on ``device``.
+    """What ``rank`` computes on ``device``, of the tokens that ``shares`` give it.
 
     ``forward`` takes the denoiser's tensor arguments ``inputs``, whole, and returns the list of the
     captured denoiser's outputs, whole. What it brings to meeting m, as its i-th value, is handed to
     the submodule ``emit`` as (m, i, value), and it gets what all bring from the submodule
     ``meet``, called with the same, the dimension along which they are put together and its length.
+    A rank that has nothing to bring hands out nothing; at ``meet`` its value has no tokens.
     ``weight`` brings a weight, by placeholder name, to the device.
     """
-    graph = program(captured, sharding, rank, ranks, _gather)
-    return _Assembly(captured, graph, device, weight).build([n.name for n in inputs])
+    graph = program(captured, sharding, rank, shares, _gather)
+    return _Assembly(captured, graph, rank, device, weight).build([n.name for n in inputs])
 
 
 def _gather(local: torch.Tensor, dim: int) -> torch.Tensor:
@@ -63,11 +65,12 @@ class _Assembly:
         self,
         captured: Captured,
         graph: fx.Graph,
+        rank: int,
         device: torch.device,
         weight: Callable[[str, torch.device], torch.Tensor],
     ) -> None:
         self._captured, self._device, self._weight = captured, device, weight
-        self._source = graph
+        self._source, self._rank = graph, rank
         self._root, self._graph = nn.Module(), fx.Graph()
         self._ends = {"emit": Emit(), "meet": Meet()}
         for name, end in self._ends.items():
@@ -100,13 +103,17 @@ class _Assembly:
         """The operations in the order in which they are to be run; a gift where it leaves."""
         operations = [n for n in self._source.nodes if n.op == "call_function"]
         gathers = (n for n in operations if n.target is _gather)
-        groups = itertools.groupby(gathers, lambda n: n.meta[MEETING][0])
+        # All that is given at a meeting is given by the same ranks.
+        groups = itertools.groupby(
+            gathers, lambda n: (n.meta[MEETING].taker, n.meta[MEETING].givers)
+        )
         done: set[fx.Node] = set()
         at = 0
         for number, (_, group) in enumerate(groups):
             together = list(group)
             self._numbers = {g: (number, i) for i, g in enumerate(together)}
-            for i, gather in enumerate(together):
+            gives = self._rank in together[0].meta[MEETING].givers
+            for i, gather in enumerate(together if gives else ()):
                 value = gather.all_input_nodes[0]
                 for node in self._behind(value, done):
                     done.add(node)
@@ -145,7 +152,7 @@ class _Assembly:
         if node.target is _gather:
             local, dim = node.args
             number, index = self._numbers[node]
-            length = node.meta[MEETING][1]
+            length = node.meta[MEETING].length
             value = self._made[local]  # type: ignore[index]
             made = self._graph.call_module("meet", (number, index, value, dim, length))
         else:

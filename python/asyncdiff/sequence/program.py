@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,37 +16,49 @@ from .axis import Axis
 from .flow import flow_of, is_tensor, operation, shape_of
 from .merging import VIEWS
 from .sharding import ATTENTION, PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
+from .shares import Shares
 
 aten = torch.ops.aten
 
 #: gather(local, dim): of all ranks, one after another along a dimension. All call it in the same
 #: order.
 Gather = Callable[[torch.Tensor, int], torch.Tensor]
-#: In the metadata of such a call: for which node of the captured graph all meet, and how long the
-#: dimension then is.
+#: In the metadata of such a call: a :class:`Meeting`.
 MEETING = "asyncdiff_meeting"
 #: Operations that are told the sizes of their result.
 SIZED = (*VIEWS, "expand")
 
 
+class Meeting(NamedTuple):
+    """What ranks meet for: the node of the captured graph that takes the values of all, how long
+    the dimension then is, and which ranks have any of it to give."""
+
+    taker: str
+    length: int
+    givers: tuple[int, ...]
+
+
 def program(
-    captured: Captured, sharding: Sharding, rank: int, ranks: int, gather: Gather
+    captured: Captured, sharding: Sharding, rank: int, shares: Shares, gather: Gather
 ) -> fx.Graph:
-    """What ``rank`` of so many computes: takes what ``captured.graph`` takes, on every rank the
-    same, and returns what that returns, whole, on every rank."""
-    return _Builder(captured, sharding, rank, ranks, gather).build()
+    """What ``rank`` computes, whose share of the tokens ``shares`` tells: takes what
+    ``captured.graph`` takes, on every rank the same, and returns what that returns, whole, on every
+    rank. A rank without any tokens of a stream has no node for it."""
+    return _Builder(captured, sharding, rank, shares, gather).build()
 
 
 class _Builder:
     def __init__(
-        self, captured: Captured, sharding: Sharding, rank: int, ranks: int, gather: Gather
+        self, captured: Captured, sharding: Sharding, rank: int, shares: Shares, gather: Gather
     ) -> None:
         self._captured, self._sharding = captured, sharding
-        self._rank, self._ranks, self._gather = rank, ranks, gather
+        self._rank, self._shares, self._gather = rank, shares, gather
         self._graph = fx.Graph()
-        #: values as their nodes have them, and in forms that others need
+        #: values as their nodes have them, and in forms that others need; None where this rank has
+        #: no tokens of them
         self._own: dict[fx.Node, Any] = {}
-        self._formed: dict[tuple[fx.Node, Form], fx.Node] = {}
+        self._formed: dict[tuple[fx.Node, Form], fx.Node | None] = {}
+        self._staying = self._values_that_stay()
         #: the node that is being built
         self._building: fx.Node | None = None
 
@@ -69,22 +81,52 @@ class _Builder:
                 assert axis is not None
                 self._formed[node, None] = self._own[node]
                 self._own[node] = self._cut(self._own[node], axis)
-        self._graph.eliminate_dead_code()
+        # All ranks meet, also those that make no use of it.
+        self._graph.eliminate_dead_code(lambda n: n.is_impure() or MEETING in n.meta)
         return self._graph
+
+    def _values_that_stay(self) -> set[fx.Node]:
+        """Values that are to be gathered where one rank has all tokens of them, and of all that is
+        made of them: it has them whole, and nobody else needs them."""
+        takers: dict[fx.Node, set[int]] = {}
+        everybody = range(self._shares.ranks)
+        for node, forms in self._sharding.forms.items():
+            own = None if node in self._sharding.entries else self._sharding.axis(node)
+            takes = everybody if own is None else own.owners(self._shares)
+            for source, form in forms.items():
+                if form != self._sharding.axis(source):
+                    takers.setdefault(source, set()).update(takes)
+        for out in self._captured.outputs:
+            takers.setdefault(out, set()).update(everybody)
+        return {
+            source
+            for source, takes in takers.items()
+            if (axis := self._sharding.axis(source)) is not None
+            and len(owners := axis.owners(self._shares)) == 1
+            and takes == set(owners)
+        }
 
     def _computed(self, node: fx.Node) -> Any:
         axes, name = self._sharding.axes.get(node), operation(node)
         forms = self._sharding.forms.get(node, {})
+        # Whatever this rank has of the result: at gathers it meets the others.
+        given = {
+            n: self._given(n, forms.get(n, self._sharding.axis(n))) for n in node.all_input_nodes
+        }
         source = node.args[0] if node.args else None
-        if name == "getitem" and isinstance(self._own.get(source), list):  # type: ignore[arg-type]
-            return self._own[source][node.args[1]]  # type: ignore[index]
+        if name == "getitem" and isinstance(given.get(source), list):  # type: ignore[arg-type]
+            return given[source][node.args[1]]  # type: ignore[index]
         entry = node in self._sharding.entries
         axis = next((a for a in axes if a), None) if isinstance(axes, list) else axes
         if axis is not None and not entry and name in PARTING and parted(node) == axis.dim:
             assert isinstance(source, fx.Node)
             return self._parts(node, source, forms)
+        if axis is not None and not entry and not axis.local(self._rank, self._shares):
+            return None
+        if axis is not None and name == "cat" and None in given.values():
+            return self._put_together(node, given, axis.dim)
         args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: self._given(n, forms.get(n, self._sharding.axis(n)))
+            (node.args, node.kwargs), lambda n: self._nothing(n) if given[n] is None else given[n]
         )
         made = self._made(node, args, kwargs, None if entry else axis)
         if node not in self._sharding.axes:
@@ -97,19 +139,43 @@ class _Builder:
         """What a node does with other arguments, for a share of its tokens, if there is an axis."""
         if axis is not None and operation(node) in SIZED:
             size = list(shape_of(node))
-            size[axis.dim] = axis.local(self._rank, self._ranks)
+            size[axis.dim] = axis.local(self._rank, self._shares)
             args = (args[0], size, *args[2:])
         target = node.target
         if axis is not None and operation(node) in VIEWS:
             target = aten.reshape.default  # a share may not lie as the whole does
         rows = ROWS
         if axis is not None and axis.dim == 0:
-            rows = axis.local(self._rank, self._ranks)
+            rows = axis.local(self._rank, self._shares)
         if target is INTEGERS and rows < ROWS:
             made = with_rows(self._graph, target, args, 0, rows)[-1]
         else:
             made = self._graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        return made
+
+    def _nothing(self, node: fx.Node) -> fx.Node:
+        """No tokens of a value, as a tensor."""
+        value, axis = node.meta["val"], self._sharding.axis(node)
+        assert axis is not None
+        size = [0 if d == axis.dim else n for d, n in enumerate(value.shape)]
+        order = sorted(range(value.dim()), key=lambda d: (-value.stride(d), d))
+        like = {"dtype": value.dtype, "device": value.device}
+        return self._graph.call_function(aten.empty_permuted.default, (size, order), like)
+
+    def _put_together(
+        self, node: fx.Node, given: Mapping[fx.Node, fx.Node | None], dim: int
+    ) -> fx.Node:
+        """Those of several sequences of which this rank has tokens, one after another."""
+        sequences: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        parts = [part for n in sequences if (part := given[n]) is not None]
+        made = parts[0]
+        if len(parts) > 1:
+            made = self._graph.call_function(aten.cat.default, (parts, dim))
+            made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        dtype = node.meta["val"].dtype  # may be that of a part of which this rank has nothing
+        if all(n.meta["val"].dtype != dtype for n in sequences if given[n] is not None):
+            made = self._graph.call_function(aten.to.dtype, (made, dtype))
         return made
 
     def _parts(self, node: fx.Node, source: fx.Node, forms: Mapping[fx.Node, Form]) -> Any:
@@ -119,27 +185,28 @@ class _Builder:
         whole = self._given(source, axis)
         places = self._places(node, axis)
         if operation(node) == "slice_scatter":
-            ((dim, begin, length),) = places
+            ((begin, end),) = places
             part = node.args[1]
             assert isinstance(part, fx.Node)
-            args = (whole, self._given(part, forms[part]), dim, begin, begin + length)
+            if begin == end:
+                return whole
+            args = (whole, self._given(part, forms[part]), axis.dim, begin, end)
             return self._graph.call_function(aten.slice_scatter.default, args)
-        parts = [
-            self._graph.call_function(aten.narrow.default, (whole, *where)) for where in places
-        ]
+        length = axis.local(self._rank, self._shares)
+        parts = [self._picked(whole, axis.dim, length, [where]) for where in places]
         return parts[0] if operation(node) == "slice" else parts
 
-    def _places(self, node: fx.Node, axis: Axis) -> list[tuple[int, int, int]]:
-        """Dimension, begin and length of the parts of a slice or split in this rank's tokens."""
+    def _places(self, node: fx.Node, axis: Axis) -> list[tuple[int, int]]:
+        """Where the parts of a slice or split lie in this rank's tokens."""
         out = []
         for begin, end in ranges_of(node, axis.length):
             before = axis.cut(0, begin)
             inside = axis.cut(begin, end)
             assert before is not None and inside is not None
             start, length = (
-                Axis(axis.dim, s).local(self._rank, self._ranks) for s in (before, inside)
+                Axis(axis.dim, s).local(self._rank, self._shares) for s in (before, inside)
             )
-            out.append((axis.dim, start, length))
+            out.append((start, start + length))
         return out
 
     def _given(self, node: fx.Node, form: Form) -> Any:
@@ -151,31 +218,44 @@ class _Builder:
             self._formed[node, form] = self._make(node, axis, form)
         return self._formed[node, form]
 
-    def _make(self, node: fx.Node, axis: Axis | None, form: Form) -> fx.Node:
+    def _make(self, node: fx.Node, axis: Axis | None, form: Form) -> fx.Node | None:
         if isinstance(form, Keys):
-            assert axis == form.axis and self._building is not None
-            dim = form.axis.dim
-            local = self._outermost(node, dim)
-            made = self._graph.call_function(self._gather, (local, dim))
-            made.meta[MEETING] = self._building.name, form.axis.length
-            return made
+            assert axis == form.axis
+            return self._gathered(node, form.axis)
         if axis is not None:
             # Whole, in its own order; then, if need be, in another form.
             keys = self._given(node, Keys(axis))
             whole = self._sorted(keys, axis)
             return whole if form is None else self._of_whole(whole, form)
+        if isinstance(form, Axis) and not form.local(self._rank, self._shares):
+            return None
         if isinstance(form, Axis) and (shared := self._view_of_share(node, form)) is not None:
             return shared
         return self._of_whole(self._own[node], form)
+
+    def _gathered(self, node: fx.Node, axis: Axis) -> fx.Node | None:
+        """The tokens of all ranks, of those that have any."""
+        assert self._building is not None
+        owners = axis.owners(self._shares)
+        if node in self._staying or not owners:
+            return self._own[node] if owners else self._nothing(node)
+        local = self._outermost(node, axis.dim)
+        made = self._graph.call_function(self._gather, (local, axis.dim))
+        made.meta[MEETING] = Meeting(self._building.name, axis.length, owners)
+        return made
 
     def _outermost(self, node: fx.Node, dim: int) -> fx.Node:
         """A rank's share of a value that attention alone takes all of, with its tokens outermost in
         memory: so those of two ranks, one stretch each, can be put together where they arrive.
         A compiler has whoever computes it write it so at once."""
-        local: fx.Node = self._own[node]
+        local: fx.Node = self._nothing(node) if self._own[node] is None else self._own[node]
         whole = node.meta["val"]
         last = dim == whole.dim() - 1  # attention wants elements beside each other
-        if self._ranks != 2 or last or any(operation(user) != ATTENTION for user in node.users):
+        if (
+            self._shares.ranks != 2
+            or last
+            or any(operation(user) != ATTENTION for user in node.users)
+        ):
             return local
         order = sorted(range(whole.dim()), key=lambda d: (d != dim, -whole.stride(d), d))
         if all(whole.stride(dim) > whole.stride(d) for d in order[1:] if whole.shape[d] > 1):
@@ -207,38 +287,51 @@ class _Builder:
         share = self._given(source, axis.at(dim))
         return self._made(node, (share, *node.args[1:]), dict(node.kwargs), axis)
 
-    def _of_whole(self, whole: fx.Node, form: Form) -> fx.Node:
+    def _of_whole(self, whole: fx.Node | None, form: Form) -> fx.Node | None:
         if isinstance(form, Axis):
             return self._cut(whole, form)
         assert isinstance(form, Mask)
         if form.rows is not None:
             whole = self._cut(whole, form.rows)
-        if form.keys is not None and form.keys.order(self._ranks) is not None:
-            every = [r for rank in range(self._ranks) for r in form.keys.ranges(rank, self._ranks)]
-            whole = self._picked(whole, form.keys.dim, every)
+        if form.keys is not None:
+            axis = form.keys
+            every = [
+                r for rank in range(self._shares.ranks) for r in axis.ranges(rank, self._shares)
+            ]
+            whole = self._picked(whole, axis.dim, axis.length, every)
         return whole
 
-    def _cut(self, whole: fx.Node, axis: Axis) -> fx.Node:
+    def _cut(self, whole: fx.Node | None, axis: Axis) -> fx.Node | None:
         """This rank's share."""
-        return self._picked(whole, axis.dim, axis.ranges(self._rank, self._ranks))
+        return self._picked(whole, axis.dim, axis.length, axis.ranges(self._rank, self._shares))
 
-    def _sorted(self, keys: fx.Node, axis: Axis) -> fx.Node:
+    def _sorted(self, keys: fx.Node | None, axis: Axis) -> fx.Node | None:
         """All tokens in their own order, of those in the order of ranks."""
-        if axis.order(self._ranks) is None:
-            return keys
-        each = [axis.ranges(rank, self._ranks) for rank in range(self._ranks)]
+        each = [axis.ranges(rank, self._shares) for rank in range(self._shares.ranks)]
         lengths = [end - begin for ranges in each for begin, end in ranges]
         starts = list(itertools.accumulate(lengths, initial=0))
         segments = len(axis.segments)
         where = [
             (starts[rank * segments + s], starts[rank * segments + s + 1])
             for s in range(segments)
-            for rank in range(self._ranks)
+            for rank in range(self._shares.ranks)
         ]
-        return self._picked(keys, axis.dim, where)
+        return self._picked(keys, axis.dim, axis.length, where)
 
-    def _picked(self, value: fx.Node, dim: int, ranges: Sequence[tuple[int, int]]) -> fx.Node:
-        some = [(begin, end) for begin, end in ranges if end > begin] or ranges[:1]
+    def _picked(
+        self, value: fx.Node | None, dim: int, length: int, ranges: Sequence[tuple[int, int]]
+    ) -> fx.Node | None:
+        """These of ``length`` tokens, one after another; None: no tokens."""
+        some: list[tuple[int, int]] = []
+        for begin, end in ranges:
+            if some and some[-1][1] == begin:
+                some[-1] = some[-1][0], end
+            elif end > begin:
+                some.append((begin, end))
+        if value is None or not some:
+            return None
+        if some == [(0, length)]:
+            return value
         parts = [
             self._graph.call_function(aten.narrow.default, (value, dim, begin, end - begin))
             for begin, end in some

@@ -71,6 +71,16 @@ class Sharding:
         found = self.axes.get(node)
         return None if isinstance(found, list) else found
 
+    def longest(self) -> Axis | None:
+        """Of all attention the most tokens that are queries, which its work grows with; keys, where
+        each rank has all queries. None where there is no attention."""
+        each = [
+            axis
+            for node in self.attention
+            if (axis := self.axis(node.args[0]) or self.axis(node.args[1]))  # type: ignore[arg-type]
+        ]
+        return max(each, key=lambda axis: axis.length, default=None)
+
 
 def shard(captured: Captured) -> Sharding:
     """Follow the tokens through a denoiser's graph."""

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import pytest
 
-from asyncdiff.sequence.axis import Axis, joined, share
+from asyncdiff.sequence.axis import Axis, joined
+from asyncdiff.sequence.shares import Decide, Shares, even, joint
 
 
+@pytest.mark.parametrize("decide", [even, joint])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-@pytest.mark.parametrize("segments", [(16,), (8, 16), (1, 5, 0, 2)])
-def test_every_token_has_one_rank(segments: tuple[int, ...], ranks: int) -> None:
-    axis = Axis(1, segments)
-    every = [axis.ranges(rank, ranks) for rank in range(ranks)]
+@pytest.mark.parametrize("segments", [(16,), (8, 16), (1, 5, 0, 2), (3, 9, 9)])
+def test_every_token_has_one_rank(segments: tuple[int, ...], ranks: int, decide: Decide) -> None:
+    axis, shares = Axis(1, segments), decide(segments, ranks)
+    every = [axis.ranges(rank, shares) for rank in range(ranks)]
     tokens = [t for ranges in every for begin, end in ranges for t in range(begin, end)]
     assert sorted(tokens) == list(range(axis.length))
-    assert axis.order(ranks) in (None, tokens)
-    lengths = [axis.local(rank, ranks) for rank in range(ranks)]
+    lengths = [axis.local(rank, shares) for rank in range(ranks)]
     assert sum(lengths) == axis.length
     assert max(lengths) - min(lengths) <= len(segments)
+    assert axis.owners(shares) == tuple(rank for rank in range(ranks) if lengths[rank])
 
 
-def test_shares_are_even() -> None:
-    assert [share(10, r, 4) for r in range(4)] == [(0, 2), (2, 5), (5, 7), (7, 10)]
+def test_even_shares() -> None:
+    shares = even((10,), 4)
+    assert [shares.of(10, r) for r in range(4)] == [(0, 2), (2, 5), (5, 7), (7, 10)]
+
+
+@pytest.mark.parametrize(
+    "segments, ranks, counts",
+    [
+        ((4096, 333), 2, [[2214, 1882], [0, 333]]),  # SD3
+        ((512, 4096), 2, [[512, 0], [1792, 2304]]),  # FLUX
+        ((512, 4096), 4, [[512, 0, 0, 0], [640, 1152, 1152, 1152]]),
+        ((20, 12), 4, [[8, 8, 4, 0], [0, 0, 4, 8]]),  # more than a rank's share
+        ((8, 16, 16), 2, [[8, 0], [6, 10], [6, 10]]),  # alike where lengths are
+        ((7,), 3, [[2, 2, 3]]),
+    ],
+)
+def test_joint_shares(segments: tuple[int, ...], ranks: int, counts: list[list[int]]) -> None:
+    """As few ranks as can be have a short stream, and all have as many tokens."""
+    shares = joint(segments, ranks)
+    bounds = [[shares.of(length, rank) for rank in range(ranks)] for length in segments]
+    assert [[end - begin for begin, end in each] for each in bounds] == counts
+
+
+def test_what_is_not_in_the_joint_sequence_is_shared_out_evenly() -> None:
+    assert joint((4, 12), 2).of(6, 1) == Shares(2).of(6, 1) == (3, 6)
 
 
 def test_segments_part_where_they_were_joined_only() -> None:
@@ -31,8 +56,3 @@ def test_segments_part_where_they_were_joined_only() -> None:
     assert axis.cut(8, 16) == (3, 5)
     assert axis.cut(0, 0) == ()
     assert axis.cut(0, 9) is None and axis.cut(11, 8) is None
-
-
-def test_one_segment_is_in_order() -> None:
-    assert Axis(0, (10,)).order(3) is None
-    assert Axis(0, (2, 2)).order(2) == [0, 2, 1, 3]

@@ -59,8 +59,9 @@ class Meetings:
     """A rank's part in all meetings of a run, in the order of its program; the program's sink.
 
     ``stream`` computes, and waits for what others give; ``comm`` gives. Both are None on the CPU,
-    where the rank's thread does. ``bundles``: by meeting, then by rank. ``wholes``: by meeting,
-    values that are put together in the mailbox; none where they are not. ``rest``: by rank, the
+    where the rank's thread does. ``bundles``: by meeting, then by rank; of ranks
+    that have nothing to give there is none. ``wholes``: by meeting, values that are put together in
+    the mailbox; none where they are not. ``rest``: by rank, the
     channels and slots of the empty bundles at the end.
     """
 
@@ -69,13 +70,15 @@ class Meetings:
         rank: int,
         stream: torch.cuda.Stream | None,
         comm: torch.cuda.Stream | None,
-        bundles: Sequence[Sequence[_Bundle]],
+        bundles: Sequence[Mapping[int, _Bundle]],
         wholes: Sequence[Sequence[_Whole]],
         rest: Sequence[Sequence[tuple[core.Channel, int]]],
     ) -> None:
         self._rank, self._stream, self._comm = rank, stream, comm
         self._bundles, self._wholes, self._rest = bundles, wholes, rest
         self._others = [r for r in range(len(rest)) if r != rank]
+        #: how many values are put together at each meeting
+        self._counts = [len(next(iter(each.values())).places) for each in bundles]
         #: copies of the rank's own share, which nothing that leaves has to wait for
         self._beside = None
         if stream is not None and any(wholes):
@@ -95,11 +98,13 @@ class Meetings:
                 "needs: take schedule='asyncdiff' or 'wavefront', or exact_mode='chain'"
             )
 
+    def begin(self) -> None:
+        """A run begins: what one that failed had taken is nobody's any more."""
+        self._lent, self._copied = None, False
+        self._held.clear()
+
     def __call__(self, meeting: int, index: int, value: torch.Tensor) -> None:
         """Give the ``index``-th value of this rank's bundle to the others."""
-        if meeting == index == 0:  # what a run that failed had taken is nobody's any more
-            self._lent, self._copied = None, False
-            self._held.clear()
         mine = self._bundles[meeting][self._rank]
         place = mine.places[index]
         value = as_laid_out(value, mine.channel.layout.specs[place])
@@ -126,16 +131,17 @@ class Meetings:
         if index == 0:
             self._give_back()
             self._wait_for_given()
-            for r in self._others:
-                bundles[r].channel.get(self._rank, bundles[r].slot, self._stream)
+            for r, bundle in bundles.items():
+                if r != self._rank:
+                    bundle.channel.get(self._rank, bundle.slot, self._stream)
             self._lent = meeting
         if self._wholes[meeting]:
             return self._wholes[meeting][index].tensor
         parts = [
-            value if r == self._rank else bundle.tensors[index] for r, bundle in enumerate(bundles)
+            value if r == self._rank else bundle.tensors[index] for r, bundle in bundles.items()
         ]
-        together = joined(parts, dim)
-        if index == len(bundles[self._rank].places) - 1:
+        together = value if list(bundles) == [self._rank] else joined(parts, dim)
+        if index == self._counts[meeting] - 1:
             self._give_back()
         return together
 
@@ -147,7 +153,8 @@ class Meetings:
         for channel, slot in self._rest[self._rank]:
             channel.begin(slot, self._comm)
             channel.commit(slot, self._comm)
-        self._wait_for_given()
+        if self._comm is not None and self._stream is not None:
+            self._stream.wait_stream(self._comm)
         for r in self._others:
             for channel, slot in self._rest[r]:
                 channel.get(self._rank, slot, self._stream)
@@ -157,9 +164,9 @@ class Meetings:
         """What was taken last is used no more."""
         if self._lent is None:
             return
-        for r in self._others:
-            bundle = self._bundles[self._lent][r]
-            bundle.channel.release(self._rank, bundle.slot, self._stream)
+        for r, bundle in self._bundles[self._lent].items():
+            if r != self._rank:
+                bundle.channel.release(self._rank, bundle.slot, self._stream)
         self._lent = None
 
     def _wait_for_given(self) -> None:
@@ -169,7 +176,7 @@ class Meetings:
         run the branches of a graph one after another, and a rank that waited for the others before
         it has given its own would never get theirs.
         """
-        if self._comm is not None and self._stream is not None:
+        if self._held and self._comm is not None and self._stream is not None:
             self._stream.wait_stream(self._comm)
             if self._beside is not None and self._copied:
                 self._stream.wait_stream(self._beside)
@@ -186,8 +193,9 @@ def connect(
 ) -> dict[tuple[int, int], int]:
     """Make the channels of all meetings, and give ``workers``, this process's by rank, their parts.
 
-    ``layouts``: of bundles, by rank that gives and number of the meeting. Collective among the
-    processes that have ranks. Returns how many bytes go from one rank to another in a run.
+    ``layouts``: of bundles, by rank that gives and number of the meeting; a rank that has nothing
+    for a meeting is not there. Collective among the processes that have ranks. Returns how many
+    bytes go from one rank to another in a run.
     """
     meetings = 1 + max(number for _, number in layouts)
     together: dict[int, core.Layout] = {}
@@ -195,8 +203,8 @@ def connect(
     if ranks == len(workers) == 2 and _arrives_part_by_part(fabric):
         dims = brief_meetings(workers[0].program.graph)
         for number, along in dims.items():
-            layout = in_one([layouts[rank, number] for rank in range(ranks)], along)
-            if layout is not None:
+            shares = [layouts[r, number] for r in range(ranks) if (r, number) in layouts]
+            if len(shares) == ranks and (layout := in_one(shares, along)) is not None:
                 together[number] = layout
     by_rank = [
         _given_by(fabric, layouts, together, rank, ranks, meetings, mode) for rank in range(ranks)
@@ -205,8 +213,11 @@ def connect(
     for rank, worker in workers.items():
         bundles, wholes = [], []
         for number in range(meetings):
-            each, whole = [], []
+            each: dict[int, _Bundle] = {}
+            whole = []
             for r, (given, _) in enumerate(by_rank):
+                if number not in given:
+                    continue
                 bundle = given[number]
                 tensors: list[torch.Tensor] = []
                 if r != rank:
@@ -218,11 +229,11 @@ def connect(
                             _Whole(*whole_in(memory, together[number], index, dim, rank))
                             for index, dim in enumerate(dims[number])
                         ]
-                each.append(_Bundle(bundle.channel, bundle.slot, bundle.places, tensors))
+                each[r] = _Bundle(bundle.channel, bundle.slot, bundle.places, tensors)
             bundles.append(each)
             wholes.append(whole)
         worker.meetings = Meetings(rank, worker.stream, worker.comm, bundles, wholes, rest)
-    total = [sum(b.nbytes for b in given) for given, _ in by_rank]
+    total = [sum(b.nbytes for b in given.values()) for given, _ in by_rank]
     return {(i, j): total[i] for i in range(ranks) for j in range(ranks) if i != j}
 
 
@@ -240,13 +251,15 @@ def _given_by(
     ranks: int,
     meetings: int,
     mode: str,
-) -> tuple[list[_Bundle], list[tuple[core.Channel, int]]]:
+) -> tuple[dict[int, _Bundle], list[tuple[core.Channel, int]]]:
     """A rank's bundles by meeting, and its empty ones. ``together``: by meeting, layouts with the
     shares of all ranks, of which this one gives its own."""
     channels: dict[str, core.Channel] = {}
     count: Counter[str] = Counter()
-    given = []
+    given = {}
     for number in range(meetings):
+        if (rank, number) not in layouts:
+            continue
         layout, places = layouts[rank, number], range(len(layouts[rank, number].specs))
         if number in together:
             layout, places = together[number], range(rank, len(layout.specs) * ranks, ranks)
@@ -260,7 +273,7 @@ def _given_by(
                 name=f"tokens of rank {rank}, from meeting {number}",
                 mode=mode,
             )
-        given.append(_Bundle(channels[key], count[key] % _SLOTS, places))
+        given[number] = _Bundle(channels[key], count[key] % _SLOTS, places)
         count[key] += 1
     rest = [(channels[key], n % _SLOTS) for key, n in count.items() if n % _SLOTS]
     return given, rest
