@@ -10,8 +10,10 @@ from torch import fx
 
 from ..errors import TokensError
 from ..graph.capture import Captured
+from ..sequence.axis import Axis
 from ..sequence.flow import operation
 from ..sequence.module import rank_module
+from ..sequence.program import program
 from ..sequence.sharding import Sharding, shard
 from ..sequence.shares import Decide, Shares, joint
 from .cost import Costs, estimate
@@ -59,7 +61,8 @@ class Shards(Partition):
             macs = round(sum(costs.macs[n] * part for n, part in parts.items()))
             weights = sum(self.captured.weights[w].numel() for w in c.weights)
             paths = [p for p in map(self.captured.module_path, run) if p] or [""]
-            reports.append(ComponentReport(len(run), ms, macs, weights, paths[0], paths[-1]))
+            mine = sum(part > 0 for part in parts.values())
+            reports.append(ComponentReport(mine, ms, macs, weights, paths[0], paths[-1]))
         whole = sum(costs.ms[n] for n in run)
         return PartitionReport(reports, [], costs.source, None, whole, memory=self.memory())
 
@@ -86,11 +89,26 @@ def shards(
     used = {s for n in captured.nodes for s in n.all_input_nodes}
     used |= {o for o in captured.outputs if isinstance(o, fx.Node)}
     inputs = [n for n in captured.graph.nodes if n in used and n.name in captured.inputs]
-    weights = sorted(n.name for n in used if n.name in captured.weights)
     nodes = list(captured.nodes)
-    parts = [Component(r, nodes, nodes, inputs, weights) for r in range(ranks)]
+    weights = _weights(captured, sharding, shares)
+    parts = [Component(r, nodes, nodes, inputs, weights[r]) for r in range(ranks)]
     order = tuple(range(ranks))
     return Shards(captured, parts, {}, order, None, costs, True, sharding=sharding, shares=shares)
+
+
+def _weights(captured: Captured, sharding: Sharding, shares: Shares) -> list[list[str]]:
+    """Those that each rank computes with: not those of streams of which it has no tokens."""
+    streams = {length for axis in sharding.every_axis() for length in axis.segments}
+    found: dict[tuple[bool, ...], list[str]] = {}
+    out = []
+    for rank in range(shares.ranks):
+        has = tuple(Axis(0, (length,)).local(rank, shares) > 0 for length in streams)
+        if has not in found:
+            graph = program(captured, sharding, rank, shares, lambda local, _: local)
+            places = graph.find_nodes(op="placeholder")
+            found[has] = sorted(n.name for n in places if n.users and n.name in captured.weights)
+        out.append(found[has])
+    return out
 
 
 def _check(captured: Captured, sharding: Sharding) -> None:

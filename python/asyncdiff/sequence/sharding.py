@@ -71,6 +71,11 @@ class Sharding:
         found = self.axes.get(node)
         return None if isinstance(found, list) else found
 
+    def every_axis(self) -> set[Axis]:
+        """All that there are."""
+        each = (axes if isinstance(axes, list) else [axes] for axes in self.axes.values())
+        return {axis for axes in each for axis in axes if axis is not None}
+
     def longest(self) -> Axis | None:
         """Of all attention the most tokens that are queries, which its work grows with; keys, where
         each rank has all queries. None where there is no attention."""

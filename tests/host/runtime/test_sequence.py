@@ -32,7 +32,7 @@ from asyncdiff.runtime.exchange.meetings import Meetings
 #: Of a generation.
 STEPS = 4
 #: Of other families tiny versions have too few tokens for more ranks than two.
-RANKS = {"FLUX": (2, 3, 4), "SD3": (2, 3)}
+RANKS = {"FLUX": (2, 3, 4), "SD3": (2, 3, 4)}
 OFTEN = ("FLUX", "SD3", "Wan 2.1")
 SELDOM = ("Hunyuan Video", "FLUX.2", "Qwen-Image", "LTX", "CogVideoX")
 CASES = [
@@ -66,6 +66,29 @@ def test_every_step_by_tokens(name: str, ranks: int) -> None:
     assert report.ticks == STEPS
     # Each rank gives its keys and values to all others, in each step.
     assert report.exchange_bytes == STEPS * report.exchange_bytes_per_tick > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_without_text(ranks: int) -> None:
+    """They are not given what it alone needs, take what they need of it, and give no empty values;
+    where only one rank has any keys, or none needs them, too."""
+    module, call = sequence.streams(), sequence.streams_call(4, 8)
+    settings: dict[str, Any] = {"schedule": "sequence", "components": ranks}
+    made = AsyncDenoiser(module, devices=["cpu"] * ranks, **settings)
+    with torch.no_grad(), contextlib.closing(made) as denoiser:
+        want = module(**call)[0]
+        for _ in range(2):
+            with denoiser.generation([900] * STEPS):
+                for _ in range(STEPS):
+                    got = denoiser(**call)[0]
+                    most = 1e-5 * float(want.abs().max())
+                    torch.testing.assert_close(got, want, rtol=0, atol=most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FLUX", "SD3"])
+def test_compiled_by_regions(name: str) -> None:
+    _check(name, 2, schedule="sequence", components=2, compile="regions")
 
 
 def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,19 +39,14 @@ SERVED: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def _values(captured: Captured, call: Call) -> list[Any]:
-    """Of the placeholders; arguments that are no tensors are in the graph."""
-    of_inputs = {name: call.tensors[index] for name, index in captured.inputs.items()}
-    places = captured.graph.find_nodes(op="placeholder")
-    return [captured.weights.get(n.name, of_inputs.get(n.name)) for n in places]
-
-
 def _check(captured: Captured, call: Call, sharding: Sharding, expected: Any, ranks: int) -> int:
     """Every rank has the same result; how often all had to meet for it."""
     met, longest = set(), sharding.longest()
     for decide in (even, joint):
         shares = decide(() if longest is None else longest.segments, ranks)
-        outputs, gatherer = sequence.run(captured, sharding, shares, _values(captured, call))
+        outputs, gatherer = sequence.run(
+            captured, sharding, shares, sequence.values(captured, call)
+        )
         for found in outputs:
             for got, wanted in zip(found, expected, strict=True):
                 most = 1e-5 * float(wanted.abs().max())
