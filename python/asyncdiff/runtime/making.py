@@ -29,7 +29,7 @@ from .cutting import Cutter, Timed
 from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined
-from .rebalance import component_ms, foreseen_ms
+from .rebalance import component_ms, foreseen
 
 log = logging.getLogger("asyncdiff")
 
@@ -170,21 +170,21 @@ class EngineMaker:
         if components == 1 or given or parts.settled:
             return engine
         timed: list[Timed] = []
-        foreseen = foreseen_ms(parts, self._team)
+        look = foreseen(parts, self._team)
         # One that was timed before is there again when a new cut is slower, or has no memory.
         while all(engine.partition is not parts for parts, _ in timed):
-            times = component_ms(engine, foreseen)
+            times = component_ms(engine, look)
             better = None
             if times is not None:
                 with phase("cut"):
                     now = [*timed, (engine.partition, times)]
                     better = self._cutter.again(now, copies)
-            if foreseen is not None and (times is None or better is not None):
-                foreseen = None  # a short look is not enough to cut by
+            if look and (times is None or better is not None):
+                look = False  # which is not enough to cut by
                 continue
             if times is None or better is None:
                 break
-            timed, foreseen = now, None
+            timed, look = now, False
             engine.close()
             made = None
             del engine  # what it has is needed now

@@ -54,9 +54,9 @@ _LOOK_FOR = 40.0
 
 @phase("balance")
 @undisturbed()
-def component_ms(engine: Engine, foreseen: Sequence[float] | None = None) -> list[float] | None:
+def component_ms(engine: Engine, look: bool = False) -> list[float] | None:
     """Milliseconds of each component in a CUDA graph without exchange, all at once. Collective.
-    With what is ``foreseen`` (:func:`foreseen_ms`) it is a short look, in a third of the time.
+    A ``look`` takes a third of the time, and is enough where :func:`foreseen`.
 
     None where that says nothing: on the CPU, where components share a GPU, without graphs, or where
     GPUs have other work too or no memory for more graphs. Call it when the engine is idle.
@@ -83,12 +83,12 @@ def component_ms(engine: Engine, foreseen: Sequence[float] | None = None) -> lis
 
     try:
         team.together("time its components", record)
-        once = foreseen or timed([2] * count)
-        run_for = _RUN_FOR if foreseen is None else _LOOK_FOR
-        replays = [max(2, min(_REPLAYS, round(run_for / max(ms, 1e-3)))) for ms in once]
         # Only process 0 is sure to have what was measured.
         expected, busy = team.by(0, "time its components", lambda: _expected(engine.partition))
-        usual = typical(lambda: timed(replays), expected, busy, look=foreseen is not None)
+        once = expected if look else timed([2] * count)
+        run_for = _LOOK_FOR if look else _RUN_FOR
+        replays = [max(2, min(_REPLAYS, round(run_for / max(ms, 1e-3)))) for ms in once]
+        usual = typical(lambda: timed(replays), expected, busy, look)
     except Exception as e:
         team.check()
         elsewhere = isinstance(e, ProcessError)  # which could not do it, and said why
@@ -101,22 +101,15 @@ def component_ms(engine: Engine, foreseen: Sequence[float] | None = None) -> lis
             engine.synchronize()
         graphs.clear()
         torch.cuda.empty_cache()  # what the graphs had is not for torch alone
-    if usual is None and foreseen is None:  # else a longer look may tell
+    if usual is None and not look:  # which leaves that to a longer one
         log.info("components are not timed: the GPUs are busy")
     return usual
 
 
-def foreseen_ms(parts: Partition, team: Team) -> list[float] | None:
-    """Milliseconds of each component by what components took at another size; None where none were
-    timed. Collective."""
-
-    def foreseen() -> list[float] | None:
-        costs = parts.costs
-        if costs is None or not costs.timed:
-            return None
-        return [_ms(parts.captured, component, costs) for component in parts.components]
-
-    return team.by(0, "time its components", foreseen)
+def foreseen(parts: Partition, team: Team) -> bool:
+    """Whether costs say what components take, timed at another size. Collective."""
+    known = parts.costs is not None and parts.costs.timed
+    return team.by(0, "time its components", lambda: known)
 
 
 def _fill(worker: Worker) -> None:

@@ -231,13 +231,13 @@ def test_a_busy_card_is_found_out_by_runs_that_do_not_agree(
         runs.append(engine.partition.cuts)
         return taken(engine.partition, [1.0, next(slow)])
 
-    def component_ms(engine: Engine) -> list[float] | None:
+    def component_ms(engine: Engine, look: bool) -> list[float] | None:
         """As on GPUs."""
         places = [replace(p, unit=str(i)) for i, p in enumerate(engine.places)]
         with monkeypatch.context() as as_on_gpus:
             as_on_gpus.setattr(engine, "cuda", True)
             as_on_gpus.setattr(engine, "places", places)
-            return rebalance.component_ms(engine)
+            return rebalance.component_ms(engine, look)
 
     monkeypatch.setattr(rebalance, "replay", replay)
     monkeypatch.setattr(making, "component_ms", component_ms)
