@@ -129,10 +129,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     gpu = args.device == "cuda"
     home = torch.device("cuda:0") if gpu else torch.device("cpu", 0)
     model = build(config, home, torch.float16 if gpu else torch.float32)
-    devices = "cuda:0, cuda:1" if gpu else "cpu, cpu"
+    gpus = torch.cuda.device_count()
+    devices = ", ".join(f"cuda:{r % gpus}" if gpu else "cpu" for r in range(2))
     node = load_pack().NODE_CLASS_MAPPINGS["AsyncDiffParallel"]()
     compile = {"compile": "on" if args.compile else "off"}
-    figures: dict[str, Any] = {"steps": args.steps, "sampler": args.sampler, "ways": {}}
+    figures: dict[str, Any] = {"steps": args.steps, "sampler": args.sampler, "devices": devices}
+    figures["ways"] = {}
     drawn: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         models = {"plain": model}

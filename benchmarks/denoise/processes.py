@@ -71,7 +71,8 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     gc.collect()
     options["split"] = cuts or "estimate"
     if rank == 0:
-        devices = [f"cuda:{r}" if gpu else "cpu" for r in range(setting.ranks)]
+        gpus = torch.cuda.device_count()
+        devices = [f"cuda:{r % gpus}" if gpu else "cpu" for r in range(setting.ranks)]
         alone, one = rounds(module, inputs, model, setting, args, devices=devices, **options)
         one.close()
         gc.collect()
@@ -87,6 +88,7 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     late = {"exposed_ms_per_tick": spread(exposed)} if exposed else {}
     return late | {
         "hosts": args.hosts,
+        "shared_gpus": gpu and torch.cuda.device_count() < setting.ranks,
         "processes_ms": spread(several),
         "one_process_ms": spread(alone.ms),
         "ratio": round(statistics.median(several) / statistics.median(alone.ms), 4),
@@ -106,10 +108,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, default=results_file.ROOT / "out" / "processes.json")
     args = parser.parse_args()
+    host, shared = f"host-{os.environ['RANK']}", False
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpus = torch.cuda.device_count()
+        shared = gpus < int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     if args.hosts:
-        os.environ["ASYNCDIFF_HOST"] = f"host-{os.environ['RANK']}"
+        os.environ["ASYNCDIFF_HOST"] = host
+        if shared:  # NCCL refuses two processes of one host on one GPU
+            os.environ["NCCL_HOSTID"] = host
     dist.init_process_group("gloo")
     figures: dict[str, Any] = {}
     for name in args.models:
