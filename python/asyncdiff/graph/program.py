@@ -58,17 +58,16 @@ class Meet(nn.Module):
             return taken
         shape = list(value.shape)
         shape[dim] = length - shape[dim]
-        return joined([value, value.new_zeros(shape)], dim)
+        return joined([value, value.new_zeros(shape)], dim, value)
 
 
-def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def joined(parts: Sequence[torch.Tensor], dim: int, like: torch.Tensor) -> torch.Tensor:
     """Tensors one after another along ``dim``, as a new one whose dimensions lie in memory in the
-    order in which those of the first lie."""
-    first = parts[0]
-    strides = first.stride()
-    order = sorted(range(first.dim()), key=lambda d: (-strides[d], d))
+    order in which those of ``like`` lie: other ranks' may lie otherwise."""
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: (-strides[d], d))
     together = torch.cat([part.permute(order) for part in parts], order.index(dim))
-    return together.permute([order.index(d) for d in range(first.dim())])
+    return together.permute([order.index(d) for d in range(like.dim())])
 
 
 def run_program(

@@ -23,27 +23,48 @@ class Shares:
         return length * rank // self.ranks, length * (rank + 1) // self.ranks
 
 
-#: decide(segments, ranks): the shares of streams of so many tokens, which attention joins in this
-#: order.
-Decide = Callable[[Sequence[int], int], Shares]
+#: decide(segments, ranks, fixed): the shares of streams of so many tokens, which attention joins
+#: in this order. ``fixed``, by length: what a rank that has any of a stream computes for it at
+#: least, in tokens of the whole.
+Decide = Callable[[Sequence[int], int, Mapping[int, int]], Shares]
+#: Rows of a matrix that a GPU multiplies at a time: a few more take as long as all of them. Where
+#: ranks have at least so many times that, shares end there.
+_TILE, _TILES = 128, 8
 
 
-def even(segments: Sequence[int], ranks: int) -> Shares:
+def even(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
     """As many tokens of each stream on every rank."""
     return Shares(ranks)
 
 
-def joint(segments: Sequence[int], ranks: int) -> Shares:
-    """As many tokens on every rank, of all streams together: a stream that is short is on few
-    ranks, mostly on one, and others have more of the long one instead.
+def joint(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
+    """As much work on every rank, by tokens of all streams together: a stream that is short is on
+    few ranks, mostly on one, and others have more of the long one instead.
 
     A rank that has a few tokens of a stream launches all of its kernels, and these take nearly as
-    long as for all tokens of a short one. Streams of the same length are shared out alike.
+    long as for all tokens of a short one; so that counts. Streams of the same length are shared
+    out alike.
     """
-    total, before = sum(segments), 0
+    if len(segments) < 2:
+        return Shares(ranks)
+    tokens = sum(segments)
+    # Not more than would leave to one rank nothing else.
+    works = {
+        n: n + max(min(fixed.get(n, 0), (tokens - ranks * n) // max(ranks - 1, 1)), 0)
+        for n in segments
+    }
+    total, before = sum(works[n] for n in segments), 0
     ends = [total * rank // ranks for rank in range(ranks + 1)]
     bounds = {}
     for length, times in Counter(segments).items():
-        bounds[length] = tuple(min(max(end - before, 0) // times, length) for end in ends)
-        before += length * times
+        places = [min(max(end - before, 0) // times, length) for end in ends]
+        bounds[length] = tuple(
+            _at_tiles(places, length) if tokens >= _TILE * _TILES * ranks else places
+        )
+        before += works[length] * times
     return Shares(ranks, bounds)
+
+
+def _at_tiles(places: Sequence[int], length: int) -> list[int]:
+    """Where shares of a stream end, moved to the nearest ends of tiles."""
+    return [p if p == length else min(round(p / _TILE) * _TILE, length) for p in places]

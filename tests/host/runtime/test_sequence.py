@@ -86,9 +86,10 @@ def test_ranks_without_text(ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FLUX", "SD3"])
-def test_compiled_by_regions(name: str) -> None:
-    _check(name, 2, schedule="sequence", components=2, compile="regions")
+@pytest.mark.parametrize("name, ranks", [("FLUX", 2), ("SD3", 2), ("SD3", 4)])
+def test_compiled_by_regions(name: str, ranks: int) -> None:
+    """With four ranks keys lie otherwise on those that have text, too."""
+    _check(name, ranks, schedule="sequence", components=ranks, compile="regions")
 
 
 def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

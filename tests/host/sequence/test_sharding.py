@@ -43,7 +43,7 @@ def _check(captured: Captured, call: Call, sharding: Sharding, expected: Any, ra
     """Every rank has the same result; how often all had to meet for it."""
     met, longest = set(), sharding.longest()
     for decide in (even, joint):
-        shares = decide(() if longest is None else longest.segments, ranks)
+        shares = decide(() if longest is None else longest.segments, ranks, {})
         outputs, gatherer = sequence.run(
             captured, sharding, shares, sequence.values(captured, call)
         )

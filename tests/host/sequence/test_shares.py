@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import sequence
 import torch
@@ -11,9 +13,14 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.shards import Shards, shards
 from asyncdiff.sequence.flow import operation
-from asyncdiff.sequence.shares import Decide, even, joint
+from asyncdiff.sequence.shares import Decide, Shares, even, joint
 
 CPU = torch.device("cpu")
+
+
+def by_length(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
+    """Of tiny denoisers what a rank computes at least is nearly all."""
+    return joint(segments, ranks, {})
 
 
 def _programs(parts: Shards) -> list[fx.GraphModule]:
@@ -34,7 +41,7 @@ def _of_text(captured: Captured, program: fx.GraphModule) -> int:
 def test_text_is_on_few_ranks(name: str, ranks: int, with_text: list[int]) -> None:
     """Of 24 tokens 8 are text, which comes first in FLUX and last in SD3."""
     captured, _, _ = sequence.of_family(name)
-    parts = shards(captured, ranks)
+    parts = shards(captured, ranks, decide=by_length)
     programs = _programs(parts)
     found = [_of_text(captured, program) for program in programs]
     assert [rank for rank in range(ranks) if found[rank]] == with_text
@@ -45,6 +52,19 @@ def test_text_is_on_few_ranks(name: str, ranks: int, with_text: list[int]) -> No
     longest = parts.sharding.longest()
     assert longest is not None
     assert {longest.local(rank, parts.shares) for rank in range(ranks)} == {24 // ranks}
+
+
+def _tokens(shares: Shares, segments: Sequence[int]) -> list[tuple[int, ...]]:
+    """By rank how many it has of each stream."""
+    each = [[shares.of(n, rank) for n in segments] for rank in range(shares.ranks)]
+    return [tuple(end - begin for begin, end in ranges) for ranges in each]
+
+
+def test_it_is_known_by_the_products_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, _, _ = sequence.of_family("SD3")
+    assert _tokens(shards(captured, 2).shares, (16, 8)) == [(16, 0), (0, 8)]
+    monkeypatch.setattr("asyncdiff.partition.shards._PRODUCT_MS", 0.0)
+    assert _tokens(shards(captured, 2).shares, (16, 8)) == [(12, 0), (4, 8)]
 
 
 def test_even_shares_have_text_on_all_ranks() -> None:
@@ -89,7 +109,7 @@ def test_what_is_whole_on_the_only_rank_that_needs_it_is_not_exchanged() -> None
 def test_a_rank_gives_only_what_it_has() -> None:
     """The first one has all of the text, the second one none; both meet in the same order."""
     captured, _, _ = _streams(4, 8)
-    programs = _programs(shards(captured, 2))
+    programs = _programs(shards(captured, 2, decide=by_length))
     order = []
     for program in programs:
         taken = program.graph.find_nodes(op="call_module", target="meet")

@@ -85,9 +85,8 @@ def whole_in(
     first = 2 * index
     shares = layout.specs[first : first + 2]
     dtype = getattr(torch, shares[0].dtype)
-    like = joined(
-        [torch.empty_strided(s.shape, s.strides, dtype=dtype, device="meta") for s in shares], dim
-    )
+    parts = [torch.empty_strided(s.shape, s.strides, dtype=dtype, device="meta") for s in shares]
+    like = joined(parts, dim, parts[0])
     begin = layout.offsets[first]
     flat = memory[begin : begin + sum(s.nbytes for s in shares)].view(dtype)
     whole = flat.as_strided(like.shape, like.stride(), flat.storage_offset())

@@ -140,7 +140,7 @@ class Meetings:
         parts = [
             value if r == self._rank else bundle.tensors[index] for r, bundle in bundles.items()
         ]
-        together = value if list(bundles) == [self._rank] else joined(parts, dim)
+        together = value if list(bundles) == [self._rank] else joined(parts, dim, value)
         if index == self._counts[meeting] - 1:
             self._give_back()
         return together
