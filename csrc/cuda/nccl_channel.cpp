@@ -193,7 +193,7 @@ Buffer NcclChannel::slot(int receiver, int slot) {
   check_slot(slot);
   shared_->processes().check_mine(receivers()[place_of(receiver)]);
   if (closed_) throw Error("channel '" + name() + "' is closed");
-  Buffer out = memory_->device;
+  Buffer out = shared_->lent().lend(memory_->device);
   out.data += memory_->lines + layout().nbytes * static_cast<std::size_t>(slot);
   out.nbytes = layout().nbytes;
   return out;

@@ -301,7 +301,10 @@ void NcclShared::give_back(const NcclEndMemory& end) {
               ends_.end());
 }
 
-void NcclShared::settle() const { synchronize(own_devices(processes_, devices_)); }
+void NcclShared::settle() {
+  synchronize(own_devices(processes_, devices_));
+  lent_.free_dropped();
+}
 
 template <class End, class Work>
 void NcclShared::for_each_end(Work work) const {
@@ -357,6 +360,7 @@ void NcclShared::close() {
   for (const auto& [pair, one] : links_) one->close(together);
   wait_for_nccl_calls(std::chrono::steady_clock::now() + std::chrono::seconds(2));
   ends_.clear();
+  lent_.end();
   failures_.close();
   pinned_ = {};
   if (failure) std::rethrow_exception(failure);

@@ -17,6 +17,7 @@
 #include "asyncdiff/processes.hpp"
 #include "failure_log.hpp"
 #include "flag_pool.hpp"
+#include "lent_memory.hpp"
 #include "nccl_courier.hpp"
 #include "nccl_cuda_link.hpp"
 #include "nccl_ends.hpp"
@@ -50,6 +51,7 @@ class NcclShared {
   int device(int rank) const { return devices_[static_cast<std::size_t>(rank)]; }
   NcclCourier& courier() { return courier_; }
   FailureLog& failures() { return failures_; }
+  LentMemory& lent() { return lent_; }
   // Held while channels are made or closed, and while the network is reset or closed.
   std::mutex& calls() { return calls_; }
 
@@ -72,7 +74,7 @@ class NcclShared {
   void give_back(const NcclEndMemory& end);
 
   // Waits until the devices of own ranks have done what was enqueued.
-  void settle() const;
+  void settle();
   void reset(std::uint64_t first);
   void close();
 
@@ -90,6 +92,7 @@ class NcclShared {
   Buffer pinned_;  // lines, then the failure log
   FailureLog failures_;
   FlagPool lines_;
+  LentMemory lent_;  // slots
   std::vector<std::shared_ptr<NcclEndMemory>> ends_;
   std::uint32_t channels_ = 0;
   std::mutex calls_;
