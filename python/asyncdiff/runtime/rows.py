@@ -101,6 +101,12 @@ class Rows:
         self.table.clear()
         self._free.clear()
 
+    def close(self) -> None:
+        """Drop the program, too, and with it its weights. Call when idle; the last call."""
+        self.clear()
+        self.program = self.row = self.time = None
+        self.values = []
+
     def _compute(self) -> None:
         self._graphs.issue(_GRAPH, self.execute)
 

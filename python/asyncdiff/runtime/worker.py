@@ -290,9 +290,21 @@ class Worker:
             self.stream.synchronize()
 
     def close(self) -> None:
-        """Drop graphs, rows and mailboxes, so that their memory can be freed. Call when idle."""
+        """Drop graphs, programs with their weights, rows, inputs and mailboxes.
+
+        Their memory is free at once: a rank refers to itself, so that only Python's collector would
+        find it, and others may still refer to it. Call when idle; it cannot run any more.
+        """
         self.graphs.clear()
-        self.rows.clear()
+        self.rows.close()
+        for part in self._parts:  # which refers to itself, too
+            part._buffers.clear()
+        self._parts.clear()
+        del self.program
+        self.prelude = None
+        self.held.clear()
+        self.static.clear()
+        self.kept.clear()
         self._last = None
         self.mailbox.clear()
         self.receivers.clear()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +115,31 @@ def test_repeats_and_changes_of_shape_dtype_and_length() -> None:
         run(denoiser, toy_call(batch=batch), TIMES[:2])
     assert torch.equal(run(denoiser, toy_call(), TIMES), first)
     denoiser.close()
+
+
+def test_what_ranks_had_is_free_without_the_collector() -> None:
+    """Whoever still refers to an engine: GPUs would stay full until Python looks for cycles."""
+    denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2, split=SPLITS[2])
+    run(denoiser, toy_call(), TIMES)
+    engine: Any = denoiser._engine
+    had: list[Any] = []
+    for worker in engine.workers:
+        had += worker.held.values()
+        had += [*worker.static.values(), *worker.kept]
+        had += [t for bundle in worker.mailbox.values() for t in bundle]
+    refs = [weakref.ref(x) for x in had]
+    programs = [part for worker in engine.workers for part in worker._parts]
+    assert len(refs) > 10 and any(list(part.buffers()) for part in programs)
+    del had, worker
+    gc.collect()
+    gc.disable()
+    try:
+        denoiser.close()
+        assert not [ref() for ref in refs if ref() is not None]
+        assert not any(list(part.buffers()) for part in programs)
+    finally:
+        gc.enable()
+    assert engine.closed
 
 
 def test_the_plan_of_a_generation_like_the_one_before_is_known() -> None:
