@@ -7,6 +7,7 @@ import contextlib
 import logging
 import multiprocessing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from asyncdiff.graph.capture import Captured, capture, tensors_of
 from asyncdiff.graph.compiled.regions import repeated
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.signature import parse
+from asyncdiff.partition.cost import Costs, estimate
 from asyncdiff.partition.links import Link, Links
 from asyncdiff.partition.partition import partition
 from asyncdiff.preparation import captures, folder, turns
@@ -240,13 +242,19 @@ def test_a_cut_that_was_settled_is_not_timed_again(
     def component_ms(engine: Any, *_: Any) -> list[float]:
         """A little more than its nodes say, at first."""
         timed.append(engine.partition.cuts)
-        first, second = (1e4 * c.ms for c in engine.partition.report().components)
+        first, second = (c.ms for c in engine.partition.report().components)
         return [1.09 * first if len(timed) == 1 else first, second]
 
+    def measured(captured: Captured, *_: Any) -> Costs:
+        """Long enough to be timed, and the same each time."""
+        costs = estimate(captured)
+        return replace(costs, ms={n: 1e4 * t for n, t in costs.ms.items()}, source="measured")
+
     monkeypatch.setattr("asyncdiff.runtime.making.component_ms", component_ms)
+    monkeypatch.setattr(cutting, "measure", measured)
     cuts = generated()[0]
     made = len(timed)
-    assert timed[-1] == cuts
+    assert timed[-1] == cuts != timed[0]
     assert generated()[0] == cuts and len(timed) == made
 
 
