@@ -57,9 +57,12 @@ def main() -> None:
         (PAGE, TABLES),
         (QUALITY, {"qualities": qualities}),
         (PIPELINE, {"pictures": pictures}),
-        (PREPARATION, {"preparation": preparation}),
+        (PREPARATION, {"preparation": preparation, "whole": whole}),
         (SETTINGS, {"unequal": unequal}),
-        (SEQUENCE, {"sequence": sequence, "ulysses": ulysses, "merged": merged}),
+        (
+            SEQUENCE,
+            {"sequence": sequence, "shares": shares, "ulysses": ulysses, "merged": merged},
+        ),
         (LINKS, {"links": links}),
         (PIPELINES, {"pipelines": pipelines}),
     )
@@ -237,6 +240,22 @@ def preparation() -> str:
     return markdown(table)
 
 
+def whole() -> str:
+    """What parts take that are compiled by regions, and as wholes."""
+    table = [["parts alone, ms", "by regions", "whole", "regions over whole", "pieces compiled"]]
+    names = ("whole_2gpu", "whole_1gpu")
+    for model in (m for name in names for m in _document(name)["figures"].values()):
+        regions, all_of_it = (model["ways"][way]["cold"] for way in ("regions", "whole"))
+        alone = [
+            ", ".join(f"{t:.1f}" for t in w["component_ms_alone"]) for w in (regions, all_of_it)
+        ]
+        pieces = f"{regions['given_to_inductor']} of {regions['pieces']}"
+        ratio = f"{model['regions_over_whole']['alone_cold']:.3f}"
+        table.append([model["title"], *alone, ratio, pieces])
+    sources = " ".join(_source(name) for name in names)
+    return f"{sources}\n\n{markdown(table)}"
+
+
 def unequal() -> str:
     """Two GPUs of which another process slows one down."""
     table = [["", "speeds it was cut for", "ms a step", "of the sum of both speeds"]]
@@ -269,6 +288,20 @@ def sequence() -> str:
                 cells.append(", ".join(map("{:.1f}".format, row["rank_ms_alone"])))
                 table.append([*cells, f"{row['exchange_mib_per_step']:.0f}"])
     return markdown(table)
+
+
+def shares() -> str:
+    """What shares of the tokens take alone, all on one GPU."""
+    document = _document("shares_1gpu")
+    table = [["each share alone, ms", "all tokens", "shares"]]
+    for model in document["figures"].values():
+        rows = dict(model["regions"])
+        (one,) = rows.pop("one GPU")["rank_ms_alone"]
+        for name, row in rows.items():
+            title = name.replace("GPUs, tokens", "devices")
+            alone = ", ".join(f"{t:.1f}" for t in row["rank_ms_alone"])
+            table.append([f"{model['title']}, compiled: {title}", f"{one:.1f}", alone])
+    return f"{_source('shares_1gpu')}\n\n{markdown(table)}"
 
 
 def links() -> str:
