@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from asyncdiff import AsyncDenoiser, ParallelConfig
+from asyncdiff.graph.tracing.repeats import unread
 
 if TYPE_CHECKING:
     from .sampling import Sampling
+
+
+# ComfyUI tells each block which one it is, for what other nodes patch into blocks, which the node
+# refuses: else each would be exported by itself.
+unread("comfy.ldm.", "transformer_options", ["block", "block_index", "transformer_index"])
 
 
 class Host:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from asyncdiff import AsyncDenoiser, parallelize
 from asyncdiff.graph import export as exporting
+from asyncdiff.graph.tracing import repeats
 from asyncdiff.graph.tracing.bodies import UnfollowedError
 from asyncdiff.graph.tracing.repeats import Repeats
 
@@ -191,6 +192,44 @@ def test_what_a_block_is_told_between_calls_counts(monkeypatch: pytest.MonkeyPat
 
     blocks: list[nn.Module] = [Block(8) for _ in range(4)]
     assert _repeated(Blocks(blocks, before=scaled), monkeypatch) == 2
+
+
+def test_what_blocks_are_declared_not_to_read_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ComfyUI's blocks are told which one they are. Tensors count, and so do other dictionaries
+    and other keys."""
+
+    class Numbered(Block):
+        def forward(self, x: torch.Tensor, time: torch.Tensor, **told: Any) -> Any:
+            found = told["options"].get("shift", 0.0)
+            return super().forward(x + found, time)
+
+    class Told(Blocks):
+        def __init__(self, key: str, value: Any, argument: str = "options") -> None:
+            super().__init__([Numbered(8) for _ in range(4)])
+            self.key, self.value, self.argument = key, value, argument
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            for i, block in enumerate(self.blocks):
+                options = {"number": i} if self.argument == "options" else {}
+                told = {self.argument: {self.key: self.value(i)}}
+                told["options"] = told.get("options", {}) | options
+                sample, timestep = block(sample, timestep, **told)
+            return sample
+
+    def declared(module: nn.Module, modules: str = __name__) -> int:
+        monkeypatch.setattr(repeats, "_UNREAD", {})
+        repeats.unread(modules, "options", ["number", "shift"])
+        return _repeated(module, monkeypatch)
+
+    numbered = Told("other", lambda i: None)
+    assert _repeated(numbered, monkeypatch) == 0
+    assert declared(numbered) == 3
+    assert declared(numbered, "another.") == 0
+    assert declared(Told("shift", lambda i: torch.tensor(float(i)))) == 0
+    assert declared(Told("other", lambda i: i)) == 0
+    assert declared(Told("number", lambda i: i, "others")) == 0
 
 
 def test_what_comes_in_beside_the_arguments_has_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,16 @@ from .bodies import Body, UnfollowedError, edge, put_in, repeat
 #: Layers without parts that a layer has at least, to be worth it.
 _LEAST = 6
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+#: Keys of dictionaries that layers are given which do not count for what they compute: by how the
+#: names of modules begin that have their classes, and by the dictionary's name as an argument.
+_UNREAD: dict[str, dict[str, frozenset[str]]] = {}
+
+
+def unread(modules: str, argument: str, keys: Collection[str]) -> None:
+    """Declare that layers, of classes from modules whose names begin so, do not compute anything
+    else for other values of these keys of a dictionary, their keyword ``argument``: such as the
+    number of a block, which would make each of them another kind."""
+    _UNREAD.setdefault(modules, {})[argument] = frozenset(keys)
 
 
 class Repeats:
@@ -75,16 +85,16 @@ class Repeats:
                 raise UnfollowedError(f"{path} is called twice")
             first = path not in self._called
             self._called.add(path)
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            kind = self._kind(layer, leaves, spec) if first else None
+            leaves, _ = pytree.tree_flatten((args, kwargs))
+            kind = self._kind(layer, args, kwargs) if first else None
             if kind is None:
                 return forward(*args, **kwargs)
 
             def alone() -> bool:
                 """Whether the call leaves nothing behind for others but its result."""
-                now, tree = pytree.tree_flatten((args, kwargs))
+                now, _ = pytree.tree_flatten((args, kwargs))
                 same = len(now) == len(leaves) and all(map(operator.is_, now, leaves))
-                return same and self._kind(layer, now, tree) == kind
+                return same and self._kind(layer, args, kwargs) == kind
 
             body = next((body for seen, body in self._seen if seen == kind), _NONE)
             if body is _NONE:
@@ -102,8 +112,9 @@ class Repeats:
 
         return called
 
-    def _kind(self, layer: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    def _kind(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is the same for calls that compute the same; None where that is not known."""
+        leaves, spec = pytree.tree_flatten((args, _read(layer, kwargs)))
         with torch._C.DisableTorchFunction():
             like = self._kinds.of(layer)
             given = None if like is None else _described(leaves, self._kinds.memory)
@@ -159,6 +170,23 @@ _NONE: Any = object()
 @repeat.register_fake
 def _like_the_first(inputs: list[Tensor], body: int, path: str) -> list[Tensor]:
     return _OPEN[-1].results(body)
+
+
+def _read(layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments without what the layer does not read; tensors always count."""
+    of_layer = type(layer).__module__
+    names = next((n for start, n in _UNREAD.items() if of_layer.startswith(start)), None)
+    if names is None:
+        return kwargs
+    out = dict(kwargs)
+    for name in names.keys() & kwargs.keys():
+        if type(kwargs[name]) is dict:
+            out[name] = {
+                key: value
+                for key, value in kwargs[name].items()
+                if key not in names[name] or _tensors(pytree.tree_leaves(value))
+            }
+    return out
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:
