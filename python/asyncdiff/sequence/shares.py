@@ -47,22 +47,35 @@ def joint(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shar
     """
     if len(segments) < 2:
         return Shares(ranks)
-    tokens = sum(segments)
+    for least in (fixed, {}):  # which a stream between others may leave a rank nothing but
+        shares = _joint(segments, ranks, least)
+        if all(_tokens(shares, segments, rank) for rank in range(ranks)):
+            return shares
+    return Shares(ranks)
+
+
+def _joint(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
+    """As much work on every rank, with so much for a stream at least."""
+    tokens, counts = sum(segments), Counter(segments)
     # Not more than would leave to one rank nothing else.
     works = {
-        n: n + max(min(fixed.get(n, 0), (tokens - ranks * n) // max(ranks - 1, 1)), 0)
-        for n in segments
+        n: n + max(min(fixed.get(n, 0), (tokens // times - ranks * n) // max(ranks - 1, 1)), 0)
+        for n, times in counts.items()
     }
     total, before = sum(works[n] for n in segments), 0
     ends = [total * rank // ranks for rank in range(ranks + 1)]
     bounds = {}
-    for length, times in Counter(segments).items():
+    for length, times in counts.items():
         places = [min(max(end - before, 0) // times, length) for end in ends]
         bounds[length] = tuple(
             _at_tiles(places, length) if tokens >= _TILE * _TILES * ranks else places
         )
         before += works[length] * times
     return Shares(ranks, bounds)
+
+
+def _tokens(shares: Shares, segments: Sequence[int], rank: int) -> int:
+    return sum(end - begin for begin, end in (shares.of(n, rank) for n in segments))
 
 
 def _at_tiles(places: Sequence[int], length: int) -> list[int]:

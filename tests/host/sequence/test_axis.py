@@ -54,6 +54,17 @@ def test_joint_shares(
     assert [[end - begin for begin, end in each] for each in bounds] == counts
 
 
+@pytest.mark.parametrize(
+    "segments, ranks",
+    [((239, 11, 11), 2), ((4096, 128, 128, 128), 5), ((10, 1, 1, 10), 6), ((3098, 26, 4789), 6)],
+)
+def test_every_rank_has_tokens(segments: tuple[int, ...], ranks: int) -> None:
+    """Whatever streams take at least: also where some are of the same length, or are between
+    others, and a share moved to the end of a tile."""
+    shares = joint(segments, ranks, dict.fromkeys(segments, 10**9))
+    assert Axis(0, segments).owners(shares) == tuple(range(ranks))
+
+
 def test_what_is_not_in_the_joint_sequence_is_shared_out_evenly() -> None:
     assert joint((4, 12), 2, {}).of(6, 1) == Shares(2).of(6, 1) == (3, 6)
 
