@@ -40,6 +40,26 @@ class LazyModule(fx.GraphModule):
         """Have the code written anew, later."""
         return _later(self) if _CAN_WAIT else _recompile(self)
 
+    def __reduce__(self) -> Any:
+        """What pickle keeps, which is the code."""
+        _recompile(self)
+        cls: Any = type(self)
+        cls.recompile = _recompile  # whose result is asked for
+        try:
+            return super().__reduce__()
+        finally:
+            del cls.recompile
+
+
+class _Code:
+    """In the place of a module's code that is not written yet; then the module has its own."""
+
+    def __get__(self, module: fx.GraphModule | None, _: type) -> Any:
+        if module is None:
+            return self
+        _recompile(module)
+        return module.__dict__["_code"]
+
 
 def _later(module: fx.GraphModule) -> None:
     cls: Any = type(module)  # each has one of its own
@@ -47,16 +67,11 @@ def _later(module: fx.GraphModule) -> None:
     if isinstance(codegen, _PyTreeCodeGen):
         module._in_spec = codegen.pytree_info.in_spec
         module._out_spec = codegen.pytree_info.out_spec
-    cls.forward, cls.code = _forward, property(_code)
+    cls.forward, cls._code = _forward, _Code()
+    module.__dict__.pop("_code", None)
     module._recompile_submodules()
 
 
 def _forward(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     _recompile(module)
     return module.forward(*args, **kwargs)
-
-
-def _code(module: fx.GraphModule) -> str:
-    if type(module).forward is _forward:
-        _recompile(module)
-    return module._code
