@@ -131,6 +131,21 @@ def test_a_generation_of_fewer_branches_inside_of_one_of_more() -> None:
             denoiser(*call)
 
 
+def test_weights_of_another_layout_between_the_calls_of_the_only_step() -> None:
+    """The first call's ranks are gone before they are waited for."""
+    module, call = toy(), toy_call(1)
+    with (
+        contextlib.closing(AsyncDenoiser(module, split="estimate", components=2)) as denoiser,
+        pytest.raises(InputError, match="between two calls of step 0"),
+        denoiser.generation([900], branches=2),
+    ):
+        denoiser(**call)
+        weight = module.up[0].weight
+        other = weight.transpose(0, 1).contiguous().transpose(0, 1)
+        module.up[0].weight = torch.nn.Parameter(other, requires_grad=False)
+        denoiser(**call)
+
+
 def test_too_many_calls() -> None:
     with contextlib.closing(AsyncDenoiser(toy(), components=1)) as denoiser:
         t = torch.tensor(900)
