@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -120,7 +120,8 @@ class Generation:
                 "may change between generations only"
             )
         step = self.next_step
-        self._check_open(self.engine, step)
+        if self.engine.closed:
+            self._over(step)
         if self._drift is not None:
             self._settle(step, self._drift)
         if self._predictor is not None:
@@ -135,21 +136,20 @@ class Generation:
         self.done = self.next_step == self.steps
         return self.engine.partition.captured.unflatten(leaves)
 
-    def _check_open(self, engine: Engine | Groups, step: int) -> None:
-        """Raise InputError where the ranks are gone, because of a call of another branch."""
-        if engine.closed:
-            self.abandon()
-            raise InputError(
-                f"other weights were put in the place of the denoiser's between two calls of step "
-                f"{step}, and its ranks had to be made anew for another call. Write into weights "
-                "(copy_()), or exchange them between steps, in a callback of the pipeline "
-                "(callback_on_step_end), or between generations"
-            )
+    def _over(self, step: int) -> NoReturn:
+        """Raise InputError: the ranks are gone, because of a call of another branch."""
+        self.abandon()
+        raise InputError(
+            f"other weights were put in the place of the denoiser's between two calls of step "
+            f"{step}, and its ranks had to be made anew for another call. Write into weights "
+            "(copy_()), or exchange them between steps, in a callback of the pipeline "
+            "(callback_on_step_end), or between generations"
+        )
 
     def finish(self) -> None:
         """Wait for the last step, and raise what went wrong."""
-        for engine in self.engines:
-            self._check_open(engine, self.steps - 1)
+        if any(engine.closed for engine in self.engines):
+            self._over(self.steps - 1)
         for engine in self.engines:
             engine.finish()
         self._writes.check()
