@@ -32,9 +32,11 @@ class LentMemory {
 
   // The same; what is dropped later is freed at once.
   void end() noexcept {
+    {
+      const std::lock_guard lock(dropped_->mutex);
+      dropped_->ended = true;
+    }
     free_dropped();
-    const std::lock_guard lock(dropped_->mutex);
-    dropped_->ended = true;
   }
 
  private:
