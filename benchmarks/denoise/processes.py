@@ -10,7 +10,8 @@ Random weights, as in run.py. Rounds of the processes together, then rounds of p
 all of the GPUs, which the others have left, then of the processes again. Printed, and written to
 ``--out``: milliseconds a loop (medians, smallest, largest), the processes' over the one's, whether
 both computed the same bits. With ``--hosts`` each process counts as one on a host of its own, so
-that they exchange over the network (NCCL; TCP on the CPU); the one process goes on as ever.
+that they exchange over the network (NCCL; TCP on the CPU); the one process goes on as ever. Process
+r has rank r, and the last one the ranks that are left.
 """
 
 from __future__ import annotations
@@ -65,21 +66,23 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     module = model.build(home, getattr(torch, args.dtype))
     inputs = model.inputs(module)
     options = {"compile": mode == "compiled", "deadline": 60.0}
-    before, denoiser = rounds(module, inputs, model, setting, args, group="env", **options)
+    gpus, processes = torch.cuda.device_count(), dist.get_world_size()
+    owners = [min(r, processes - 1) for r in range(setting.ranks)]
+    devices = [f"cuda:{p % gpus}" if gpu else "cpu" for p in owners]
+    own = {"group": "env", "devices": [d for d, p in zip(devices, owners, strict=True) if p == rank]}
+    before, denoiser = rounds(module, inputs, model, setting, args, **own, **options)
     cuts = list(denoiser.partition.cuts or ())
     denoiser.close()
     gc.collect()
     options["split"] = cuts or "estimate"
     if rank == 0:
-        gpus = torch.cuda.device_count()
-        devices = [f"cuda:{r % gpus}" if gpu else "cpu" for r in range(setting.ranks)]
         alone, one = rounds(module, inputs, model, setting, args, devices=devices, **options)
         one.close()
         gc.collect()
     if gpu:
         torch.cuda.empty_cache()
     dist.barrier()
-    after, denoiser = rounds(module, inputs, model, setting, args, group="env", **options)
+    after, denoiser = rounds(module, inputs, model, setting, args, **own, **options)
     denoiser.close()
     if rank != 0:
         return {}
@@ -88,7 +91,8 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     late = {"exposed_ms_per_tick": spread(exposed)} if exposed else {}
     return late | {
         "hosts": args.hosts,
-        "shared_gpus": gpu and torch.cuda.device_count() < setting.ranks,
+        "devices": devices,
+        "shared_gpus": gpu and gpus < setting.ranks,
         "processes_ms": spread(several),
         "one_process_ms": spread(alone.ms),
         "ratio": round(statistics.median(several) / statistics.median(alone.ms), 4),

@@ -185,6 +185,8 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="of runs beside each other: see above")
     parser.add_argument("--out", type=Path, default=OUT / "sequence.json")
     args = parser.parse_args()
+    if args.device == "cuda":  # where ranks share a GPU; CUDA reads it when it starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     lock, started = Lock(args.lock), time.monotonic()
     args.over = lambda: time.monotonic() - started > args.seconds
     figures = results_file.continued(args.out)

@@ -33,6 +33,7 @@ from .devices import Place
 from .exchange.channels import Channels
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.inputs import SharedInputs
+from .exchange.meetings import warn_of_queues
 from .executor import RankQueue, blamed
 from .input_cache import InputCache
 from .step import READY_NOW, Caller, Earlier, Inputs, Ready, Times
@@ -107,6 +108,8 @@ class Engine:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
         self._meet = any(w.meetings is not None for w in self.workers)
+        if self._meet:
+            warn_of_queues({w.rank: w.device for w in self.workers})
         self._clean, self.closed = True, False
         self._ticks = 0  # issued since the engine was made
         self._ready: Plan | None = None  # the plan that was prepared last

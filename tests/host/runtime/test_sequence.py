@@ -272,3 +272,33 @@ def test_ranks_that_cannot_be_recorded_are_refused() -> None:
     with pytest.raises(DeviceError, match="rank 1 cannot be recorded as a CUDA graph"):
         mine.check(graphs=False)
     mine.check(graphs=True)
+
+
+@pytest.mark.parametrize(
+    "queues, devices, told",
+    [
+        ("", ["cuda:0"] * 2, []),
+        ("", ["cuda:0"] * 3, ["0, 1, 2 meet on cuda:0 and share its queues (8)"]),
+        ("", ["cuda:0", "cuda:1"] * 2, []),
+        ("", ["cuda:1"] * 4 + ["cuda:0"], ["0, 1, 2, 3 meet on cuda:1"]),
+        ("1", ["cuda:0", "cuda:1"], []),
+        ("1", ["cuda:0"] * 2, ["0, 1 meet on cuda:0 and share its queues (1)"]),
+        ("32", ["cuda:0"] * 4, []),
+        ("100", ["cuda:0"] * 11, ["share its queues (32)"]),
+        ("nine", ["cuda:0"] * 3, ["and share its queues (8)"]),
+        ("", ["cpu"] * 4, []),
+    ],
+)
+def test_ranks_that_share_too_few_queues(
+    queues: str,
+    devices: list[str],
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One queue may bring what a rank gives behind another rank's wait for it."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", queues)
+    meetings.warn_of_queues({r: torch.device(d) for r, d in enumerate(devices)})
+    assert len(caplog.messages) == len(told)
+    for message, part in zip(caplog.messages, told, strict=True):
+        assert part in message and "CUDA_DEVICE_MAX_CONNECTIONS=32" in message

@@ -13,7 +13,8 @@ shares.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,16 @@ import torch
 
 import asyncdiff_core as core
 
+from ...environment import device_queues
 from ...errors import DeviceError
 from ...graph.program import joined
 from .buffers import as_laid_out, memory_of, tensors_in
 from .gathering import brief_meetings, in_one, whole_in
 
+log = logging.getLogger("asyncdiff")
+
+#: Streams of a rank: what computes, what gives, and what copies its own share beside these.
+_STREAMS = 3
 #: Of a channel: one bundle is read while the next one arrives.
 _SLOTS = 2
 
@@ -235,6 +241,25 @@ def connect(
         worker.meetings = Meetings(rank, worker.stream, worker.comm, bundles, wholes, rest)
     total = [sum(b.nbytes for b in given.values()) for given, _ in by_rank]
     return {(i, j): total[i] for i in range(ranks) for j in range(ranks) if i != j}
+
+
+def warn_of_queues(devices: Mapping[int, torch.device]) -> None:
+    """Say so where more ranks of this process, given by number, meet on one GPU than its queues can
+    tell apart: what one of them has to give may come behind another's wait for it, in one queue."""
+    queues = device_queues()
+    sharing: dict[torch.device, list[int]] = defaultdict(list)
+    for rank, device in devices.items():
+        sharing[device].append(rank)
+    for device, ranks in sharing.items():
+        if device.type == "cuda" and len(ranks) > 1 and _STREAMS * len(ranks) > queues:
+            log.warning(
+                "ranks %s meet on %s and share its queues (%d): a wait in front of what would "
+                "end it lasts until the deadline. Set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA "
+                "starts, or name another GPU for each rank",
+                ", ".join(map(str, ranks)),
+                device,
+                queues,
+            )
 
 
 def _arrives_part_by_part(fabric: core.Fabric) -> bool:
