@@ -251,12 +251,21 @@ def _without_source_lines() -> Iterator[None]:
     """Nobody asks where in the denoiser's source a node comes from, which takes a fourth of the
     time of an export to find out."""
     option = "do_not_emit_stack_traces"
-    before = getattr(fx.config, option, None)
-    if before is None:  # older torch
+    if hasattr(fx.config, option):
+        before = getattr(fx.config, option)
+        setattr(fx.config, option, True)
+        try:
+            yield
+        finally:
+            setattr(fx.config, option, before)
+        return
+    # Torch 2.11 has no such option, and each tracer sets for itself what this is in the place of.
+    tracer: Any = getattr(proxy_tensor, "_ModuleStackTracer", None)
+    if tracer is None:
         yield
         return
-    setattr(fx.config, option, True)
+    tracer.record_stack_traces = property(lambda _: False, lambda *_: None)
     try:
         yield
     finally:
-        setattr(fx.config, option, before)
+        del tracer.record_stack_traces

@@ -64,6 +64,18 @@ def test_symbols_are_looked_for_where_there_are_any(monkeypatch: pytest.MonkeyPa
     assert len(looked) == 1
 
 
+def test_source_lines_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes a fourth of an export; torch's own exports have them as ever afterwards."""
+    module, given = toy(), toy_call(1)
+    uncached(monkeypatch)
+    captured = capture(module, parse(module, (), given))
+    assert not any("stack_trace" in node.meta for node in captured.nodes)
+    own = torch.export.export(module, (), given, strict=False).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linear.default
+    )
+    assert own and all(node.stack_trace for node in own)
+
+
 def test_weights_made_in_inference_mode() -> None:
     """They ask for gradients, as new parameters do, which cannot be told to any tensor made of them
     outside of that mode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ def _nothing(tensors: list[Tensor], body: int, ends: bool) -> None:
     return None
 
 
+#: No node of a graph has such a number.
+_NUMBERS = itertools.count(10**9)
 _REPEAT, _EDGE = torch.ops.asyncdiff.repeat.default, torch.ops.asyncdiff.edge.default
 fx.node.has_side_effect(_EDGE)
 
@@ -178,8 +181,18 @@ class _Copying:
 
     def copy(self, source: fx.Node) -> fx.Node:
         """A copy of a node of the body."""
-        with source.graph.inserting_before(self._before):
-            made = source.graph.node_copy(source, self._like)
+        graph: fx.Graph = source.graph
+        with graph.inserting_before(self._before):
+            made = graph.create_node(
+                source.op,
+                source.target,
+                fx.map_arg(source.args, self._like),  # type: ignore[arg-type]
+                fx.map_arg(source.kwargs, self._like),  # type: ignore[arg-type]
+                # A name that nothing has, until all get theirs: where it is taken, fx tries all
+                # numbers up to the next one that is free.
+                f"{source.name}_{next(_NUMBERS)}",
+                source.type,
+            )
         made.meta = {**source.meta, _STACK: self._stack | self._inside(source.meta[_STACK])}
         if source in self._made:
             made.meta["val"] = self._made[source]
