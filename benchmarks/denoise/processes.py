@@ -69,7 +69,8 @@ def compare(model: Published, setting: Setting, mode: str, args: Any) -> dict[st
     gpus, processes = torch.cuda.device_count(), dist.get_world_size()
     owners = [min(r, processes - 1) for r in range(setting.ranks)]
     devices = [f"cuda:{p % gpus}" if gpu else "cpu" for p in owners]
-    own = {"group": "env", "devices": [d for d, p in zip(devices, owners, strict=True) if p == rank]}
+    mine = [device for device, p in zip(devices, owners, strict=True) if p == rank]
+    own = {"group": "env", "devices": mine}
     before, denoiser = rounds(module, inputs, model, setting, args, **own, **options)
     cuts = list(denoiser.partition.cuts or ())
     denoiser.close()

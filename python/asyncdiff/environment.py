@@ -61,7 +61,7 @@ def compile_workers() -> int | None:
 
 
 def device_queues() -> int:
-    """How many queues of a GPU all streams of this process share: CUDA's own
-    ``CUDA_DEVICE_MAX_CONNECTIONS``, else 8. CUDA reads it once, when it starts, and takes 1 to 32."""
+    """How many queues of a GPU the streams of this process share: CUDA's own
+    ``CUDA_DEVICE_MAX_CONNECTIONS``, else 8. CUDA reads it when it starts, and takes 1 to 32."""
     given = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     return min(max(int(given), 1), 32) if given.isdecimal() else 8

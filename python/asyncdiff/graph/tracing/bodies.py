@@ -186,8 +186,8 @@ class _Copying:
             made = graph.create_node(
                 source.op,
                 source.target,
-                fx.map_arg(source.args, self._like),  # type: ignore[arg-type]
-                fx.map_arg(source.kwargs, self._like),  # type: ignore[arg-type]
+                fx.map_arg(source.args, self._like),
+                fx.map_arg(source.kwargs, self._like),
                 # A name that nothing has, until all get theirs: where it is taken, fx tries all
                 # numbers up to the next one that is free.
                 f"{source.name}_{next(_NUMBERS)}",
