@@ -130,6 +130,19 @@ class Channel:
         """Wait until the next bundle lies in ``slot`` of this receiver, a rank."""
         self._native.get(receiver, slot, pointer_of(stream))
 
+    def wait_for(self, receiver: int, count: int) -> None:
+        """Wait on the host until ``count`` bundles since the last :meth:`Fabric.reset` have arrived
+        at a receiver, if they come from the GPU of another host; elsewhere return at once.
+
+        A :meth:`get` of the last of them waits for nothing on the device then. Where nothing waits
+        on a device, nothing that the driver does for one thread at a time, such as loading a
+        kernel, can keep a bundle from being carried. Raises what :meth:`Fabric.check` does, and
+        ExchangeTimeout at the deadline.
+        """
+        if count < 0:
+            raise InvalidArgument(f"{count} bundles: a count is 0 or more")
+        self._native.wait_for(receiver, count)
+
     def release(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Give the slot back: it may be overwritten from now on."""
         self._native.release(receiver, slot, pointer_of(stream))

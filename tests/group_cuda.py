@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Any
 
 import reference
+import sequence
 import torch
+from families import FAMILIES
 from group import Member
 from group_bits import CIRCLE, digest
 from group_failures import SPLIT, THREE, loop, told
@@ -71,6 +75,46 @@ def bits(member: Member) -> list[Any]:
         _toys(home, member.processes, **where),
         _references(member.processes, home, **where),
     ]
+
+
+def bits_between_hosts(member: Member) -> list[Any]:
+    """The same where each process counts as one on a host of its own."""
+    _over_nccl(member)
+    return bits(member)
+
+
+def tokens_between_hosts(member: Member) -> str:
+    """A digest of what ranks on hosts of their own compute that share out tokens."""
+    _over_nccl(member)
+    home = _device(member)
+    return _tokens(home, group=member.group(), devices=[home], deadline=60)
+
+
+def tokens_alone(place: str) -> str:
+    """What that returns, by one process."""
+    devices = ["cuda:0", "cuda:0" if place == "one GPU" else "cuda:1"]
+    return _tokens("cuda:0", devices=devices)
+
+
+def _over_nccl(member: Member) -> None:
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    if member.option == "one GPU":  # which NCCL refuses processes of one host
+        os.environ["NCCL_HOSTID"] = f"host {member.process}"
+
+
+def _tokens(home: str, **where: Any) -> str:
+    _exact()
+    _, call, _ = sequence.of_family("SD3")
+    module = FAMILIES["SD3"]()[0].transformer.to(home, torch.float32)
+    given = call.kwargs([t.to(home) for t in call.tensors])
+    made = AsyncDenoiser(module, schedule="sequence", components=2, split="estimate", **where)
+    with contextlib.closing(made) as denoiser:
+        time = given["timestep"].flatten()[:1].cpu()
+        found = []
+        for _ in range(2):
+            with denoiser.generation(time.expand(3)):
+                found += [digest(denoiser(**given)[0].cpu()) for _ in range(3)]
+    return " ".join(found)
 
 
 def _references(ranks: int, home: str, **where: Any) -> list[str]:

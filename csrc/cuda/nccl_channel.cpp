@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "agreement.hpp"
+#include "asyncdiff/errors.hpp"
 #include "blocks.hpp"
 #include "bundle.hpp"
 #include "cuda_memory.hpp"
@@ -245,6 +246,20 @@ void NcclChannel::get(int receiver, int slot, Stream stream) {
   check_end(rank, slot);
   const DeviceGuard guard(shared_->device(rank));
   launch_get(to_, slot, Launch::kOrdinary, as_stream(stream));
+}
+
+void NcclChannel::wait_for(int receiver, std::uint64_t count) {
+  const nvtx::Range range("wait", *this, receiver, 0);
+  const int rank = receivers()[place_of(receiver)];
+  check_end(rank, 0);
+  try {
+    shared_->courier().wait_for(dynamic_cast<const NcclIncoming&>(*memory_->end), count);
+  } catch (const ExchangeTimeout&) {
+    throw;
+  } catch (const Error&) {
+    shared_->check();  // of a failure that was told elsewhere
+    throw;
+  }
 }
 
 void NcclChannel::release(int receiver, int slot, Stream stream) {

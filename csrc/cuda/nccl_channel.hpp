@@ -30,6 +30,7 @@ class NcclChannel final : public Channel {
   void commit(int slot, Stream stream) override;
   void put(const std::vector<const void*>& tensors, int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
+  void wait_for(int receiver, std::uint64_t count) override;
   void release(int receiver, int slot, Stream stream) override;
   void close() override;
 

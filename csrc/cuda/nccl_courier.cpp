@@ -122,8 +122,8 @@ void NcclCourier::wake() {
   [[maybe_unused]] const auto written = ::write(wake_, &one, sizeof one);
 }
 
-void NcclCourier::wait(const NcclEnd& end, const char* operation,
-                       const std::function<bool()>& done) {
+void NcclCourier::wait(const std::function<bool()>& done,
+                       const std::function<ExchangeTimeout()>& late) {
   wake();
   const auto limit = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                         std::chrono::duration<double>(deadline_));
@@ -135,26 +135,48 @@ void NcclCourier::wait(const NcclEnd& end, const char* operation,
     if (looks % 1000 == 0) check_interrupt();
     if (const auto failed = error()) std::rethrow_exception(failed);
     if (failures_.failed()) throw Error("the exchange has failed or was aborted");
-    if (Clock::now() > limit) {
-      throw timeout_of(end, operation, deadline_);
-    }
+    if (Clock::now() > limit) throw late();
     std::this_thread::sleep_for(microseconds(50));
   }
 }
 
 std::uint64_t NcclCourier::wait_until_sent(NcclOutgoing& end) {
   std::uint64_t sent = 0;
-  wait(end, "commit", [&] {
-    std::size_t to = 0;
-    bool whole = false;
-    sent = end.messages;
-    return !end.next(to, whole) && end.idle();
-  });
+  wait(
+      [&] {
+        std::size_t to = 0;
+        bool whole = false;
+        sent = end.messages;
+        return !end.next(to, whole) && end.idle();
+      },
+      [&] { return timeout_of(end, "commit", deadline_); });
   return sent;
 }
 
 void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t messages) {
-  wait(end, "get", [&] { return end.messages == messages && end.idle(); });
+  wait([&] { return end.messages == messages && end.idle(); },
+       [&] { return timeout_of(end, "get", deadline_); });
+}
+
+void NcclCourier::wait_for(const NcclIncoming& end, std::uint64_t bundles) {
+  std::uint64_t n = 0;
+  std::uint64_t seen = 0;
+  const auto done = [&] {
+    n = end.first + bundles;
+    seen = end.bundles;
+    return end.has_carried(n);
+  };
+  const auto late = [&] {
+    return ExchangeTimeout({end.rank, end.peer, end.name, end.slot(n), n, seen, "get", end.peer},
+                           deadline_);
+  };
+  try {
+    wait(done, late);
+  } catch (const ExchangeTimeout&) {
+    fail(std::current_exception());
+    wake();
+    throw;
+  }
 }
 
 void NcclCourier::reset(std::uint64_t first) {

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "asyncdiff/errors.hpp"
 #include "failure_log.hpp"
 #include "frames.hpp"
 #include "nccl_ends.hpp"
@@ -67,6 +68,9 @@ class NcclCourier {
   std::uint64_t wait_until_sent(NcclOutgoing& end);
   // Waits until so many have arrived. Both throw what has failed meanwhile, or ExchangeTimeout.
   void wait_until_arrived(const NcclIncoming& end, std::uint64_t messages);
+  // Waits until so many bundles since the last reset are in the mailbox. Throws as these do; a
+  // timeout is told to all, as one of a kernel is.
+  void wait_for(const NcclIncoming& end, std::uint64_t bundles);
   // All counts, those of kernels in host memory included, become `first`, and what is still on its
   // way from before counts no more. Nothing may be under way; nobody may commit or release before
   // all processes have done it.
@@ -104,7 +108,7 @@ class NcclCourier {
   void look_again();
   // Waits for a while, or until there is something to do. Whether somebody woke it.
   bool pause(bool busy);
-  void wait(const NcclEnd& end, const char* operation, const std::function<bool()>& done);
+  void wait(const std::function<bool()>& done, const std::function<ExchangeTimeout()>& late);
 
   FailureLog& failures_;
   double deadline_;

@@ -47,6 +47,9 @@ struct NcclEnd {
   std::uint64_t messages = 0;          // given to it
   std::uint64_t bundles = 0;           // given to it as a whole
   std::size_t part = 0;                // bytes of the next bundle that were
+  std::uint64_t first = 0;             // bundles, as of the last reset
+  // By slot: messages that were given when the last bundle in it was whole.
+  std::vector<std::uint64_t> last;
 
   // When the link last was idle or got something done, for the deadline.
   std::chrono::steady_clock::time_point since{};
@@ -65,11 +68,20 @@ struct NcclEnd {
     if (idle()) since = std::chrono::steady_clock::now();
     ++messages;
     part = whole ? 0 : to;
-    if (whole) ++bundles;
+    if (!whole) return;
+    ++bundles;
+    last.resize(static_cast<std::size_t>(slots));
+    last[static_cast<std::size_t>(slot(bundles))] = messages;
   }
-  void reset(std::uint64_t first) {
-    for (std::uint64_t* word : counts) store_word(word, first);
-    bundles = first;
+  // Whether the n-th bundle was carried as a whole; of older ones than there are slots it was.
+  bool has_carried(std::uint64_t n) const {
+    if (!reached(bundles, n)) return false;
+    if (n == first || bundles - n >= static_cast<std::uint64_t>(slots)) return true;
+    return reached(load_word(carried), last[static_cast<std::size_t>(slot(n))]);
+  }
+  void reset(std::uint64_t to) {
+    for (std::uint64_t* word : counts) store_word(word, to);
+    bundles = first = to;
     messages = seen = 0;
     part = 0;
     store_word(carried, 0);

@@ -89,6 +89,10 @@ void SpanningChannel::get(int receiver, int slot, Stream stream) {
   part_of(receiver).get(receiver, slot, stream);
 }
 
+void SpanningChannel::wait_for(int receiver, std::uint64_t count) {
+  part_of(receiver).wait_for(receiver, count);
+}
+
 void SpanningChannel::release(int receiver, int slot, Stream stream) {
   check_slot(slot);
   part_of(receiver).release(receiver, slot, stream);

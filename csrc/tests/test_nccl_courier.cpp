@@ -1,6 +1,7 @@
 // Couriers of two processes: what they carry, and how they fail.
 #include <sys/socket.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -199,6 +200,81 @@ void a_link_that_carries_nothing_passes_the_deadline() {
   CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), ExchangeTimeout);
 }
 
+void the_host_waits_for_bundles() {
+  Two two;
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  NcclCourier& courier = two.sides[1]->courier;
+  courier.wait_for(*channel.in, 0);
+  channel.queue->stuck = true;
+  channel.commit(1, 1);
+  CHECK(soon([&] { return channel.queue->waiting() == 2; }));
+  std::atomic<bool> there{false};
+  std::thread waiting([&] {
+    courier.wait_for(*channel.in, 1);
+    there = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(!there);
+  channel.queue->stuck = false;
+  channel.commit(2, 2);  // whatever is enqueued next carries what was stuck
+  waiting.join();
+  CHECK(channel.holds(1, 1));
+  courier.wait_for(*channel.in, 2);
+  CHECK(channel.holds(2, 2));
+  courier.wait_for(*channel.in, 1);  // long there
+  store_word(&channel.released, 2);
+  for (std::uint64_t first : {std::uint64_t{7}, ~std::uint64_t{0} - 1}) {
+    channel.wait_until_all_arrived();
+    for (const auto& side : two.sides) side->courier.reset(first);
+    courier.wait_for(*channel.in, 0);
+    for (std::uint64_t n = 1; n <= 5; ++n) {
+      CHECK(soon([&] { return reached(load_word(&channel.credit), first + n - 2); }));
+      channel.commit(first + n, static_cast<int>(n));
+      courier.wait_for(*channel.in, n);
+      CHECK(channel.holds(first + n, static_cast<int>(n)));
+      store_word(&channel.released, first + n);
+    }
+  }
+}
+
+// Of a bundle in parts, all of them.
+void the_host_waits_for_all_parts() {
+  Two two;
+  const std::vector<std::size_t> ends = {kPieceBytes, 2 * kPieceBytes};
+  TestChannel channel(two, 0, 0, 2, ends.back(), std::make_shared<Queue>(), ends);
+  std::atomic<bool> there{false};
+  std::thread waiting([&] {
+    two.sides[1]->courier.wait_for(*channel.in, 1);
+    there = true;
+  });
+  store_word(channel.pushed, 1);
+  CHECK(soon([&] { return load_word(&channel.arrived_on_host) == 1; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(!there);
+  channel.commit(1, 3);
+  waiting.join();
+  CHECK(load_word(&channel.arrived_on_host) == 2);
+}
+
+void a_bundle_that_does_not_come_passes_the_deadline() {
+  Two two(0.3);
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.commit(1, 1);
+  NcclCourier& courier = two.sides[1]->courier;
+  courier.wait_for(*channel.in, 1);
+  try {
+    courier.wait_for(*channel.in, 2);
+    CHECK(false);
+  } catch (const ExchangeTimeout& late) {
+    CHECK(late.incident.rank == 1 && late.incident.peer == 0 && late.incident.slot == 1);
+    CHECK(late.incident.expected == 2 && late.incident.seen == 1);
+    CHECK(late.incident.operation == "get" && late.incident.channel == "up");
+  }
+  CHECK(soon([&] { return two.sides[1]->failed == 1; }));
+  CHECK(is<ExchangeTimeout>(courier.error()));
+  CHECK_THROWS(courier.wait_for(*channel.in, 2), ExchangeTimeout);
+}
+
 void an_abort_ends_waits() {
   Two two;
   TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
@@ -209,8 +285,10 @@ void an_abort_ends_waits() {
   two.sides[0]->courier.wake();
   CHECK(soon([&] { return two.sides[0]->failed == 1; }));
   CHECK(two.sides[0]->courier.error() == nullptr);
-  CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), Error);
   CHECK(!two.sides[1]->failures.failed());  // the fabric tells it
+  CHECK_THROWS(two.sides[0]->courier.wait_until_sent(*channel.out), Error);
+  two.sides[1]->failures.abort(0, "enough");
+  CHECK_THROWS(two.sides[1]->courier.wait_for(*channel.in, 1), Error);
 }
 
 void nonsense_is_refused() {
@@ -234,6 +312,9 @@ int main() {
   one_that_dies_is_named_at_once();
   a_death_is_the_cause_of_what_nccl_says();
   a_link_that_carries_nothing_passes_the_deadline();
+  the_host_waits_for_bundles();
+  the_host_waits_for_all_parts();
+  a_bundle_that_does_not_come_passes_the_deadline();
   an_abort_ends_waits();
   nonsense_is_refused();
 }

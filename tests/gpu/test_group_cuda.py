@@ -24,6 +24,25 @@ def test_bits(place: str, processes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_bits_between_hosts(place: str, tmp_path: Path) -> None:
+    """Over NCCL, where a thread of each process has to enqueue its part while others wait."""
+    devices_for(place, 2)
+    alone = group_cuda.alone(place, 2)
+    work = group_cuda.bits_between_hosts
+    for found in run(work, 2, tmp_path, [place], fork=False, hosts="ab"):
+        assert found == alone
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_tokens_between_hosts(place: str, tmp_path: Path) -> None:
+    devices_for(place, 2)
+    alone = group_cuda.tokens_alone(place)
+    work = group_cuda.tokens_between_hosts
+    for found in run(work, 2, tmp_path, [place], fork=False, hosts="ab"):
+        assert found == alone
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_killed(place: str, tmp_path: Path) -> None:
     devices_for(place, 3)
     first, killed, third = run(group_cuda.killed, 3, tmp_path, [place], fork=False)

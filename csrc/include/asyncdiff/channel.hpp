@@ -71,6 +71,10 @@ class ASYNCDIFF_EXPORT Channel {
   // All three for a whole bundle: tensors[i] is laid out like specs[i].
   virtual void put(const std::vector<const void*>& tensors, int slot, Stream stream);
   virtual void get(int receiver, int slot, Stream stream) = 0;
+  // Blocks until `count` bundles since the fabric was reset have arrived at this receiver, if they
+  // come from another host's GPU; elsewhere returns at once. A get of the last of them then waits
+  // for nothing on the device. Throws what check() does, ExchangeTimeout at the deadline.
+  virtual void wait_for(int receiver, std::uint64_t count);
   virtual void release(int receiver, int slot, Stream stream) = 0;
 
   // Gives back what the channel has; it cannot be used any more. Nothing may be in flight. With

@@ -30,6 +30,7 @@ from ..progress import stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
 from .devices import Place
+from .exchange.awaited import until_done
 from .exchange.channels import Channels
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.inputs import SharedInputs
@@ -107,6 +108,7 @@ class Engine:
         if compile is not None:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
+        self._hosts = len({p.host for p in self.places})
         self._meet = any(w.meetings is not None for w in self.workers)
         if self._meet:
             warn_of_queues({w.rank: w.device for w in self.workers})
@@ -214,16 +216,7 @@ class Engine:
                 self.channels.sent.add(tick)
             version = self.conditioning.version
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
-            delivered = {}
-            if self._meet and self.cuda:
-                self._take_ahead(tick, inputs)
-            for segment in tick.segments:
-                worker = self.by_rank.get(segment.rank)
-                if worker is None:
-                    continue
-                submitted = self._queue.submit(segment.rank, worker.issue, segment, inputs)
-                if segment.step is not None:
-                    delivered[segment.step] = submitted
+            delivered = self._issue(tick, inputs)
             if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
@@ -245,13 +238,20 @@ class Engine:
             error = self._failed(e)
             raise error from error.__cause__
 
-    def _take_ahead(self, tick: Tick, inputs: Inputs) -> None:
-        """Give ranks their inputs before any of them runs: where ranks wait for each other in the
-        midst of their runs, no copy may come behind a run, in a queue of the same GPU."""
-        for segment in tick.segments:
-            worker = self.by_rank.get(segment.rank)
-            if worker is not None:
+    def _issue(self, tick: Tick, inputs: Inputs) -> dict[int, Any]:
+        """Issue the runs of this process's ranks; what will be the results, by step."""
+        mine = [(s, self.by_rank[s.rank]) for s in tick.segments if s.rank in self.by_rank]
+        apart = self._meet and self.cuda and self._hosts > 1
+        if self._meet and self.cuda:
+            # Where ranks wait for each other in the midst of their runs, no copy may come behind a
+            # run, in a queue of the same GPU,
+            for segment, worker in mine:
                 self._queue.submit(worker.rank, worker.take_ahead, segment, inputs)
+        issued = [self._queue.submit(w.rank, w.issue, s, inputs, not apart) for s, w in mine]
+        if apart:  # and none before its end, where other hosts take part: see exchange/awaited.py
+            until_done(w.stream for _, w in mine if w.stream is not None)
+            issued = [self._queue.submit(w.rank, w.deliver, inputs) for _, w in mine]
+        return {s.step: x for (s, _), x in zip(mine, issued, strict=True) if s.step is not None}
 
     def _shared(
         self,

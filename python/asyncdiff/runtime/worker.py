@@ -24,6 +24,7 @@ from ..partition.partition import Partition
 from ..progress import tell
 from ..schedule.actions import NOTHING, Action, Kind, Segment
 from .cuda_graphs import GraphCache, Issued, capturing, on_stream
+from .exchange.awaited import Bundles
 from .exchange.buffers import moved_on
 from .exchange.caller import CallerCopies
 from .exchange.compression.ends import UnpackingReceiver
@@ -107,7 +108,7 @@ class Worker:
         self.meetings: Meetings | None = None
         self._meets = hasattr(self.program, "meet")
         #: by sending component, the channels that bring bundles
-        self.receivers: dict[int, core.Channel | UnpackingReceiver] = {}
+        self.receivers: dict[int, Bundles | UnpackingReceiver] = {}
         #: which bundles cross compressed, if any do
         self.sent: Sent | None = None
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
@@ -115,6 +116,7 @@ class Worker:
         self.compiled = False
         self._pushes, self._spent = 0, 0.0
         self._last: Issued | None = None
+        self._outputs: list[Any] = []
         #: the tick that this rank has taken the caller's inputs of
         self._fed = -1
         #: the tick whose inputs it has taken before any rank of it ran
@@ -208,20 +210,26 @@ class Worker:
 
     # ---- a generation ------------------------------------------------------------------------
 
-    def issue(self, segment: Segment, inputs: Inputs) -> list[Any] | None:
-        """Issue a segment: the outputs of its run on the caller's device, if they are used."""
+    def issue(self, segment: Segment, inputs: Inputs, deliver: bool = True) -> list[Any] | None:
+        """Issue a segment: the outputs of its run on the caller's device, if they are used. Without
+        ``deliver`` they are only kept for :meth:`deliver`."""
         outputs = None
         if inputs.caller is not None:
             self._copies.look(inputs.caller)
         with self.current():
             for action in segment.actions:
                 if action.kind is Kind.RUN:
-                    outputs = self._run(action, inputs)
+                    outputs = self._run(action, inputs, deliver)
                 elif action.kind is Kind.GET:
                     self.receivers[action.component].get(self.rank, action.slot, self.stream)
                 else:
                     self.receivers[action.component].release(self.rank, action.slot, self.stream)
         return outputs
+
+    def deliver(self, inputs: Inputs) -> list[Any]:
+        """The outputs of the run that was issued last, on the caller's device."""
+        with self.current():
+            return self._copies.deliver(self._outputs, inputs.caller)
 
     def take_ahead(self, segment: Segment, inputs: Inputs) -> None:
         """Take what the segment's run is given, before ranks run that wait for this one."""
@@ -306,6 +314,7 @@ class Worker:
         self.static.clear()
         self.kept.clear()
         self._last = None
+        self._outputs = []
         self.mailbox.clear()
         self.receivers.clear()
         self.senders.clear()
@@ -314,14 +323,15 @@ class Worker:
 
     # ---- pieces of a run ---------------------------------------------------------------------
 
-    def _run(self, action: Action, inputs: Inputs) -> list[Any] | None:
+    def _run(self, action: Action, inputs: Inputs, deliver: bool) -> list[Any] | None:
         if self._ahead_of != inputs.number:
             self._accept(action, inputs)
         with core.nvtx_range("run", rank=self.rank, component=self.index, step=action.time):
             issued = self.run(action.slots if self.sent is None else self.sent.slots(action))
         if issued.computed is not None:
             self._last = issued
-        return None if action.step is None else self._copies.deliver(issued.outputs, inputs.caller)
+        self._outputs = issued.outputs
+        return self.deliver(inputs) if deliver and action.step is not None else None
 
     def _accept(self, action: Action, inputs: Inputs) -> None:
         """Take what a run is given, and choose the row of its timestep."""

@@ -23,6 +23,7 @@ from ...schedule.actions import Kind
 from ...schedule.plan import Plan
 from ..devices import Place, fabric
 from ..worker import Worker
+from .awaited import Awaited, Bundles
 from .buffers import layout_of, memory_of, tensors_in
 from .compression.codec import packed_layout
 from .compression.ends import PackingSender, Pair, UnpackingReceiver
@@ -60,6 +61,8 @@ class Channels:
         #: which bundles cross compressed, if any do
         self.sent = Sent(slots) if compressed.edges else None
         self._unpacking: list[UnpackingReceiver] = []
+        #: ends that are given bundles from other hosts' GPUs
+        self._awaited: list[Awaited] = []
         ranks = len(places)
         owners = [place.process for place in places]
         #: of each process, the rank that noise predictions go to
@@ -73,10 +76,10 @@ class Channels:
         self.own_rank = self._seats[team.process]
         #: ranks that deliver noise predictions
         self._delivering = range(len(partition.components) - 1, ranks)
-        cuda = places[0].device.type == "cuda"
+        self._cuda = places[0].device.type == "cuda"
         home = self._places[self.own_rank].device
-        self._stream = torch.cuda.Stream(home) if cuda and team.several else None
-        self._mode = "copy" if cuda else "auto"
+        self._stream = torch.cuda.Stream(home) if self._cuda and team.several else None
+        self._mode = "copy" if self._cuda else "auto"
         #: bytes of a bundle, whether its step was exact or not
         self.bundle_bytes: dict[bool, dict[_Edge, int]] = {True: {}, False: {}}
         #: by rank of another process
@@ -119,6 +122,8 @@ class Channels:
             self.sent.begin()
         for receiver in self._unpacking:
             receiver.begin()
+        for end in self._awaited:
+            end.begin()
 
     def record(self, plan: Plan, workers: Mapping[int, Worker]) -> None:
         """Capture every CUDA graph of these workers that ``plan`` will replay."""
@@ -230,10 +235,17 @@ class Channels:
             if r not in workers:
                 continue
             worker = workers[r]
-            worker.receivers[i] = channel
+            worker.receivers[i] = self._end(channel, i, r)
             for slot in range(self._slots):
                 memory = memory_of(channel.slot(r, slot), worker.device)
                 worker.mailbox[i, slot] = tensors_in(memory, layout)
+
+    def _end(self, channel: core.Channel, sender: int, receiver: int) -> Bundles:
+        """A receiver's end of a channel."""
+        if not self._cuda or self._places[sender].host == self._places[receiver].host:
+            return channel
+        self._awaited.append(Awaited(channel))
+        return self._awaited[-1]
 
     def _packed(
         self,
@@ -252,9 +264,10 @@ class Channels:
             if r not in workers:
                 continue
             worker = workers[r]
+            ends = {True: self._end(pair.whole, i, r), False: self._end(pair.packed, i, r)}
             with worker.current():
                 receiver = UnpackingReceiver(
-                    pair, self._slots, worker.device, r, i, self.sent, worker.graphs
+                    pair, ends, self._slots, worker.device, r, i, self.sent, worker.graphs
                 )
             worker.receivers[i] = receiver
             worker.mailbox |= {(i, slot): v for slot, v in enumerate(receiver.values)}
@@ -275,8 +288,9 @@ class Channels:
             workers[rank].result = Result(self.fabric, channel, layout, positions)
         elif self.own_rank in receivers:
             place = self._places[self.own_rank]
+            end = self._end(channel, rank, self.own_rank)
             self.arrivals[rank] = Arrivals(
-                channel, layout, self.own_rank, place, leaves, positions, self._stream
+                end, layout, self.own_rank, place, leaves, positions, self._stream
             )
 
     def _share(self, moving: Sequence[torch.Tensor]) -> None:
@@ -290,8 +304,9 @@ class Channels:
         arrivals = None
         if self._team.process != 0:
             place, count = self._places[self.own_rank], len(moving)
+            end = self._end(channel, self._seats[0], self.own_rank)
             arrivals = Arrivals(
-                channel, layout, self.own_rank, place, [None] * count, range(count), self._stream
+                end, layout, self.own_rank, place, [None] * count, range(count), self._stream
             )
         self.inputs = SharedInputs(channel, arrivals, self._stream)
 

@@ -16,6 +16,7 @@ import asyncdiff_core as core
 
 from ..devices import Place
 from ..step import Caller
+from .awaited import Bundles
 from .buffers import as_laid_out, memory_of, tensors_in
 
 #: Slots of such a channel. One will do: a prediction is taken long before the next one is there.
@@ -50,7 +51,7 @@ class Arrivals:
 
     def __init__(
         self,
-        channel: core.Channel,
+        channel: Bundles,
         layout: core.Layout,
         seat: int,
         place: Place,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import asyncdiff_core as core
 
 from ...cuda_graphs import GraphCache, Issued
+from ..awaited import Bundles
 from ..buffers import memory_of, tensors_in
 from ..push import Way
 from . import reference
@@ -108,12 +110,14 @@ class UnpackingReceiver(_Kept):
     """A reader's end, of a rank on its ``device``, in the place of the channel from component
     ``source``: what was taken is unpacked into memory of its own, and given back at once.
 
-    ``sent`` knows the bundles' routes. What it computes on the rank's stream are ``graphs``.
+    ``channels``: the rank's ends of those of the pair, by whether bundles are whole. ``sent`` knows
+    the bundles' routes. What it computes on the rank's stream are ``graphs``.
     """
 
     def __init__(
         self,
         pair: Pair,
+        channels: Mapping[bool, Bundles],
         slots: int,
         device: torch.device,
         rank: int,
@@ -123,7 +127,7 @@ class UnpackingReceiver(_Kept):
     ) -> None:
         super().__init__(pair, slots, device)
         self._source, self._sent, self._graphs = source, sent, graphs
-        self._channels = {True: pair.whole, False: pair.packed}
+        self._channels = channels
         layouts = {True: pair.values, False: self._layout}
         self._mailbox = {
             whole: [
