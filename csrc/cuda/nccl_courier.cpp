@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "asyncdiff/errors.hpp"
-#include "asyncdiff/interrupt.hpp"
 #include "background_thread.hpp"
 #include "nccl_message.hpp"
 
@@ -47,13 +46,6 @@ void check_step(std::uint64_t from, std::uint64_t to, const NcclEnd& end) {
   if (to - from <= static_cast<std::uint64_t>(end.slots)) return;
   throw NcclError("channel '" + end.name + "': process " + std::to_string(end.process) +
                   " counts " + std::to_string(to) + " bundles after " + std::to_string(from));
-}
-
-// The oldest bundle that is not carried as a whole is not known: messages may be parts. It is one
-// of the last.
-ExchangeTimeout timeout_of(const NcclEnd& end, const char* operation, double deadline) {
-  const std::uint64_t n = end.part > 0 ? end.bundles + 1 : end.bundles;
-  return {{end.rank, end.peer, end.name, end.slot(n), n, n - 1, operation, end.peer}, deadline};
 }
 
 }  // namespace
@@ -120,63 +112,6 @@ void NcclCourier::remove(const NcclEnd& end) {
 void NcclCourier::wake() {
   const std::uint64_t one = 1;
   [[maybe_unused]] const auto written = ::write(wake_, &one, sizeof one);
-}
-
-void NcclCourier::wait(const std::function<bool()>& done,
-                       const std::function<ExchangeTimeout()>& late) {
-  wake();
-  const auto limit = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                        std::chrono::duration<double>(deadline_));
-  for (int looks = 1;; ++looks) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (done()) return;
-    }
-    if (looks % 1000 == 0) check_interrupt();
-    if (const auto failed = error()) std::rethrow_exception(failed);
-    if (failures_.failed()) throw Error("the exchange has failed or was aborted");
-    if (Clock::now() > limit) throw late();
-    std::this_thread::sleep_for(microseconds(50));
-  }
-}
-
-std::uint64_t NcclCourier::wait_until_sent(NcclOutgoing& end) {
-  std::uint64_t sent = 0;
-  wait(
-      [&] {
-        std::size_t to = 0;
-        bool whole = false;
-        sent = end.messages;
-        return !end.next(to, whole) && end.idle();
-      },
-      [&] { return timeout_of(end, "commit", deadline_); });
-  return sent;
-}
-
-void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t messages) {
-  wait([&] { return end.messages == messages && end.idle(); },
-       [&] { return timeout_of(end, "get", deadline_); });
-}
-
-void NcclCourier::wait_for(const NcclIncoming& end, std::uint64_t bundles) {
-  std::uint64_t n = 0;
-  std::uint64_t seen = 0;
-  const auto done = [&] {
-    n = end.first + bundles;
-    seen = end.bundles;
-    return end.has_carried(n);
-  };
-  const auto late = [&] {
-    return ExchangeTimeout({end.rank, end.peer, end.name, end.slot(n), n, seen, "get", end.peer},
-                           deadline_);
-  };
-  try {
-    wait(done, late);
-  } catch (const ExchangeTimeout&) {
-    fail(std::current_exception());
-    wake();
-    throw;
-  }
 }
 
 void NcclCourier::reset(std::uint64_t first) {
@@ -367,7 +302,7 @@ void NcclCourier::watch(NcclEnd& end, const char* operation, Clock::time_point n
   if (carried == end.messages) return;
   if (look) end.link->check();
   if (now - end.since > std::chrono::duration<double>(deadline_)) {
-    throw timeout_of(end, operation, deadline_);
+    throw end.timeout(operation, deadline_);
   }
 }
 

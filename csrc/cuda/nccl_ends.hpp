@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "asyncdiff/channel_device.hpp"
+#include "asyncdiff/errors.hpp"
 #include "nccl_link.hpp"
 
 namespace asyncdiff {
@@ -63,6 +64,12 @@ struct NcclEnd {
     return static_cast<int>((n - 1) % static_cast<std::uint64_t>(slots));
   }
   bool idle() const { return load_word(carried) == messages; }
+  // The oldest bundle that is not carried as a whole is not known: messages may be parts. It is one
+  // of the last.
+  ExchangeTimeout timeout(const char* operation, double deadline) const {
+    const std::uint64_t n = part > 0 ? bundles + 1 : bundles;
+    return {{rank, peer, name, slot(n), n, n - 1, operation, peer}, deadline};
+  }
   // The next bundle was given to the link up to this byte.
   void gave(std::size_t to, bool whole) {
     if (idle()) since = std::chrono::steady_clock::now();

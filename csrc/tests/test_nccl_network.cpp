@@ -147,6 +147,7 @@ void bundles_cross_both_ways() {
       Channel& theirs = host.mine == 0 ? *down : *up;
       for (int n = 0; n < 8; ++n) {
         put(mine, n % slots, n + host.mine);
+        if (n % 2 == 0) theirs.wait_for(host.mine, static_cast<std::uint64_t>(n) + 1);
         expect(theirs, host.mine, n % slots, n + 1 - host.mine);
         theirs.release(host.mine, n % slots, 0);
       }
@@ -169,6 +170,7 @@ void a_reset_drops_what_was_not_read() {
         const int slot = static_cast<int>(n % 2);
         const int value = static_cast<int>(n % 100);
         if (host.mine == 0) put(*up, slot, value);
+        if (host.mine == 1) up->wait_for(1, n - first + 1);
         if (host.mine == 1) expect(*up, 1, slot, value);
         if (host.mine == 1 && n != first + 5) up->release(1, slot, 0);
       }

@@ -366,3 +366,12 @@ def test_what_is_no_table_of_costs(text: str) -> None:
 
     with pytest.raises(core.InvalidArgument, match="no table"):
         _core.fastest_put(text, 1, 1, 1)
+
+
+def test_on_one_host_nobody_waits_for_bundles_by_their_number() -> None:
+    channel = core.HostFabric(2).channel(0, [1], core.Layout([core.TensorSpec("float32", (4,))]))
+    channel.wait_for(1, 5)
+    with pytest.raises(core.InvalidArgument, match="rank 0 does not receive"):
+        channel.wait_for(0, 1)
+    with pytest.raises(core.InvalidArgument, match="-1 bundles"):
+        channel.wait_for(1, -1)

@@ -4,10 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from typing import Any
+
 import group_bits
 import group_hosts
 import pytest
 from group import run
+
+from asyncdiff.runtime.exchange.awaited import Awaited
+
+
+class Recorded:
+    """A channel that notes its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given: self.calls.append((name, *given))
+
+
+def test_the_host_waits_for_each_bundle_before_a_gpu_does() -> None:
+    channel: Any = Recorded()
+    end = Awaited(channel)
+    for _ in range(2):
+        end.begin()
+        for slot in (0, 1, 0):
+            end.get(3, slot, None)
+            end.release(3, slot, None)
+    steps = [("wait_for", "get", "release")] * 6
+    names = [call[0] for call in channel.calls]
+    assert names == [name for step in steps for name in step]
+    waits = [call for call in channel.calls if call[0] == "wait_for"]
+    assert waits == [("wait_for", 3, n) for n in (1, 2, 3)] * 2  # a generation's, from its first
 
 
 @pytest.mark.parametrize(
