@@ -24,7 +24,6 @@ from asyncdiff import (
     RankError,
     TokensError,
 )
-from asyncdiff.graph.capture import VIEW
 from asyncdiff.runtime.exchange import meetings
 from asyncdiff.runtime.exchange.gathering import brief_meetings
 from asyncdiff.runtime.exchange.meetings import Meetings
@@ -66,6 +65,11 @@ def test_every_step_by_tokens(name: str, ranks: int) -> None:
     assert report.ticks == STEPS
     # Each rank gives its keys and values to all others, in each step.
     assert report.exchange_bytes == STEPS * report.exchange_bytes_per_tick > 0
+
+
+def test_one_rank_meets_nobody() -> None:
+    report = _check("FLUX", 1, schedule="sequence", components=1)
+    assert report.exchange_bytes == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -118,20 +122,26 @@ def test_two_ranks_put_together_where_it_arrives(monkeypatch: pytest.MonkeyPatch
     assert made == [0, 0]
 
 
-def test_what_is_used_later_is_not_left_in_the_mailbox() -> None:
+def _three_meetings(later: int) -> fx.Graph:
+    """A program in which the value of one meeting, but the last, is used after the next one."""
     graph = fx.Graph()
     x = graph.placeholder("x")
-    views: dict[str, Any] = {}
+    views: dict[int, fx.Node] = {}
     for number in range(3):
         taken = graph.call_module("meet", (number, 0, x, 1, 8))
-        views[str(number)] = graph.call_function(torch.ops.aten.t.default, (taken,))
-        views[str(number)].meta[VIEW] = True
-        x = graph.call_function(
-            torch.ops.aten.neg.default, (views["0" if number == 1 else str(number)],)
-        )
-    graph.output(x)
-    # The first one's is used again after the second meeting; the result is no view.
-    assert brief_meetings(graph) == {1: [1], 2: [1]}
+        views[number] = graph.call_function(torch.ops.aten.narrow.default, (taken, 0, 0, 1))
+        used = views[later if number == later + 1 else number]
+        x = graph.call_function(torch.ops.aten.neg.default, (used,))
+    graph.output(x)  # no view
+    return graph
+
+
+def test_what_is_used_later_is_not_left_in_the_mailbox() -> None:
+    first, second = _three_meetings(0), _three_meetings(1)
+    assert brief_meetings([first]) == {1: [1], 2: [1]}
+    assert brief_meetings([second]) == {0: [1], 2: [1]}
+    # Ranks may have other programs: what none of them needs later is left there.
+    assert brief_meetings([first, second]) == {2: [1]}
 
 
 def test_exact_steps_of_a_plan_by_tokens() -> None:

@@ -19,9 +19,14 @@ from ...graph.capture import VIEW
 from ...graph.program import joined
 
 
-def brief_meetings(graph: fx.Graph) -> dict[int, list[int]]:
-    """The meetings of a rank's program whose values are used before the next one only, with the
-    dimension along which each of them is put together."""
+def brief_meetings(graphs: Sequence[fx.Graph]) -> dict[int, list[int]]:
+    """The meetings whose values are used before the next one only, in the program of every rank,
+    with the dimension along which each of them is put together."""
+    first, *others = map(_brief_in, graphs)
+    return {n: dims for n, dims in first.items() if all(one.get(n) == dims for one in others)}
+
+
+def _brief_in(graph: fx.Graph) -> dict[int, list[int]]:
     position = {node: i for i, node in enumerate(graph.nodes)}
     by_number: dict[int, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_module", target="meet"):
@@ -39,8 +44,15 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
     """What uses a value, or a view of it."""
     for user in node.users:
         yield user
-        if VIEW in user.meta or user.target is operator.getitem:
+        if VIEW in user.meta or user.target is operator.getitem or _may_share(user.target):
             yield from _users(user)
+
+
+def _may_share(target: object) -> bool:
+    """Whether what an operation returns may lie in its input's memory."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def in_one(layouts: Sequence[core.Layout], dims: Sequence[int]) -> core.Layout | None:

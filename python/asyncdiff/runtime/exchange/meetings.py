@@ -203,11 +203,11 @@ def connect(
     for a meeting is not there. Collective among the processes that have ranks. Returns how many
     bytes go from one rank to another in a run.
     """
-    meetings = 1 + max(number for _, number in layouts)
+    meetings = 1 + max((number for _, number in layouts), default=-1)
     together: dict[int, core.Layout] = {}
     dims: dict[int, list[int]] = {}
     if ranks == len(workers) == 2 and _arrives_part_by_part(fabric):
-        dims = brief_meetings(workers[0].program.graph)
+        dims = brief_meetings([worker.program.graph for worker in workers.values()])
         for number, along in dims.items():
             shares = [layouts[r, number] for r in range(ranks) if (r, number) in layouts]
             if len(shares) == ranks and (layout := in_one(shares, along)) is not None:
