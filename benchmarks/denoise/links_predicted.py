@@ -32,9 +32,10 @@ import results_file
 from asyncdiff.graph.capture import Captured, capture, nbytes_of
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, estimate
-from asyncdiff.partition.exposure import exposed_ms
+from asyncdiff.partition.exposure import exposed_ms, packing_ms
 from asyncdiff.partition.links import Link, Links
 from asyncdiff.partition.partition import partition
+from asyncdiff.runtime.exchange.compression.choice import PACKED_PER_MS
 from asyncdiff.runtime.exchange.compression.codec import crossing
 from denoise.links import LINKS, NONE, compare, name_of
 from denoise.models import MODELS, TRIES
@@ -45,8 +46,6 @@ KNOWN = MODELS | TRIES
 #: NVLink between H200s, as benchmarks/denoise/predicted.py takes it: the real link.
 NVLINK = Link(3.89e8, 1.34e-3)
 WAYS = (NONE, "fp8")
-#: Bytes of values that a GPU unpacks in a millisecond, as ``compress="auto"`` takes it.
-PACKED_PER_MS = 1e8
 
 
 def link_of(text: str) -> Link:
@@ -74,8 +73,8 @@ def row(captured: Captured, costs: Costs, link: Link, compress: str) -> dict[str
     exposed = exposed_ms(parts, links, nbytes)[0]
     boundary = parts.boundaries[0, 1]
     # Values are packed beside the computation, and unpacked before the other one begins.
-    unpack = 0.0 if compress == NONE else boundary.nbytes / PACKED_PER_MS
-    tick = round(max(second + unpack, first + exposed), 3)
+    pack = 0.0 if compress == NONE else packing_ms(boundary.nbytes, PACKED_PER_MS["cuda"])
+    tick = round(max(second + pack, first + exposed), 3)
     return {
         "predicted": True,
         "tick_ms": {"median": tick, "min": tick, "max": tick},

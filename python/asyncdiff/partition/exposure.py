@@ -13,8 +13,8 @@ from .partition import Component, Partition
 
 #: Bytes that cross of a node's value.
 Crossing = Callable[[fx.Node], int]
-#: Milliseconds for which compressing a boundary has to be worth it, besides that for its bytes:
-#: launches on either side.
+#: Milliseconds that compressing a boundary takes besides those for its bytes: launches on either
+#: side.
 _LAUNCHES = 0.03
 
 
@@ -46,6 +46,12 @@ def _exposed(parts: Partition, component: Component, link: Link, crossing: Cross
     return exposed
 
 
+def packing_ms(nbytes: int, packed_per_ms: float) -> float:
+    """Milliseconds that compressing values of ``nbytes`` adds to a tick, ``packed_per_ms`` bytes of
+    which a device packs, and another unpacks, in a millisecond."""
+    return nbytes / packed_per_ms + _LAUNCHES
+
+
 def worth_compressing(
     parts: Partition,
     links: Links,
@@ -55,13 +61,12 @@ def worth_compressing(
 ) -> frozenset[tuple[int, int]]:
     """The boundaries, by components, that would be exposed by more than compressing them costs.
 
-    ``crossing``: what crosses of a value then; ``packed_per_ms``: bytes of values that a device
-    packs, and unpacks, in a millisecond.
+    ``crossing``: what crosses of a value then; ``packed_per_ms`` as in :func:`packing_ms`.
     """
     whole = exposed_ms(parts, links, copies=copies)
     less = exposed_ms(parts, links, crossing, copies)
     found = set()
     for (i, j), boundary in parts.boundaries.items():
-        if whole[i] - less[i] > boundary.nbytes / packed_per_ms + _LAUNCHES:
+        if whole[i] - less[i] > packing_ms(boundary.nbytes, packed_per_ms):
             found.add((i, j))
     return frozenset(found)

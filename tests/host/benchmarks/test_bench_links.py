@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from toys import toy, toy_call
 
 import asyncdiff_core as core
@@ -17,7 +20,11 @@ import results_file
 import tables
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
-from asyncdiff.partition.links import Link
+from asyncdiff.partition.cost import estimate
+from asyncdiff.partition.links import Link, Links
+from asyncdiff.partition.partition import Partition, partition
+from asyncdiff.runtime.exchange.compression.choice import PACKED_PER_MS, Choice
+from asyncdiff.runtime.exchange.compression.codec import crossing
 from denoise import links, links_predicted, table
 from denoise.timings import Timings
 
@@ -118,6 +125,49 @@ def test_ticks_are_predicted_by_what_has_to_leave() -> None:
     for row in rows.values():
         assert row["predicted"] and row["tick_ms"]["median"] >= max(row["component_ms"]) - 1e-3
         assert sum(row["component_ms"]) == pytest.approx(20, rel=0.01)
+
+
+class Boundary(nn.Module):
+    """What SDXL's first half sends at 1024², in float16: 97.5 MiB early, and 5 MiB at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.rest = nn.Linear(1280, 39 * 640), nn.Linear(1280, 1280)
+        self.second = nn.Linear(39 * 640, 1280)
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
+        early = self.early(sample)
+        return (self.second(early) + self.rest(sample),)
+
+
+def halves() -> Partition:
+    """SDXL's, as far as it matters, with the times that they were measured at over 6 GB/s."""
+    module = Boundary().to("meta", torch.float16).requires_grad_(False)
+    sample = torch.empty(2, 1024, 1280, dtype=torch.float16, device="meta")
+    captured = capture(module, parse(module, (), {"sample": sample}))
+    ms = dict.fromkeys(captured.nodes, 0.0)
+    at = {captured.module_path(n): n for n in captured.nodes if "linear" in n.name}
+    ms |= {at["early"]: 1.0, at["rest"]: 18.685, at["second"]: 20.92}
+    costs = dataclasses.replace(estimate(captured), ms=ms)
+    return partition(captured, 2, [["early", "rest"], ["second"]], costs=costs)
+
+
+def test_auto_compresses_where_measured_ticks_were_shorter_for_it() -> None:
+    """And predictions go by the same speed of compressing."""
+    parts = halves()
+    assert parts.boundaries[0, 1].nbytes == 102.5 * 2**20
+    document = json.loads((ROOT / "benchmarks/results/links_2gpu.json").read_text())
+    rows = document["figures"]["sdxl"]["rows"]
+    shorter, found = {}, {}
+    for link in links.LINKS:
+        ways = [rows.get(links.name_of(link, way)) for way in links_predicted.WAYS]
+        if None not in ways:
+            none, fp8 = (row["tick_ms"]["median"] for row in ways)
+            shorter[link] = fp8 < none
+            known = Links(Link(1e9), {(0, 1): links_predicted.link_of(link)})
+            found[link] = Choice("auto", "cuda").crossing(parts, known, 1) is crossing
+    assert found == shorter and {True, False} == set(found.values())
+    assert links_predicted.PACKED_PER_MS is PACKED_PER_MS
 
 
 @pytest.mark.slow

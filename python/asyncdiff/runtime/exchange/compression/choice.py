@@ -14,15 +14,18 @@ from .codec import crossing
 from .sent import NOTHING_COMPRESSED, Compressed
 
 #: Bytes of values that a device packs, and another unpacks, in a millisecond, by the kind of
-#: device: of a GPU as its memory allows (estimated), of a CPU's thread as measured.
-_PACKED_PER_MS = {"cuda": 1e8, "cpu": 5e4}
+#: device. Of GPUs by what SDXL's ticks took longer with fp8 where nothing was exposed either way,
+#: on two H200s (benchmarks/results/links_2gpu.json), the slower of two: by the real link 0.242 ms,
+#: launches included, for 149 MB of values (73.5 MiB of codes and scales); by 25 GB/s, at which
+#: both ways had the same cut, 0.150 ms for 107 MB. Of a CPU's thread as measured.
+PACKED_PER_MS = {"cuda": 7e8, "cpu": 5e4}
 
 
 class Choice:
     """What ``how`` means (fp8, int8, auto, or None) for ranks on devices of a ``kind``."""
 
     def __init__(self, how: str | None, kind: str) -> None:
-        self._how, self._packed_per_ms = how, _PACKED_PER_MS[kind]
+        self._how, self._packed_per_ms = how, PACKED_PER_MS[kind]
 
     def cut(self, *args: Any, links: Links, copies: int, **options: Any) -> Partition:
         """:func:`~....partition.partition.partition`, by what crosses."""
