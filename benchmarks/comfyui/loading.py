@@ -17,13 +17,18 @@ _UNUSED = ("torchvision", "torchaudio")
 def open_comfyui(folder: str, cpu: bool) -> None:
     """Make ComfyUI's modules importable from its folder, for a CPU or for GPUs."""
     sys.path.insert(0, folder)
-    for name in _UNUSED:
-        if importlib.util.find_spec(name) is None:
-            _pretend(name)
+    pretend_unused()
     from comfy.cli_args import args
 
     args.cpu = cpu
     args.use_pytorch_cross_attention = True  # on CPUs as on GPUs
+
+
+def pretend_unused() -> None:
+    """Let ComfyUI import what is not installed, of which models and samplers use nothing."""
+    for name in _UNUSED:
+        if importlib.util.find_spec(name) is None:
+            _pretend(name)
 
 
 def load_pack() -> Any:

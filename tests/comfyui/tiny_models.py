@@ -12,7 +12,8 @@ import torch
 CPU = torch.device("cpu")
 #: Another device than that to ComfyUI, as a GPU is, so that it loads models there.
 LOADED = torch.device("cpu", 0)
-_CONTEXT = 24
+#: Of a token, so many numbers come from the text.
+CONTEXT = 24
 #: Of SDXL: so many numbers come from the text, and as many as ComfyUI makes of sizes.
 _POOLED = 16
 _UNET = {
@@ -28,7 +29,7 @@ _UNET = {
     "transformer_depth": [1, 1],
     "transformer_depth_output": [1, 1, 1, 1],
     "transformer_depth_middle": 1,
-    "context_dim": _CONTEXT,
+    "context_dim": CONTEXT,
     "use_linear_in_transformer": False,
     "adm_in_channels": None,
     "use_temporal_attention": False,
@@ -41,7 +42,7 @@ _FLUX = {
     "out_channels": 16,
     "patch_size": 2,
     "vec_in_dim": _POOLED,
-    "context_in_dim": _CONTEXT,
+    "context_in_dim": CONTEXT,
     "hidden_size": 32,
     "mlp_ratio": 2.0,
     "num_heads": 2,
@@ -105,8 +106,7 @@ def sample(
     noise = torch.randn(batch, channels, 16, 16, generator=random)
     options = {"pooled_output": torch.randn(1, _POOLED, generator=random), **(more or {})}
     positive, negative = (
-        [[torch.randn(1, count, _CONTEXT, generator=random), dict(options)]]
-        for count in (tokens, 7)
+        [[torch.randn(1, count, CONTEXT, generator=random), dict(options)]] for count in (tokens, 7)
     )
     return comfy.sample.sample(
         *(model, noise, steps, cfg, sampler, scheduler, positive, negative),
