@@ -174,6 +174,32 @@ def gone(member: Member) -> Any:
     return found
 
 
+def raised(member: Member) -> Any:
+    """Process 1 of two has an error of its own between two steps; the option: which, or that both
+    leave there without one. What each is told, and what both draw then."""
+    kind = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt}.get(member.option)
+    call = toy_call()
+    denoiser = AsyncDenoiser(toy(), group=member.group(), split=SPLIT, deadline=20)
+    loop(denoiser, call)
+
+    def at(step: int) -> None:
+        if step == 3 and kind and member.process == 1:
+            raise kind("of my own")
+
+    def leave() -> None:
+        with denoiser.generation(TIMES):
+            for t in TIMES[:3]:
+                denoiser(call["sample"], t, call["encoder_hidden_states"])
+
+    try:
+        found = told(lambda: loop(denoiser, call, at=at)) if kind else told(leave)
+    except (ValueError, KeyboardInterrupt) as e:
+        found = {"kind": type(e).__name__, "text": str(e)}
+    found["again"] = loop(denoiser, call)
+    denoiser.close()
+    return found
+
+
 def by_tokens(ranks: int, **where: Any) -> AsyncDenoiser:
     """One whose ranks share out tokens."""
     return AsyncDenoiser(attention(), components=ranks, schedule="sequence", **where)

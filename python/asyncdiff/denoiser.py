@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import ONLY, Branch, GenerationSpec, ParallelConfig
-from .errors import InputError, SchedulerError
+from .errors import InputError
 from .generation.branches import Branches
 from .generation.generate import Callback, Request, calibrate, generate
 from .generation.generation import Generation, predictor_of
@@ -167,19 +167,19 @@ class AsyncDenoiser(Spread):
         """
         with self.lock:
             self.stop()
-            clean = None
-            if self._config.schedule == "wavefront":
-                if scheduler is None:
-                    raise SchedulerError(
-                        "schedule='wavefront' has to know α and σ of every step: pass the "
-                        "scheduler, generation(timesteps, scheduler)"
-                    )
-                clean = last_steps(scheduler, len(timesteps))
+            waves = self._config.schedule == "wavefront"
+            clean = last_steps(scheduler, len(timesteps)) if waves else None
             try:
                 spec = self._config.spec(timesteps)
                 every = [self.start(spec, clean, branch=b) for b in Branch.each(branches)]
                 yield every[0]
                 self.settle()
+            except (Exception, KeyboardInterrupt, SystemExit) as e:
+                # Others would wait for this process's next step until the deadline. Whoever leaves
+                # without an error (GeneratorExit too) does so with them. Between hosts' GPUs this
+                # ends the fabric for good, and the next generation makes another one.
+                self._branches.stop(e if self._team.several else None)
+                raise
             finally:
                 self.stop()
 

@@ -100,8 +100,9 @@ class Branches:
         if done:
             self._report(of_branches([g.report() for g in self._all.values() if g.finished]))
 
-    def stop(self) -> None:
-        """Give up what is unfinished, and forget all of them."""
+    def stop(self, cause: BaseException | None = None) -> None:
+        """Give up what is unfinished, and forget all of them. ``cause``: the error for which this
+        process does, of which others are told."""
         self._readiness.forget()
         while self._all:
-            self._all.popitem()[1].abandon()
+            self._all.popitem()[1].abandon(cause)

@@ -200,11 +200,11 @@ class Generation:
         prediction = predictor.predict(step, moving[latents], newest[0].dtype)
         return [prediction, *newest[1:]]
 
-    def abandon(self) -> None:
-        """Give up what is left."""
+    def abandon(self, cause: BaseException | None = None) -> None:
+        """Give up what is left; ``cause``: see :meth:`asyncdiff.runtime.engine.Engine.abandon`."""
         if self.engine is not None and not self.finished:
             for engine in self.engines:
-                engine.abandon()
+                engine.abandon(cause)
         self.done = True
 
     def _time(self, index: int, call: Call) -> Time:

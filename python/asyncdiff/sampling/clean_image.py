@@ -120,7 +120,12 @@ def sampler_of(scheduler: Any) -> dict[str, Any]:
 def last_steps(scheduler: Any, steps: int, options: Mapping[str, Any] | None = None) -> CleanImage:
     """The weights for the last ``steps`` steps of a scheduler that has not stepped yet, with its
     response, if it has one. ``options``: further arguments of its ``step``. Raises as
-    :func:`clean_image` does."""
+    :func:`clean_image` does, and SchedulerError for None."""
+    if scheduler is None:
+        raise SchedulerError(
+            "schedule='wavefront' has to know α and σ of every step: pass the scheduler, "
+            "generation(timesteps, scheduler)"
+        )
     every = clean_image(scheduler)
     start = len(every.alpha) - steps
     try:

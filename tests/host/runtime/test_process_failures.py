@@ -70,6 +70,31 @@ def test_gone(moments: tuple[str, ...], tmp_path: Path) -> None:
             assert told["again"] == alone, moment
 
 
+@pytest.mark.parametrize(
+    ("kinds", "hosts"),
+    [
+        (("ValueError",), ""),
+        pytest.param(("KeyboardInterrupt", "none"), "", marks=pytest.mark.slow),
+        pytest.param(("ValueError", "KeyboardInterrupt", "none"), "ab", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_of_the_loop_is_told_at_once(
+    kinds: tuple[str, ...], hosts: str, tmp_path: Path
+) -> None:
+    """Who gave up and why, long before the deadline; the next generation works. Where all leave
+    without an error nobody is told anything."""
+    found = run(group_failures.raised, 2, tmp_path, kinds, hosts=hosts)
+    alone = group_failures.alone()
+    for i, kind in enumerate(kinds):
+        other, one = found[2 * i : 2 * i + 2]
+        assert one["kind"] == kind and other["again"] == one["again"] == alone, kind
+        if kind == "none":
+            assert other["kind"] == "none"
+        else:
+            assert (other["kind"], other["rank"]) == ("RankError", 1), other
+            assert f"({kind}: of my own)" in other["text"] and other["seconds"] < 5, other
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", ["", "abc"])
 def test_gone_among_tokens(hosts: str, tmp_path: Path) -> None:
