@@ -143,6 +143,17 @@ class Channel:
             raise InvalidArgument(f"{count} bundles: a count is 0 or more")
         self._native.wait_for(receiver, count)
 
+    def wait_free(self, count: int) -> None:
+        """Wait on the host until receivers on other hosts' GPUs have released what lay where the
+        ``count``-th bundle since the last :meth:`Fabric.reset` goes; elsewhere return at once.
+
+        The :meth:`begin` of that bundle waits for none of them on the device then: see
+        :meth:`wait_for`, which raises the same.
+        """
+        if count < 0:
+            raise InvalidArgument(f"{count} bundles: a count is 0 or more")
+        self._native.wait_free(count)
+
     def release(self, receiver: int, slot: int, stream: Stream = None) -> None:
         """Give the slot back: it may be overwritten from now on."""
         self._native.release(receiver, slot, pointer_of(stream))

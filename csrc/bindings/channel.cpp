@@ -77,6 +77,7 @@ void register_channel(py::module_& m) {
       .def("get", &Channel::get, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("wait_for", &Channel::wait_for, py::arg("receiver"), py::arg("count"), Unlocked())
+      .def("wait_free", &Channel::wait_free, py::arg("count"), Unlocked())
       .def("release", &Channel::release, py::arg("receiver"), py::arg("slot"), py::arg("stream"),
            Unlocked())
       .def("close", &Channel::close, Unlocked());

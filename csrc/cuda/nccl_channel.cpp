@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "agreement.hpp"
-#include "asyncdiff/errors.hpp"
 #include "blocks.hpp"
 #include "bundle.hpp"
 #include "cuda_memory.hpp"
@@ -249,17 +248,19 @@ void NcclChannel::get(int receiver, int slot, Stream stream) {
 }
 
 void NcclChannel::wait_for(int receiver, std::uint64_t count) {
-  const nvtx::Range range("wait", *this, receiver, 0);
-  const int rank = receivers()[place_of(receiver)];
-  check_end(rank, 0);
-  try {
-    shared_->courier().wait_for(dynamic_cast<const NcclIncoming&>(*memory_->end), count);
-  } catch (const ExchangeTimeout&) {
-    throw;
-  } catch (const Error&) {
-    shared_->check();  // of a failure that was told elsewhere
-    throw;
-  }
+  const nvtx::Range range("wait_for", *this, receiver, 0);
+  check_end(receivers()[place_of(receiver)], 0);
+  shared_->wait([&](NcclCourier& courier) {
+    courier.wait_for(dynamic_cast<const NcclIncoming&>(*memory_->end), count);
+  });
+}
+
+void NcclChannel::wait_free(std::uint64_t count) {
+  const nvtx::Range range("wait_free", *this, sender(), 0);
+  check_end(sender(), 0);
+  shared_->wait([&](NcclCourier& courier) {
+    courier.wait_free(dynamic_cast<const NcclOutgoing&>(*memory_->end), count);
+  });
 }
 
 void NcclChannel::release(int receiver, int slot, Stream stream) {

@@ -31,6 +31,7 @@ class NcclChannel final : public Channel {
   void put(const std::vector<const void*>& tensors, int slot, Stream stream) override;
   void get(int receiver, int slot, Stream stream) override;
   void wait_for(int receiver, std::uint64_t count) override;
+  void wait_free(std::uint64_t count) override;
   void release(int receiver, int slot, Stream stream) override;
   void close() override;
 

@@ -71,6 +71,8 @@ class NcclCourier {
   // Waits until so many bundles since the last reset are in the mailbox. Throws as these do; a
   // timeout is told to all, as one of a kernel is.
   void wait_for(const NcclIncoming& end, std::uint64_t bundles);
+  // Waits until the slot of the n-th bundle since the last reset was released, likewise.
+  void wait_free(const NcclOutgoing& end, std::uint64_t n);
   // All counts, those of kernels in host memory included, become `first`, and what is still on its
   // way from before counts no more. Nothing may be under way; nobody may commit or release before
   // all processes have done it.
@@ -109,6 +111,8 @@ class NcclCourier {
   // Waits for a while, or until there is something to do. Whether somebody woke it.
   bool pause(bool busy);
   void wait(const std::function<bool()>& done, const std::function<ExchangeTimeout()>& late);
+  void wait_and_tell(const std::function<bool()>& done,
+                     const std::function<ExchangeTimeout()>& late);
 
   FailureLog& failures_;
   double deadline_;

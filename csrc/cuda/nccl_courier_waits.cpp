@@ -48,18 +48,8 @@ void NcclCourier::wait_until_arrived(const NcclIncoming& end, std::uint64_t mess
        [&] { return end.timeout("get", deadline_); });
 }
 
-void NcclCourier::wait_for(const NcclIncoming& end, std::uint64_t bundles) {
-  std::uint64_t n = 0;
-  std::uint64_t seen = 0;
-  const auto done = [&] {
-    n = end.first + bundles;
-    seen = end.bundles;
-    return end.has_carried(n);
-  };
-  const auto late = [&] {
-    return ExchangeTimeout({end.rank, end.peer, end.name, end.slot(n), n, seen, "get", end.peer},
-                           deadline_);
-  };
+void NcclCourier::wait_and_tell(const std::function<bool()>& done,
+                                const std::function<ExchangeTimeout()>& late) {
   try {
     wait(done, late);
   } catch (const ExchangeTimeout&) {
@@ -67,6 +57,39 @@ void NcclCourier::wait_for(const NcclIncoming& end, std::uint64_t bundles) {
     wake();
     throw;
   }
+}
+
+void NcclCourier::wait_for(const NcclIncoming& end, std::uint64_t bundles) {
+  std::uint64_t n = 0;
+  std::uint64_t seen = 0;
+  wait_and_tell(
+      [&] {
+        n = end.first + bundles;
+        seen = end.bundles;
+        return end.has_carried(n);
+      },
+      [&] {
+        return ExchangeTimeout(
+            {end.rank, end.peer, end.name, end.slot(n), n, seen, "get", end.peer}, deadline_);
+      });
+}
+
+void NcclCourier::wait_free(const NcclOutgoing& end, std::uint64_t n) {
+  const auto slots = static_cast<std::uint64_t>(end.slots);
+  if (n <= slots) return;
+  std::uint64_t needed = 0;
+  std::uint64_t seen = 0;
+  wait_and_tell(
+      [&] {
+        needed = end.first + n - slots;
+        seen = load_word(end.credit);
+        return reached(seen, needed);
+      },
+      [&] {
+        return ExchangeTimeout(
+            {end.rank, end.peer, end.name, end.slot(needed), needed, seen, "begin", end.peer},
+            deadline_);
+      });
 }
 
 }  // namespace asyncdiff

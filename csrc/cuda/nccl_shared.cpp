@@ -198,6 +198,17 @@ void NcclShared::check() const {
   failures_.check(why);
 }
 
+void NcclShared::wait(const std::function<void(NcclCourier&)>& until) {
+  try {
+    until(courier_);
+  } catch (const ExchangeTimeout&) {
+    throw;
+  } catch (const Error&) {
+    check();  // of a failure that was told elsewhere
+    throw;
+  }
+}
+
 void NcclShared::abort(int rank, const std::string& reason) {
   if (!failures_.failed()) aborted_by_caller_ = true;
   failures_.abort(rank, reason);

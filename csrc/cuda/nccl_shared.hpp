@@ -59,6 +59,8 @@ class NcclShared {
   void check_open() const;
   // Throws the first failure, if there was one.
   void check() const;
+  // Waits for what the courier carries; throws what has failed meanwhile.
+  void wait(const std::function<void(NcclCourier&)>& until);
   void abort(int rank, const std::string& reason);
   void on_failure(std::function<void(int, const std::string&)> tell);
 

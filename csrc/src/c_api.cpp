@@ -211,6 +211,14 @@ asyncdiff_code asyncdiff_put(asyncdiff_channel* channel, const void* const* tens
   });
 }
 
+asyncdiff_code asyncdiff_wait_for(asyncdiff_channel* channel, int receiver, uint64_t count) {
+  return guarded([&] { of(channel).wait_for(receiver, count); });
+}
+
+asyncdiff_code asyncdiff_wait_free(asyncdiff_channel* channel, uint64_t count) {
+  return guarded([&] { of(channel).wait_free(count); });
+}
+
 asyncdiff_code asyncdiff_get(asyncdiff_channel* channel, int receiver, int slot, void* stream) {
   return guarded([&] { of(channel).get(receiver, slot, as_stream(stream)); });
 }

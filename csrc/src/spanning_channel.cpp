@@ -93,6 +93,11 @@ void SpanningChannel::wait_for(int receiver, std::uint64_t count) {
   part_of(receiver).wait_for(receiver, count);
 }
 
+void SpanningChannel::wait_free(std::uint64_t count) {
+  processes_.check_mine(sender());
+  for (Channel* part : all()) part->wait_free(count);
+}
+
 void SpanningChannel::release(int receiver, int slot, Stream stream) {
   check_slot(slot);
   part_of(receiver).release(receiver, slot, stream);

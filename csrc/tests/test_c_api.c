@@ -56,6 +56,8 @@ static void send_one(asyncdiff_channel* channel, int n) {
 static void receive_one(asyncdiff_channel* channel, int rank, int n) {
   void* data = NULL;
   size_t nbytes = 0;
+  CHECK(asyncdiff_wait_for(channel, rank, (uint64_t)n + 1) == ASYNCDIFF_OK); /* on one host */
+  CHECK(asyncdiff_wait_for(channel, 99, 1) == ASYNCDIFF_INVALID_ARGUMENT);
   CHECK(asyncdiff_get(channel, rank, n % 2, NULL) == ASYNCDIFF_OK);
   CHECK(asyncdiff_slot(channel, rank, n % 2, 0, &data, &nbytes) == ASYNCDIFF_OK);
   CHECK(nbytes == sizeof(int32_t) * kCount);

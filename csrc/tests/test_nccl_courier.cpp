@@ -222,13 +222,25 @@ void the_host_waits_for_bundles() {
   courier.wait_for(*channel.in, 2);
   CHECK(channel.holds(2, 2));
   courier.wait_for(*channel.in, 1);  // long there
+  NcclCourier& sending = two.sides[0]->courier;
+  sending.wait_free(*channel.out, 2);  // slots that were never used
+  there = false;
+  std::thread freeing([&] {
+    sending.wait_free(*channel.out, 4);
+    there = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(!there);
   store_word(&channel.released, 2);
+  freeing.join();
+  sending.wait_free(*channel.out, 3);
   for (std::uint64_t first : {std::uint64_t{7}, ~std::uint64_t{0} - 1}) {
     channel.wait_until_all_arrived();
     for (const auto& side : two.sides) side->courier.reset(first);
     courier.wait_for(*channel.in, 0);
     for (std::uint64_t n = 1; n <= 5; ++n) {
-      CHECK(soon([&] { return reached(load_word(&channel.credit), first + n - 2); }));
+      sending.wait_free(*channel.out, n);
+      CHECK(reached(load_word(&channel.credit), first + n - 2));
       channel.commit(first + n, static_cast<int>(n));
       courier.wait_for(*channel.in, n);
       CHECK(channel.holds(first + n, static_cast<int>(n)));
@@ -275,6 +287,22 @@ void a_bundle_that_does_not_come_passes_the_deadline() {
   CHECK_THROWS(courier.wait_for(*channel.in, 2), ExchangeTimeout);
 }
 
+void a_slot_that_is_not_released_passes_the_deadline() {
+  Two two(0.3);
+  TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
+  channel.commit(1, 1);
+  channel.commit(2, 2);
+  try {
+    two.sides[0]->courier.wait_free(*channel.out, 3);
+    CHECK(false);
+  } catch (const ExchangeTimeout& late) {
+    CHECK(late.incident.rank == 0 && late.incident.peer == 1 && late.incident.slot == 0);
+    CHECK(late.incident.expected == 1 && late.incident.seen == 0);
+    CHECK(late.incident.operation == "begin");
+  }
+  CHECK(soon([&] { return two.sides[0]->failed == 1; }));
+}
+
 void an_abort_ends_waits() {
   Two two;
   TestChannel channel(two, 0, 0, 2, 64, std::make_shared<Queue>());
@@ -315,6 +343,7 @@ int main() {
   the_host_waits_for_bundles();
   the_host_waits_for_all_parts();
   a_bundle_that_does_not_come_passes_the_deadline();
+  a_slot_that_is_not_released_passes_the_deadline();
   an_abort_ends_waits();
   nonsense_is_refused();
 }

@@ -75,6 +75,10 @@ class ASYNCDIFF_EXPORT Channel {
   // come from another host's GPU; elsewhere returns at once. A get of the last of them then waits
   // for nothing on the device. Throws what check() does, ExchangeTimeout at the deadline.
   virtual void wait_for(int receiver, std::uint64_t count);
+  // Blocks until receivers on other hosts have released what lay where the `count`-th bundle since
+  // the fabric was reset goes; elsewhere returns at once. Its begin then waits for none of them on
+  // the device. Throws as wait_for does.
+  virtual void wait_free(std::uint64_t count);
   virtual void release(int receiver, int slot, Stream stream) = 0;
 
   // Gives back what the channel has; it cannot be used any more. Nothing may be in flight. With

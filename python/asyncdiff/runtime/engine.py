@@ -167,7 +167,7 @@ class Engine:
         if not self._clean:
             self.abandon()
         for worker in self.workers:
-            worker.rows.begin(steps)
+            worker.begin(steps)
         self.conditioning.begin(tensors, ready.everything)
         self.channels.begin()
         with self.team.collective():
@@ -208,15 +208,14 @@ class Engine:
                 # The ranks' threads may still read these after the caller went on to change them.
                 moving = {*self._latents, *fresh}
                 tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
-                times = {
-                    k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()
-                }
+                copied = {k: t.clone() for k, t in times.items() if isinstance(t, torch.Tensor)}
+                times = {**times, **copied}
             self._ticks += 1
             if self.channels.sent is not None:
                 self.channels.sent.add(tick)
-            version = self.conditioning.version
-            inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
-            delivered = self._issue(tick, inputs)
+            known = self.conditioning.version
+            inputs = Inputs(self._ticks, tensors, times, earlier, fresh, known, caller)
+            issued = self._issue(tick, inputs)
             if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
@@ -229,7 +228,7 @@ class Engine:
                 for run in tick.runs
                 if run.step is not None and run.rank in arrivals
             }
-            results |= {step: self._queue.result(s) for step, s in delivered.items()}
+            results |= {step: self._queue.result(each) for step, each in issued.items()}
             self._queue.check()
             if self.team.first_only and self.team.process != 0:
                 return {step: self.channels.nothing(home) for step in tick.delivers}
@@ -241,16 +240,17 @@ class Engine:
     def _issue(self, tick: Tick, inputs: Inputs) -> dict[int, Any]:
         """Issue the runs of this process's ranks; what will be the results, by step."""
         mine = [(s, self.by_rank[s.rank]) for s in tick.segments if s.rank in self.by_rank]
-        apart = self._meet and self.cuda and self._hosts > 1
+        submit, apart = self._queue.submit, self._meet and self.cuda and self._hosts > 1
         if self._meet and self.cuda:
             # Where ranks wait for each other in the midst of their runs, no copy may come behind a
             # run, in a queue of the same GPU,
             for segment, worker in mine:
-                self._queue.submit(worker.rank, worker.take_ahead, segment, inputs)
-        issued = [self._queue.submit(w.rank, w.issue, s, inputs, not apart) for s, w in mine]
+                submit(worker.rank, worker.take_ahead, segment, inputs)
+        issued = [submit(w.rank, w.issue, s, inputs, not apart) for s, w in mine]
         if apart:  # and none before its end, where other hosts take part: see exchange/awaited.py
             until_done(w.stream for _, w in mine if w.stream is not None)
-            issued = [self._queue.submit(w.rank, w.deliver, inputs) for _, w in mine]
+            mine = [(s, w) for s, w in mine if s.step is not None]
+            issued = [submit(w.rank, w.deliver, inputs) for _, w in mine]
         return {s.step: x for (s, _), x in zip(mine, issued, strict=True) if s.step is not None}
 
     def _shared(

@@ -29,6 +29,7 @@ from .exchange.buffers import moved_on
 from .exchange.caller import CallerCopies
 from .exchange.compression.ends import UnpackingReceiver
 from .exchange.compression.sent import Runs, Sent
+from .exchange.credits import Credits
 from .exchange.meetings import Meetings
 from .exchange.push import Push, Way, Ways
 from .exchange.results import Result
@@ -104,6 +105,7 @@ class Worker:
         self.senders: dict[int, Ways] = {}
         #: where its noise predictions go besides, if they do
         self.result: Result | None = None
+        self.credits: Credits | None = None
         #: where tokens are shared out: its part in the meetings of all ranks
         self.meetings: Meetings | None = None
         self._meets = hasattr(self.program, "meet")
@@ -181,7 +183,8 @@ class Worker:
         """Capture the graph of a run with these slots, if it is still missing."""
         with self.current():
             self.rows.prepare()
-            self.graphs.record(slots, lambda: self.execute(slots))
+            for place in range(self.result.slots if slots[2] and self.result else 1):
+                self.graphs.record((slots, place), functools.partial(self.execute, slots, place))
         if self.meetings is not None:
             self.meetings.check(self.graphs.used)
 
@@ -210,9 +213,16 @@ class Worker:
 
     # ---- a generation ------------------------------------------------------------------------
 
+    def begin(self, steps: int) -> None:
+        """A generation of so many steps begins. Call when idle."""
+        self.rows.begin(steps)
+        if self.result is not None:
+            self.result.begin()
+        if self.credits is not None:
+            self.credits.begin()
+
     def issue(self, segment: Segment, inputs: Inputs, deliver: bool = True) -> list[Any] | None:
-        """Issue a segment: the outputs of its run on the caller's device, if they are used. Without
-        ``deliver`` they are only kept for :meth:`deliver`."""
+        """Issue a segment: its run's outputs, delivered, if they are used; else they are kept."""
         outputs = None
         if inputs.caller is not None:
             self._copies.look(inputs.caller)
@@ -248,10 +258,13 @@ class Worker:
 
     def run(self, slots: Runs) -> Issued:
         """Issue one run; its outputs are valid until the next one, in order of the stream."""
-        return self.graphs.issue(slots, lambda: self.execute(slots))
+        place = self.result.next_place() if slots[2] and self.result else 0
+        if self.credits is not None:
+            self.credits.take_for(slots, self.senders, self.result)
+        return self.graphs.issue((slots, place), lambda: self.execute(slots, place))
 
-    def execute(self, slots: Runs) -> Issued:
-        """Run the component on the current stream, and push its boundary."""
+    def execute(self, slots: Runs, place: int = 0) -> Issued:
+        """Run the component on the current stream, and push what leaves; results to ``place``."""
         read, write, delivers = slots
         reads: dict[int, list[torch.Tensor]] = {}
         for source, slot in read:
@@ -266,7 +279,7 @@ class Worker:
         result, meetings = self.result if delivers else None, self.meetings
         if not ways and result is None and meetings is None:
             return Issued(run_program(self.program, self._arguments(reads), None))
-        push = Push(ways, self.stream, self.comm, result)
+        push = Push(ways, self.stream, self.comm, result, place)
         # A copy of the last component has values for others, but only the component sends them.
         sink = meetings or (push if ways else None)
         if meetings is not None:

@@ -10,11 +10,18 @@ import group_hosts
 import pytest
 from group import run
 
+import asyncdiff_core as core
 from asyncdiff.runtime.exchange.awaited import Awaited
+from asyncdiff.runtime.exchange.credits import Credits
+from asyncdiff.runtime.exchange.push import Way
+from asyncdiff.runtime.exchange.results import Result
+from asyncdiff.schedule.actions import NOTHING
 
 
 class Recorded:
     """A channel that notes its calls."""
+
+    slots = 2
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -36,6 +43,28 @@ def test_the_host_waits_for_each_bundle_before_a_gpu_does() -> None:
     assert names == [name for step in steps for name in step]
     waits = [call for call in channel.calls if call[0] == "wait_for"]
     assert waits == [("wait_for", 3, n) for n in (1, 2, 3)] * 2  # a generation's, from its first
+
+
+def test_the_host_waits_for_room_before_a_run_is_issued() -> None:
+    first: Any = Recorded()
+    second: Any = Recorded()
+    predicted: Any = Recorded()
+    senders: Any = {
+        target: [Way(channel, slot, core.Layout([])) for slot in range(2)]
+        for target, channel in ((1, first), (2, second))
+    }
+    fabric: Any = None
+    result = Result(fabric, predicted, core.Layout([]), ())
+    credits = Credits()
+    for _ in range(2):
+        result.begin()
+        credits.begin()
+        assert [result.next_place() for _ in range(3)] == [0, 1, 0]
+        credits.take_for(((), 0, False), senders, result)
+        credits.take_for(((), 1, True), senders, result)
+        credits.take_for(((), NOTHING, True), senders, None)
+    ones, twos = [("wait_free", 1)], [("wait_free", 1), ("wait_free", 2)]
+    assert first.calls == second.calls == twos * 2 and predicted.calls == ones * 2
 
 
 @pytest.mark.parametrize(

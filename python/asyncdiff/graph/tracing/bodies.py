@@ -188,9 +188,9 @@ class _Copying:
                 source.target,
                 fx.map_arg(source.args, self._like),
                 fx.map_arg(source.kwargs, self._like),
-                # A name that nothing has, until all get theirs: where it is taken, fx tries all
-                # numbers up to the next one that is free.
-                f"{source.name}_{next(_NUMBERS)}",
+                # A name that nothing has, until operations get theirs: where it is taken, fx tries
+                # all numbers up to the next one that is free.
+                source.name if source.op == "get_attr" else f"{source.name}_{next(_NUMBERS)}",
                 source.type,
             )
         made.meta = {**source.meta, _STACK: self._stack | self._inside(source.meta[_STACK])}

@@ -1,4 +1,5 @@
-"""Bundles from GPUs of other hosts: the host waits for each, so that no GPU has to.
+"""Bundles from GPUs of other hosts: the host waits for each, and for room for those that it sends
+(:mod:`.credits`), so that no GPU waits for another host.
 
 NCCL's part of a bundle's way is enqueued by a thread of this process once the bundle is sent. While
 a GPU waits for one, whatever else the process asks of the driver may keep that thread from it: to

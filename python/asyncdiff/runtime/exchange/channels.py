@@ -28,10 +28,18 @@ from .buffers import layout_of, memory_of, tensors_in
 from .compression.codec import packed_layout
 from .compression.ends import PackingSender, Pair, UnpackingReceiver
 from .compression.sent import NOTHING_COMPRESSED, Compressed, Sent
+from .credits import Credits
 from .inputs import SharedInputs
 from .meetings import connect
 from .push import AsTheyAre, Way
-from .results import MODE, SLOTS, Arrivals, Result, among_constants
+from .results import (
+    MODE,
+    SLOTS,
+    SLOTS_BETWEEN_HOSTS,
+    Arrivals,
+    Result,
+    among_constants,
+)
 
 #: A layout as plain data: element type, shape and strides of each tensor.
 _Specs = list[tuple[str, list[int], list[int]]]
@@ -76,10 +84,12 @@ class Channels:
         self.own_rank = self._seats[team.process]
         #: ranks that deliver noise predictions
         self._delivering = range(len(partition.components) - 1, ranks)
-        self._cuda = places[0].device.type == "cuda"
+        cuda = places[0].device.type == "cuda"
         home = self._places[self.own_rank].device
-        self._stream = torch.cuda.Stream(home) if self._cuda and team.several else None
-        self._mode = "copy" if self._cuda else "auto"
+        self._stream = torch.cuda.Stream(home) if cuda and team.several else None
+        self._mode = "copy" if cuda else "auto"
+        self._between_hosts = len({place.host for place in self._places}) > 1
+        self._result_slots = SLOTS_BETWEEN_HOSTS if self._between_hosts else SLOTS
         #: bytes of a bundle, whether its step was exact or not
         self.bundle_bytes: dict[bool, dict[_Edge, int]] = {True: {}, False: {}}
         #: by rank of another process
@@ -108,6 +118,7 @@ class Channels:
                     self._boundary(workers, i, j, layout)
             for worker in workers.values():
                 worker.sent = self.sent
+                worker.credits = Credits() if self._between_hosts else None
             if self._team.several:
                 for rank in self._delivering:
                     self._result(workers, rank, outputs)
@@ -122,6 +133,8 @@ class Channels:
             self.sent.begin()
         for receiver in self._unpacking:
             receiver.begin()
+        for arrivals in self.arrivals.values():
+            arrivals.begin()
         for end in self._awaited:
             end.begin()
 
@@ -242,7 +255,7 @@ class Channels:
 
     def _end(self, channel: core.Channel, sender: int, receiver: int) -> Bundles:
         """A receiver's end of a channel."""
-        if not self._cuda or self._places[sender].host == self._places[receiver].host:
+        if self._places[sender].host == self._places[receiver].host:
             return channel
         self._awaited.append(Awaited(channel))
         return self._awaited[-1]
@@ -282,7 +295,12 @@ class Channels:
         if not receivers:
             return
         channel = self.fabric.channel(
-            rank, receivers, layout, slots=SLOTS, name=f"prediction of rank {rank}", mode=MODE
+            rank,
+            receivers,
+            layout,
+            slots=self._result_slots,
+            name=f"prediction of rank {rank}",
+            mode=MODE,
         )
         if rank in workers:
             workers[rank].result = Result(self.fabric, channel, layout, positions)
@@ -290,7 +308,8 @@ class Channels:
             place = self._places[self.own_rank]
             end = self._end(channel, rank, self.own_rank)
             self.arrivals[rank] = Arrivals(
-                end, layout, self.own_rank, place, leaves, positions, self._stream
+                *(end, layout, self.own_rank, place, leaves, positions, self._stream),
+                channel.slots,
             )
 
     def _share(self, moving: Sequence[torch.Tensor]) -> None:
@@ -299,14 +318,15 @@ class Channels:
         layout = _layout(_specs_of(alike))
         others = self._seats[1:]
         channel = self.fabric.channel(
-            self._seats[0], others, layout, slots=SLOTS, name="inputs", mode=MODE
+            self._seats[0], others, layout, slots=self._result_slots, name="inputs", mode=MODE
         )
         arrivals = None
         if self._team.process != 0:
             place, count = self._places[self.own_rank], len(moving)
             end = self._end(channel, self._seats[0], self.own_rank)
             arrivals = Arrivals(
-                end, layout, self.own_rank, place, [None] * count, range(count), self._stream
+                *(end, layout, self.own_rank, place, [None] * count, range(count), self._stream),
+                channel.slots,
             )
         self.inputs = SharedInputs(channel, arrivals, self._stream)
 

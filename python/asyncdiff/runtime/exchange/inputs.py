@@ -13,6 +13,7 @@ import torch
 import asyncdiff_core as core
 
 from ..step import Caller
+from .credits import Credits
 from .results import Arrivals
 
 
@@ -27,12 +28,18 @@ class SharedInputs:
         stream: torch.cuda.Stream | None,
     ) -> None:
         self._channel, self._arrivals, self._stream = channel, arrivals, stream
+        self._credits = Credits()
+        self._sent = 0
         #: those of the last ticks, by the first step that each served
         self._kept: dict[int, list[torch.Tensor]] = {}
 
     def begin(self) -> None:
         """A generation begins."""
         self._kept.clear()
+        self._credits.begin()
+        if self._arrivals is not None:
+            self._arrivals.begin()
+        self._sent = 0
 
     def share(
         self, step: int, mine: Sequence[torch.Tensor], needed: Sequence[int], caller: Caller | None
@@ -51,14 +58,17 @@ class SharedInputs:
     def _exchange(self, mine: Sequence[torch.Tensor], caller: Caller | None) -> list[torch.Tensor]:
         if self._arrivals is not None:
             return self._arrivals.take(caller)
+        slot = self._sent % self._channel.slots
+        self._sent += 1
+        self._credits.take([self._channel])
         dense = [t.contiguous() for t in mine]
         if caller is None or self._stream is None:
-            self._channel.put(dense, 0)
+            self._channel.put(dense, slot)
             return [t.clone() for t in mine]
         self._stream.wait_stream(caller.stream)
         with torch.cuda.stream(self._stream):
             # The caller's may lie on another device than the process's seat, and change later.
             there = [t.to(self._stream.device, copy=True) for t in dense]
-        self._channel.put(there, 0, self._stream)
+        self._channel.put(there, slot, self._stream)
         caller.stream.wait_stream(self._stream)
         return there

@@ -20,6 +20,8 @@ from ...phases import phase
 from ...preparation.links import KeptLinks
 from ...processes.team import Team
 from ..devices import Place, fabric, uuids_of
+from .awaited import Awaited, Bundles
+from .credits import Credits
 
 log = logging.getLogger("asyncdiff")
 
@@ -131,6 +133,13 @@ class _Bench:
             self._large = {(a, b): ranks.channel(a, [b], large, mode=mode) for a, b in pairs}
             both = sorted({*pairs, *((b, a) for a, b in pairs)})
             self._small = {(a, b): ranks.channel(a, [b], small, mode=mode) for a, b in both}
+        # Between hosts the host waits, and its clock counts: see awaited.py.
+        self._credits = Credits()
+        self._awaited = {
+            channel: Awaited(channel)
+            for pair, channel in (*self._large.items(), *self._small.items())
+            if self._far(*pair)
+        }
         self._data = {
             rank: torch.zeros(nbytes, dtype=torch.uint8, device=places[rank].device)
             for rank in sorted({a for a, _ in both})
@@ -158,6 +167,17 @@ class _Bench:
             found |= self._together([self._there_and_back(pair)])
         return found
 
+    def _far(self, a: int, b: int) -> bool:
+        return self._places[a].host != self._places[b].host
+
+    def _put(self, channel: core.Channel, data: torch.Tensor, slot: int, stream: Any) -> None:
+        if channel in self._awaited:
+            self._credits.take([channel])
+        channel.put([data], slot, stream)
+
+    def _end(self, channel: core.Channel) -> Bundles:
+        return self._awaited.get(channel, channel)
+
     def _mine(self, rank: int) -> bool:
         return self._places[rank].process == self._team.process
 
@@ -183,18 +203,19 @@ class _Bench:
         """Bundles one after another: bytes a millisecond, by when they arrive."""
         channel = self._large[pair]
         source, target = pair
+        end, far = self._end(channel), self._far(*pair)
 
         def send() -> None:
-            with _Clock(self._places[source].device) as clock:
+            with _Clock(self._places[source].device, far) as clock:
                 for n in range(_PUTS):
-                    channel.put([self._data[source]], n % _SLOTS, clock.stream)
+                    self._put(channel, self._data[source], n % _SLOTS, clock.stream)
 
         def receive() -> tuple[int, int, float]:
-            with _Clock(self._places[target].device) as clock:
+            with _Clock(self._places[target].device, far) as clock:
                 for n in range(_PUTS):
-                    channel.get(target, n % _SLOTS, clock.stream)
+                    end.get(target, n % _SLOTS, clock.stream)
                     clock.look()
-                    channel.release(target, n % _SLOTS, clock.stream)
+                    end.release(target, n % _SLOTS, clock.stream)
             return source, target, self._nbytes * (_PUTS - 1) / clock.ms
 
         return self._own((source, send), (target, receive))
@@ -203,20 +224,21 @@ class _Bench:
         """Small bundles, each answered: milliseconds of one way."""
         there, back = self._small[pair], self._small[pair[::-1]]
         source, target = pair
+        given, answered, far = self._end(there), self._end(back), self._far(*pair)
         data = {rank: self._data[rank][:4] for rank in pair if rank in self._data}
-        clocks = {rank: _Clock(self._places[rank].device) for rank in pair if self._mine(rank)}
+        clocks = {r: _Clock(self._places[r].device, far) for r in pair if self._mine(r)}
 
         def ask() -> None:
             for slot in range(_SLOTS):
-                there.put([data[source]], slot, clocks[source].stream)
-                back.get(source, slot, clocks[source].stream)
-                back.release(source, slot, clocks[source].stream)
+                self._put(there, data[source], slot, clocks[source].stream)
+                answered.get(source, slot, clocks[source].stream)
+                answered.release(source, slot, clocks[source].stream)
 
         def answer() -> None:
             for slot in range(_SLOTS):
-                there.get(target, slot, clocks[target].stream)
-                there.release(target, slot, clocks[target].stream)
-                back.put([data[target]], slot, clocks[target].stream)
+                given.get(target, slot, clocks[target].stream)
+                given.release(target, slot, clocks[target].stream)
+                self._put(back, data[target], slot, clocks[target].stream)
 
         def repeated(rank: int, work: Callable[[], None]) -> tuple[int, Callable[[], Any]]:
             if rank not in clocks:
@@ -246,11 +268,11 @@ _Ends = list[Callable[[], Any]]
 
 
 class _Clock:
-    """Times what a thread does, or what it enqueues on ``stream``, one of its own: ``ms`` from the
-    first look to the last."""
+    """Times what a thread does (on the CPU, and with ``host``), or what it enqueues on ``stream``,
+    one of its own: ``ms`` from the first look to the last."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, host: bool = False) -> None:
+        self._device, self._host = device, host or device.type != "cuda"
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None
         self._looks: list[Any] = []
@@ -258,7 +280,7 @@ class _Clock:
 
     def look(self) -> None:
         """Now."""
-        if self.stream is None:
+        if self._host:
             self._looks.append(time.perf_counter())
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -268,7 +290,7 @@ class _Clock:
     def recorded(self, work: Callable[[], None]) -> Callable[[], None]:
         """What does this work, on a GPU as a CUDA graph, as engines do: else launches would be what
         is timed."""
-        if self.stream is None:
+        if self._host:
             return work
         graph = torch.cuda.CUDAGraph()
         with (
@@ -292,5 +314,5 @@ class _Clock:
         if failed is not None or len(self._looks) < 2:
             return
         first, last = self._looks[0], self._looks[-1]
-        self.ms = first.elapsed_time(last) if self.stream else (last - first) * 1e3
+        self.ms = (last - first) * 1e3 if self._host else first.elapsed_time(last)
         self.ms = max(self.ms, 1e-6)

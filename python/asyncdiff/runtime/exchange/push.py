@@ -51,7 +51,8 @@ class Push:
     """The bundles of one run, by receiver: a program's sink of boundary values.
 
     ``stream`` computes, ``comm`` pushes; both are None on the CPU, where pushes are made at once.
-    With a ``result`` to put, for other processes, bundles leave with it, in one launch.
+    With a ``result`` to put, for other processes, into ``place``, a slot, bundles leave with it, in
+    one launch.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Push:
         stream: torch.cuda.Stream | None,
         comm: torch.cuda.Stream | None,
         result: Result | None = None,
+        place: int = 0,
     ) -> None:
         self._ways = ways
-        self._result = result
+        self._result, self._place = result, place
         #: by receiver, what leaves at the end
         self._late: dict[int, list[torch.Tensor]] = {target: [] for target in ways}
         self._stream = stream
@@ -123,7 +125,7 @@ class Push:
         if self._comm is not None and self._stream is not None:
             self._comm.wait_stream(self._stream)
         bundles = [(w.channel, self._late[t], w.slot) for t, w in self._ways.items()]
-        result.fabric.put_batch([*bundles, (result.channel, values, 0)], self._comm)
+        result.fabric.put_batch([*bundles, (result.channel, values, self._place)], self._comm)
 
 
 def _mark(stream: torch.cuda.Stream) -> Any:

@@ -19,14 +19,15 @@ from ..step import Caller
 from .awaited import Bundles
 from .buffers import as_laid_out, memory_of, tensors_in
 
-#: Slots of such a channel. One will do: a prediction is taken long before the next one is there.
-#: So a rank's CUDA graphs do not depend on it.
-SLOTS = 1
+#: Slots of such a channel. On one host one will do: a prediction is taken long before the next one
+#: is there, and a rank's CUDA graphs do not depend on it. Between hosts the next one is not to wait
+#: until everybody has told that they have taken it.
+SLOTS, SLOTS_BETWEEN_HOSTS = 1, 2
 #: How it moves between GPUs: one launch stores it to all of its receivers.
 MODE = "kernel"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """A rank's end of the way that its noise predictions take: what is put there, of its outputs.
     ``fabric`` puts it and bundles in one launch."""
@@ -35,6 +36,22 @@ class Result:
     channel: core.Channel
     layout: core.Layout
     positions: tuple[int, ...]
+    #: in this generation
+    sent: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Slots of the channel, which predictions use in turn."""
+        return self.channel.slots
+
+    def begin(self) -> None:
+        """The fabric is reset: nothing was sent yet."""
+        self.sent = 0
+
+    def next_place(self) -> int:
+        """The slot of the next prediction, which is to be sent now."""
+        self.sent += 1
+        return (self.sent - 1) % self.channel.slots
 
     def values(self, outputs: Sequence[Any]) -> list[torch.Tensor]:
         """The tensors of the outputs, as they are laid out."""
@@ -46,7 +63,8 @@ class Arrivals:
     """A process's end of the way that noise predictions of a rank of another process take.
 
     ``seat`` is its rank there, at ``place``. ``outputs`` are the leaves of the denoiser's result,
-    with constants where they are constant; ``positions`` are those of its tensors.
+    with constants where they are constant; ``positions`` are those of its tensors. The channel has
+    ``slots``.
     """
 
     def __init__(
@@ -58,34 +76,46 @@ class Arrivals:
         outputs: Sequence[Any],
         positions: Sequence[int],
         stream: torch.cuda.Stream | None,
+        slots: int,
     ) -> None:
         self._channel, self._layout, self._seat = channel, layout, seat
         self._outputs, self._positions = list(outputs), positions
         self._stream = stream
-        memory = memory_of(channel.slot(seat, 0), place.device)
-        self._values = tensors_in(memory, layout)
+        #: by slot
+        self._values = [
+            tensors_in(memory_of(channel.slot(seat, slot), place.device), layout)
+            for slot in range(slots)
+        ]
+        self._taken = 0
+
+    def begin(self) -> None:
+        """The fabric is reset: nothing was sent yet."""
+        self._taken = 0
 
     def take(self, caller: Caller | None, busy: Sequence[torch.cuda.Stream] = ()) -> list[Any]:
         """The next outputs, as new tensors on the caller's device, ready in order of its stream; on
         the CPU the caller's thread waits. ``busy``: streams of this GPU that compute meanwhile.
         Raises what the core does."""
+        slot = self._taken % len(self._values)
+        self._taken += 1
+        values = self._values[slot]
         if caller is None or self._stream is None:
-            self._channel.get(self._seat, 0)
-            new = [v.clone() for v in self._values]
-            self._channel.release(self._seat, 0)
+            self._channel.get(self._seat, slot)
+            new = [v.clone() for v in values]
+            self._channel.release(self._seat, slot)
             return self._among_constants(new)
         main, mine = caller.stream, self._stream
         with torch.cuda.stream(main):  # whose memory they are
-            new = [torch.empty_like(v, device=main.device) for v in self._values]
+            new = [torch.empty_like(v, device=main.device) for v in values]
         # A kernel that waits takes a place of a multiprocessor: enough that kernels which fill all
         # of them take two turns. So it begins to wait when this GPU has nothing else to do.
         for stream in (main, *busy):
             mine.wait_stream(stream)
-        self._channel.get(self._seat, 0, mine)
+        self._channel.get(self._seat, slot, mine)
         with torch.cuda.stream(mine):
-            for there, here in zip(new, self._values, strict=True):
+            for there, here in zip(new, values, strict=True):
                 there.copy_(here, non_blocking=True)
-        self._channel.release(self._seat, 0, mine)
+        self._channel.release(self._seat, slot, mine)
         main.wait_stream(mine)
         return self._among_constants(new)
 
