@@ -8,8 +8,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-#: Seconds. One piece that inductor compiles, or a wait for another process that prepares the same,
-#: takes minutes and says nothing meanwhile.
+#: Seconds. One piece that inductor compiles takes minutes and says nothing meanwhile.
 _PREPARE_DEADLINE = 900.0
 
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 
-from ..progress import stage
+from ..progress import heartbeat, stage
 from .folder import Folder
 
 log = logging.getLogger("asyncdiff")
@@ -18,6 +18,7 @@ log = logging.getLogger("asyncdiff")
 #: Seconds that a process waits for another one, before it prepares by itself.
 PATIENCE = 300.0
 _POLL = 0.05
+_WAITING = "waiting for another process that prepares the same"
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def alone(folder: Folder, kind: str, key: str) -> Iterator[None]:
     handle = _opened(folder, kind, key)
     try:
         if handle is not None and not _locked(handle):
-            with stage("waiting for another process that prepares the same"):
+            with stage(_WAITING):
                 _wait(handle)
         yield
     finally:
@@ -65,4 +66,5 @@ def _wait(handle: int) -> None:
                 PATIENCE,
             )
             return
+        heartbeat(_WAITING)
         time.sleep(_POLL)

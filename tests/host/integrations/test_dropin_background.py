@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +17,10 @@ from export_cache import uncached
 from tiny_pipelines import draw, tiny_flux, tiny_sd
 
 import asyncdiff
+from asyncdiff import progress
 from asyncdiff.demo import model as demo_model
 from asyncdiff.errors import CaptureError, InputError
+from asyncdiff.integrations.diffusers import background
 from asyncdiff.runtime import cutting
 from asyncdiff.runtime.making import EngineMaker
 
@@ -58,11 +64,11 @@ def test_pictures_are_plain_until_it_is_ready(make: Any, build: Build) -> None:
         for _ in range(2):
             assert torch.equal(torch.as_tensor(draw(pipe, call)), want)
         assert build.begun.wait(60) and not handle.ready
-        with pytest.raises(InputError, match="no generation has finished"):
+        with pytest.raises(InputError, match="drawn plainly, while ranks are prepared"):
             handle.report()
         build.may.set()
         handle.wait()
-        assert handle.ready
+        assert handle.ready and "drawn plainly" in repr(handle)
         near = torch.as_tensor(draw(pipe, call))
         assert not torch.equal(near, want)
         assert handle.report().warmup == 1 and build.calls == 1
@@ -156,6 +162,72 @@ def test_what_fails_is_told_and_comes_again(
         assert "cannot be exported" in caplog.text
         with pytest.raises(CaptureError, match="cannot be exported"):
             draw(pipe, call)
+
+
+def test_what_nobody_will_use_ends_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the end of the main thread makes of it, or it notices."""
+    ending, failing = threading.Event(), threading.Event()
+
+    def lasting(*args: Any) -> Any:
+        ending.set()
+        while not failing.is_set():
+            progress.heartbeat("making ranks ready")
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(EngineMaker, "_engine", lasting)
+    monkeypatch.setattr(background, "_ending", ending)
+    for fails in (False, True):
+        ending.clear()
+        if fails:
+            failing.set()
+        pipe, call = tiny_sd()
+        with (
+            caplog.at_level(logging.WARNING, "asyncdiff"),
+            asyncdiff.parallelize(pipe, prepare="background", **SETTINGS) as handle,
+        ):
+            draw(pipe, call)
+            handle.wait()
+        assert ending.is_set() and not caplog.records
+
+
+ONE_PICTURE = """import time
+import asyncdiff
+from asyncdiff.progress import tell
+from asyncdiff.runtime.making import EngineMaker
+from tiny_pipelines import draw, tiny_sd
+
+plain = EngineMaker._engine
+
+def slow(*args):
+    for k in range(600):
+        tell("making ranks ready", k, 600)
+        time.sleep(0.1)
+    return plain(*args)
+
+EngineMaker._engine = slow
+pipe, call = tiny_sd()
+asyncdiff.parallelize(
+    pipe, ["cpu"] * 2, components=2, split="estimate", prepare="background"
+)
+draw(pipe, call)
+print(time.monotonic())
+"""
+
+
+@pytest.mark.slow
+def test_a_script_does_not_wait_for_what_it_will_not_use() -> None:
+    script = subprocess.run(
+        [sys.executable, "-c", ONE_PICTURE],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert time.monotonic() - float(script.stdout) < 10
+    assert "asyncdiff" not in script.stderr and "shutdown" not in script.stderr
 
 
 def test_restoring_waits_for_what_is_under_way(build: Build) -> None:

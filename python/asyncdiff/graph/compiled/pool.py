@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...progress import heartbeat
 from . import settings
 from .transport import receive, send
 
@@ -35,6 +36,8 @@ _FEW_CORES = 2
 _PATIENCE = 600.0
 #: Seconds for a message to get through, and for a process to end.
 _MOMENT = 10.0
+#: Seconds after which it is said again that this process waits for what others compile.
+_BEAT = 1.0
 #: The first thing that a process does: it looks for modules where this one does.
 _START = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -175,9 +178,13 @@ class Pool:
 
     def _heard(self, busy: Sequence[_Process]) -> list[_Process]:
         """Those that have something to say, have ended or are stuck; waits for one that has."""
-        left = max(0.0, min(process.left for process in busy))
-        heard, _, _ = select.select([p.connection for p in busy], [], [], left)
-        return [p for p in busy if p.connection in heard or p.left <= 0]
+        while True:
+            heartbeat("compiling")
+            left = max(0.0, min(process.left for process in busy))
+            heard, _, _ = select.select([p.connection for p in busy], [], [], min(left, _BEAT))
+            found = [p for p in busy if p.connection in heard or p.left <= 0]
+            if found:
+                return found
 
     def _lose(self, process: _Process) -> None:
         process.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import threading
@@ -16,7 +17,7 @@ from torch import nn
 
 from ...errors import InputError
 from ...graph.layers.quantized import own_classes
-from ...progress import within
+from ...progress import watched, within
 from ...quiet import keeping
 
 log = logging.getLogger("asyncdiff")
@@ -27,6 +28,31 @@ _PATIENCE = 60.0
 FIRST, BACKGROUND = "first", "background"
 #: The denoisers of a call that runs plainly, by name; None: it does not.
 plainly: ContextVar[Mapping[str, nn.Module] | None] = ContextVar("asyncdiff_plain", default=None)
+
+
+#: Set when the main thread has ended: the interpreter waits for other threads then.
+_ending = threading.Event()
+
+
+class _EndingError(BaseException):
+    """Ends what nobody will use any more. No Exception, which whatever prepares may catch."""
+
+
+@functools.cache
+def _notice_the_end() -> None:
+    """Have :data:`_ending` set at the end of the main thread, before pools of threads are closed,
+    which says no public interface; without it the thread's own state tells a little later."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        threading._register_atexit(_ending.set)  # type: ignore[attr-defined]
+
+
+def _over() -> bool:
+    return _ending.is_set() or not threading.main_thread().is_alive()
+
+
+def _go_on(doing: str) -> None:
+    if _over():
+        raise _EndingError(doing)
 
 
 def check_when(when: str, group: Any, checkpoint: Any) -> None:
@@ -75,6 +101,8 @@ class Background:
         self._calls = threading.RLock()
         self._changed = threading.Condition()
         self._drawing, self._quiet = 0, False
+        #: whether a picture was drawn meanwhile
+        self.drawn = False
 
     @property
     def here(self) -> bool:
@@ -112,6 +140,7 @@ class Background:
         self._thread = threading.Thread(
             target=self._prepare, args=(other, given), name="asyncdiff prepares"
         )
+        _notice_the_end()
         self._thread.start()
 
     @contextlib.contextmanager
@@ -124,6 +153,7 @@ class Background:
             token = plainly.set(self.denoisers)
             try:
                 yield
+                self.drawn = True
             finally:
                 plainly.reset(token)
                 with self._changed:
@@ -151,9 +181,14 @@ class Background:
     def _prepare(self, pipe: Any, given: dict[str, Any]) -> None:
         try:
             # The terminal is the pictures'.
-            with within(lambda what, done, total: None), keeping(self._undisturbed):
+            quietly = within(lambda what, done, total: None)
+            with quietly, keeping(self._undisturbed), watched(_go_on):
                 self._rehearse(pipe, given)
+        except _EndingError:
+            pass
         except Exception as e:
+            if _over():  # what comes of that
+                return
             log.warning("preparing in the background failed, the next picture does: %s", e)
 
 

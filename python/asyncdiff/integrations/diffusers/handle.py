@@ -116,7 +116,13 @@ class Handle(ReadOnlySettings):
         return self.denoiser.plan(steps)
 
     def report(self) -> GenerationReport:
-        """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange."""
+        """What the last generation did: steps, ticks, ms, exchange bytes, exposed exchange. Raises
+        InputError where there was none, plain ones do not count."""
+        if self._background is not None and self._background.drawn:
+            raise InputError(
+                "all pictures so far were drawn plainly, while ranks are prepared: there is "
+                "nothing to report before one that begins when handle.ready is true"
+            )
         several = [c.report for c in self._calls if c.report] if len(self._calls) > 1 else []
         return in_turn(several) or self.denoiser.report()
 
@@ -259,7 +265,8 @@ class Handle(ReadOnlySettings):
         try:
             return f"last generation: {self.report()}"
         except InputError:
-            return "not used yet"
+            plain = self._background is not None and self._background.drawn
+            return "pictures so far were drawn plainly" if plain else "not used yet"
 
     def __reduce__(self) -> Any:
         raise InputError(
