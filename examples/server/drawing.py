@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
+import io
 import logging
-import queue
 import threading
 import time
 import uuid
@@ -28,10 +27,10 @@ class Full(Exception):
 
 
 class Cancelled(Exception):
-    """Raised between two steps of a picture that nobody wants any more."""
+    """Raised between two steps of a picture, or of preparing, that nobody wants any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A picture: what is asked for, and what has become of it."""
 
@@ -42,7 +41,8 @@ class Job:
     status: str = "queued"
     step: int = 0
     error: str | None = None
-    image: Any = None
+    #: PNG: of hundreds that are remembered the pixels would fill the memory
+    image: bytes = b""
     seconds: float | None = None
     cancel: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -69,11 +69,16 @@ class Drawing:
     ) -> None:
         self._load, self._devices, self._quality = load, devices, quality
         self._sizes, self._steps = sizes, steps
-        self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
-        self._jobs: collections.OrderedDict[str, Job] = collections.OrderedDict()
-        self._kept = kept + waiting + 1
-        self._lock = threading.Lock()
+        self._most, self._kept = waiting, kept
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._ended: collections.deque[Job] = collections.deque()
+        self._jobs: dict[str, Job] = {}
+        #: guards these three, and is told of pictures that wait
+        self._changed = threading.Condition()
         self._stopping = threading.Event()
+        self._loaded = threading.Event()
+        #: what it prepares just now
+        self.doing = "loading"
         #: what a new picture is drawn by; None before
         self.handle: Any = None
         self.ready = threading.Event()
@@ -83,96 +88,113 @@ class Drawing:
         self._over = False
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds: collections.deque[float] = collections.deque(maxlen=_LAST)
-        self._thread = threading.Thread(target=self._run, name="drawing")
+        self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
 
     def start(self) -> None:
         """Load the model and prepare, in the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel what waits and what is drawn, and give the devices back."""
+        """Cancel what waits, is drawn or prepared, and give the devices back."""
         self._stopping.set()
-        for job in self.jobs():
-            self.cancel(job)
-        while self._thread.is_alive():  # the queue may be full
-            with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=0.1)
-                self._thread.join()
+        with self._changed:
+            for job in list(self._jobs.values()):
+                self.cancel(job)
+            self._changed.notify_all()
+        # Nothing interrupts loading, and the thread gives up after it.
+        if self._loaded.is_set() and self._thread.is_alive():
+            self._thread.join()
 
     # ---- pictures ----------------------------------------------------------------------------
 
     def submit(self, arguments: dict[str, Any], seed: int) -> Job:
         """Put a picture into the queue. Raises Full, also where none is drawn any more."""
         job = Job(arguments, seed)
-        with self._lock:
-            try:
-                if self._over:
-                    raise queue.Full
-                self._queue.put_nowait(job)
-            except queue.Full:
+        with self._changed:
+            if self._over or len(self._waiting) >= self._most:
                 self.counts["refused"] += 1
-                raise Full from None
+                raise Full
             self._jobs[job.id] = job
-            while len(self._jobs) > self._kept:
-                self._jobs.popitem(last=False)
+            self._waiting.append(job)
+            self._changed.notify_all()
         return job
 
     def cancel(self, job: Job) -> None:
         """Cancel a picture: at once in the queue, else after the step that is under way."""
         job.cancel.set()
-        with self._lock:
-            if job.status == "queued":
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
                 self._end(job, "cancelled")
 
     def job(self, id: str) -> Job | None:
         """The picture of this name; None where there is none, or not any more."""
-        with self._lock:
+        with self._changed:
             return self._jobs.get(id)
-
-    def jobs(self) -> list[Job]:
-        """All that are known, the oldest first."""
-        with self._lock:
-            return list(self._jobs.values())
 
     @property
     def queued(self) -> int:
         """How many wait."""
-        return self._queue.qsize()
+        return len(self._waiting)
 
     # ---- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            pipe = self._load()
-            with asyncdiff.parallelize(pipe, self._devices, quality=self._quality) as handle:
+            try:
+                pipe = self._load()
+            finally:
+                self._loaded.set()
+            self._told("loading", 1, 1)
+            with asyncdiff.parallelize(
+                pipe, self._devices, quality=self._quality, progress=self._told
+            ) as handle:
                 for height, width in self._sizes:
                     for made in handle.prepare(height=height, width=width, steps=self._steps):
                         log.info("prepared %s", made)
                 self.handle = handle
                 self.ready.set()
-                while (job := self._queue.get()) is not None:
+                while (job := self._next()) is not None:
                     self._draw(pipe, job)
         except Exception as e:  # whoever asks is told
-            log.exception("no picture can be drawn")
-            self.broken = f"{type(e).__name__}: {e}"
+            if self._stopping.is_set():  # Cancelled, or an error that names it as its cause
+                self.broken = "the server stops"
+            else:
+                log.exception("no picture can be drawn")
+                self.broken = f"{type(e).__name__}: {e}"
         finally:
             self.ready.set()
             self._end_all()
 
+    def _told(self, what: str, done: int, total: int) -> None:
+        """Called while something is prepared, which may take minutes."""
+        self.doing = f"{what}: {done} of {total}"
+        if self._stopping.is_set():
+            raise Cancelled
+
+    def _next(self) -> Job | None:
+        """The next picture, which is drawn from now on; None where none is drawn any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping.is_set())
+            if self._stopping.is_set():
+                return None
+            job = self._waiting.popleft()
+            job.status = "drawing"
+            return job
+
     def _draw(self, pipe: Any, job: Job) -> None:
         begun = time.perf_counter()
         try:
-            with self._lock:
-                if job.ended.is_set():  # cancelled in the queue
-                    return
-                job.status = "drawing"
-            job.image = pipe(
+            image = pipe(
                 **job.arguments,
                 generator=torch.Generator().manual_seed(job.seed),
                 callback_on_step_end=lambda pipe, step, t, given: self._step(job, step, given),
             ).images[0]
             job.seconds = time.perf_counter() - begun
             self.seconds.append(job.seconds)
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            job.image = file.getvalue()
             self._end(job, "done")
         except Cancelled:
             self._end(job, "cancelled")
@@ -188,15 +210,17 @@ class Drawing:
         return given
 
     def _end(self, job: Job, status: str, error: str | None = None) -> None:
-        job.error, job.status = error, status
-        self.counts[status] += 1
+        with self._changed:
+            job.error, job.status = error, status
+            self.counts[status] += 1
+            self._ended.append(job)
+            while len(self._ended) > self._kept:
+                del self._jobs[self._ended.popleft().id]
         job.ended.set()
 
     def _end_all(self) -> None:
         """Nothing is drawn any more: whoever waits hears of it."""
-        with self._lock:
+        with self._changed:
             self._over = True
-        for job in self.jobs():
-            if not job.ended.is_set():
-                stopped = self._stopping.is_set()
-                self._end(job, "cancelled" if stopped else "failed", self.broken)
+            while self._waiting:
+                self._end(self._waiting.popleft(), "failed", self.broken)

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import json
 import statistics
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Response
-from pydantic import BaseModel, Field
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 sys.path.insert(0, str(Path(__file__).parent))
 from drawing import Drawing, Full, Job
@@ -33,11 +34,12 @@ from drawing import Drawing, Full, Job
 class Asked(BaseModel):
     """What a client asks for."""
 
+    model_config = ConfigDict(extra="forbid")  # a slip in a name would be drawn without it
     prompt: str = Field(min_length=1, max_length=2000)
     height: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
     steps: int | None = Field(None, ge=1, le=1000)
-    guidance_scale: float | None = Field(None, ge=0)
+    guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     seed: int = Field(0, ge=-(2**63), lt=2**64)  # what torch takes
 
 
@@ -65,6 +67,12 @@ def make_app(drawing: Drawing, sizes: list[tuple[int, int]], steps: int) -> Fast
             drawing.stop()
 
     app = FastAPI(title="asyncdiff", lifespan=lifespan)
+
+    @app.exception_handler(RequestValidationError)
+    def wrong(request: Request, error: RequestValidationError) -> Response:
+        # Without what was sent: NaN and half a character are nothing that an answer can have.
+        found = [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]
+        return Response(json.dumps({"detail": found}), 422, media_type="application/json")
 
     def known(id: str) -> Job:
         job = drawing.job(id)
@@ -102,9 +110,7 @@ def make_app(drawing: Drawing, sizes: list[tuple[int, int]], steps: int) -> Fast
         job = known(id)
         if job.status != "done":
             raise HTTPException(409, f"the picture is {job.status}")
-        file = io.BytesIO()
-        job.image.save(file, "PNG")
-        return Response(file.getvalue(), media_type="image/png")
+        return Response(job.image, media_type="image/png")
 
     @app.delete("/pictures/{id}")
     def cancel(id: str) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def make_app(drawing: Drawing, sizes: list[tuple[int, int]], steps: int) -> Fast
             return {"status": "broken", "error": drawing.broken}
         if not drawing.ready.is_set():
             response.status_code = 503
-            return {"status": "preparing"}
+            return {"status": "preparing", "doing": drawing.doing}
         return {"status": "ready", "settings": drawing.handle.settings}
 
     @app.get("/metrics")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from export_cache import uncached
 from PIL import Image
 
 pytest.importorskip("fastapi")
@@ -137,7 +140,7 @@ def test_it_stops_though_pictures_wait_that_nobody_draws(server: Any) -> None:
 
     drawing = module.Drawing(load, None, [SIZE], 2, waiting=2)
     drawing.start()
-    failed, cancelled = [drawing.submit({}, 0) for _ in range(2)]
+    failed, cancelled = (drawing.submit({}, 0) for _ in range(2))
     drawing.cancel(cancelled)  # at once, though nothing is drawn yet
     assert (failed.status, cancelled.status) == ("queued", "cancelled")
     begin.set()
@@ -149,3 +152,100 @@ def test_it_stops_though_pictures_wait_that_nobody_draws(server: Any) -> None:
     stopping.start()
     stopping.join(10)
     assert not stopping.is_alive() and drawing.counts["cancelled"] == 1
+
+
+@pytest.fixture
+def idle(server: Any) -> Iterator[TestClient]:
+    """A server that takes pictures, two at most, and draws none yet."""
+    begin = threading.Event()
+
+    def load() -> Any:
+        assert begin.wait(60)
+        raise OSError("there is no such model")
+
+    drawing = sys.modules["drawing"].Drawing(load, None, [SIZE], 2, waiting=2)
+    with TestClient(server.make_app(drawing, [SIZE], 2), raise_server_exceptions=False) as client:
+        yield client
+        begin.set()
+
+
+def test_cancelled_pictures_leave_the_queue(idle: TestClient) -> None:
+    ids = [_draw(idle) for _ in range(2)]
+    assert idle.post("/pictures", json={"prompt": "red heart"}).status_code == 503
+    for id in ids:
+        assert idle.delete(f"/pictures/{id}").json()["status"] == "cancelled"
+    assert "asyncdiff_queued 0" in idle.get("/metrics").text
+    _draw(idle)
+    assert "asyncdiff_queued 1" in idle.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ('"prompt": "a", "guidance_scale": 1e999', "finite"),
+        ('"prompt": "a", "guidance_scale": NaN', "finite"),
+        ('"prompt": "\\ud800"', "unicode"),
+        ('"prompt": "a", "num_inference_steps": 3', "num_inference_steps"),
+        ('"prompt": "a", "\\ud800": 3', "unicode"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(idle: TestClient, sent: str, said: str) -> None:
+    answer = idle.post(
+        "/pictures", content="{" + sent + "}", headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 422 and said in answer.text
+
+
+def test_stopping_does_not_wait_for_loading(server: Any) -> None:
+    begin, module = threading.Event(), sys.modules["drawing"]
+    drawing = module.Drawing(lambda: begin.wait(60), None, [SIZE], 2)
+    drawing.start()
+    job = drawing.submit({}, 0)
+    drawing.stop()
+    assert job.status == "cancelled" and drawing._thread.is_alive()
+    begin.set()
+    drawing._thread.join(10)
+    assert not drawing._thread.is_alive() and drawing.broken == "the server stops"
+
+
+def test_stopping_ends_a_preparation(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(sys.modules["drawing"].Drawing):  # type: ignore[name-defined]
+        """Told to stop as soon as it exports."""
+
+        def _told(self, what: str, done: int, total: int) -> None:
+            if what.startswith("exporting"):
+                self._stopping.set()
+            super()._told(what, done, total)
+
+    uncached(monkeypatch)
+    drawing = Stopped(server.loader(None, "float32"), ["cpu"] * 2, [SIZE], 20)
+    drawing.start()
+    drawing._thread.join(60)
+    assert not drawing._thread.is_alive() and drawing.broken == "the server stops"
+    assert drawing.handle is None and drawing.doing.startswith("exporting")
+
+
+def test_ended_pictures_are_kept_as_png(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["drawing"]
+    handle = SimpleNamespace(prepare=lambda **_: [])
+    monkeypatch.setattr(
+        module.asyncdiff, "parallelize", lambda *_, **__: contextlib.nullcontext(handle)
+    )
+    drawn = Image.new("RGB", SIZE, "red")
+    go = threading.Event()
+
+    def pipe(**_: Any) -> Any:
+        assert go.wait(60)
+        return SimpleNamespace(images=[drawn])
+
+    drawing = module.Drawing(lambda: pipe, None, [SIZE], 2, waiting=4, kept=2)
+    drawing.start()
+    first = drawing.submit({}, 0)
+    _until(lambda: first.status == "drawing")
+    for _ in range(5):  # whoever ends meanwhile has nobody forgotten that is not drawn yet
+        drawing.cancel(drawing.submit({}, 0))
+    assert drawing.job(first.id) is first and len(drawing._jobs) == 3
+    go.set()
+    assert first.ended.wait(60) and isinstance(first.image, bytes)
+    assert Image.open(io.BytesIO(first.image)).getpixel((0, 0)) == (255, 0, 0)
+    drawing.stop()
