@@ -103,7 +103,12 @@ class AsyncDiffParallel:
             import asyncdiff  # noqa: F401
         except ImportError as e:
             raise RuntimeError(_MISSING.format(e)) from e
-        from .patcher import spread_over
-        from .settings import config_of
+        from .patcher import check_model, spread_over
+        from .settings import check_devices, config_of
+        from .words import own_words
 
-        return (spread_over(model, config_of(**settings)),)
+        with own_words():
+            check_model(model)
+            config = config_of(**settings)
+            check_devices(config)
+            return (spread_over(model, config),)

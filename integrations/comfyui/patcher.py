@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from asyncdiff import ParallelConfig
+from asyncdiff.errors import InputError
 
 from .host import host_of
 from .wrappers import add_wrappers
@@ -68,6 +69,15 @@ class SpreadPatcher:
 @functools.cache
 def _class_of(base: type) -> type:
     return type(f"Spread{base.__name__}", (SpreadPatcher, base), {"__module__": __name__})
+
+
+def check_model(model: Any) -> None:
+    """Raise InputError for what is no MODEL with a denoiser."""
+    if not hasattr(getattr(model, "model", None), "diffusion_model"):
+        raise InputError(
+            f"AsyncDiff parallel: model is no MODEL of ComfyUI ({type(model).__name__}): connect "
+            "what a loader returns"
+        )
 
 
 def spread_over(model: Any, config: ParallelConfig) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import torch
 
 from asyncdiff import ParallelConfig
 from asyncdiff.errors import DeviceError, InputError
+from asyncdiff.runtime.devices import devices_of as devices_of_ranks
+
+log = logging.getLogger("asyncdiff")
 
 _COMPILE = {"auto": None, "off": False, "on": True}
 #: Conditions of guidance, each with devices of its own where they are split.
@@ -37,6 +41,14 @@ def config_of(
             'in the node ("cuda:0, cuda:1"), or bypass it'
         )
     ranks = count * groups
+    if not components and len(named) != ranks:
+        odd = (
+            f"AsyncDiff parallel: guidance split shares devices out between {groups} conditions, "
+            f"and there are {len(named)} ({_said(named)})"
+        )
+        if devices.strip():
+            raise DeviceError(f"{odd}. Name an even number of them, or say the components")
+        log.warning("%s: %s is not used", odd, named[-1])
     if len(named) < ranks or (devices.strip() and components and len(named) != ranks):
         raise DeviceError(
             f"AsyncDiff parallel: {components or count} components"
@@ -56,6 +68,11 @@ def config_of(
         compress=None if compress == "off" else compress,
         **exact,  # type: ignore[arg-type]
     )
+
+
+def check_devices(config: ParallelConfig) -> None:
+    """Raise DeviceError for devices that are not there, or that do not go together."""
+    devices_of_ranks(config)
 
 
 def devices_of(text: str) -> list[torch.device]:

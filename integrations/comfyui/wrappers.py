@@ -12,6 +12,7 @@ from asyncdiff.errors import CaptureError, InputError
 
 from .host import Host, host_of
 from .sampling import Sampling
+from .words import own_words
 
 KEY = "asyncdiff"
 #: What other nodes put into a model's options that works inside of its layers.
@@ -42,6 +43,11 @@ def add_wrappers(patcher: Any, config: ParallelConfig) -> None:
 
 def _sample(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
     """A sampler's run: ``guider`` is what it evaluates, at ``sigmas`` but the last."""
+    with own_words():
+        return _run(config, executor, guider, sigmas, *rest)
+
+
+def _run(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
     patcher = guider.model_patcher
     host = host_of(patcher.model)
     if patcher.hook_patches:

@@ -175,4 +175,8 @@ def test_an_error_of_the_node_is_shown(server: Server) -> None:
     error = server.error(workflow(**EXACT | {"devices": "cpu"}))
     assert error["node_type"] == "AsyncDiffParallel"
     assert error["exception_message"].startswith("AsyncDiff parallel: there is nothing to spread")
+    error = server.error(workflow(**EXACT | {"schedule": "sequence"}))
+    assert error["node_type"] == "KSampler"  # which alone knows the model's sizes
+    assert error["exception_message"].startswith("AsyncDiff parallel: ")
+    assert "take schedule asyncdiff or wavefront" in error["exception_message"]
     assert server.draw(workflow(**EXACT)).isfinite().all()  # the next one is drawn

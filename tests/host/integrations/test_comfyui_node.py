@@ -9,12 +9,16 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from asyncdiff.errors import DeviceError, InputError, PlanError
+from asyncdiff.errors import BatchError, DeviceError, InputError, PlanError
+from asyncdiff.graph.batch import BatchSplit
+from asyncdiff.graph.conditions import batched_inputs
+from asyncdiff.graph.signature import parse
 
 PACK = Path(__file__).parents[3] / "integrations" / "comfyui"
 NAME = "asyncdiff_comfyui_node"
@@ -54,6 +58,67 @@ def test_all_gpus_are_taken(config_of: Any, monkeypatch: Any) -> None:
     assert config_of("", components=2).components == 2
 
 
+def test_a_gpu_that_has_no_other_to_share_conditions_with(
+    config_of: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert len(config_of("", guidance="split").devices) == 2
+    assert "cuda:2 is not used" in caplog.text
+    assert config_of("", guidance="split", components=1).components == 1  # as it is asked for
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"devices": "cuda:0, cuda:99"}, DeviceError, "cuda:99"),
+        ({"devices": "meta, meta"}, DeviceError, "ranks run on"),
+        ({"devices": "cpu, cpu", "warmup": 0}, PlanError, "warmup"),
+    ],
+)
+def test_the_node_itself_says_what_is_wrong(
+    pack: Any, settings: Any, error: Any, said: str
+) -> None:
+    """Not the sampler behind it, which is where the model would first run."""
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity()))
+    with pytest.raises(error, match=f"^AsyncDiff parallel: .*{said}"):
+        pack.NODE_CLASS_MAPPINGS["AsyncDiffParallel"]().spread(model, **settings)
+
+
+def test_what_is_no_model(pack: Any) -> None:
+    with pytest.raises(InputError, match=r"^AsyncDiff parallel: model is no MODEL .*NoneType"):
+        pack.NODE_CLASS_MAPPINGS["AsyncDiffParallel"]().spread(None, devices="cpu, cpu")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("take schedule='asyncdiff' or 'wavefront'", "take schedule asyncdiff or wavefront"),
+        ("leave that to asyncdiff (compile=True)", "leave that to asyncdiff (compile on)"),
+        (
+            "guidance='split' of a batch, exact_mode='split' and schedule='pipeline' need",
+            "guidance split of a batch and exact_mode split need",
+        ),
+        ("AsyncDiff parallel: bypass it", "bypass it"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_inputs(pack: Any, theirs: str, ours: str) -> None:
+    words = importlib.import_module(f"{NAME}.words")
+    with pytest.raises(PlanError) as raised, words.own_words():
+        raise PlanError(theirs)
+    assert str(raised.value) == f"AsyncDiff parallel: {ours}"
+
+
+def test_a_batch_of_one_condition_speaks_of_the_sampler(pack: Any) -> None:
+    words = importlib.import_module(f"{NAME}.words")
+    module = torch.nn.Identity()
+    call = parse(module, (torch.zeros(1, 4, 8, 8),), {})
+    with pytest.raises(BatchError) as raised, words.own_words():
+        batched_inputs(module, call, BatchSplit(conditions=2, count=1))
+    assert "take a cfg above 1 in the sampler, or take guidance batched" in str(raised.value)
+
+
 def test_what_crosses_is_compressed(config_of: Any) -> None:
     assert config_of("cpu, cpu").compress is None
     assert config_of("cpu, cpu", compress="auto").compress == "auto"
@@ -72,6 +137,7 @@ def test_a_schedule_of_exact_steps_needs_no_numbers_of_them(config_of: Any) -> N
         ({"devices": "cpu, cpu, cpu", "components": 2}, DeviceError, r"there are 3 \(cpu, cpu, c"),
         ({"devices": "cpu, cpu, cpu", "guidance": "split", "components": 2}, DeviceError, "take 4"),
         ({"devices": "cpu, cpu", "warmup": 0}, PlanError, "warmup"),
+        ({"devices": "cpu cpu cpu", "guidance": "split"}, DeviceError, "an even number of them"),
     ],
 )
 def test_what_is_wrong_is_said(config_of: Any, settings: Any, error: Any, said: str) -> None:
