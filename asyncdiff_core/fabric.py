@@ -180,12 +180,13 @@ class HostFabric(Fabric):
     its own ranks only (InvalidArgument), and none of its parent's (CoreError).
 
     ``link`` simulates a link between any two ranks, for tests and benchmarks: "25GB/s,10us" for
-    bandwidth and latency (GB/s, MB/s, Gb/s, Mb/s; ns, us, ms), with ",both" where both directions
-    of a pair share it, and ",all" where all pairs do; "off" for none, None for what
+    bandwidth and latency (GB/s, MB/s, kB/s, Gb/s, Mb/s; ns, us or µs, ms), with ",both" where both
+    directions of a pair share it, and ",all" where all pairs do; "off" for none, None for what
     ASYNCDIFF_LINK says. A bundle is there when it would have arrived; who sends does not wait.
 
     Raises InvalidArgument for no ranks, a deadline that is not positive or longer than a day,
-    owners that do not exist, another ``link``, or one between several hosts, and where processes
+    owners that do not exist, another ``link``, one whose
+    latency is not below the deadline, or one between several hosts, and where processes
     differ; ProcessLost and CollectiveTimeout as :meth:`all_gather` does.
     """
 

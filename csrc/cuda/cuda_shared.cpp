@@ -27,8 +27,10 @@ const char* name_of(Transport how) {
   return "unknown transport";
 }
 
-Processes agreed(Processes all, Transport how, const std::optional<SimulatedLink>& link) {
+Processes agreed(Processes all, Transport how, const std::optional<SimulatedLink>& link,
+                 double deadline_seconds) {
   agree_on_fabric(all, "cuda", name_of(how), link ? link->describe() : "off");
+  check_latency(link, deadline_seconds);
   return all;
 }
 
@@ -36,7 +38,7 @@ Processes agreed(Processes all, Transport how, const std::optional<SimulatedLink
 
 CudaFabric::Shared::Shared(Processes all, std::vector<int> devices, double deadline_seconds,
                            Transport how, const std::optional<SimulatedLink>& link)
-    : topology(agreed(std::move(all), how, link), std::move(devices)),
+    : topology(agreed(std::move(all), how, link, deadline_seconds), std::move(devices)),
       reclaimer(topology),
       control(topology),
       simulated(link, control, topology),

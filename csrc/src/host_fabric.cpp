@@ -39,6 +39,7 @@ HostFabric::Shared::Shared(Processes all, double deadline_seconds,
     : processes(std::move(all)), deadline(deadline_seconds) {
   agree_on_fabric(processes, "host", "", link ? link->describe() : "off");
   if (link && processes.hosts() > 1) throw InvalidArgument(kOneHost);
+  check_latency(link, deadline);
   const std::size_t ranks = processes.owners().size();
   const std::size_t words = ranks * sizeof(std::atomic<std::int32_t>);
   const std::size_t own = (sizeof(HostControl) + words + alignof(HostControl) - 1) /

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -151,6 +152,36 @@ void host_waits_end() {
   });
   CHECK_THROWS(channel->get(1, 0, 0), Aborted);
   other.join();
+}
+
+// A latency with which nothing would arrive before the deadline.
+void host_refuses_what_is_never_there() {
+  CHECK_THROWS(HostFabric(2, 2.0, SimulatedLink{1, 2e6}), InvalidArgument);
+  CHECK_THROWS(HostFabric(2, 2.0, SimulatedLink{1, 5e6}), InvalidArgument);
+  CHECK(HostFabric(2, 2.0, SimulatedLink{1, 1.9e6}).simulated_link() == "1GB/s,1.9e+06us");
+}
+
+// --- as text
+
+std::string said(const std::string& text) {
+  const auto link = simulated_link_from(text);
+  return link ? link->describe() : "none";
+}
+
+void text_of_links() {
+  for (const char* off : {"", " ", "off", "OFF", "Off", " off", "off\t", " oFF \n"}) {
+    CHECK(said(off) == "none");
+  }
+  for (const char* wrong : {"o ff", "offf", "off,off"}) {
+    CHECK_THROWS(simulated_link_from(wrong), InvalidArgument);
+  }
+  // The micro sign and the Greek letter.
+  CHECK(said("25GB/s,10\u00b5s") == "25GB/s,10us");
+  CHECK(said("25GB/s,10 \u03bcs,all") == "25GB/s,10us,all");
+  CHECK_THROWS(simulated_link_from("25GB/s,10\u00b5"), InvalidArgument);
+  CHECK(said("500kB/s,1ms") == "0.0005GB/s,1000us");
+  CHECK(said("1kB/s,1ms") == "1e-06GB/s,1000us");
+  CHECK_THROWS(simulated_link_from("0.9kB/s,1ms"), InvalidArgument);
 }
 
 // --- the kernels, whose clock moves by a tenth of a millisecond with each look
@@ -321,10 +352,12 @@ void kernels_end_with_the_deadline() {
 }  // namespace
 
 int main() {
+  text_of_links();
   host_bundles_take_their_time();
   host_bundles_queue_where_they_share();
   host_pieces_and_latency();
   host_waits_end();
+  host_refuses_what_is_never_there();
   kernels_take_their_time();
   kernels_share_evenly();
   kernels_end_with_the_deadline();

@@ -30,8 +30,12 @@ struct SimulatedLink {
 };
 
 // BANDWIDTH,LATENCY or BANDWIDTH,LATENCY,both or BANDWIDTH,LATENCY,all: bandwidths in GB/s, MB/s,
-// Gb/s or Mb/s, latencies in ns, us or ms. None: "" and "off". Throws InvalidArgument for
-// anything else, saying what there is.
+// kB/s, Gb/s or Mb/s, latencies in ns, us (or µs) or ms. None: "" and "off", in any case and with
+// blanks around it. Throws InvalidArgument for anything else, saying what there is.
 ASYNCDIFF_EXPORT std::optional<SimulatedLink> simulated_link_from(const std::string& text);
+
+// Throws InvalidArgument where nothing that is sent would arrive before a wait for it ends.
+ASYNCDIFF_EXPORT void check_latency(const std::optional<SimulatedLink>& link,
+                                    double deadline_seconds);
 
 }  // namespace asyncdiff

@@ -10,6 +10,7 @@ import pytest
 from processes import run
 
 import asyncdiff_core as core
+from asyncdiff import InputError, ParallelConfig
 
 BYTES = 1 << 20
 LAYOUT = core.Layout([core.TensorSpec("uint8", (BYTES,))])
@@ -36,6 +37,15 @@ def test_the_environment_holds_where_nothing_is_said(monkeypatch: pytest.MonkeyP
         core.simulated_link()
     with pytest.raises(core.InvalidArgument, match="ASYNCDIFF_LINK: "):
         core.HostFabric(2)
+
+
+def test_settings_tell_a_wrong_link_from_a_wrong_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCDIFF_LINK", "slow")
+    for deadline in (None, 5):
+        with pytest.raises(InputError, match=r"^ASYNCDIFF_LINK: link 'slow': write BANDWIDTH"):
+            ParallelConfig(deadline=deadline)
+    with pytest.raises(InputError, match="deadline=0: write a positive number"):
+        ParallelConfig(deadline=0)
 
 
 @pytest.mark.parametrize("link", ["25GB/s", "25,10", "0GB/s,1us", "25GB/s,10us,some", "1GB/s,1h"])
