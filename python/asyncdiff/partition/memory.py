@@ -9,6 +9,7 @@ not in it.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,10 +101,10 @@ def read_size(text: Any) -> int:
     found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(text))
     if found is None or isinstance(text, bool) or found[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no size")
-    size = int(float(found[1]) * _UNITS[found[2].upper()])
-    if size <= 0:
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if not 1 <= size < math.inf:
         raise ValueError(f"{text!r} is no size")
-    return size
+    return int(size)
 
 
 def read_memory(given: Any) -> int | tuple[int | None, ...] | None:
@@ -140,8 +141,10 @@ def no_room(
 
 
 def in_words(nbytes: float) -> str:
-    """Bytes as people write them: in GB of 10⁹, small numbers in MB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    """Bytes as people write them: in GB of 10⁹, smaller numbers in MB, and the smallest in kB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
 
 
 def weight_bytes(captured: Captured, limits: Limits | None = None) -> Mapping[str, int]:

@@ -19,7 +19,8 @@ def read_speeds(given: Any) -> tuple[float, ...] | None:
     if given is None:
         return None
     try:
-        speeds = tuple(float(s) for s in given)
+        # Text is a list, too: of its characters.
+        speeds = () if isinstance(given, (str, bytes)) else tuple(float(s) for s in given)
     except (TypeError, ValueError):
         speeds = ()
     if not speeds or not all(0 < s < math.inf for s in speeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,14 @@ from quantized import arguments, cast_by_layer, gguf, transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Toy, tower, tower_call, toy_call
 
-from asyncdiff import MemoryLimitError
+from asyncdiff import InputError, MemoryLimitError, ParallelConfig
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.hoist import hoist
 from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
-from asyncdiff.partition.memory import Limits, Needs
+from asyncdiff.partition.memory import Limits, Needs, in_words
 from asyncdiff.partition.ownership import units
 from asyncdiff.partition.partition import partition
 
@@ -145,14 +146,25 @@ def _fits(need: Any, p: int, limits: Limits) -> bool:
     return all(limit is None or n <= limit for n, limit in zip(sizes, limits.each, strict=True))
 
 
+@pytest.mark.parametrize("size", ["9" * 400 + "GB", "0.5B", "1.2.3GB", float("inf"), 0, True])
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    with pytest.raises(InputError, match="write what components may take"):
+        ParallelConfig(memory=size)
+
+
+def test_sizes_in_words() -> None:
+    told = [in_words(n) for n in (0, 1000, 99_949, 650_000, 999_000_000, 21_580_000_000)]
+    assert told == ["0.0 kB", "1.0 kB", "99.9 kB", "0.7 MB", "999.0 MB", "21.58 GB"]
+
+
 def test_where_nothing_fits_the_error_tells_what_would_be_needed() -> None:
     captured, _ = denoiser("toy")
     limits = Limits((4000, 60_000))
     with pytest.raises(MemoryLimitError) as raised:
         partition(captured, 2, costs=even(captured), limits=limits)
     said = str(raised.value)
-    assert "component 0 0.0 MB" in said or "component 0 0." in said
-    assert "of 0.1 MB" in said and "Take more components, quantised weights" in said
+    assert re.search(r"component 0 \d+\.\d kB of 4\.0 kB, component 1 .* of 60\.0 kB\.", said)
+    assert "Take more components, quantised weights" in said
     with pytest.raises(MemoryLimitError, match="free on their devices"):
         one = Limits((1000,), free=True)
         partition(captured, 1, costs=even(captured), limits=one)

@@ -92,7 +92,7 @@ def test_the_slowest_of_a_components_ranks_counts() -> None:
     assert last.on(1) == slow.ms and last.on(0) == costs.ms
 
 
-@pytest.mark.parametrize("speeds", [[], [1, 0], [1, -1], ["fast"], 3, [float("inf"), 1]])
+@pytest.mark.parametrize("speeds", [[], [1, 0], [1, -1], ["fast"], 3, [float("inf"), 1], "12"])
 def test_what_are_no_speeds(speeds: object) -> None:
     with pytest.raises(InputError, match=r"one positive number a rank, as \[1, 0.6\]"):
         ParallelConfig(speeds=speeds)  # type: ignore[arg-type]
