@@ -8,23 +8,30 @@ import typer
 
 from ..errors import InputError
 from . import console
-from .options import Cards, Setting, read_sizes
+from .options import Cards, Given, Links, Setting, read_sizes
 from .subject import Model
 
 
 def what_fits(
     subject: Model,
     setting: Setting,
+    given: Given,
     known: Cards,
+    links: Links,
+    split: bool,
     cards: str | None,
     height: int | None,
     width: int | None,
 ) -> dict[str, Any]:
-    """As plain data. Raises typer.BadParameter and InputError for what cannot be looked at."""
+    """As plain data; ``split``: guidance is. Raises typer.BadParameter, InputError and PlanError
+    for what cannot be looked at, and as :func:`asyncdiff.tools.fitting.fitting` does."""
     subject.check()
     if subject.load:
         raise typer.BadParameter("--memory loads no weights: leave --load out")
     sizes = None if cards is None else read_sizes("--cards", cards)
+    compress = "compress" in links.arguments()
+    components = setting.components if "components" in given.names else None
+    _check(setting, components)
     subject.announce()
     import torch
 
@@ -34,8 +41,7 @@ def what_fits(
     from ..integrations.diffusers.denoisers import find_denoisers
     from ..partition.memory import of_module, read_size
     from ..partition.speeds import check_entries
-    from ..schedule.plan import Exchange, ring
-    from ..tools.fitting import fitting, usable
+    from ..tools.fitting import Settings, fitting, usable
 
     every = _here() if sizes is None else [read_size(size) for size in sizes]
     arguments = known.arguments()
@@ -48,28 +54,44 @@ def what_fits(
     denoisers = find_denoisers(pipe)
     module = next(iter(denoisers.values()))
     scale = getattr(pipe, "vae_scale_factor", 8)
-    call = parse(module, (), example_inputs(module, height=height, width=width, scale=scale))
+    # One condition, where each half of the ranks has its own.
+    batch = 1 if split else 2
+    inputs = example_inputs(module, height=height, width=width, scale=scale, batch=batch)
+    call = parse(module, (), inputs)
     console.remark("exporting the denoiser, without weights")
     captured = capture(module, call)
-    count = len(every)
-    edges = [Exchange(i, j) for i in range(count) for j in range(i + 1, count)]
-    slots = ring(edges, count, setting.schedule, delay=setting.delay)
+    settings = Settings(
+        components, setting.stride, setting.schedule, setting.delay, split, compress
+    )
     others = {
         name: of_module(part)
         for name, part in pipe.components.items()
         if isinstance(part, torch.nn.Module) and name not in denoisers
     }
-    ways = fitting(captured, others, every, slots, speeds, len(denoisers))
+    ways = fitting(captured, others, every, settings, speeds, len(denoisers))
     return {
         "model": subject.name,
         "denoiser": " and ".join(type(d).__name__ for d in denoisers.values()),
         "dtype": dtype,
+        **vars(settings),
         "denoiser_bytes": sum(map(of_module, denoisers.values())),
         "inputs": {x.name: list(x.shape) for x in captured.signature.inputs},
         "cards": [{"bytes": card, "usable_bytes": usable(card)} for card in every],
         "others": others,
         "ways": [way.to_dict() for way in ways],
     }
+
+
+def _check(setting: Setting, components: int | None) -> None:
+    """Raise PlanError for numbers that no plan has; ``components``: None where that is open."""
+    from ..schedule.plan import check_delay, check_numbers, check_schedule
+
+    check_schedule(setting.schedule, stride=setting.stride)
+    check_numbers(1 if components is None else components, setting.stride, 1)
+    if components is not None or setting.schedule != "wavefront":
+        check_delay(setting.delay, setting.schedule, components or 1)
+    elif setting.delay is not None:
+        check_delay(setting.delay, setting.schedule, max(setting.delay, 1) + 1)
 
 
 def _here() -> list[int]:

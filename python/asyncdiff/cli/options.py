@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
@@ -162,7 +163,7 @@ class Cards:
                 out["speeds"] = [float(s) for s in self.speeds.split(",")]
             except ValueError:
                 out["speeds"] = [0.0]
-            if min(out["speeds"]) <= 0:
+            if not all(0 < s < math.inf for s in out["speeds"]):
                 raise InputError(f"--speeds {self.speeds!r}: write positive numbers, as 1,0.6")
         return out
 
@@ -336,11 +337,21 @@ def read_devices(text: str | None, ranks: int) -> list[str] | None:
 
 
 def read_sizes(flag: str, text: str) -> list[str]:
-    """``10GB,22GB`` as a list of sizes. Raises InputError for what is none."""
+    """``10GB,22GB`` as a list of sizes. Raises InputError for what is none, and for a number
+    without a unit: 24 would be bytes, and whoever writes that means gigabytes."""
     sizes = [size.strip() for size in text.split(",")]
-    if not all(re.fullmatch(r"(?=.*[1-9])[\d.]+ *([KMGT]i?B?|B)?", s, re.I) for s in sizes):
-        raise InputError(f"{flag} {text!r}: write sizes as 10GB,22GB or 9.5GiB")
+    if not all(map(_is_size, sizes)):
+        raise InputError(f"{flag} {text!r}: write sizes as 10GB,22GB or 9.5GiB, with their units")
     return sizes
+
+
+def _is_size(text: str) -> bool:
+    """Whether a text is a byte or more, and not more than anybody has."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]i?B?|B)", text, re.I)
+    return (
+        found is not None
+        and 1 <= float(found[1]) * 1000 ** "BKMGT".index(found[2][0].upper()) < 1e18
+    )
 
 
 def read_warmup(text: str) -> int | str:

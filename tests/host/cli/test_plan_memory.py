@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tiny_pipelines import tiny_unet
+from tiny_pipelines import tiny_sd3_transformer, tiny_unet
 
 from asyncdiff.cli import main
 from asyncdiff.graph.capture import capture
@@ -102,6 +102,43 @@ def test_as_text(folder: Path, run: Run) -> None:
     assert code == 0 and "does not fit; the closest would need card 0" in out
 
 
+def test_cards_that_are_left_out(folder: Path, run: Run) -> None:
+    unet = folder / "unet"
+    code, out, _ = run("plan", unet, "--memory", "--cards", "24GB,12GB,0.1GB")
+    assert code == 0 and out.count("; leave card 2 out") == 3 and "component 1 on card 1: " in out
+
+
+@pytest.mark.slow
+def test_copies_of_components(folder: Path, run: Run) -> None:
+    unet = folder / "unet"
+    options = ["--split-guidance", "-N", "1", "-S", "2", "--compress", "fp8", "--json"]
+    code, out, err = run("plan", unet, "--memory", "--cards", "9GB,9GB,9GB,9GB,8GB", *options)
+    assert code == 0, err
+    data = json.loads(out)
+    assert (data["components"], data["stride"], data["split"], data["compress"]) == (
+        1,
+        2,
+        True,
+        True,
+    )
+    plain = data["ways"][0]
+    assert plain["seats"] == [[0, 1, 2, 3]] and plain["left_out"] == [4]
+
+
+def test_too_few_cards(folder: Path, run: Run) -> None:
+    unet = folder / "unet"
+    code, _, err = run("plan", unet, "--memory", "--cards", "24GB,12GB", "-N", "3")
+    assert code == 2 and "these settings have 3 ranks or more" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_tokens_shared_out(tmp_path: Path, run: Run) -> None:
+    tiny_sd3_transformer().save_config(tmp_path)
+    cards = ["--cards", "24GB,12GB", "--schedule", "sequence"]
+    code, out, err = run("plan", tmp_path, "--memory", *cards)
+    assert code == 0 and "rank 1 on card 1: " in out, err
+
+
 @pytest.mark.slow
 def test_the_shipped_model(run: Run) -> None:
     code, out, err = run("plan", "--demo", "--memory", "--cards", "1GB,1GB", "--dtype", "float32")
@@ -114,6 +151,20 @@ def test_the_shipped_model(run: Run) -> None:
     [
         (["--cards", "24GB"], "--cards needs --memory"),
         (["--memory", "--cards", "24GB,lots"], "--cards '24GB,lots': write sizes as 10GB,22GB"),
+        (["--memory", "--cards", "24,12"], "--cards '24,12': write sizes as 10GB,22GB"),
+        (
+            ["--memory", "--cards", "1.2.3GB"],
+            "write sizes as 10GB,22GB or 9.5GiB, with their units",
+        ),
+        (["--memory", "--cards", "9" * 400 + "GB"], "write sizes as 10GB,22GB"),
+        (["--memory", "--cards", "0.5B"], "write sizes as 10GB,22GB"),
+        (["--memory", "--cards", "1GB", "--speeds", "nan"], "write positive numbers"),
+        (["--memory", "--cards", "1GB", "--schedule", "waves"], "--schedule waves: write one of"),
+        (["--memory", "--cards", "1GB", "-N", "0"], "--components must be a whole number"),
+        (["--memory", "--cards", "1GB", "--schedule", "sequence", "-S", "2"], "does not go with"),
+        (["--memory", "--cards", "1GB", "--delay", "1"], "--delay belongs to"),
+        (["--compress", "fp8"], "--compress needs --memory"),
+        (["--split-guidance"], "--split-guidance needs --memory"),
         (["--memory"], "there is no GPU here: say which cards are meant"),
         (["--memory", "--cards", "1GB", "--max-memory", "1GB"], "say their sizes by --cards"),
         (["--memory", "--cards", "1GB,1GB", "--speeds", "1"], "--speeds has 1 entries"),

@@ -22,6 +22,8 @@ def plan(
     subject: Model,
     setting: opt.Setting,
     cards: opt.Cards,
+    links: opt.Links,
+    given: opt.Given,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -56,6 +58,7 @@ def plan(
         str | None,
         typer.Option("--cards", help="Of --memory: the cards, as 24GB,12GB (default: all GPUs)."),
     ] = None,
+    split_guidance: opt.SplitGuidance = False,
     as_json: opt.Json = False,
 ) -> None:
     """Print a plan; with a model its partition; with times the predicted latency; with --memory
@@ -63,7 +66,9 @@ def plan(
     if memory or cards_of is not None:
         if not memory:
             raise typer.BadParameter("--cards needs --memory")
-        found = what_fits(subject, setting, cards, cards_of, height, width)
+        found = what_fits(
+            subject, setting, given, cards, links, split_guidance, cards_of, height, width
+        )
         if as_json:
             console.emit_json(found)
         else:
@@ -71,6 +76,9 @@ def plan(
 
             console.stdout().print(tell(found), markup=False)
         return
+    for flag, name in (("--compress", "compress"), ("--split-guidance", "split_guidance")):
+        if name in given.names:
+            raise typer.BadParameter(f"{flag} needs --memory: it is not in what else plan counts")
     from ...schedule import plan as plans
     from ...schedule import text as plan_text
     from ...schedule.plot import draw
@@ -93,7 +101,7 @@ def plan(
         "exact_tail": setting.exact_tail, "delay": setting.delay,
     }  # fmt: skip
     built = plans.build(components, stride, warmup, steps, **numbers)
-    links = {
+    timed = {
         "link_gb_per_s": link_gb_per_s, "link_latency_us": link_latency_us, "update_ms": update_ms
     }  # fmt: skip
     times = None if component_ms is None else read_times(component_ms, components)
@@ -108,11 +116,11 @@ def plan(
         # Who sends to whom decides how late waves are.
         edges = [plans.Exchange(b.source, b.target) for b in report.boundaries]
         built = plans.build(components, stride, warmup, steps, exchanges=edges, **numbers)
-        timing = Timing.from_report(partition, **links)
+        timing = Timing.from_report(partition, **timed)
     if times is not None:  # the user's own go before measured ones
         if timing is not None and not boundary:
             sizes, tails = dict(timing.boundary_bytes), dict(timing.tail_bytes)
-        timing = Timing(times, sizes, tails, **links)
+        timing = Timing(times, sizes, tails, **timed)
     timeline = None if timing is None else predict(built, timing)
     if png is not None:
         assert timeline is not None
