@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from codecs_example import DTYPES, SIZES, example
+from codecs_example import DTYPES, SIZES, check_wild, example, same, sent, wild
 from conftest import PLACES, devices_for
 from toys import Toy, toy_call
 
@@ -55,6 +55,19 @@ def test_what_is_not_finite_arrives_as_nan(kind: str) -> None:
     kernels.decode(packed, last, older, older, kind)
     assert new[[100, 200]].isnan().all() and older[[100, 200]].isnan().all()
     assert new[:64].isfinite().all() and new[256:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_gone_with_the_next_value(kind: str, dtype: torch.dtype) -> None:
+    needs_triton()
+    from asyncdiff.runtime.exchange.compression import kernels
+
+    gpu = sent(kernels, wild(dtype, SIZES[2], "cuda:0"), kind)
+    check_wild(gpu)
+    for a, b in zip(gpu, sent(reference, wild(dtype, SIZES[2]), kind), strict=True):
+        assert torch.equal(a.packed, b.packed)
+        same(a.value, b.value)
 
 
 def drawn(devices: list[str], graphs: bool = True, **settings: Any) -> torch.Tensor:

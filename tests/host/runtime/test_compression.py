@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from codecs_example import DTYPES, SIZES, example
+from codecs_example import BAD, BAD_STEP, DTYPES, SIZES, check_wild, example, sent, wild
 from toys import Toy, toy_call
 
 from asyncdiff import AsyncDenoiser, InputError, ParallelConfig
@@ -93,6 +93,29 @@ def test_what_is_not_finite_arrives_as_nan(kind: str, bad: float) -> None:
     reference.decode(packed, last, older, older, kind)
     assert new[100].isnan() and older[100].isnan()
     assert new[:64].isfinite().all() and new[128:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_gone_with_the_next_value(kind: str, dtype: torch.dtype) -> None:
+    """Nor does anything become so where codes round up past the largest number."""
+    check_wild(sent(reference, wild(dtype, SIZES[2]), kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_were_not_finite_are_made_good(kind: str) -> None:
+    value, *_ = example(torch.float32, LEAST)
+    values = [value.clone() for _ in range(BAD_STEP + 12)]
+    for index, bad in BAD.items():
+        values[BAD_STEP][index] = bad
+    arrived = sent(reference, values, kind)
+    assert (arrived[-1].value - value).abs().max() < 1e-5
+    # Others of their blocks arrive as if nothing had been.
+    others = [i for i in range(LEAST) if i not in BAD]
+    whole = sent(reference, [value] * (BAD_STEP + 1), kind)
+    torch.testing.assert_close(
+        arrived[BAD_STEP].value[others], whole[BAD_STEP].value[others], rtol=0, atol=1e-2
+    )
 
 
 def test_a_byte_an_element_and_two_a_block_cross() -> None:

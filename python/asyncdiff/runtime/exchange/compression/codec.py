@@ -9,6 +9,10 @@ The elements of a value, in the order of its memory, are taken in blocks of :dat
 of a token or pixel, where channels lie innermost. A block has one scale, a bfloat16, and a byte an
 element: an integer from -127 to 127, or a float8 (e4m3), times that scale. Codes have 7 bits, and
 scales 8, so that their product is exact in float32, and no device can round it in its own way.
+
+A value that is not finite crosses as NaN, by itself: it has no part in its block's scale. Nor does
+it stay: where what is expected is not finite, 0 is expected instead. What is rebuilt stays within
+the largest numbers of its type, past which float16 values would go where codes round up.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ BLOCK = 64
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 #: Where a block differs by less, it counts as being as expected.
 SMALLEST = 1e-30
+#: By how much a block may differ, so that no product of a code and a scale is infinite.
+MOST = torch.finfo(torch.float32).max / 2
 #: Values with fewer elements cross as they are: a launch on either side costs more.
 LEAST = 4096
 

@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .codec import BLOCK, LARGEST, SMALLEST, codes_in, scales_in
+from .codec import BLOCK, LARGEST, MOST, SMALLEST, codes_in, scales_in
 
 #: Blocks of elements of a program.
 _ROWS = 32
+#: Numbers of a larger magnitude are not finite.
+_FINITE = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 def encode(
@@ -30,7 +32,7 @@ def encode(
     codes, scales = codes_in(packed, count), scales_in(packed, count)
     _encode[(triton.cdiv(count, _ROWS * BLOCK),)](
         value, last, older, new, codes, scales, count,
-        LARGEST[kind], SMALLEST, kind == "fp8", BLOCK, _ROWS,
+        LARGEST[kind], SMALLEST, MOST, torch.finfo(new.dtype).max, kind == "fp8", BLOCK, _ROWS,
     )  # fmt: skip
 
 
@@ -45,23 +47,25 @@ def decode(
     count = new.numel()
     codes, scales = codes_in(packed, count), scales_in(packed, count)
     _decode[(triton.cdiv(count, _ROWS * BLOCK),)](
-        codes, scales, last, older, new, count, kind == "fp8", BLOCK, _ROWS
-    )
+        codes, scales, last, older, new, count,
+        torch.finfo(new.dtype).max, kind == "fp8", BLOCK, _ROWS,
+    )  # fmt: skip
 
 
 @triton.jit
 def _encode(
     value, last, older, new, codes, scales, count,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, FLOAT8: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr, LIMIT: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = at < count
-    before = tl.load(last + at, mask=inside, other=0.0).to(tl.float32)
-    earlier = tl.load(older + at, mask=inside, other=0.0).to(tl.float32)
-    expected = before + (before - earlier)
-    difference = tl.load(value + at, mask=inside, other=0.0).to(tl.float32) - expected
+    expected = _expected(last + at, older + at, inside)
+    number = tl.load(value + at, mask=inside, other=0.0).to(tl.float32)
+    finite = tl.abs(number) <= _FINITE
+    difference = tl.where(finite, number - expected, 0.0)
+    difference = tl.minimum(tl.maximum(difference, -MOST), MOST)
     top = tl.max(tl.abs(difference), axis=1)
     # Up to the next bfloat16, so that no code is too large.
     # Quotients are rounded as the reference's: Triton's own may be off by a digit.
@@ -70,46 +74,54 @@ def _encode(
     tl.store(scales + rows, scale.to(tl.int16), mask=rows * BLOCK < count)
     step = (scale << 16).to(tl.float32, bitcast=True)[:, None]
     scaled = tl.where(step == 0.0, 0.0, tl.div_rn(difference, tl.where(step == 0.0, 1.0, step)))
-    number = scaled == scaled
     scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
     if FLOAT8:
-        code = tl.where(number, _to_float8(tl.where(number, scaled, 0.0)), 127)
+        code = tl.where(finite, _to_float8(scaled), 127)
     else:
         # Adding this rounds to the nearest integer, ties to even.
-        whole = (tl.where(number, scaled, 0.0) + 12582912.0) - 12582912.0
-        code = tl.where(number, whole.to(tl.int32), -128) & 255
+        whole = (scaled + 12582912.0) - 12582912.0
+        code = tl.where(finite, whole.to(tl.int32), -128) & 255
     tl.store(codes + at, code.to(tl.uint8), mask=inside)
-    rebuilt = _rebuilt(expected, code, step, FLOAT8).to(new.dtype.element_ty)
+    rebuilt = _rebuilt(expected, code, step, LIMIT, FLOAT8).to(new.dtype.element_ty)
     tl.store(new + at, rebuilt, mask=inside)
 
 
 @triton.jit
 def _decode(
     codes, scales, last, older, new, count,
-    FLOAT8: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    LIMIT: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = at < count
-    before = tl.load(last + at, mask=inside, other=0.0).to(tl.float32)
-    earlier = tl.load(older + at, mask=inside, other=0.0).to(tl.float32)
-    expected = before + (before - earlier)
+    expected = _expected(last + at, older + at, inside)
     scale = tl.load(scales + rows, mask=rows * BLOCK < count, other=0).to(tl.int32)
     step = (scale << 16).to(tl.float32, bitcast=True)[:, None]
     code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    rebuilt = _rebuilt(expected, code, step, FLOAT8).to(new.dtype.element_ty)
+    rebuilt = _rebuilt(expected, code, step, LIMIT, FLOAT8).to(new.dtype.element_ty)
     tl.store(new + at, rebuilt, mask=inside)
 
 
 @triton.jit
-def _rebuilt(expected, code, step, FLOAT8: tl.constexpr):
-    """What a reader makes of codes (0 to 255, int32), in float32."""
+def _expected(last, older, inside):
+    """What a reader expects, in float32; 0 where that is not finite."""
+    before = tl.load(last, mask=inside, other=0.0).to(tl.float32)
+    earlier = tl.load(older, mask=inside, other=0.0).to(tl.float32)
+    expected = before + (before - earlier)
+    return tl.where(tl.abs(expected) <= _FINITE, expected, 0.0)
+
+
+@triton.jit
+def _rebuilt(expected, code, step, LIMIT: tl.constexpr, FLOAT8: tl.constexpr):
+    """What a reader makes of codes (0 to 255, int32), in float32, from -LIMIT to LIMIT or NaN."""
     if FLOAT8:
         number = _of_float8(code)
     else:
         signed = tl.where(code > 127, code - 256, code)
         number = tl.where(signed == -128, float("nan"), signed.to(tl.float32))
-    return expected + number * step
+    rebuilt = expected + number * step
+    # Not by minimum and maximum, which make a number of NaN.
+    return tl.where(rebuilt > LIMIT, LIMIT, tl.where(rebuilt < -LIMIT, -LIMIT, rebuilt))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from .codec import BLOCK, LARGEST, SMALLEST, codes_in, scales_in
+from .codec import BLOCK, LARGEST, MOST, SMALLEST, codes_in, scales_in
 
 
 def encode(
@@ -25,7 +25,9 @@ def encode(
     what the reader will make of that."""
     expected = _expected(last, older)
     count = value.numel()
-    blocks = pad(value.float() - expected, (0, -count % BLOCK)).view(-1, BLOCK)
+    finite = value.isfinite()
+    difference = torch.where(finite, value.float() - expected, 0.0).clamp_(-MOST, MOST)
+    blocks = pad(difference, (0, -count % BLOCK)).view(-1, BLOCK)
     top = blocks.abs().amax(1)
     scales = (top / LARGEST[kind]).masked_fill_(top < SMALLEST, 0).view(torch.int32)
     scales = (scales + 0xFFFF) >> 16  # up to the next bfloat16, so that no code is too large
@@ -33,6 +35,7 @@ def encode(
     steps = _steps(packed, count)
     scaled = torch.where(steps == 0, 0.0, blocks / steps)
     scaled = scaled.clamp(-LARGEST[kind], LARGEST[kind]).flatten()[:count]
+    scaled = torch.where(finite, scaled, torch.nan)
     codes = codes_in(packed, count)
     if kind == "fp8":
         codes.view(torch.float8_e4m3fn).copy_(scaled)
@@ -53,9 +56,11 @@ def decode(
 
 
 def _expected(last: torch.Tensor, older: torch.Tensor) -> torch.Tensor:
-    """In float32. Without products, so that it is the same on every device."""
+    """In float32; 0 where that is not finite. Without products, so that it is the same on every
+    device."""
     before = last.float()
-    return before + (before - older.float())
+    expected = before + (before - older.float())
+    return torch.where(expected.isfinite(), expected, 0.0)
 
 
 def _rebuilt(packed: torch.Tensor, expected: torch.Tensor, new: torch.Tensor, kind: str) -> None:
@@ -68,7 +73,8 @@ def _rebuilt(packed: torch.Tensor, expected: torch.Tensor, new: torch.Tensor, ki
         values = integers.float().masked_fill_(integers == -128, torch.nan)
     blocks = pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
     blocks = blocks * _steps(packed, count)
-    new.copy_(expected + blocks.flatten()[:count])
+    largest = torch.finfo(new.dtype).max
+    new.copy_((expected + blocks.flatten()[:count]).clamp_(-largest, largest))
 
 
 def _steps(packed: torch.Tensor, count: int) -> torch.Tensor:
