@@ -17,6 +17,8 @@ def rendezvous_of(group: Any) -> StoreRendezvous:
         raise InvalidArgument("there are no groups before torch.distributed.init_process_group")
     if group is None:
         group = dist.group.WORLD
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # a number, which new_group() gives outsiders
+        raise InvalidArgument("this process is not in the group")
     if not isinstance(group, dist.ProcessGroup):
         raise InvalidArgument(
             f"group is a {type(group).__name__}: pass a ProcessGroup that this process is in"
