@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 LAYERS = (
     ("errors",),
     ("progress", "deadline", "launcher", "forking", "memory", "environment", "quiet"),
-    ("phases",),
+    ("phases", "turns"),
     ("graph", "schedule"),
     ("microbatches", "sequence"),
     ("partition", "sampling"),
@@ -39,12 +39,14 @@ LAYERS = (
 #: What knows less than its place allows: it may import these of ours, besides ``errors``.
 KNOWS_ONLY = {
     "schedule": {"schedule"},
-    "graph": {"graph", "progress", "memory"},
+    "graph": {"graph", "progress", "memory", "turns"},
     "sampling": {"sampling", "schedule"},
     "microbatches": {"microbatches", "graph"},
     "sequence": {"sequence", "graph"},
     "processes": {"processes", "graph", "partition", "memory", "progress", "environment"},
-    "preparation": {"preparation", "graph", "partition", "phases", "progress", "environment"},
+    "preparation": {
+        *("preparation", "graph", "partition", "phases", "progress", "environment", "turns"),
+    },
     "demo": {"demo"},
 }
 #: Other people's packages that only some of ours know.

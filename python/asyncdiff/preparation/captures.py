@@ -10,10 +10,10 @@ from torch import nn
 from ..graph.capture import Captured
 from ..graph.signature import Call
 from ..phases import phase
+from ..turns import alone
 from .folder import Folder, preparations
 from .graph_text import of_data, to_data
 from .key import of_graph
-from .turns import alone
 
 log = logging.getLogger("asyncdiff")
 
@@ -38,7 +38,7 @@ def kept_capture(module: nn.Module, call: Call, export: Callable[[], Captured]) 
     found = _found(folder, key, module, call)
     if found is not None:
         return found
-    with alone(folder, _KIND, key):
+    with alone(folder.turn(_KIND, key)):
         found = _found(folder, key, module, call)
         if found is None:
             found = _exported(export)

@@ -13,10 +13,10 @@ from ..partition.cost import Costs
 from ..partition.links import Links
 from ..partition.partition import Partition, partition
 from ..phases import phase
+from ..turns import alone
 from .folder import preparations
 from .identity import digest
 from .key import of_cuts
-from .turns import alone
 
 _KIND = "cuts"
 
@@ -61,7 +61,7 @@ class KeptCuts:
         found = self._found()
         if found is not None:
             return found
-        with alone(self._folder, _KIND, self._key):
+        with alone(self._folder.turn(_KIND, self._key)):
             found = self._found()
             if found is None:
                 found = make()

@@ -30,7 +30,7 @@ VERSION = 1
 LIMIT = 256 << 20
 #: Bytes of an entry's content at most, written out: a larger one is none of ours.
 _LARGEST = 256 << 20
-_SUFFIX, _UNFINISHED = ".entry", ".part"
+_SUFFIX, _UNFINISHED, _TURN = ".entry", ".part", ".lock"
 #: Seconds after which a file that was never finished is nobody's.
 _FORGOTTEN = 3600.0
 
@@ -97,6 +97,10 @@ class Folder:
         assert self.path is not None
         return self.path / f"{kind}-{key}{_SUFFIX}"
 
+    def turn(self, kind: str, key: str) -> Path | None:
+        """Where who makes an entry says so (see :mod:`~asyncdiff.turns`); None: nothing is kept."""
+        return self.file(kind, key).with_suffix(_TURN) if self.usable() else None
+
     def entries(self) -> list[Entry]:
         """What there is, that which was used last first."""
         found = []
@@ -156,7 +160,7 @@ class Folder:
     def _others(self) -> Iterator[Path]:
         """Files that were never finished, and locks."""
         if self.path is not None and self.path.is_dir():
-            for suffix in (_UNFINISHED, ".lock"):
+            for suffix in (_UNFINISHED, _TURN):
                 yield from self.path.glob(f"*{suffix}")
 
     def _make_room(self, nbytes: int) -> None:

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import tower, tower_call
 
-from asyncdiff import AsyncDenoiser, InputError
+from asyncdiff import AsyncDenoiser, InputError, turns
 from asyncdiff.environment import compile_workers
 from asyncdiff.graph.compiled import ahead, pool, settings
 from asyncdiff.graph.compiled import compile as compiling
@@ -29,6 +29,7 @@ from asyncdiff.graph.compiled.compile import Pieces
 from asyncdiff.graph.compiled.kinds import Kind, Layout, kind_of
 from asyncdiff.graph.compiled.pool import Pool, default_count
 from asyncdiff.graph.compiled.transport import NotSentError, packed, unpacked
+from asyncdiff.turns import Turn
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -339,6 +340,29 @@ def test_all_ranks_kinds_go_to_the_processes_once(
     assert len(given) == 4 and answers.started == 1 and not caplog.records
 
 
+def test_what_another_process_is_at_is_waited_for(
+    denoiser: AsyncDenoiser, given: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way, answers = Compiling("regions", [CPU], 2), Answers()
+    way._pool = answers  # type: ignore[assignment]
+    pieces = pieces_of(denoiser, way)
+    kind = next(iter(pieces[0].kinds))
+    other = Turn(kind.turn())
+    assert other.take()
+    way.ahead(pieces)
+    assert kind not in answers.jobs and len(answers.jobs) == len(given) == 3
+    waited: list[int] = []
+
+    def until_the_other_has_ended(seconds: float) -> None:
+        waited.append(len(given))
+        other.close()
+
+    monkeypatch.setattr(turns.time, "sleep", until_the_other_has_ended)
+    for each in pieces:
+        each.compile()
+    assert waited == [3] and len(given) == 4 and kind.noted()
+
+
 def test_what_processes_fail_at_is_compiled_here(
     denoiser: AsyncDenoiser, given: list[fx.GraphModule], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -420,6 +444,62 @@ def test_processes_compile_what_is_then_found_here(
     monkeypatch.setattr(Pool, "start", lambda self: pytest.fail("everything is on the disk"))
     monkeypatch.setattr(Compiling, "start", lambda self: None)  # the export cannot know
     assert torch.equal(compiled(2, monkeypatch, tmp_path / "alone"), alone)
+
+
+BESIDE = """import sys
+from torch._dynamo.utils import counters
+from toys import tower, tower_call
+from asyncdiff import AsyncDenoiser
+from asyncdiff.graph.compiled.pool import Pool
+
+sent = []
+plain = Pool.compile
+
+def counted(self, jobs):
+    sent.extend(jobs)
+    return plain(self, jobs)
+
+Pool.compile = counted
+split = [["enter", "blocks.0", "blocks.1", "blocks.2"]]
+split.append(["blocks.3", "blocks.4", "blocks.5", "leave"])
+denoiser = AsyncDenoiser(tower(), devices=["cpu"] * 2, split=split, compile=True)
+print("ready", flush=True)
+sys.stdin.readline()
+denoiser.prepare(**tower_call())
+found = counters["inductor"]
+print(found["fxgraph_cache_miss"] + len(sent), found["fxgraph_cache_hit"], flush=True)
+denoiser.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_that_start_at_once_compile_each_kind_once(workers: int, tmp_path: Path) -> None:
+    more = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "shared"),
+        "ASYNCDIFF_COMPILE_WORKERS": str(workers),
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", BESIDE],
+            env=os.environ | more,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        for process in both:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        told = [process.communicate("go\n", timeout=300)[0].split() for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert sum(int(made) for made, _ in told) == 4
+    assert sum(int(hits) for _, hits in told) >= 4
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 from asyncdiff.preparation import folder as module
 from asyncdiff.preparation.folder import Folder, preparations
-from asyncdiff.preparation.turns import alone
+from asyncdiff.turns import alone
 
 CONTENT = {"cuts": ["relu_2"], "ms": [0.1, 1e-9]}
 
@@ -172,7 +172,7 @@ def test_a_folder_that_is_read_only_serves(
         patch.setattr(module.tempfile, "mkstemp", refused)
         assert folder.read("cuts", "abc") == CONTENT and not caplog.records
         folder.write("cuts", "new", "a toy", CONTENT)
-        with alone(folder, "cuts", "abc"):
+        with alone(folder.turn("cuts", "abc")):
             assert folder.read("cuts", "abc") == CONTENT
     assert "Read-only file system" in said(caplog)
 

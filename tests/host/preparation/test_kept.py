@@ -20,7 +20,7 @@ from tiny_pipelines import draw, tiny_sd, tiny_unet
 from toys import tower, tower_call, toy, toy_call
 
 import asyncdiff
-from asyncdiff import AsyncDenoiser
+from asyncdiff import AsyncDenoiser, turns
 from asyncdiff.graph.capture import Captured, capture, tensors_of
 from asyncdiff.graph.compiled.regions import repeated
 from asyncdiff.graph.example_inputs import example_inputs
@@ -28,7 +28,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, estimate
 from asyncdiff.partition.links import Link, Links
 from asyncdiff.partition.partition import partition
-from asyncdiff.preparation import captures, folder, turns
+from asyncdiff.preparation import captures, folder
 from asyncdiff.preparation.captures import kept_capture
 from asyncdiff.preparation.folder import preparations
 from asyncdiff.preparation.graph_text import NotKeptError, of_data, to_data
@@ -364,7 +364,7 @@ def test_who_waits_too_long_prepares_by_itself(
     monkeypatch.setattr(turns, "PATIENCE", 0.1)
     generated(split="estimate")
     (entry,) = preparations().entries()
-    with turns.alone(preparations(), entry.kind, entry.key):
+    with turns.alone(preparations().turn(entry.kind, entry.key)):
         preparations().file(entry.kind, entry.key).unlink()
         with caplog.at_level(logging.WARNING, "asyncdiff"):
             generated(split="estimate")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
+from ...turns import Turn
 from ..capture import Captured
 from ..program import on_device
 from . import settings
@@ -67,21 +69,37 @@ class Compiling:
     def ahead(self, components: Sequence[Pieces]) -> None:
         """Have the processes compile what neither this process nor inductor's cache on the disk
         has, and take that from there. The components were looked at (:meth:`~Pieces.look`). What
-        the processes cannot compile is left for later: logs one line at most. Raises where memory
-        lacks."""
+        other such processes are at is left for later, when it is waited for, and so is what the
+        processes cannot compile: logs one line at most. Raises where memory lacks."""
         kinds: dict[Kind, fx.GraphModule] = {}
         for component in components:
             kinds = component.kinds | kinds
         jobs = _jobs({kind: kinds[kind] for kind in kinds if not compiled_before(kind)})
-        if len(jobs) < 2:
-            return
+        with contextlib.ExitStack() as undo:
+            turns = {
+                kind: undo.enter_context(contextlib.closing(Turn(kind.turn()))) for kind in jobs
+            }
+            mine = [k for k, turn in turns.items() if turn.take() and not compiled_before(k)]
+            if len(mine) >= 2:
+                self._compile(components, kinds, {kind: jobs[kind] for kind in mine}, turns)
+
+    def _compile(
+        self,
+        components: Sequence[Pieces],
+        kinds: Mapping[Kind, fx.GraphModule],
+        jobs: Mapping[Kind, bytes],
+        turns: Mapping[Kind, Turn],
+    ) -> None:
         self._pool.start()
         done = {kind for kind in kinds if compiled_before(kind)}
         reasons = []
         for kind, error in self._pool.compile(jobs):
             if error:
+                turns[kind].close()
                 reasons.append(error)
                 continue
+            kind.note()
+            turns[kind].close()
             before = _misses()
             with on_device(kind.device):
                 compile_kind(kind, kinds[kind])

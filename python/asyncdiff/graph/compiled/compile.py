@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ...errors import reason
 from ...memory import out_of_memory
+from ...turns import alone
 from .kinds import Kind, kind_of, made
 from .pieces import Cut, cut
 from .settings import in_key, kept
@@ -107,7 +108,7 @@ class Pieces:
 
         def run(name: str, piece: fx.GraphModule, args: tuple[Any, ...]) -> Any:
             kind = kind_of(self._cut.pieces[name], self._settings, args)
-            call = _known.get(kind, lambda: _make(kind, piece, args))
+            call = _compiled(kind, piece, args)
             result = None
             if not isinstance(call, str):
                 try:
@@ -135,7 +136,7 @@ class Pieces:
 def compile_kind(kind: Kind, piece: fx.GraphModule) -> None:
     """Compile a piece for what its kind is given, if that was not done in this process. Raises
     where memory lacks."""
-    _known.get(kind, lambda: _make(kind, piece, kind.given))
+    _compiled(kind, piece, kind.given)
 
 
 def compiled_before(kind: Kind) -> bool:
@@ -209,8 +210,18 @@ class _Known:
 _known = _Known()
 
 
-def _make(kind: Kind, piece: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
-    call = made(piece, given)
-    if kept() and not piece.graph.find_nodes(op="get_attr"):  # bodies are like no others
-        kind.note()
-    return call
+def _compiled(kind: Kind, piece: fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any] | str:
+    """What inductor makes of a piece, or why it cannot. Where another process is at it, it is
+    waited for: inductor finds then what that one has made."""
+    shared = kept() and not piece.graph.find_nodes(op="get_attr")  # bodies are like no others
+
+    def make() -> Callable[..., Any]:
+        call = made(piece, given)
+        if shared:
+            kind.note()
+        return call
+
+    waits = shared and not compiled_before(kind)
+    # Waiting keeps no other thread from what is known: it may be the one that is waited for.
+    with alone(kind.turn() if waits else None):
+        return _known.get(kind, make)

@@ -79,6 +79,16 @@ class Kind(NamedTuple):
         """Whether this was compiled before, so that inductor's cache should have it."""
         return self._noted().exists()
 
+    def turn(self) -> Path | None:
+        """Where the process that compiles this says so, until it has (see :mod:`~asyncdiff.turns`);
+        None: nobody does."""
+        path = self._noted().with_suffix(".lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        return path
+
     def _noted(self) -> Path:
         from torch._inductor.codecache import cache_dir  # type: ignore[attr-defined]
 
