@@ -12,8 +12,9 @@ from torch import fx
 from ..errors import TokensError
 from ..graph.capture import Captured
 from ..sequence.axis import Axis
-from ..sequence.flow import operation
+from ..sequence.checking import HINT, Check
 from ..sequence.module import rank_module
+from ..sequence.nodes import operation
 from ..sequence.program import program
 from ..sequence.sharding import Sharding, shard
 from ..sequence.shares import Decide, Shares, joint
@@ -27,7 +28,6 @@ from .report import ComponentReport, PartitionReport
 _PRODUCT_MS = 0.022
 #: Of the multiply-accumulates of a step, what has to be shared out: else ranks mostly do the same.
 _SHARED = 0.5
-_HINT = "take schedule='asyncdiff' or 'wavefront', or exact_mode='chain', for this denoiser"
 
 
 @dataclass
@@ -89,7 +89,7 @@ def shards(
     if len(longest.owners(shares)) < ranks:
         raise TokensError(
             f"{longest.length} tokens cannot be shared out among {ranks} ranks: take fewer "
-            f"devices, or {_HINT}"
+            f"devices, or {HINT}"
         )
     used = {s for n in captured.nodes for s in n.all_input_nodes}
     used |= {o for o in captured.outputs if isinstance(o, fx.Node)}
@@ -116,14 +116,16 @@ def _fixed(captured: Captured, sharding: Sharding, longest: Axis) -> dict[int, i
 
 
 def _weights(captured: Captured, sharding: Sharding, shares: Shares) -> list[list[str]]:
-    """Those that each rank computes with: not those of streams of which it has no tokens."""
+    """Those that each rank computes with: not those of streams of which it has no tokens. Raises
+    TokensError where a rank's program would not make its share of what the denoiser does."""
     streams = {length for axis in sharding.every_axis() for length in axis.segments}
     found: dict[tuple[bool, ...], list[str]] = {}
+    check = Check()
     out = []
     for rank in range(shares.ranks):
         has = tuple(Axis(0, (length,)).local(rank, shares) > 0 for length in streams)
         if has not in found:
-            graph = program(captured, sharding, rank, shares, lambda local, _: local)
+            graph = program(captured, sharding, rank, shares, lambda local, _: local, check)
             places = graph.find_nodes(op="placeholder")
             found[has] = sorted(n.name for n in places if n.users and n.name in captured.weights)
         out.append(found[has])
@@ -136,7 +138,7 @@ def _check(captured: Captured, sharding: Sharding) -> None:
         ends = f" (they end at {unknown})" if unknown else ""
         raise TokensError(
             "the denoiser's tokens cannot be shared out among ranks: there is no attention between "
-            f"tokens that could be followed to what they are made of{ends}; {_HINT}"
+            f"tokens that could be followed to what they are made of{ends}; {HINT}"
         )
     costs: Costs = estimate(captured)
     run = [n for n in captured.nodes if captured.each_run(n)]
@@ -147,7 +149,7 @@ def _check(captured: Captured, sharding: Sharding) -> None:
         raise TokensError(
             f"of the denoiser's work {100 * mine / max(whole, 1):.0f} % could be shared out among "
             f"ranks by tokens; it ends at operations through which tokens are not followed "
-            f"({unknown}); {_HINT}"
+            f"({unknown}); {HINT}"
         )
 
 

@@ -8,12 +8,11 @@ are not known let nothing flow.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from torch import fx
+
+from .nodes import argument, is_tensor, named, operation, shape_of, wrapped
 
 #: For an input, by its dimensions: of the output, or None.
 Dims = list[int | None]
@@ -25,43 +24,6 @@ def flow_of(node: fx.Node) -> Flow:
     """The dimensions of each tensor that a node takes; empty for an operation that is not known."""
     rule = _RULES.get(operation(node))
     return {} if rule is None else rule(node)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a node's value; of several, of the first."""
-    value = node.meta["val"]
-    if isinstance(value, (list, tuple)):
-        value = value[0]
-    return tuple(value.shape)
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, however it was given."""
-    if len(node.args) > place:
-        return node.args[place]
-    return node.kwargs.get(name, default)
-
-
-def wrapped(dim: int, dims: int) -> int:
-    """A dimension counted from the front."""
-    return dim + dims if dim < 0 else dim
-
-
-def is_tensor(node: Any) -> bool:
-    """Whether a node's value is a tensor, or several."""
-    if not isinstance(node, fx.Node):
-        return False
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) or (
-        isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], torch.Tensor)
-    )
-
-
-def operation(node: fx.Node) -> str:
-    """What a node does: the name of its operation, without its overload."""
-    if node.target is operator.getitem:
-        return "getitem"
-    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
 
 
 def _pointwise(node: fx.Node) -> Flow:
@@ -107,10 +69,10 @@ def _reduced(node: fx.Node) -> Flow:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dims = len(shape_of(source))
-    over = argument(node, 1, "dim")
-    over = range(dims) if over is None else [over] if isinstance(over, int) else over
+    over = named(node, "dim")
+    over = [over] if isinstance(over, int) else over or range(dims)  # none given: all
     gone = {wrapped(int(d), dims) for d in over}
-    if argument(node, 2, "keepdim", False):
+    if named(node, "keepdim"):
         return {source: [None if d in gone else d for d in range(dims)]}
     left = itertools.count()
     return {source: [None if d in gone else next(left) for d in range(dims)]}
@@ -140,6 +102,14 @@ def _reshaped(node: fx.Node) -> Flow:
     assert isinstance(source, fx.Node)
     out = _strides(shape_of(node))
     return {source: [out.get(key) for key in _strides(shape_of(source))]}
+
+
+def _alike(node: fx.Node) -> Flow:
+    """Views that may have the sizes of before: view_as, and one as another dtype, whose elements
+    are as large then."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return _pointwise(node) if shape_of(source) == shape_of(node) else {}
 
 
 def _strides(shape: Sequence[int]) -> dict[tuple[int, int, int], int]:
@@ -175,8 +145,8 @@ def _squeezed(node: fx.Node) -> Flow:
 
 
 def _cast(node: fx.Node) -> Flow:
-    """type_as: the second input's dtype."""
-    source, like = node.args
+    """type_as, to: the second input's dtype."""
+    source, like = node.args[:2]
     assert isinstance(source, fx.Node) and isinstance(like, fx.Node)
     return {like: None, source: list(range(len(shape_of(source))))}
 
@@ -224,10 +194,10 @@ def _scattered(node: fx.Node) -> Flow:
 def _concatenated(node: fx.Node) -> Flow:
     dims = len(shape_of(node))
     gone = wrapped(int(argument(node, 1, "dim", 0)), dims)
-    return {
-        source: [None if d == gone else d for d in range(len(shape_of(source)))]
-        for source in node.all_input_nodes
-    }
+    if any(len(shape_of(source)) != dims for source in node.all_input_nodes):
+        return {}  # torch lets empty ones have one dimension
+    to: Dims = [None if d == gone else d for d in range(dims)]
+    return {source: list(to) for source in node.all_input_nodes}
 
 
 def _multiplied(node: fx.Node) -> Flow:
@@ -242,35 +212,37 @@ def _multiplied(node: fx.Node) -> Flow:
         before = out - len(shape)
         same = [shape[d] == shape_of(node)[d + before] for d in range(len(shape) - 2)]
         batches[source] = [d + before if s else None for d, s in enumerate(same)] + [None, None]
-    batches[first][-2] = out - 2
-    batches[second][-1] = out - 1
+    if first is not second:  # else each of its rows meets each of its columns
+        batches[first][-2] = out - 2
+        batches[second][-1] = out - 1
     return {**batches}
 
 
 def _added(node: fx.Node) -> Flow:
     """addmm: what is added is broadcast over rows, or has them, too."""
-    first, second = node.args[1:3]
+    added, first, second = node.args[:3]
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
-    pointwise = _pointwise(node)
-    return {s: dims for s, dims in pointwise.items() if s not in (first, second)} | {
-        first: [0, None],
-        second: [None, 1],
-    }
+    assert isinstance(added, fx.Node)
+    if len({added, first, second}) < 3:
+        return {}
+    return {added: _pointwise(node)[added], first: [0, None], second: [None, 1]}
 
 
 def _scaled(node: fx.Node) -> Flow:
     """_scaled_mm: rows have a scale each, or share one; columns, too."""
-    names = {2: "scale_a", 3: "scale_b", 4: "bias"}
-    first, second = node.args[:2]
     flow = _multiplied(node)
-    scales = [(place, argument(node, place, name)) for place, name in names.items()]
-    for source in (s for _, s in scales if isinstance(s, fx.Node)):
-        if source in (first, second) or len(shape_of(source)) > 2:
+    for place, name, dim in ((2, "scale_a", 0), (3, "scale_b", 1), (4, "bias", 1)):
+        source = argument(node, place, name)
+        if not isinstance(source, fx.Node):
+            continue
+        added = 2 - len(shape_of(source))
+        shape = (*[1] * added, *shape_of(source))
+        whole = [size if d == dim else 1 for d, size in enumerate(shape_of(node))]
+        each = [d if d == dim and size > 1 else None for d, size in enumerate(shape)][added:]
+        # Of scales of blocks of other forms, and of a factor that is a scale, nothing is known.
+        other = added < 0 or not all(map(_one_or, shape, whole))
+        if other or (flow.setdefault(source, each) is not each and flow[source] != each):
             return {}
-        flow[source] = [
-            d if size == shape_of(node)[d] else None
-            for d, size in enumerate(shape_of(source), 2 - len(shape_of(source)))
-        ]
     return flow
 
 
@@ -318,35 +290,38 @@ def _element(node: fx.Node) -> Flow:
     return {source: [None, *range(dims - 1)]} if isinstance(index, int) else {}
 
 
-_ANY_SHAPE = (
+#: Operations on each element by itself.
+ANY_SHAPE = (
     *("add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs"),
     *("sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "leaky_relu", "elu", "softplus"),
+    *("erf", "clip", "clamp", "clamp_min", "clamp_max", "where", "maximum", "minimum", "lerp"),
     *(
-        "erf",
-        "clip",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "where",
-        "maximum",
-        "minimum",
-        "lerp",
         "square",
+        "hardtanh",
+        "mish",
+        "logical_not",
+        "logical_and",
+        "logical_or",
+        "bitwise_not",
+        "eq",
+        "ne",
     ),
-    *("hardtanh", "mish", "logical_not", "logical_and", "logical_or", "bitwise_not", "eq", "ne"),
     *("lt", "le", "gt", "ge", "addcmul", "nan_to_num", "masked_fill", "rsub", "sign", "round"),
     *("floor", "ceil", "to", "_to_copy", "dropout", "clone", "contiguous", "alias"),
-    *("detach", "empty_like", "zeros_like", "ones_like", "full_like", "lift_fresh_copy", "float"),
-    *("expand_as", "view_as", "isnan", "__and__", "__or__", "bitwise_and", "bitwise_or", "copy"),
+    *("detach", "empty_like", "zeros_like", "ones_like", "full_like", "lift_fresh_copy"),
+    *("expand_as", "isnan", "__and__", "__or__", "bitwise_and", "bitwise_or", "copy"),
 )
 _RULES: dict[str, Callable[[fx.Node], Flow]] = {
-    **dict.fromkeys(_ANY_SHAPE, _pointwise),
+    **dict.fromkeys(ANY_SHAPE, _pointwise),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshaped),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "prod", "var", "std"), _reduced),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax"), _first(_dim(1, -1))),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _first(_dim(2, 0))),
     **dict.fromkeys(("layer_norm", "rms_norm"), _first(_normalized)),
-    **dict.fromkeys(("linear", "view_as_complex", "glu"), _first(_last)),
+    **dict.fromkeys(("linear", "view_as_complex"), _first(_last)),
+    "glu": _first(_dim(1, -1)),
+    "view_as": _alike,
+    "view.dtype": _alike,
     "view_as_real": _first(),
     "permute": _permuted,
     "transpose": _transposed,
@@ -354,6 +329,7 @@ _RULES: dict[str, Callable[[fx.Node], Flow]] = {
     "squeeze": _squeezed,
     "expand": _pointwise,
     "type_as": _cast,
+    "to.other": _cast,
     "stack": _stacked,
     "unbind": _without(1),
     "select": _without(1),

@@ -13,8 +13,10 @@ from ..graph.capture import Captured
 from ..graph.layers.products import INTEGERS, ROWS, with_rows
 from ..graph.program import KEEP, NBYTES, mark
 from .axis import Axis
-from .flow import flow_of, is_tensor, operation, shape_of
+from .checking import Check
+from .flow import flow_of
 from .merging import VIEWS
+from .nodes import is_tensor, operation, shape_of
 from .sharding import ATTENTION, PARTING, Form, Keys, Mask, Sharding, parted, ranges_of
 from .shares import Shares
 
@@ -25,8 +27,8 @@ aten = torch.ops.aten
 Gather = Callable[[torch.Tensor, int], torch.Tensor]
 #: In the metadata of such a call: a :class:`Meeting`.
 MEETING = "asyncdiff_meeting"
-#: Operations that are told the sizes of their result.
-SIZED = (*VIEWS, "expand")
+#: Views of a share that are told the sizes of their result, as it may not lie as the whole does.
+RESHAPED = (*VIEWS, "unflatten")
 
 
 class Meeting(NamedTuple):
@@ -39,20 +41,32 @@ class Meeting(NamedTuple):
 
 
 def program(
-    captured: Captured, sharding: Sharding, rank: int, shares: Shares, gather: Gather
+    captured: Captured,
+    sharding: Sharding,
+    rank: int,
+    shares: Shares,
+    gather: Gather,
+    check: Check | None = None,
 ) -> fx.Graph:
     """What ``rank`` computes, whose share of the tokens ``shares`` tells: takes what
     ``captured.graph`` takes, on every rank the same, and returns what that returns, whole, on every
-    rank. A rank without any tokens of a stream has no node for it."""
-    return _Builder(captured, sharding, rank, shares, gather).build()
+    rank. A rank without any tokens of a stream has no node for it. ``check`` looks at what nodes
+    make of shares, and raises TokensError where it is something else than a share."""
+    return _Builder(captured, sharding, rank, shares, gather, check).build()
 
 
 class _Builder:
     def __init__(
-        self, captured: Captured, sharding: Sharding, rank: int, shares: Shares, gather: Gather
+        self,
+        captured: Captured,
+        sharding: Sharding,
+        rank: int,
+        shares: Shares,
+        gather: Gather,
+        check: Check | None,
     ) -> None:
         self._captured, self._sharding = captured, sharding
-        self._rank, self._shares, self._gather = rank, shares, gather
+        self._rank, self._shares, self._gather, self._check = rank, shares, gather, check
         self._graph = fx.Graph()
         #: values as their nodes have them, and in forms that others need; None where this rank has
         #: no tokens of them
@@ -125,10 +139,17 @@ class _Builder:
             return None
         if axis is not None and name == "cat" and None in given.values():
             return self._put_together(node, given, axis.dim)
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda n: self._nothing(n) if given[n] is None else given[n]
-        )
+        sources: dict[fx.Node, tuple[fx.Node, Form]] = {}
+
+        def mine(n: fx.Node) -> fx.Node:
+            made: fx.Node = self._nothing(n) if given[n] is None else given[n]
+            sources[made] = n, forms.get(n, self._sharding.axis(n))
+            return made
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), mine)
         made = self._made(node, args, kwargs, None if entry else axis)
+        if self._check is not None and axis is not None and not entry:
+            self._check(node, made, sources, axis, self._rank, self._shares)
         if node not in self._sharding.axes:
             mark(self._captured, node, made)
         return made
@@ -137,13 +158,18 @@ class _Builder:
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis | None
     ) -> fx.Node:
         """What a node does with other arguments, for a share of its tokens, if there is an axis."""
-        if axis is not None and operation(node) in SIZED:
+        target, name = node.target, operation(node)
+        if axis is not None and name in (*RESHAPED, "expand"):
             size = list(shape_of(node))
             size[axis.dim] = axis.local(self._rank, self._shares)
-            args = (args[0], size, *args[2:])
-        target = node.target
-        if axis is not None and operation(node) in VIEWS:
-            target = aten.reshape.default  # a share may not lie as the whole does
+            args = (args[0], size)
+            if name != "expand":
+                target, kwargs = aten.reshape.default, {}
+        if axis is not None and name == "squeeze":  # a share may be one token
+            (dims,) = flow_of(node).values()
+            assert dims is not None
+            gone = [d for d, to in enumerate(dims) if to is None]
+            target, args, kwargs = aten.squeeze.dims, (args[0], gone), {}
         rows = ROWS
         if axis is not None and axis.dim == 0:
             rows = axis.local(self._rank, self._shares)

@@ -19,8 +19,9 @@ from torch import fx
 from ..graph.capture import Captured
 from ..graph.signature import Role
 from .axis import Axis, joined
-from .flow import argument, flow_of, is_tensor, operation, shape_of, wrapped
+from .flow import flow_of
 from .merging import PRODUCTS, VIEWS, across, ending_alike
+from .nodes import argument, is_tensor, operation, shape_of, wrapped
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _along_tokens(node: fx.Node, out: Sharding) -> _Found:
         parts: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         dim = wrapped(int(argument(node, 1, "dim", 0)), len(shape_of(node)))
         own = [out.axis(p) for p in parts]
-        if any(a is not None and a.dim != dim for a in own):
+        if not flow_of(node) or any(a is not None and a.dim != dim for a in own):
             return None
         each = [
             Axis(dim, (shape_of(p)[dim],)) if a is None else a
@@ -334,7 +335,7 @@ def _sources(node: fx.Node, dim: int, merged: bool) -> list[tuple[fx.Node, int]]
         assert isinstance(query, fx.Node)
         return [(query, dim)] if dim <= len(shape_of(query)) - 2 else []
     if name == "cat" and wrapped(int(argument(node, 1, "dim", 0)), len(shape_of(node))) == dim:
-        return [(s, dim) for s in node.all_input_nodes]
+        return [(s, dim) for s in flow_of(node)]
     if name in PARTING and parted(node) == dim:
         into = node.args[: 2 if name == "slice_scatter" else 1]
         return [(source, dim) for source in into]  # type: ignore[misc]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from asyncdiff.partition.shards import shards
-from asyncdiff.sequence.flow import operation
+from asyncdiff.sequence.nodes import operation
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch import nn
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import Call, parse
 from asyncdiff.sequence.axis import Axis
-from asyncdiff.sequence.flow import operation
 from asyncdiff.sequence.merging import across
+from asyncdiff.sequence.nodes import operation
 from asyncdiff.sequence.sharding import ATTENTION, Sharding, shard
 from asyncdiff.sequence.shares import even, joint
 

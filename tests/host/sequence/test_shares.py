@@ -12,7 +12,7 @@ from torch import fx
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.shards import Shards, shards
-from asyncdiff.sequence.flow import operation
+from asyncdiff.sequence.nodes import operation
 from asyncdiff.sequence.shares import Decide, Shares, even, joint
 
 CPU = torch.device("cpu")
