@@ -8,6 +8,7 @@ from typing import Any
 import reference
 import torch
 from diffusers import DDIMScheduler
+from families import FAMILIES
 from group import Member
 from tiny_pipelines import draw, tiny_flux, tiny_sd
 from toys import toy, toy_call
@@ -156,6 +157,25 @@ def tokens_alone(processes: int) -> list[str]:
 def tokens(member: Member) -> list[str]:
     """Digests of pipelines whose processes share out the tokens of steps."""
     return _tokens(member.processes, group=member.group(), deadline=30)
+
+
+def _limited(**where: Any) -> list[str]:
+    pipe, call = FAMILIES["FLUX"]()
+    given: dict[str, Any] = {"quality": "exact", "memory": ["1GiB", "700KiB"], **ESTIMATE}
+    with asyncdiff.parallelize(pipe, **given, **where) as handle:
+        found = [digest(draw(pipe, call, num_inference_steps=2)) for _ in range(2)]
+        return [*found, handle.settings]
+
+
+def limited_alone(processes: int) -> list[str]:
+    """What :func:`limited` returns, by one process."""
+    return _limited(devices=["cpu"] * processes)
+
+
+def limited(member: Member) -> list[str]:
+    """Digests of a pipeline whose second process has no room for the whole denoiser, as cutting
+    finds out, and what is picked then."""
+    return _limited(group=member.group(), deadline=30)
 
 
 def _calibrated(**where: Any) -> list[str]:

@@ -27,6 +27,8 @@ Devices = Sequence[str | int | torch.device] | None
 GROUPS = 2
 #: What ``compress`` may be.
 COMPRESS = ("fp8", "int8", "auto")
+#: Parts of a denoiser, where nothing else is said.
+COMPONENTS = 2
 #: More steps than any generation has, where their number is not known yet.
 _MANY = 1_000_000
 
@@ -39,7 +41,9 @@ class ParallelConfig:
         devices: one entry a rank (N + S − 1; N in all schedules but the published one; twice that
             with guidance="split"), which may repeat (``["cuda:0", "cuda:1"]``, ``["cpu"] * 3``);
             None for all GPUs, else the CPU.
-        components: N, the parts that the denoiser is split into.
+        components: N, the parts that the denoiser is split into. With schedule="sequence" and the
+            devices given by keyword, left out: all of these, half of them for each condition with
+            guidance="split".
         stride: S, the sampler steps that one parallel batch serves.
         warmup: w ≥ 1, the first steps, run exactly; w = all steps gives the sequential result.
             "auto", or an :class:`asyncdiff.AutoWarmup`: exact steps end when the denoiser's output
@@ -101,7 +105,7 @@ class ParallelConfig:
     """
 
     devices: Devices = None
-    components: int = 2
+    components: int = COMPONENTS
     stride: int = 1
     warmup: int | str | AutoWarmup = 1
     split: Split = "auto"
@@ -174,15 +178,27 @@ class ParallelConfig:
             )
 
     @classmethod
-    def of(cls, config: ParallelConfig | None, settings: Mapping[str, Any]) -> ParallelConfig:
-        """``config`` with ``settings``, by name, in place of its own. Raises InputError for a name
-        that there is not."""
+    def of(
+        cls, config: ParallelConfig | None, settings: Mapping[str, Any], group: Any = None
+    ) -> ParallelConfig:
+        """``config`` with ``settings``, by name, in place of its own; where none was given, with as
+        many components as devices that share out tokens, unless others are in other processes of
+        ``group``. Raises InputError for a name that there is not."""
         names = [f.name for f in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
                 raise InputError(f"there is no setting {name}: {hint}")
+        devices = settings.get("devices")
+        if (
+            config is None
+            and group is None
+            and settings.get("schedule") == "sequence"
+            and isinstance(devices, (list, tuple))
+        ):
+            groups = GROUPS if settings.get("guidance") == "split" else 1
+            settings = {"components": max(len(devices) // groups, 1), **settings}
         return dataclasses.replace(config or cls(), **settings)
 
     def between_generations(self, changes: Mapping[str, Any]) -> ParallelConfig:

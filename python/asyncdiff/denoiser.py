@@ -87,7 +87,7 @@ class AsyncDenoiser(Spread):
         config: ParallelConfig | None = None,
         **settings: Any,
     ) -> None:
-        config = ParallelConfig.of(config, settings)
+        config = ParallelConfig.of(config, settings, group)
         check_split_argument(module, config.split, config.components)
         self._branches = Branches(functools.partial(setattr, self, "_report"))
         self._report: GenerationReport | None = None

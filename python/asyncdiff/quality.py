@@ -49,7 +49,7 @@ class Task:
     ``devices``: how many. ``steps``: of the sampler. ``step``: the median of their lengths in
     log-SNR, ln(α/σ), or why waves do not serve this denoiser with this sampler. ``guided``:
     whether the batch holds two conditions, which can be taken apart. ``pictures``: in the batch,
-    which can be taken apart. ``whole``: whether a device has room for the whole denoiser.
+    which can be taken apart. ``whole``: whether each device has room for the whole denoiser.
     ``tokens``: whether devices that have can share out its tokens.
     """
 
@@ -133,6 +133,8 @@ def pick(
         why += "; each condition of the guidance has devices of its own"
     elif settings["exact_mode"] == "split":
         why += ", a condition on each of two devices"
+    elif not task.whole:
+        why += "; not each device has room for the whole denoiser"
     if settings["exact_mode"] == "sequence":
         why += "; in exact steps devices share out the picture's tokens"
     return Picked(settings, groups * components, why)
@@ -175,7 +177,8 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
         return None
     why = f"each of these {task.steps} steps is exact, on the ranks that there are"
     settings = {**prepared, "warmup": task.steps, "exact_tail": 0}
-    if not task.guided and settings["exact_mode"] == "split":
+    served = {"split": task.guided and task.whole, "sequence": task.tokens}
+    if not served.get(settings["exact_mode"], True):
         settings["exact_mode"] = "chain"
     return Picked(settings, groups * prepared["components"], why)
 
@@ -194,10 +197,10 @@ def _exact(task: Task, few: bool, quality: str) -> Picked:
         why = f"{because}, a condition of the guidance on each of two devices"
         return Picked({"components": 1, "guidance": "split"}, 2, why)
     if not task.whole:
-        why = f"{because}, one component after another, as no device has room for all of them"
+        why = f"{because}, one component after another, as not each device has room for all of them"
         return Picked({"components": n, "warmup": steps}, n, why)
-    why = f"{because}; without guidance, and with fewer than {n} pictures, nothing can be shared"
-    return Picked({"components": 1}, 1, f"{why}: one device")
+    why = f"{because}; devices cannot share out conditions, {n} pictures or tokens: one device"
+    return Picked({"components": 1}, 1, why)
 
 
 def _by_tokens(task: Task, because: str) -> Picked:

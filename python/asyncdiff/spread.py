@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
+from .config import CHANGEABLE, ONLY, Branch, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
 from .errors import BatchError, CaptureError, DeviceError, InputError
 from .forking import Locked
@@ -28,7 +28,7 @@ from .phases import Spent
 from .processes.agreement import of_program, of_settings
 from .processes.team import Team
 from .runtime.cfg_parallel import Groups
-from .runtime.devices import Place, check_count, places_of, rank_total, said_of
+from .runtime.devices import Place, check_count, places_of, rank_total, room_for, said_of
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
 
@@ -126,25 +126,31 @@ class Spread(ReadOnlySettings, Locked):
         call = self._parser(args, kwargs)
         return by_values(call, self._values) if self._by_value else call
 
-    def _engine_for(self, call: Call, *args: Any, **options: Any) -> tuple[Engine | Groups, Call]:
+    def _engine_for(
+        self,
+        call: Call,
+        what: str = "prepare",
+        given: Callable[[], Mapping[str, str]] = dict,
+        branch: Branch = ONLY,
+        beside: Sequence[Engine | Groups] = (),
+    ) -> tuple[Engine | Groups, Call]:
         """The engine for a call (see :meth:`~.runtime.engine_cache.EngineCache.get`), and the call
         that it is for: where the denoiser cannot be exported for all values of masks, that with
-        these values."""
+        these values. Raises BatchError where its batch is to be cut then."""
+        cut = self._config.splits and branch.count == 1
+        cut = cut or self._config.schedule == "pipeline"
         try:
-            return self._engines.get(call, *args, **options), call
+            if cut and self._by_value:
+                raise _uncut("It was prepared for these masks alone")
+            return self._engines.get(call, what, given, branch, beside), call
         except CaptureError as e:
             valued = by_values(call, self._values)
             if valued is call or self._team.several:
                 raise
-            if self._config.splits or self._config.schedule == "pipeline":
-                raise BatchError(
-                    "guidance='split' of a batch, exact_mode='split' and schedule='pipeline' need "
-                    "a denoiser that can be exported for all masks of tokens: take "
-                    "guidance='batched', exact_mode='chain' or 'sequence', and another schedule. "
-                    f"{e}"
-                ) from e
+            if cut:
+                raise _uncut(str(e)) from e
             log.info("the denoiser is prepared for these masks of tokens alone: %s", e)
-            engine = self._engines.get(valued, *args, **options)
+            engine = self._engines.get(valued, what, given, branch, beside)
             self._by_value = True
             return engine, valued
 
@@ -203,6 +209,11 @@ class Spread(ReadOnlySettings, Locked):
         Collective."""
         return self._engines.link_speed()
 
+    def room_on(self, device: torch.device, beside: Sequence[Spread] = ()) -> int | None:
+        """Bytes that are free on a device of this process for this denoiser and those ``beside`` it
+        that have no ranks yet; None on CPUs."""
+        return room_for(device, self._weights, *(other._weights for other in beside))
+
     @property
     def places(self) -> list[Place]:
         """The places that there are; settings may take the first of them only."""
@@ -226,6 +237,14 @@ class Spread(ReadOnlySettings, Locked):
         kind = self._seat.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             yield
+
+
+def _uncut(why: str) -> BatchError:
+    return BatchError(
+        "guidance='split' of a batch, exact_mode='split' and schedule='pipeline' need a denoiser "
+        "that can be exported for all masks of tokens: take guidance='batched', exact_mode='chain' "
+        f"or 'sequence', and another schedule. {why}"
+    )
 
 
 def _check_picked(config: ParallelConfig) -> None:

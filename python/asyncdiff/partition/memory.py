@@ -22,6 +22,7 @@ from torch import fx
 
 from ..errors import InputError, MemoryLimitError
 from ..graph.capture import Captured, nbytes_of
+from ..graph.layers.quantized import parts_of
 from ..graph.row import TABLE_BYTES
 
 #: Steps of a generation for whose rows there is room.
@@ -306,5 +307,6 @@ class _Latest:
 
 
 def of_module(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights and buffers."""
-    return sum(w.numel() * w.element_size() for w in (*module.parameters(), *module.buffers()))
+    """Bytes of a module's weights and buffers, as they are stored."""
+    weights = (*module.parameters(), *module.buffers())
+    return sum(part.nbytes for w in weights for part in parts_of(w))

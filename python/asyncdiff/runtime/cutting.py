@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 import asyncdiff_core as core
@@ -37,7 +36,7 @@ from ..processes.agreement import of_captured, of_partition
 from ..processes.team import Team
 from ..quiet import undisturbed
 from ..schedule.plan import Exchange, ring
-from .devices import Place, room_on
+from .devices import Place, room_for
 from .exchange.compression.choice import Choice
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.link_speed import assumed_links, engine_links, once_measured
@@ -142,17 +141,19 @@ class Cutter:
         self._team.agree("cut the denoiser", lambda: of_partition(made))
         return made
 
-    def shards(self, call: Call, ranks: int, like: Partition | None = None) -> Shards:
-        """The denoiser, for calls like this one, with its tokens shared out among so many ranks.
-        ``like``: what is exported already, if that is for the same signature."""
+    def shards(
+        self, call: Call, ranks: int, like: Partition | None = None, places: Sequence[Place] = ()
+    ) -> Shards:
+        """The denoiser, for calls like this one, with its tokens shared out among so many ranks, at
+        ``places``. ``like``: what is exported already, if that is for the same signature."""
         known = like is not None and like.captured.signature == call.signature
         captured = like.captured if like is not None and known else self._capture(call)
         if known and isinstance(like, Shards) and len(like.components) == ranks:
             return like
         with phase("cut"):
             made = shards(captured, ranks)
-        each = tuple(self._config.memory_of(rank) for rank in range(ranks))
-        self._fits(made, Limits(each, runs=False))
+        # Each runs with a share of what the graph says, so that says too much of activations.
+        self._fits(made, replace(self._limits(ranks, 1, places), runs=False))
         return made
 
     def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
@@ -210,7 +211,7 @@ class Cutter:
 
             def mine() -> list[int | None]:
                 here = [p.device for p in self._places if p.process == self._team.process]
-                return [self._room_on(device) for device in here]
+                return [room_for(device, self._weights) for device in here]
 
             found = [room for of in self._team.together("look at memory", mine) for room in of]
             # Ranks that share a device share what is free, nobody knows how.
@@ -219,11 +220,6 @@ class Cutter:
                 for room, unit in zip(found, units, strict=True)
             ]
         return self._free
-
-    def _room_on(self, device: torch.device) -> int | None:
-        room = room_on(device)
-        # What the denoiser itself has there is what a component takes.
-        return room and room + self._weights.nbytes_on(device)
 
     def _within(self, limits: Limits, cut: Callable[[Limits], Partition]) -> Partition:
         """What ``cut`` makes within these limits. What is free may do though estimated activations
@@ -240,10 +236,11 @@ class Cutter:
         return made
 
     def _fits(self, parts: Partition, limits: Limits) -> None:
-        """Raise MemoryLimitError where what was given does not fit into what the user allows."""
+        """Raise MemoryLimitError where what was given does not fit into what the user allows, or
+        its weights and mailboxes not into what is free."""
         parts.limits = limits
         uses = parts.memory()
-        if not limits.free and limits.over(uses):
+        if limits.over(uses) and not (limits.free and limits.runs):
             raise no_room([u.total for u in uses], limits, "cut as given they need")
 
     # ---- times -------------------------------------------------------------------------------

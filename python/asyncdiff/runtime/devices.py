@@ -14,6 +14,7 @@ import asyncdiff_core as core
 
 from ..config import GROUPS, Devices, ParallelConfig
 from ..errors import DeviceError
+from ..graph.weights import Weights
 from ..processes.team import Team
 
 
@@ -268,6 +269,13 @@ def room_on(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(0, int(_USABLE * (free + unused)) - _BESIDES)
+
+
+def room_for(device: torch.device, *weights: Weights) -> int | None:
+    """:func:`room_on`, and what these denoisers have there themselves, which is what their
+    components take."""
+    room = room_on(device)
+    return None if room is None else room + sum(w.nbytes_on(device) for w in weights)
 
 
 def peak_of(device: torch.device) -> int | None:

@@ -158,8 +158,8 @@ class EngineMaker:
         of all groups, of which this engine is one."""
         copies = len(places) - components + 1
         parts: Partition
-        if tokens:
-            parts = self._cutter.shards(call, components, like)
+        if tokens and components > 1:  # else one rank has all of them
+            parts = self._cutter.shards(call, components, like, everywhere or places)
         else:
             parts = self._cutter.first(call, components, copies, like, everywhere or places)
         self._weights.look(parts.captured)

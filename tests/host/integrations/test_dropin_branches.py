@@ -16,8 +16,13 @@ from tiny_pipelines import tiny_unet
 from toys import Toy
 
 import asyncdiff
+from asyncdiff.errors import MemoryLimitError
+from asyncdiff.graph.signature import Call
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
+from asyncdiff.partition.partition import Partition
+from asyncdiff.runtime.cutting import Cutter
 from asyncdiff.runtime.worker import Worker
+from asyncdiff.spread import Spread
 
 STEPS = 8
 #: Which texts are called with in a step, in order.
@@ -201,6 +206,45 @@ def test_a_quality_learns_how_many_calls_there_are() -> None:
         for split in (False, True):
             torch.testing.assert_close(pipe(), want)
             assert ("guidance='split'" in handle.settings) == split
+
+
+def test_a_condition_that_has_no_room_where_the_other_one_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one, which had its first step already, goes on with the new settings."""
+    pipe, first = Guided(), Cutter.first
+
+    def refused(cutter: Cutter, call: Call, components: int, *args: Any) -> Partition:
+        if components == 1 and any(t.shape[1:] == (5, 6) for t in call.tensors):
+            raise MemoryLimitError("for long texts there is room")
+        return first(cutter, call, components, *args)
+
+    monkeypatch.setattr(Cutter, "first", refused)
+    want = pipe(order=lambda k: [0, 2])
+    with asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, split="estimate", quality="exact"
+    ) as handle:
+        for _ in range(3):
+            torch.testing.assert_close(pipe(order=lambda k: [0, 2]), want)
+        assert "one component after another" in handle.settings
+
+
+def test_a_quality_does_without_a_split_that_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, engine_for = Guided(), Spread._engine_for
+
+    def refused(spread: Spread, *args: Any, **options: Any) -> Any:
+        if spread.config.splits:
+            raise asyncdiff.BatchError("not with these masks")
+        return engine_for(spread, *args, **options)
+
+    monkeypatch.setattr(Spread, "_engine_for", refused)
+    want = pipe()
+    with asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, split="estimate", quality="exact"
+    ) as handle:
+        for _ in range(3):
+            torch.testing.assert_close(pipe(), want)
+            assert "one device" in handle.settings
 
 
 def test_weights_that_lie_elsewhere_for_calls_of_two_shapes() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_pipelines import draw, tiny_sd
-from toys import tower, tower_call
+from toys import attention, attention_call, tower, tower_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, MemoryLimitError, ParallelConfig
@@ -108,6 +108,23 @@ def test_what_is_free_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs()[0] <= free[0] * 0.7
     # What was said goes before.
     assert needs(memory="1GB") == free
+
+
+def test_tokens_are_shared_out_where_weights_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"schedule": "sequence", "components": 2, "devices": ["cpu"] * 2}
+    call = attention_call()
+    with contextlib.closing(AsyncDenoiser(attention(), (), call, **settings)) as denoiser:
+        uses = [use.total for use in denoiser.partition.memory()]
+    for less in (0, 1):
+        Free(monkeypatch, uses[0], uses[1] - less)
+        with contextlib.ExitStack() as stack:
+            if less:
+                free = pytest.raises(MemoryLimitError, match="free on their devices: cut as given")
+                stack.enter_context(free)
+            AsyncDenoiser(attention(), (), call, **settings).close()
+    four = {**settings, "guidance": "split", "devices": ["cpu"] * 4}
+    with pytest.raises(MemoryLimitError, match="cut as given"):  # also of the other condition
+        AsyncDenoiser(attention(), (), attention_call(2), **four, memory=[10**9] * 3 + [1000])
 
 
 def test_an_estimate_of_what_runs_need_refuses_nothing(

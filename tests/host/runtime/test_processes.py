@@ -68,6 +68,14 @@ def test_qualities(tmp_path: Path) -> None:
     alike(run(group_bits.qualities, 2, tmp_path), group_bits.qualities_alone(2))
 
 
+@pytest.mark.slow
+def test_a_process_without_room_for_all(tmp_path: Path) -> None:
+    """All of them take other settings."""
+    alone = group_bits.limited_alone(2)
+    alike(run(group_bits.limited, 2, tmp_path), alone)
+    assert "not each device has room" in alone[-1]
+
+
 def test_weights_of_one_component_that_are_replaced(tmp_path: Path) -> None:
     """The processes that have no copies of them look as often at what they have."""
     for off in run(group_weights.replaced, 2, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 
 from ...config import ParallelConfig
 from ...denoiser import AsyncDenoiser
-from ...graph.layers.quantized import parts_of
 from ...graph.signature import Call, Role, Signature, has_several_latents
+from ...partition.memory import of_module
 from ...quality import AUTO, Picked, Task, pick
 from ...runtime.pipelined import conditions_of
 from ...sampling.clean_image import CleanImage
@@ -23,8 +24,9 @@ from .timesteps import is_mixed
 
 log = logging.getLogger("asyncdiff")
 
-#: The share of a device's memory that weights may take where a device has all of them.
-_ROOM = 0.6
+#: The share of what is free on a GPU that weights may take where each device has all of them: the
+#: rest is for what runs need, which nobody knows before the denoiser is exported.
+_ROOM = 0.75
 #: The share of parameters that linear layers have in a transformer.
 _LINEAR = 0.95
 #: Bytes a millisecond of a link over which keys and values take less than what they save: each of
@@ -34,8 +36,8 @@ _FAST = 1e8
 
 class AutoSettings:
     """Picks a denoiser's settings when a generation begins. What the ranks hold is made anew only
-    where it has to be. ``devices`` are those that there are, in all processes; ``own`` those of
-    this one. ``denoisers``: how many share them.
+    where it has to be. ``devices`` are those that there are, in all processes; ``own`` the numbers
+    of this one's. ``later``: denoisers that will be there, too, and get their ranks after this one.
     """
 
     def __init__(
@@ -43,13 +45,12 @@ class AutoSettings:
         quality: str,
         devices: list[torch.device],
         base: ParallelConfig,
-        own: list[torch.device],
-        denoisers: int = 1,
+        own: Sequence[int],
+        later: Sequence[AsyncDenoiser] = (),
     ) -> None:
         self.quality = quality
         self._devices = devices
-        self._own = own
-        self._room = _ROOM / denoisers
+        self._own, self._later = own, later
         self._base = base
         #: what was picked last
         self.picked: Picked | None = None
@@ -58,6 +59,12 @@ class AutoSettings:
         #: calls whose batch cannot be taken apart, and those whose tokens cannot
         self._together: set[Signature] = set()
         self._no_tokens: set[Signature] = set()
+        #: calls for which not each device has room for the whole denoiser
+        self._no_room: set[Signature] = set()
+        #: the call that settings were picked for last
+        self._settled: Signature | None = None
+        #: bytes that are free for it on each of ``own``, once that was looked at
+        self._free: list[int | None] | None = None
         #: whether links are fast enough for tokens, once that was looked at
         self._fast: bool | None = None
 
@@ -72,10 +79,27 @@ class AutoSettings:
     def keep_together(self, call: Call, tokens: bool = False) -> bool:
         """The parts of the batch of calls like this, or its ``tokens``, cannot be taken apart;
         whether that is new."""
-        which = self._no_tokens if tokens else self._together
-        known = call.signature in which
-        which.add(call.signature)
-        return not known
+        return self._is_new(call, self._no_tokens if tokens else self._together)
+
+    def has_no_room(self, call: Call) -> bool:
+        """What was picked for calls like this has no room, as cutting has found out; whether that
+        is new, and not what was asked for by hand."""
+        picked = {} if self.picked is None else self.picked.settings
+        chosen = {n: x for n, x in picked.items() if n not in self._by_hand}
+        mode = chosen.get("exact_mode")
+        if chosen.get("components") == 1 or "sequence" in chosen.values() or mode == "split":
+            return self._is_new(call, self._no_room)
+        if "split" in chosen.values() or "pipeline" in chosen.values():
+            return self._is_new(call, self._together)
+        return False
+
+    def _is_new(self, call: Call, known: set[Signature]) -> bool:
+        """Whether calls like this, or those that settings were picked for, which may be of another
+        branch, are not among these yet; from now on they are."""
+        found = {call.signature, self._settled or call.signature}
+        new = not found <= known
+        known |= found
+        return new
 
     def __str__(self) -> str:
         return f"quality={self.quality!r}"
@@ -91,6 +115,7 @@ class AutoSettings:
         """Have ``denoiser`` take the settings for a generation that begins with this call.
         ``clean``: the clean images of its steps, or why waves do not serve them. ``calls``: in a
         step, a condition each."""
+        self._settled = call.signature
         task = self._task(denoiser, call, steps, clean, calls)
         self._agree(denoiser, task)
         self._settle(denoiser, task)
@@ -128,29 +153,36 @@ class AutoSettings:
             clean = "the denoiser has several latents, which waves do not serve"
         elif is_mixed(call.tensors[call.indices(Role.TIMESTEP)[0]]):
             clean = "parts of the denoiser's input have times of their own"
-        room = denoiser.team.every("choose settings", lambda: whole and self._has_room(denoiser))
+        room = denoiser.team.every(
+            "choose settings", lambda: whole and self._has_room(denoiser, call)
+        )
         tokens = room and call.signature not in self._no_tokens and not several
         return Task(
             devices=len(self._devices),
             steps=steps,
             step=clean if isinstance(clean, str) else _length(clean),
-            guided=(calls == 2 and not several) if calls > 1 else apart and conditions == 2,
+            guided=apart and (calls if calls > 1 else conditions) == 2,
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=room,
             tokens=tokens and self._serves_tokens(denoiser),
         )
 
-    def _has_room(self, denoiser: AsyncDenoiser) -> bool:
-        """Whether each device may hold the whole denoiser: in what the user allows, and a share of
-        its memory at most."""
-        weights = [*denoiser.module.parameters(), *denoiser.module.buffers()]
-        size = sum(part.nbytes for w in weights for part in parts_of(w))
+    def _has_room(self, denoiser: AsyncDenoiser, call: Call) -> bool:
+        """Whether each device may hold the whole denoiser: its weights in what the user allows,
+        else in a share of what was free before the first generation; and what cutting counts, as
+        far as that is known."""
         said = [self._base.memory_of(rank) for rank in range(len(self._devices))]
-        if any(limit is not None and size > limit for limit in said):
-            return False
-        gpus = [d for d in self._own if d.type == "cuda"]
-        return all(
-            size < self._room * torch.cuda.get_device_properties(d).total_memory for d in gpus
+        if self._free is None:
+            self._free = [
+                None if said[rank] else denoiser.room_on(self._devices[rank], self._later)
+                for rank in self._own
+            ]
+        size = of_module(denoiser.module)
+        beside = sum(of_module(other.module) for other in self._later)
+        return (
+            call.signature not in self._no_room
+            and all(limit is None or size <= limit for limit in said)
+            and all(room is None or size + beside <= _ROOM * room for room in self._free)
         )
 
     def _serves_tokens(self, denoiser: AsyncDenoiser) -> bool:
@@ -197,8 +229,10 @@ def exact_mode(task: Task, config: ParallelConfig) -> Picked:
         mode, why = "sequence", "in exact steps devices share out the picture's tokens"
     elif task.guided and task.whole and ranks > 1 and not alone:
         mode, why = "split", "exact steps run a condition on each of two devices"
+    elif not task.whole:
+        why = "not each device has room for the whole denoiser"
     else:
-        why = "there are no parts that devices could share out, or no room for the whole denoiser"
+        why = "there are no parts that devices could share out"
     return Picked({"exact_mode": mode}, task.devices, why)
 
 

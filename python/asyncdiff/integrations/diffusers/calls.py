@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config import Branch
 from ...denoiser import AsyncDenoiser
-from ...errors import BatchError, InputError, SchedulerError, TokensError
+from ...errors import BatchError, InputError, MemoryLimitError, SchedulerError, TokensError
 from ...generation.report import GenerationReport
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
@@ -172,25 +172,34 @@ class Calls:
                 try:
                     result = self._step(branch, call, time)
                     break
-                except (BatchError, TokensError) as e:
-                    # Before anything was computed: the settings are for parts of what has none.
+                except (BatchError, TokensError, MemoryLimitError) as e:
+                    # Before anything was computed: the settings are for parts of what has none, or
+                    # for more than there is room for.
                     if not self._try_again(call, e):
                         raise
                 self.denoiser.stop()
-                branch.times = branch.generation = None
+                branch.times = None
+                for every in self._found.all:  # of a step, too, the rest begins
+                    every.generation = None
         except BaseException:
             self._forget()
             raise
         self._found.returned()
         return result
 
-    def _try_again(self, call: Call, error: BatchError | TokensError) -> bool:
-        """Whether a call whose batch, or tokens, have no parts is to be made once more, with other
-        settings or as the first one of two."""
+    def _try_again(self, call: Call, error: BatchError | TokensError | MemoryLimitError) -> bool:
+        """Whether a call whose batch, or tokens, have no parts, or that has no room, is to be made
+        once more, with other settings or as the first one of two. In a group all processes have
+        the same error."""
         if self.auto is not None:
-            log.warning("settings are picked once more: %s", error)
-            return self.auto.keep_together(call, tokens=isinstance(error, TokensError))
-        if isinstance(error, TokensError):
+            if isinstance(error, MemoryLimitError):
+                again = self.auto.has_no_room(call)
+            else:
+                again = self.auto.keep_together(call, tokens=isinstance(error, TokensError))
+            if again:
+                log.warning("settings are picked once more: %s", error)
+            return again
+        if not isinstance(error, BatchError):
             return False
         if self.run.pipe is None or self._expected > 1:
             return False
@@ -246,11 +255,12 @@ class Calls:
         """Begin a generation where this call does not belong to the one under way; what is returned
         then is to be open during the call."""
         old, generation = branch.times, branch.generation
-        if old is None or generation is None:
+        if old is None:
             return self._begin(branch, self._first_times(branch, time), time, call)
         step = self._found.step - branch.start
-        if generation.next_step != step:
-            # It was left out in steps before this one: what its ranks have is too old.
+        if generation is None or generation.next_step != step:
+            # It was left out in steps before this one: what its ranks have is too old. Or it was
+            # given up where another branch took other settings.
             return self._begin(branch, old.after(step), time, call)
         if step == old.telling:
             corrected = old.corrected(step, time)

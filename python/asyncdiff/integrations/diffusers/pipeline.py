@@ -112,7 +112,7 @@ def parallelize(
         settings["components"] = 1
         if group is None:
             settings["devices"] = (every := every_device(devices))[:1]
-    config = ParallelConfig.of(config, settings)
+    config = ParallelConfig.of(config, settings, group)
     picks_mode = auto is None and config.exact_mode == AUTO
     if picks_mode:
         config = replace(config, exact_mode="chain")
@@ -129,22 +129,24 @@ def parallelize(
         check_order(getattr(pipe, "scheduler", None))
     later = prepare == BACKGROUND
     plain = {n: plain_copy(twin(module)) for n, module in modules.items()} if later else {}
+    spread: dict[str, AsyncDenoiser] = {}
     made: dict[str, tuple[AsyncDenoiser, AutoSettings | None]] = {}
     with contextlib.ExitStack() as undo:
         for name, module in modules.items():
             path = None if checkpoint is None else checkpoint.get(name)
-            spread = AsyncDenoiser(
+            spread[name] = AsyncDenoiser(
                 twin(module), group=group, results=results, checkpoint=path, config=config
             )
-            undo.callback(spread.close)
-            places, me = spread.places, spread.team.process
-            own = every or [p.device for p in places if p.process == me]
-            there = every or [p.device for p in places]
+            undo.callback(spread[name].close)
+        for count, (name, one) in enumerate(spread.items(), start=1):
+            processes = [one.team.process] * len(every) or [p.process for p in one.places]
+            own = [rank for rank, process in enumerate(processes) if process == one.team.process]
+            there = every or [p.device for p in one.places]
             chosen = None
             if auto is not None or picks_mode:
                 kind = AutoExactMode if picks_mode else AutoSettings
-                chosen = kind(auto or "", there, config, own, len(modules))
-            made[name] = spread, chosen
+                chosen = kind(auto or "", there, config, own, list(spread.values())[count:])
+            made[name] = one, chosen
         handle = Handle(pipe, made, {n: x.to(made[n][0].home) for n, x in plain.items()})
         undo.pop_all()
     return handle
