@@ -33,7 +33,6 @@ from .devices import Place
 from .exchange.awaited import until_done
 from .exchange.channels import Channels
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
-from .exchange.inputs import SharedInputs
 from .exchange.meetings import warn_of_queues
 from .executor import RankQueue, blamed
 from .input_cache import InputCache
@@ -200,7 +199,8 @@ class Engine:
             fresh = self.conditioning.changed(tensors)
             home = tensors[self._latents[0]].device
             if self.channels.inputs is not None:
-                tensors, earlier = self._shared(self.channels.inputs, tick, tensors, earlier)
+                shared = self.channels.inputs
+                tensors, earlier = shared.of_tick(tick, tensors, earlier, self._latents)
                 caller, ready = None, READY_NOW
             if self.cuda:
                 caller = caller or (ready.everything if fresh else ready.moves) or Caller(home)
@@ -221,13 +221,12 @@ class Engine:
                     if worker.rank not in tick.ranks:
                         self._queue.submit(worker.rank, worker.feed, inputs)
             # Only now those of other processes, which may wait for what this one has issued.
-            arrivals = self.channels.arrivals
-            busy = [w.stream for w in self.workers if w.stream is not None]
-            results = {
-                run.step: arrivals[run.rank].take(caller, busy)
-                for run in tick.runs
-                if run.step is not None and run.rank in arrivals
-            }
+            results = {}
+            if arrivals := self.channels.arrivals:
+                busy = [w.stream for w in self.workers if w.stream is not None]
+                for run in tick.runs:
+                    if run.step is not None and run.rank in arrivals:
+                        results[run.step] = arrivals[run.rank].take(caller, busy)
             results |= {step: self._queue.result(each) for step, each in issued.items()}
             self._queue.check()
             if self.team.first_only and self.team.process != 0:
@@ -239,36 +238,24 @@ class Engine:
 
     def _issue(self, tick: Tick, inputs: Inputs) -> dict[int, Any]:
         """Issue the runs of this process's ranks; what will be the results, by step."""
-        mine = [(s, self.by_rank[s.rank]) for s in tick.segments if s.rank in self.by_rank]
-        submit, apart = self._queue.submit, self._meet and self.cuda and self._hosts > 1
-        if self._meet and self.cuda:
+        submit, meets = self._queue.submit, self._meet and self.cuda
+        apart = meets and self._hosts > 1
+        if meets:
             # Where ranks wait for each other in the midst of their runs, no copy may come behind a
             # run, in a queue of the same GPU,
-            for segment, worker in mine:
-                submit(worker.rank, worker.take_ahead, segment, inputs)
-        issued = [submit(w.rank, w.issue, s, inputs, not apart) for s, w in mine]
+            for segment in tick.segments:
+                if (worker := self.by_rank.get(segment.rank)) is not None:
+                    submit(worker.rank, worker.take_ahead, segment, inputs)
+        issued: dict[int, Any] = {}
+        for segment in tick.segments:
+            if (worker := self.by_rank.get(segment.rank)) is not None:
+                made = submit(worker.rank, worker.issue, segment, inputs, not apart)
+                if segment.step is not None:
+                    issued[segment.step] = worker if apart else made
         if apart:  # and none before its end, where other hosts take part: see exchange/awaited.py
-            until_done(w.stream for _, w in mine if w.stream is not None)
-            mine = [(s, w) for s, w in mine if s.step is not None]
-            issued = [submit(w.rank, w.deliver, inputs) for _, w in mine]
-        return {s.step: x for (s, _), x in zip(mine, issued, strict=True) if s.step is not None}
-
-    def _shared(
-        self,
-        inputs: SharedInputs,
-        tick: Tick,
-        tensors: Sequence[torch.Tensor],
-        earlier: Earlier,
-    ) -> tuple[list[torch.Tensor], Earlier]:
-        """The inputs of a tick with those that move of process 0, now and at earlier steps."""
-        out, step = list(tensors), tick.serves[0]
-        mine = [tensors[i] for i in self._latents]
-        caller = Caller(mine[0].device) if self.cuda else None
-        for i, tensor in zip(
-            self._latents, inputs.share(step, mine, tick.latents, caller), strict=True
-        ):
-            out[i] = tensor
-        return out, {k: inputs.earlier(k) for k in earlier}
+            until_done(w.stream for w in self.workers if w.stream is not None)
+            return {step: submit(w.rank, w.deliver, inputs) for step, w in issued.items()}
+        return issued
 
     def check(self) -> None:
         """Raise RankError for what is known to have gone wrong, without waiting; on CUDA that is

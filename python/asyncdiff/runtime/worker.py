@@ -326,8 +326,7 @@ class Worker:
         self.held.clear()
         self.static.clear()
         self.kept.clear()
-        self._last = None
-        self._outputs = []
+        self._last, self._outputs = None, []
         self.mailbox.clear()
         self.receivers.clear()
         self.senders.clear()
@@ -344,7 +343,8 @@ class Worker:
         if issued.computed is not None:
             self._last = issued
         self._outputs = issued.outputs
-        return self.deliver(inputs) if deliver and action.step is not None else None
+        now = deliver and action.step is not None
+        return self._copies.deliver(issued.outputs, inputs.caller) if now else None
 
     def _accept(self, action: Action, inputs: Inputs) -> None:
         """Take what a run is given, and choose the row of its timestep."""

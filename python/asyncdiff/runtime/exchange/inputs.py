@@ -12,7 +12,8 @@ import torch
 
 import asyncdiff_core as core
 
-from ..step import Caller
+from ...schedule.actions import Tick
+from ..step import Caller, Earlier
 from .credits import Credits
 from .results import Arrivals
 
@@ -50,6 +51,22 @@ class SharedInputs:
         self._kept = {k: v for k, v in self._kept.items() if k >= oldest}
         self._kept[step] = out = self._exchange(mine, caller)
         return out
+
+    def of_tick(
+        self,
+        tick: Tick,
+        tensors: Sequence[torch.Tensor],
+        earlier: Earlier,
+        latents: Sequence[int],
+    ) -> tuple[list[torch.Tensor], Earlier]:
+        """The inputs of a tick with those that move, ``latents`` by index, of process 0, now and
+        at earlier steps."""
+        out, step = list(tensors), tick.serves[0]
+        mine = [tensors[i] for i in latents]
+        caller = None if self._stream is None else Caller(mine[0].device)
+        for i, tensor in zip(latents, self.share(step, mine, tick.latents, caller), strict=True):
+            out[i] = tensor
+        return out, {k: self.earlier(k) for k in earlier}
 
     def earlier(self, step: int) -> list[torch.Tensor]:
         """Those of an earlier tick."""
