@@ -298,11 +298,11 @@ def test_a_rank_that_fails_and_the_generation_after() -> None:
     worker = denoiser._engine.workers[1]  # type: ignore[union-attr]
     sound, left = worker.execute, [3]
 
-    def broken(slots: Any) -> Any:
+    def broken(slots: Any, *place: int) -> Any:
         left[0] -= 1
         if left[0] == 0:
             raise RuntimeError("a cosmic ray")
-        return sound(slots)
+        return sound(slots, *place)
 
     worker.execute = broken  # type: ignore[method-assign]
     with pytest.raises(RankError, match=r"rank 1 .*cosmic ray"):

@@ -149,7 +149,7 @@ def test_from_a_process_group(tmp_path: Path) -> None:
     results = group.run(core_torch.group, 3, tmp_path)
     all_ = [[f"{mark}{p}" for p in range(3)] for mark in ("first", "second")]
     assert [heard for heard, _ in results] == [all_, [*all_, ["1", "2"]], [*all_, ["1", "2"]]]
-    assert "pass a ProcessGroup that this process is in" in results[0][1]
+    assert "this process is not in the group" in results[0][1]
 
 
 def test_from_no_process_group() -> None:
