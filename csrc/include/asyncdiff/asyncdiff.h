@@ -112,10 +112,10 @@ ASYNCDIFF_API asyncdiff_code asyncdiff_put(asyncdiff_channel* channel, const voi
 ASYNCDIFF_API asyncdiff_code asyncdiff_get(asyncdiff_channel* channel, int receiver, int slot,
                                            void* stream);
 /* Between GPUs of several hosts: wait on the host until `count` bundles since the last reset have
-   arrived at a receiver here, or until the slot of the `count`-th was released, for its sender here.
-   A get, or a put, then waits for no other host on the device, where the driver would let nobody
-   enqueue what ends that wait while it loads a kernel or frees memory. Elsewhere they return at
-   once. */
+   arrived at a receiver here, or until the slot of the `count`-th was released, for its sender
+   here. A get, or a put, then waits for no other host on the device, where the driver would let
+   nobody enqueue what ends that wait while it loads a kernel or frees memory. Elsewhere they return
+   at once. */
 ASYNCDIFF_API asyncdiff_code asyncdiff_wait_for(asyncdiff_channel* channel, int receiver,
                                                 uint64_t count);
 ASYNCDIFF_API asyncdiff_code asyncdiff_wait_free(asyncdiff_channel* channel, uint64_t count);
