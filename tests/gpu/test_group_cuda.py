@@ -24,22 +24,17 @@ def test_bits(place: str, processes: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_bits_between_hosts(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["components", "tokens"])
+def test_between_hosts(what: str, place: str, tmp_path: Path) -> None:
     """Over NCCL, where a thread of each process has to enqueue its part while others wait."""
     devices_for(place, 2)
-    alone = group_cuda.alone(place, 2)
-    work = group_cuda.bits_between_hosts
+    work, alone = {
+        "components": (group_cuda.bits_between_hosts, lambda: group_cuda.alone(place, 2)),
+        "tokens": (group_cuda.tokens_between_hosts, lambda: group_cuda.tokens_alone(place)),
+    }[what]
+    wanted = alone()
     for found in run(work, 2, tmp_path, [place], fork=False, hosts="ab"):
-        assert found == alone
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_tokens_between_hosts(place: str, tmp_path: Path) -> None:
-    devices_for(place, 2)
-    alone = group_cuda.tokens_alone(place)
-    work = group_cuda.tokens_between_hosts
-    for found in run(work, 2, tmp_path, [place], fork=False, hosts="ab"):
-        assert found == alone
+        assert found == wanted
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -208,13 +208,14 @@ class Engine:
                 # The ranks' threads may still read these after the caller went on to change them.
                 moving = {*self._latents, *fresh}
                 tensors = [t.clone() if i in moving else t for i, t in enumerate(tensors)]
-                copied = {k: t.clone() for k, t in times.items() if isinstance(t, torch.Tensor)}
-                times = {**times, **copied}
+                times = {
+                    k: t.clone() if isinstance(t, torch.Tensor) else t for k, t in times.items()
+                }
             self._ticks += 1
             if self.channels.sent is not None:
                 self.channels.sent.add(tick)
-            known = self.conditioning.version
-            inputs = Inputs(self._ticks, tensors, times, earlier, fresh, known, caller)
+            version = self.conditioning.version
+            inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
             issued = self._issue(tick, inputs)
             if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:

@@ -105,6 +105,7 @@ class Worker:
         self.senders: dict[int, Ways] = {}
         #: where its noise predictions go besides, if they do
         self.result: Result | None = None
+        #: room on other hosts, where ranks are on several
         self.credits: Credits | None = None
         #: where tokens are shared out: its part in the meetings of all ranks
         self.meetings: Meetings | None = None
@@ -183,7 +184,7 @@ class Worker:
         """Capture the graph of a run with these slots, if it is still missing."""
         with self.current():
             self.rows.prepare()
-            for place in range(self.result.slots if slots[2] and self.result else 1):
+            for place in range(self.result.channel.slots if slots[2] and self.result else 1):
                 self.graphs.record((slots, place), functools.partial(self.execute, slots, place))
         if self.meetings is not None:
             self.meetings.check(self.graphs.used)
@@ -216,8 +217,6 @@ class Worker:
     def begin(self, steps: int) -> None:
         """A generation of so many steps begins. Call when idle."""
         self.rows.begin(steps)
-        if self.result is not None:
-            self.result.begin()
         if self.credits is not None:
             self.credits.begin()
 
@@ -258,9 +257,9 @@ class Worker:
 
     def run(self, slots: Runs) -> Issued:
         """Issue one run; its outputs are valid until the next one, in order of the stream."""
-        place = self.result.next_place() if slots[2] and self.result else 0
+        place = 0
         if self.credits is not None:
-            self.credits.take_for(slots, self.senders, self.result)
+            place = self.credits.take_for(slots, self.senders, self.result)
         return self.graphs.issue((slots, place), lambda: self.execute(slots, place))
 
     def execute(self, slots: Runs, place: int = 0) -> Issued:

@@ -24,6 +24,10 @@ _LOOK = 5e-5
 class Bundles(Protocol):
     """A rank's end of a way by which it is given bundles."""
 
+    @property
+    def slots(self) -> int:
+        """How many bundles there is room for."""
+
     def get(self, receiver: int, slot: int, stream: torch.cuda.Stream | None = None) -> None:
         """Wait until the next bundle lies in ``slot``."""
 
@@ -41,6 +45,11 @@ class Awaited:
     def __init__(self, channel: core.Channel) -> None:
         self._channel = channel
         self._taken = 0
+
+    @property
+    def slots(self) -> int:
+        """How many bundles there is room for."""
+        return self._channel.slots
 
     def begin(self) -> None:
         """The fabric is reset: nothing was sent yet."""

@@ -308,8 +308,7 @@ class Channels:
             place = self._places[self.own_rank]
             end = self._end(channel, rank, self.own_rank)
             self.arrivals[rank] = Arrivals(
-                *(end, layout, self.own_rank, place, leaves, positions, self._stream),
-                channel.slots,
+                end, layout, self.own_rank, place, leaves, positions, self._stream
             )
 
     def _share(self, moving: Sequence[torch.Tensor]) -> None:
@@ -325,8 +324,7 @@ class Channels:
             place, count = self._places[self.own_rank], len(moving)
             end = self._end(channel, self._seats[0], self.own_rank)
             arrivals = Arrivals(
-                *(end, layout, self.own_rank, place, [None] * count, range(count), self._stream),
-                channel.slots,
+                end, layout, self.own_rank, place, [None] * count, range(count), self._stream
             )
         self.inputs = SharedInputs(channel, arrivals, self._stream)
 

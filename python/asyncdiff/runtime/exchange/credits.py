@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import asyncdiff_core as core
 
@@ -24,16 +24,18 @@ class Credits:
         """The fabric is reset: nothing was sent yet."""
         self._sent.clear()
 
-    def take(self, channels: Iterable[core.Channel]) -> None:
-        """A bundle is to be sent on each of these. Raises what the core does."""
-        for channel in channels:
-            sent = self._sent[channel] = self._sent.get(channel, 0) + 1
-            channel.wait_free(sent)
+    def take(self, channel: core.Channel) -> int:
+        """The slot of the next bundle on this channel, free. Raises what the core does."""
+        sent = self._sent.get(channel, 0)
+        self._sent[channel] = sent + 1
+        channel.wait_free(sent + 1)
+        return sent % channel.slots
 
-    def take_for(self, slots: Runs, senders: Mapping[int, Ways], result: Result | None) -> None:
-        """A run is to send what its ``slots`` say to these. Raises what the core does."""
+    def take_for(self, slots: Runs, senders: Mapping[int, Ways], result: Result | None) -> int:
+        """The slot of the noise prediction, if a run is to send one besides what else its ``slots``
+        say, all of them free. Raises what the core does."""
         _, write, delivers = slots
         if write != NOTHING:
-            self.take(by_slot[write].channel for by_slot in senders.values())
-        if delivers and result is not None:
-            self.take([result.channel])
+            for by_slot in senders.values():
+                self.take(by_slot[write].channel)
+        return self.take(result.channel) if delivers and result is not None else 0

@@ -30,7 +30,6 @@ class SharedInputs:
     ) -> None:
         self._channel, self._arrivals, self._stream = channel, arrivals, stream
         self._credits = Credits()
-        self._sent = 0
         #: those of the last ticks, by the first step that each served
         self._kept: dict[int, list[torch.Tensor]] = {}
 
@@ -40,7 +39,6 @@ class SharedInputs:
         self._credits.begin()
         if self._arrivals is not None:
             self._arrivals.begin()
-        self._sent = 0
 
     def share(
         self, step: int, mine: Sequence[torch.Tensor], needed: Sequence[int], caller: Caller | None
@@ -75,9 +73,7 @@ class SharedInputs:
     def _exchange(self, mine: Sequence[torch.Tensor], caller: Caller | None) -> list[torch.Tensor]:
         if self._arrivals is not None:
             return self._arrivals.take(caller)
-        slot = self._sent % self._channel.slots
-        self._sent += 1
-        self._credits.take([self._channel])
+        slot = self._credits.take(self._channel)
         dense = [t.contiguous() for t in mine]
         if caller is None or self._stream is None:
             self._channel.put(dense, slot)

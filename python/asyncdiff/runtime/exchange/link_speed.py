@@ -172,7 +172,7 @@ class _Bench:
 
     def _put(self, channel: core.Channel, data: torch.Tensor, slot: int, stream: Any) -> None:
         if channel in self._awaited:
-            self._credits.take([channel])
+            self._credits.take(channel)
         channel.put([data], slot, stream)
 
     def _end(self, channel: core.Channel) -> Bundles:

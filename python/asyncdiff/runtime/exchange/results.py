@@ -27,7 +27,7 @@ SLOTS, SLOTS_BETWEEN_HOSTS = 1, 2
 MODE = "kernel"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
     """A rank's end of the way that its noise predictions take: what is put there, of its outputs.
     ``fabric`` puts it and bundles in one launch."""
@@ -36,22 +36,6 @@ class Result:
     channel: core.Channel
     layout: core.Layout
     positions: tuple[int, ...]
-    #: in this generation
-    sent: int = 0
-
-    @property
-    def slots(self) -> int:
-        """Slots of the channel, which predictions use in turn."""
-        return self.channel.slots
-
-    def begin(self) -> None:
-        """The fabric is reset: nothing was sent yet."""
-        self.sent = 0
-
-    def next_place(self) -> int:
-        """The slot of the next prediction, which is to be sent now."""
-        self.sent += 1
-        return (self.sent - 1) % self.channel.slots
 
     def values(self, outputs: Sequence[Any]) -> list[torch.Tensor]:
         """The tensors of the outputs, as they are laid out."""
@@ -63,8 +47,7 @@ class Arrivals:
     """A process's end of the way that noise predictions of a rank of another process take.
 
     ``seat`` is its rank there, at ``place``. ``outputs`` are the leaves of the denoiser's result,
-    with constants where they are constant; ``positions`` are those of its tensors. The channel has
-    ``slots``.
+    with constants where they are constant; ``positions`` are those of its tensors.
     """
 
     def __init__(
@@ -76,7 +59,6 @@ class Arrivals:
         outputs: Sequence[Any],
         positions: Sequence[int],
         stream: torch.cuda.Stream | None,
-        slots: int,
     ) -> None:
         self._channel, self._layout, self._seat = channel, layout, seat
         self._outputs, self._positions = list(outputs), positions
@@ -84,7 +66,7 @@ class Arrivals:
         #: by slot
         self._values = [
             tensors_in(memory_of(channel.slot(seat, slot), place.device), layout)
-            for slot in range(slots)
+            for slot in range(channel.slots)
         ]
         self._taken = 0
 
