@@ -273,8 +273,9 @@ class AsyncDenoiser(Spread):
         with recording() as spent:
             call = joined(call)
             given = functools.partial(self._given_to, generation, call)
-            which, others = generation.branch, self._branches.engines(generation.branch.index)
-            self._engine, call = self._engine_for(call, "begin a generation", given, which, others)
+            which = generation.branch
+            named = {"given": given, "beside": self._branches.engines(which.index)}
+            self._engine, call = self._engine_for(call, which, what="begin a generation", **named)
             phases = phases_of(generation.spec, self._engines, self._engine, call, which)
         every = self._took(self._engine, spent)
         generation.begin(phases, call, spent, every, self._branches.ready(call))

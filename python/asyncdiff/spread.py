@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,7 @@ class Spread(ReadOnlySettings, Locked):
         return by_values(call, self._values) if self._by_value else call
 
     def _engine_for(
-        self,
-        call: Call,
-        what: str = "prepare",
-        given: Callable[[], Mapping[str, str]] = dict,
-        branch: Branch = ONLY,
-        beside: Sequence[Engine | Groups] = (),
+        self, call: Call, branch: Branch = ONLY, **options: Any
     ) -> tuple[Engine | Groups, Call]:
         """The engine for a call (see :meth:`~.runtime.engine_cache.EngineCache.get`), and the call
         that it is for: where the denoiser cannot be exported for all values of masks, that with
@@ -142,7 +137,7 @@ class Spread(ReadOnlySettings, Locked):
         try:
             if cut and self._by_value:
                 raise _uncut("It was prepared for these masks alone")
-            return self._engines.get(call, what, given, branch, beside), call
+            return self._engines.get(call, branch=branch, **options), call
         except CaptureError as e:
             valued = by_values(call, self._values)
             if valued is call or self._team.several:
@@ -150,7 +145,7 @@ class Spread(ReadOnlySettings, Locked):
             if cut:
                 raise _uncut(str(e)) from e
             log.info("the denoiser is prepared for these masks of tokens alone: %s", e)
-            engine = self._engines.get(valued, what, given, branch, beside)
+            engine = self._engines.get(valued, branch=branch, **options)
             self._by_value = True
             return engine, valued
 

@@ -561,14 +561,15 @@ def test_cache(run, tmp_path, monkeypatch):
 
 def test_cache_of_what_is_compiled(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for name in ("asyncdiff/note", "fxgraph/ab/graph", "xy/code.py", "mine/notes.txt"):
+    for name in ("asyncdiff/note", "fxgraph/ab/graph", "xy/cxyz.py", "mine/notes.txt", "me/cv.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("four")
     told = json.loads(run("cache", "show", "--json")[1])["compiled"]
-    assert told == {"folder": str(tmp_path), "bytes": 16}
+    assert told == {"folder": str(tmp_path), "bytes": 20}
     assert str(tmp_path) in run("cache", "show")[1]
     assert run("cache", "clear", "--compiled")[0] == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]  # what is nobody's but the user's
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["me", "mine"]  # what is nobody's but the user's
 
 
 @pytest.mark.slow

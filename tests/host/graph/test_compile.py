@@ -227,7 +227,7 @@ def test_a_constructor_that_raises_leaves_the_module_as_it_was(
     monkeypatch.setattr(where, "places_of", lambda config, team: gpus)
     seen = []
 
-    def raises(cache: EngineCache, *call: Any, **options: Any) -> None:
+    def raises(cache: EngineCache, call: Any, **options: Any) -> None:
         seen.append(module.up[0].weight.is_contiguous())
         raise torch.OutOfMemoryError("CUDA out of memory")
 

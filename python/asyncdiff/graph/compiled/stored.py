@@ -10,8 +10,8 @@ from pathlib import Path
 
 #: Notes of what is compiled, first, so that none is of what is gone; then what is inductor's.
 _NAMES = ("asyncdiff", "fxgraph", "aotautograd", "triton", "locks")
-#: Characters of the names of its other folders, which sources lie in by their hash.
-_HASHED = 2
+#: In its other folders sources lie by their hash, of which these characters are the folder's name.
+_HASHED = slice(1, 3)
 
 
 def folder() -> Path:
@@ -40,7 +40,12 @@ def clear(where: Path) -> None:
 
 def _own(where: Path) -> Iterator[Path]:
     named = [where / name for name in _NAMES]
-    hashed = [p for p in where.glob("*") if len(p.name) == _HASHED] if where.is_dir() else []
-    for path in (*named, *hashed):
-        if path.is_dir() and not path.is_symlink():
+    every = list(where.iterdir()) if where.is_dir() else []
+    for path in (*named, *(p for p in every if len(p.name) == 2)):
+        if path.is_dir() and not path.is_symlink() and (path in named or _by_hash(path)):
             yield path
+
+
+def _by_hash(path: Path) -> bool:
+    inside = [p.name for p in path.iterdir() if p.name != "__pycache__"]
+    return all(name[_HASHED] == path.name for name in inside)
