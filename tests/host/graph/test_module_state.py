@@ -11,7 +11,7 @@ import reference
 import torch
 from export_cache import uncached
 from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_sd3
-from toys import toy, toy_call
+from toys import tower, toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser
@@ -306,6 +306,16 @@ def test_a_graph_for_which_nothing_was_compared_changes_no_state() -> None:
         state.learn(captured.guards)
         assert state.number() != number
     assert state.structure is not before
+
+
+def test_where_the_weights_lie_is_no_other_state() -> None:
+    """Those of a denoiser leave its GPU when ranks have them: it is not prepared again, whenever
+    it is looked at next."""
+    module = tower()
+    state = ModuleState(module)
+    number, version = state.number(), state.version
+    module.to("meta")
+    assert state.number() == number and state.version != version
 
 
 def test_a_weight_that_was_merged_into_is_copied_anew() -> None:

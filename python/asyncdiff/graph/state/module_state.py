@@ -235,7 +235,7 @@ class _State:
             and not unused(layer, n)
         )
         weights = tuple(
-            (name, None if x is None else (self._own(x), x.shape, x.dtype, x.device))
+            (name, None if x is None else (self._own(x), x.shape, x.dtype))
             for where in (layer._parameters, layer._buffers)
             for _, name, x in entries(where, own)
         )
