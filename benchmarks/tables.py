@@ -33,6 +33,8 @@ PREPARATION = ROOT / "docs" / "guide" / "preparation.md"
 SEQUENCE = ROOT / "docs" / "guide" / "sequence.md"
 SETTINGS = ROOT / "docs" / "guide" / "settings.md"
 LINKS = ROOT / "docs" / "guide" / "links.md"
+PROCESSES = ROOT / "docs" / "guide" / "processes.md"
+COMFYUI = ROOT / "docs" / "guide" / "comfyui.md"
 PIPELINES = ROOT / "docs" / "pipelines.md"
 #: What calls of diffusers' Ulysses were timed on.
 _CALLS = ("one", "several")
@@ -64,6 +66,8 @@ def main() -> None:
             {"sequence": sequence, "shares": shares, "ulysses": ulysses, "merged": merged},
         ),
         (LINKS, {"links": links}),
+        (PROCESSES, {"processes": processes}),
+        (COMFYUI, {"comfyui": comfyui}),
         (PIPELINES, {"pipelines": pipelines}),
     )
     for path, tables in pages:
@@ -314,6 +318,31 @@ def links() -> str:
         + f"\n**Predicted**, not measured: {_source('links_predicted')}\n\n"
         + denoise_table.links(predicted["figures"], ", predicted")
     )
+
+
+def processes() -> str:
+    """A process for each GPU beside one process for all."""
+    table = [["", "processes, ms a loop", "one process", "ratio", "same bits"]]
+    modes = {"graph": "", "compiled": ", compiled"}
+    for key, row in _document("processes_2gpu")["figures"].items():
+        name, *_, mode = key.partition(", ")[0].split()
+        title = MODELS[name].title + modes[mode] + (", as on two hosts" if row["hosts"] else "")
+        each = [f"{row[key]['median']:.1f}" for key in ("processes_ms", "one_process_ms")]
+        table.append([title, *each, f"{row['ratio']:.3f}", "yes" if row["same_bits"] else "no"])
+    return f"{_source('processes_2gpu')}\n\n{markdown(table)}"
+
+
+def comfyui() -> str:
+    """ComfyUI's own sampler, plainly and through the node."""
+    document = _document("comfyui_2gpu")
+    (model,) = document["figures"].values()
+    table = [["", "s a run", "times ComfyUI's own", "first run, s", "difference of latents"]]
+    for way, row in model["ways"].items():
+        took = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["s"])
+        far = f"{row['distance_to_plain']:.0e}" if row["distance_to_plain"] else ""
+        table.append([way, took, f"{row['times_plain']:.2f}", f"{row['first_s']:.1f}", far])
+    source = _source("comfyui_2gpu").replace("benchmarks/denoise/", "benchmarks/comfyui/")
+    return f"{source}\n\n{markdown(table)}"
 
 
 def ulysses() -> str:
