@@ -53,8 +53,9 @@ class ParallelConfig:
             ``"estimate"`` (from FLOPs and bytes, the same on every machine), one list of module
             paths for each component, or the ``partition.cuts`` of an earlier run.
         speeds: how fast the ranks' devices are, in any unit, one entry a rank (further ones are for
-            devices that are not used): components are cut for that. None: equal devices count as
-            equally fast, until their components are timed; of unequal GPUs each kind is measured.
+            devices that are not used): components are cut for that, and tokens shared out. None:
+            equal devices count as equally fast, until their components are timed; of unequal GPUs
+            each kind is measured.
         memory: what each rank's component may take of its device: bytes, or ``"10GB"`` (10⁹) or
             ``"9.5GiB"``, for all ranks or a list with an entry for each (further ones are for
             devices that are not used). The cut is the fastest within that, by what is estimated

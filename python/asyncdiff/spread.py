@@ -140,7 +140,7 @@ class Spread(ReadOnlySettings, Locked):
             return self._engines.get(call, branch=branch, **options), call
         except CaptureError as e:
             valued = by_values(call, self._values)
-            if valued is call or self._team.several:
+            if valued is call:
                 raise
             if cut:
                 raise _uncut(str(e)) from e

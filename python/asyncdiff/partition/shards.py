@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -21,6 +22,7 @@ from ..sequence.shares import Decide, Shares, joint
 from .cost import Costs, estimate
 from .partition import Component, Partition
 from .report import ComponentReport, PartitionReport
+from .speeds import at_speeds
 
 #: Milliseconds, as estimates count them, that a matrix product of few rows takes with what follows
 #: it. On an H200 a rank with all of the text took 1.6 ms longer than one with as many other tokens
@@ -62,21 +64,27 @@ class Shards(Partition):
         reports = []
         for c in self.components:
             parts = {n: _part(self.sharding, n, c.index, self.shares) for n in run}
-            ms = sum(costs.ms[n] * part for n, part in parts.items())
+            ms = sum(costs.on(c.index)[n] * part for n, part in parts.items())
             macs = round(sum(costs.macs[n] * part for n, part in parts.items()))
             weights = sum(self.captured.weights[w].numel() for w in c.weights)
             paths = [p for p in map(self.captured.module_path, run) if p] or [""]
             mine = sum(part > 0 for part in parts.values())
             reports.append(ComponentReport(mine, ms, macs, weights, paths[0], paths[-1]))
         whole = sum(costs.ms[n] for n in run)
-        return PartitionReport(reports, [], costs.source, None, whole, memory=self.memory())
+        speeds = list(self.speeds)
+        return PartitionReport(reports, [], costs.source, None, whole, speeds, self.memory())
 
 
 def shards(
-    captured: Captured, ranks: int, costs: Costs | None = None, decide: Decide = joint
+    captured: Captured,
+    ranks: int,
+    costs: Costs | None = None,
+    decide: Decide = joint,
+    speeds: Sequence[float] | None = None,
 ) -> Shards:
     """``captured`` with its tokens shared out among so many ranks. ``costs``: for its report
-    (None: estimated). ``decide``: how many of each stream each rank has.
+    (None: estimated). ``decide``: how many of each stream each rank has. ``speeds``: how fast the
+    ranks' devices are, relative to each other, which ``joint`` goes by (None: alike).
 
     Raises TokensError for a denoiser in which tokens cannot be followed, or of which too much
     would be computed by each rank, saying by which operations; and where there are too few tokens.
@@ -85,6 +93,9 @@ def shards(
     _check(captured, sharding)
     longest = sharding.longest()
     assert longest is not None
+    if speeds is not None:
+        costs = at_speeds(costs or estimate(captured), speeds, [[rank] for rank in range(ranks)])
+        decide = partial(joint, speeds=speeds)
     shares = decide(longest.segments, ranks, _fixed(captured, sharding, longest))
     if len(longest.owners(shares)) < ranks:
         raise TokensError(

@@ -59,20 +59,25 @@ def on_kinds(costs: Mapping[str, Costs], first: str, runners: Sequence[Sequence[
     counts.
     """
     total = {kind: sum(c.ms.values()) for kind, c in costs.items()}
-    slowest = [max(kinds, key=total.__getitem__) for kinds in runners]
+    kinds = [max(kinds, key=total.__getitem__) for kinds in runners]
     told = costs[first]
-    sources = list(dict.fromkeys(costs[kind].source for kind in (first, *slowest)))
-    each = tuple(costs[kind].ms for kind in slowest)
-    if len(set(slowest)) == 1 and slowest[0] == first:
+    sources = list(dict.fromkeys(costs[kind].source for kind in (first, *kinds)))
+    each = tuple(costs[kind].ms for kind in kinds)
+    if len(set(kinds)) == 1 and kinds[0] == first:
         each = ()
     return Costs(told.ms, told.macs, "; ".join(sources), each)
+
+
+def slowest(speeds: Sequence[float], runners: Sequence[Sequence[int]]) -> list[float]:
+    """The speed of each component: of the ranks that run it the slowest one's."""
+    return [min(speeds[rank] for rank in ranks) for ranks in runners]
 
 
 def at_speeds(costs: Costs, speeds: Sequence[float], runners: Sequence[Sequence[int]]) -> Costs:
     """Costs of components whose ranks' devices are as fast as ``speeds`` say, relative to each
     other; ``costs`` are those of the first rank's. ``runners``: the ranks that run each
     component, of which the slowest counts."""
-    factors = [speeds[0] / min(speeds[rank] for rank in ranks) for ranks in runners]
+    factors = [speeds[0] / speed for speed in slowest(speeds, runners)]
     if set(factors) == {1.0}:
         return costs
     tables = {f: slower(costs.ms, f) for f in dict.fromkeys(factors)}

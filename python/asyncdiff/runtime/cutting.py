@@ -27,7 +27,7 @@ from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
 from ..partition.rescaled import Measured
 from ..partition.shards import Shards, shards
-from ..partition.speeds import at_speeds, on_kinds, runners
+from ..partition.speeds import at_speeds, on_kinds, runners, slowest
 from ..phases import phase
 from ..preparation.captures import kept_capture
 from ..preparation.cuts import KeptCuts
@@ -150,8 +150,9 @@ class Cutter:
         captured = like.captured if like is not None and known else self._capture(call)
         if known and isinstance(like, Shards) and len(like.components) == ranks:
             return like
+        speeds = self._speeds(captured, call, ranks)
         with phase("cut"):
-            made = shards(captured, ranks)
+            made = shards(captured, ranks, speeds=speeds)
         # Each runs with a share of what the graph says, so that says too much of activations.
         self._fits(made, replace(self._limits(ranks, 1, places), runs=False))
         return made
@@ -183,11 +184,10 @@ class Cutter:
     def _limits(self, components: int, copies: int, places: Sequence[Place] = ()) -> Limits:
         """What each component may need: what was said, else what is free on the devices of its
         ranks."""
-        config = self._config
+        config, each = self._config, list[int | None]()
         said = [config.memory_of(rank) for rank in range(len(self._places))]
         room = self._room() if None in said else said
         by_rank = [b if a is None else a for a, b in zip(said, room, strict=True)]
-        each: list[int | None] = []
         running = runners(components, copies, len(self._places))
         if components != config.components and places:
             here = [next(r for r, p in enumerate(self._places) if p is place) for place in places]
@@ -198,8 +198,8 @@ class Cutter:
         edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]
         slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
         engines = components if config.schedule == "pipeline" else 1
-        free, compressed = config.memory is None, config.compresses is not None
-        return Limits(tuple(each), slots, engines, free, compressed=compressed)
+        compressed = config.compresses is not None
+        return Limits(tuple(each), slots, engines, config.memory is None, compressed=compressed)
 
     def _room(self) -> list[int | None]:
         """Bytes that are free for each rank, looked at before the first cut. Collective."""
@@ -209,16 +209,13 @@ class Cutter:
                 self._free = [None] * len(units)
                 return self._free
 
-            def mine() -> list[int | None]:
-                here = [p.device for p in self._places if p.process == self._team.process]
-                return [room_for(device, self._weights) for device in here]
-
-            found = [room for of in self._team.together("look at memory", mine) for room in of]
+            here = [p.device for p in self._places if p.process == self._team.process]
+            found = self._team.together(
+                "look at memory", lambda: [room_for(device, self._weights) for device in here]
+            )
+            each = zip(itertools.chain(*found), units, strict=True)
             # Ranks that share a device share what is free, nobody knows how.
-            self._free = [
-                room if units.count(unit) == 1 else None
-                for room, unit in zip(found, units, strict=True)
-            ]
+            self._free = [room if units.count(unit) == 1 else None for room, unit in each]
         return self._free
 
     def _within(self, limits: Limits, cut: Callable[[Limits], Partition]) -> Partition:
@@ -256,26 +253,32 @@ class Cutter:
         """Whether nodes are measured on several devices, because these are of several kinds."""
         return self._config.speeds is None and len({p.kind for p in self._places}) > 1
 
+    def _speeds(self, captured: Captured, call: Call, ranks: int) -> Sequence[float] | None:
+        """How fast ranks' devices are that have shares of the tokens; None: alike. Collective."""
+        each: Sequence[float] | None = self._config.speeds
+        if self._unequal and self._config.split == "auto":
+            costs = self._on_each_kind(captured, call)
+            each = [1 / sum(costs[place.kind].ms.values()) for place in self._places]
+        return each and slowest(each, runners(ranks, 1, len(self._places)))
+
     def _known(self, kept: Callable[[], KeptCuts]) -> bool:
         """Whether nothing has to be measured."""
         return self._team.by(0, "look for costs", lambda: kept().costs() is not None)
 
     def _on_each_kind(self, captured: Captured, call: Call) -> dict[str, Costs]:
         """What nodes cost on the first device of each kind, for all processes. Collective."""
-        first: dict[str, Place] = {}
-        for place in self._places:
-            first.setdefault(place.kind, place)
-        nodes = captured.nodes
+        first = {place.kind: place for place in reversed(self._places)}
 
         def mine() -> list[Any]:
-            here = [p for p in first.values() if p.process == self._team.process]
+            here = [p for p in self._places if p.process == self._team.process]
+            here = [p for p in here if p is first[p.kind]]
             each = [(p.kind, self._measured(captured, call, p)) for p in here]
-            return [(kind, c.source, [c.ms[n] for n in nodes]) for kind, c in each]
+            return [(kind, c.source, [c.ms[n] for n in captured.nodes]) for kind, c in each]
 
         found = self._team.together("measure the denoiser's nodes", mine)
         macs = count_macs(captured)
         return {
-            kind: Costs(dict(zip(nodes, ms, strict=True)), macs, source)
+            kind: Costs(dict(zip(captured.nodes, ms, strict=True)), macs, source)
             for of_process in found
             for kind, source, ms in of_process
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -37,33 +38,40 @@ def even(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Share
     return Shares(ranks)
 
 
-def joint(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
-    """As much work on every rank, by tokens of all streams together: a stream that is short is on
-    few ranks, mostly on one, and others have more of the long one instead.
+def joint(
+    segments: Sequence[int],
+    ranks: int,
+    fixed: Mapping[int, int],
+    speeds: Sequence[float] | None = None,
+) -> Shares:
+    """As much work on every rank, or as much as its speed says, by tokens of all streams together:
+    a stream that is short is on few ranks, mostly on one, and others have more of the long one
+    instead. Where a rank would have no token at all, every stream is shared out evenly.
 
     A rank that has a few tokens of a stream launches all of its kernels, and these take nearly as
     long as for all tokens of a short one; so that counts. Streams of the same length are shared
     out alike.
     """
-    if len(segments) < 2:
+    parts = [1.0] * ranks if speeds is None else list(speeds)
+    if len(segments) < 2 and len(set(parts)) == 1:
         return Shares(ranks)
     for least in (fixed, {}):  # which a stream between others may leave a rank nothing but
-        shares = _joint(segments, ranks, least)
+        shares = _joint(segments, parts, least)
         if all(_tokens(shares, segments, rank) for rank in range(ranks)):
             return shares
     return Shares(ranks)
 
 
-def _joint(segments: Sequence[int], ranks: int, fixed: Mapping[int, int]) -> Shares:
-    """As much work on every rank, with so much for a stream at least."""
-    tokens, counts = sum(segments), Counter(segments)
+def _joint(segments: Sequence[int], parts: Sequence[float], fixed: Mapping[int, int]) -> Shares:
+    """Work in these proportions on the ranks, with so much for a stream at least."""
+    ranks, tokens, counts = len(parts), sum(segments), Counter(segments)
     # Not more than would leave to one rank nothing else.
     works = {
         n: n + max(min(fixed.get(n, 0), (tokens // times - ranks * n) // max(ranks - 1, 1)), 0)
         for n, times in counts.items()
     }
     total, before = sum(works[n] for n in segments), 0
-    ends = [total * rank // ranks for rank in range(ranks + 1)]
+    ends = [int(total * part / sum(parts)) for part in accumulate(parts, initial=0.0)]
     bounds = {}
     for length, times in counts.items():
         places = [min(max(end - before, 0) // times, length) for end in ends]

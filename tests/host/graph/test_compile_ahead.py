@@ -159,6 +159,29 @@ def test_settings_are_those_of_the_other_process() -> None:
 
 # ---- processes -----------------------------------------------------------------------------------
 
+
+#: In such a process: nobody asks whether products whose sizes are odd are faster padded.
+UNPADDED = """import torch
+from torch._inductor.fx_passes import pad_mm
+from asyncdiff.graph.compiled.worker import _stay_off_gpus
+
+asked = []
+pad_mm._should_pad = lambda *_, **__: asked.append(1) or True
+pad_mm.has_triton = pad_mm.check_device = lambda *_: True
+half = [torch.empty(size, 1536, dtype=torch.bfloat16) for size in (333, 1536)]
+assert pad_mm.should_pad(None, *half, torch.ops.aten.mm) and asked
+_stay_off_gpus()
+assert not pad_mm.should_pad(None, *half, torch.ops.aten.mm) and len(asked) == 1
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_run_on_gpus_to_find_out_whether_to_pad() -> None:
+    """As inductor does otherwise, with memory that such a process is not to take."""
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", UNPADDED], check=True, env=os.environ | path, timeout=100)
+
+
 #: In the place of a process that compiles: does what a job says, and says what it is called.
 LIGHT = """import json, os, socket, struct, sys, time
 there = socket.socket(fileno=int(sys.argv[2]))
@@ -175,7 +198,8 @@ while True:
         os._exit(3)
     if job == b"sleep":
         time.sleep(60)
-    said = json.dumps("" if job == b"good" else job.decode()).encode()
+    error = "" if job == b"good" else job.decode()
+    said = json.dumps([error, error and "where"]).encode()
     there.sendall(struct.pack("!Q", len(said)) + said)
 """
 

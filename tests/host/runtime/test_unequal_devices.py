@@ -11,10 +11,11 @@ from typing import Any
 
 import group_unequal
 import pytest
+import reference
 import torch
 from group import run
 from tiny_pipelines import draw as picture
-from tiny_pipelines import tiny_sd
+from tiny_pipelines import tiny_flux, tiny_sd
 from toys import Toy, toy_call
 
 import asyncdiff
@@ -24,6 +25,7 @@ from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Partition, partition
+from asyncdiff.partition.shards import Shards
 from asyncdiff.runtime import cutting, devices, making, rebalance
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.engine import Engine
@@ -97,6 +99,37 @@ def test_cards_of_two_kinds_are_each_measured(
     for t, got in zip([900, 500, 100], seen[0][1], strict=True):
         want = plain(**toy_call() | {"timestep": torch.tensor(t)})[0]
         assert torch.allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("speeds", [None, [1.0, 0.5]])
+def test_tokens_are_shared_out_by_speed(
+    monkeypatch: pytest.MonkeyPatch, speeds: list[float] | None
+) -> None:
+    """As nodes of cards of two kinds are measured, or as was said; for exact steps of components,
+    too."""
+    (plain, call), (pipe, _) = tiny_flux(), tiny_flux()
+    want = picture(plain, call, num_inference_steps=3)
+    monkeypatch.setattr("asyncdiff.partition.shards._PRODUCT_MS", 0.0)
+    if speeds is None:
+        Cards(monkeypatch, {"A": 1.0, "B": 2.0})
+    with asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, schedule="sequence", speeds=speeds
+    ) as handle:
+        got = picture(pipe, call, num_inference_steps=3)
+        parts = handle.partition
+        assert isinstance(parts, Shards)
+        longest = parts.sharding.longest()
+        assert longest is not None
+        mine, other = (longest.local(rank, parts.shares) for rank in range(2))
+        assert mine == pytest.approx(2 * other, abs=2) and other > 0
+        report = parts.report()
+        assert report.speeds == [1.0, 0.5] and "1 at 50 %" in str(report)
+        assert report.components[0].ms == pytest.approx(report.components[1].ms, rel=0.35)
+    assert reference.distance(got, want) < 1e-5
+    with asyncdiff.parallelize(
+        pipe, devices=["cpu"] * 2, components=2, warmup=3, exact_mode="sequence", speeds=speeds
+    ):
+        assert reference.distance(picture(pipe, call, num_inference_steps=3), want) < 1e-5
 
 
 _graph: list[Captured] = []

@@ -67,6 +67,40 @@ def test_it_is_known_by_the_products_of_the_stream(monkeypatch: pytest.MonkeyPat
     assert _tokens(shards(captured, 2).shares, (16, 8)) == [(12, 0), (4, 8)]
 
 
+@pytest.mark.parametrize(
+    ("segments", "speeds", "want"),
+    [
+        ((100,), [1, 0.6], [(62,), (38,)]),
+        ((8192,), [2, 1, 1], [(4096,), (2048,), (2048,)]),
+        ((9, 90), [1, 0.5], [(9, 57), (0, 33)]),
+        ((90, 9), [1, 0.5], [(66, 0), (24, 9)]),
+        ((4,), [1e-3, 1], [(2,), (2,)]),  # nobody has nothing
+    ],
+)
+def test_ranks_have_as_much_as_their_speeds_say(
+    segments: tuple[int, ...], speeds: list[float], want: list[tuple[int, ...]]
+) -> None:
+    assert _tokens(joint(segments, len(speeds), {}, speeds), segments) == want
+    half = [s / 2 for s in speeds]
+    assert joint(segments, len(speeds), {}, half) == joint(segments, len(speeds), {}, speeds)
+    alike = joint(segments, len(speeds), {}, [3.0] * len(speeds))
+    assert alike == joint(segments, len(speeds), {})
+
+
+@pytest.mark.parametrize("name", ["PixArt", "SD3"])
+def test_shares_by_speed_compute_the_same(name: str) -> None:
+    captured, call, (want,) = sequence.of_family(name)
+    values = sequence.values(captured, call)
+    parts = shards(captured, 3, speeds=[1.0, 0.5, 0.25])
+    outputs, _ = sequence.run(captured, parts.sharding, parts.shares, values)
+    longest = parts.sharding.longest()
+    assert longest is not None
+    mine = [longest.local(rank, parts.shares) for rank in range(3)]
+    assert mine[0] > mine[1] > mine[2] > 0
+    for (got,) in outputs:
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 def test_even_shares_have_text_on_all_ranks() -> None:
     captured, _, _ = sequence.of_family("SD3")
     first, second = _programs(shards(captured, 2, decide=even))

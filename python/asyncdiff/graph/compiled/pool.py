@@ -103,9 +103,12 @@ class _Process:
     def answer(self) -> str | None:
         """What went wrong, "" for nothing; None where there is no answer in a moment."""
         try:
-            return str(json.loads(receive(self.connection)))
+            error, where = map(str, json.loads(receive(self.connection)))
         except (OSError, EOFError, ValueError):
             return None
+        if error:
+            log.debug("a process could not compile a piece:\n%s", where)
+        return error
 
     @property
     def left(self) -> float:

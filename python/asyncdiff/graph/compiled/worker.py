@@ -9,6 +9,7 @@ import queue
 import select
 import socket
 import threading
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,13 +57,13 @@ def _listen(connection: socket.socket, parent: int, jobs: queue.SimpleQueue[byte
         os._exit(0)
 
 
-def _compiled(job: bytes) -> str:
-    """Compile a piece; what went wrong, "" for nothing."""
+def _compiled(job: bytes) -> tuple[str, str]:
+    """Compile a piece; what went wrong, and where; "" for nothing."""
     try:
         made(*unpacked(job))
     except Exception as e:
-        return reason(e)
-    return ""
+        return reason(e), traceback.format_exc()
+    return "", ""
 
 
 def _warm_up(devices: Sequence[str]) -> None:
@@ -83,9 +84,13 @@ def _stay_off_gpus() -> None:
     kernels, do without, too. Tensors without memory make a context only for what this process does
     not do, and kernels are loaded by who runs them.
     """
+    from torch._inductor.fx_passes import pad_mm
     from torch._subclasses import fake_tensor
 
     _leave_out(fake_tensor, "init_gpu_context")
+    # Whether to pad a product whose sizes are odd, inductor finds out by running it. Such products
+    # are those of a text here, whose rows do not matter.
+    _leave_out(pad_mm, "should_pad")
     # As where there is no GPU: numbers that patterns of inductor have as tensors stay on the CPU.
     fake_tensor.FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
     # Nor is any GPU made the current one.
@@ -101,4 +106,4 @@ def _stay_off_gpus() -> None:
 
 def _leave_out(owner: Any, name: str) -> None:
     if hasattr(owner, name):
-        setattr(owner, name, lambda *_: None)
+        setattr(owner, name, lambda *_, **__: None)
