@@ -10,8 +10,9 @@ from group import run
 
 #: Whose tests have so many ranks, and a part of them where all take more than a minute.
 FILES = {
-    "test_diffusers.py any_scheduler": (2, 3),
-    "test_diffusers.py not any_scheduler": (2, 3, 4),
+    "test_diffusers.py any_scheduler or image": (2, 3),
+    "test_diffusers.py transformers or flux": (2, 3, 4),
+    "test_diffusers.py not (any_scheduler or image or transformers or flux)": (2, 3, 4),
     "test_dropin_adapters.py ": (2, 3, 4),
     "test_dropin_branches.py ": (2,),
     "test_dropin_changes.py ": (2, 3, 4),
