@@ -16,8 +16,9 @@ from torch import nn
 from toys import toy, toy_call
 
 import asyncdiff_core as core
+import documents
+import guide_tables
 import results_file
-import tables
 from asyncdiff.graph.capture import capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import estimate
@@ -99,7 +100,7 @@ def test_the_table_has_ways_beside_each_other() -> None:
 def test_what_is_measured_and_what_is_predicted_stand_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
     tick = {"median": 10.0, "min": 10.0, "max": 10.0}
     row = {"title": "slow", "compress": "none", "tick_ms": tick, "exchange_mib": 1.0}
     figures = {"sdxl": {"title": "SDXL", "rows": {"x": row}}}
@@ -108,7 +109,7 @@ def test_what_is_measured_and_what_is_predicted_stand_apart(
     without = {"environment": environment | {"gpus": []}, "figures": figures}
     (tmp_path / "links_predicted.json").write_text(json.dumps(without))
     (tmp_path / "links_2gpu.json").write_text(json.dumps(document))
-    measured, predicted = tables.links().split("**Predicted**, not measured: ")
+    measured, predicted = guide_tables.links().split("**Predicted**, not measured: ")
     assert measured.startswith("Measured on 2 × H200, over simulated links: ")
     assert "### SDXL\n" in measured and "### SDXL, predicted\n" in predicted
 
