@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import accumulate
 
 
@@ -71,7 +72,9 @@ def _joint(segments: Sequence[int], parts: Sequence[float], fixed: Mapping[int, 
         for n, times in counts.items()
     }
     total, before = sum(works[n] for n in segments), 0
-    ends = [int(total * part / sum(parts)) for part in accumulate(parts, initial=0.0)]
+    # Exactly: rounded, the last one may not be the total, and a token would be nobody's.
+    *inner, whole = accumulate(map(Fraction, parts), initial=Fraction(0))
+    ends = [*(int(total * part / whole) for part in inner), total]
     bounds = {}
     for length, times in counts.items():
         places = [min(max(end - before, 0) // times, length) for end in ends]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -85,6 +86,21 @@ def test_ranks_have_as_much_as_their_speeds_say(
     assert joint(segments, len(speeds), {}, half) == joint(segments, len(speeds), {}, speeds)
     alike = joint(segments, len(speeds), {}, [3.0] * len(speeds))
     assert alike == joint(segments, len(speeds), {})
+
+
+@pytest.mark.parametrize(
+    "speeds", [[0.3, 1 / 3, 0.6, 0.1, 1], [0.7, 0.7], [0.3, 0.7, 0.8, 0.1], [1e-9, 1e9, 3]]
+)
+def test_every_token_is_some_ranks(speeds: list[float]) -> None:
+    """Of numbers that are no sums of powers of two, too."""
+    for segments in ((338,), (358,), (53, 53, 338), (512, 4239), (182, 2429, 1982), (98, 1618)):
+        shares = joint(segments, len(speeds), {}, speeds)
+        for n in segments:
+            bounds = [shares.of(n, rank) for rank in range(len(speeds))]
+            assert bounds[0][0] == 0 and bounds[-1][1] == n
+            assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(bounds))
+        if len(set(speeds)) == 1:
+            assert shares == joint(segments, len(speeds), {})
 
 
 @pytest.mark.parametrize("name", ["PixArt", "SD3"])
