@@ -15,7 +15,7 @@ from ..graph.program import build
 from ..schedule.plan import Exchange
 from .cost import Costs, estimate
 from .links import Links
-from .memory import Limits, Use, of_nodes
+from .memory import Limits, Use, no_room, of_nodes
 from .ownership import Owners, Split, balanced, by_cuts, by_modules
 from .report import BoundaryReport, ComponentReport, PartitionReport
 from .speeds import relative
@@ -84,6 +84,14 @@ class Partition:
         if self._uses is None or self._uses[0] != self.limits:
             self._uses = self.limits, self._memory()
         return list(self._uses[1])
+
+    def check(self, limits: Limits) -> None:
+        """Take ``limits``. Raises MemoryLimitError where what was given does not fit into what the
+        user allows, or its weights and mailboxes not into what is free."""
+        self.limits = limits
+        uses = self.memory()
+        if limits.over(uses) and not (limits.free and limits.runs):
+            raise no_room([u.total for u in uses], limits, "cut as given they need")
 
     def _memory(self) -> list[Use]:
         return [

@@ -22,7 +22,7 @@ from ..graph.tracing.symbols import OpenSizes
 from ..graph.weights import Weights
 from ..partition.cost import Costs, count_macs, estimate, fused, measure
 from ..partition.links import Links
-from ..partition.memory import Limits, no_room
+from ..partition.memory import Limits
 from ..partition.ownership import fit
 from ..partition.partition import Partition, partition
 from ..partition.rescaled import Measured
@@ -137,7 +137,7 @@ class Cutter:
             assert made is not None
             return made
         made = cut()
-        self._fits(made, limits)
+        made.check(limits)
         self._team.agree("cut the denoiser", lambda: of_partition(made))
         return made
 
@@ -154,7 +154,7 @@ class Cutter:
         with phase("cut"):
             made = shards(captured, ranks, speeds=speeds)
         # Each runs with a share of what the graph says, so that says too much of activations.
-        self._fits(made, replace(self._limits(ranks, 1, places), runs=False))
+        made.check(replace(self._limits(ranks, 1, places), runs=False))
         return made
 
     def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
@@ -231,14 +231,6 @@ class Cutter:
         made.limits = limits
         log.warning("memory may not suffice: %s", told)
         return made
-
-    def _fits(self, parts: Partition, limits: Limits) -> None:
-        """Raise MemoryLimitError where what was given does not fit into what the user allows, or
-        its weights and mailboxes not into what is free."""
-        parts.limits = limits
-        uses = parts.memory()
-        if limits.over(uses) and not (limits.free and limits.runs):
-            raise no_room([u.total for u in uses], limits, "cut as given they need")
 
     # ---- times -------------------------------------------------------------------------------
 

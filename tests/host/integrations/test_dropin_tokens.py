@@ -18,6 +18,7 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.integrations.diffusers.auto import AutoSettings, exact_mode
 from asyncdiff.integrations.diffusers.pipeline import plan_partition
 from asyncdiff.partition.memory import of_module
+from asyncdiff.partition.shards import Shards
 from asyncdiff.quality import Task
 from asyncdiff.runtime import devices
 from asyncdiff.schedule.plan import build
@@ -243,6 +244,21 @@ def test_a_plan_of_shares() -> None:
     unet, _ = FAMILIES["SD 1.5"]()
     with pytest.raises(asyncdiff.TokensError):
         plan_partition(unet, 2, tokens=True, height=64, width=64)
+
+
+def test_a_plan_of_shares_by_speed_and_within_memory() -> None:
+    """As engines have them: what is said of cards that are not used counts for nothing."""
+    pipe, _ = FAMILIES["FLUX"]()
+    sizes = {"measure": False, "tokens": True, "height": 128, "width": 128}
+    parts = plan_partition(pipe, 2, speeds=[1, 0.25, 9], memory=["1GB", "1GB", 1], **sizes)
+    assert isinstance(parts, Shards)
+    report = parts.report()
+    assert report.speeds == [1.0, 0.25] and "1 at 25 %" in str(report)
+    assert report.components[0].macs > 2 * report.components[1].macs
+    with pytest.raises(asyncdiff.InputError, match="speeds has 1 entries"):
+        plan_partition(pipe, 2, speeds=[1], **sizes)
+    with pytest.raises(asyncdiff.MemoryLimitError, match=r"component 1 .* of 0\.5 MB"):
+        plan_partition(pipe, 2, memory=["1GB", "500kB"], **sizes)
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def plan_partition(
     ``copies``: ranks that run the last component, as many as the stride but for waves.
     ``speeds`` and ``memory``: of the ranks' devices, as in :class:`asyncdiff.ParallelConfig`.
     ``tokens``: not split, but with its tokens shared out among so many ranks. Raises TokensError
-    where they cannot be.
+    where they cannot be, MemoryLimitError where that does not fit.
     """
     check_numbers(components, 1, 1)
     module = find_denoiser(pipe)
@@ -252,16 +252,20 @@ def plan_partition(
     costs = None
     if measure if measure is not None else where.type != "meta" and home.type != "meta":
         costs = measure_costs(captured, call.tensors, where)
-    if tokens:
-        return shards(captured, components, costs)
-    if speeds is not None:
-        ranks = components + copies - 1
-        check_entries("speeds", speeds, ranks)
-        costs = at_speeds(costs or estimate(captured), speeds, runners(components, copies, ranks))
+    ranks = components + copies - 1
+    check_entries("speeds", speeds, ranks)
     limits = None
     if memory is not None:
         allowed = ParallelConfig(memory=memory).memory_of
-        running = runners(components, copies, components + copies - 1)
+        running = runners(components, copies, ranks)
         each = (min(filter(None, map(allowed, mine)), default=None) for mine in running)
-        limits = Limits(tuple(each))
+        limits = Limits(tuple(each), runs=not tokens)  # activations are those of all tokens
+    if tokens:
+        of_ranks = None if speeds is None else list(speeds)[:ranks]
+        parts = shards(captured, ranks, costs, speeds=of_ranks)
+        if limits is not None:
+            parts.check(limits)
+        return parts
+    if speeds is not None:
+        costs = at_speeds(costs or estimate(captured), speeds, runners(components, copies, ranks))
     return partition(captured, components, split, costs=costs, copies=copies, limits=limits)
