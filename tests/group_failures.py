@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from group import Member
 from group_bits import digest
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from toys import Toy, attention, attention_call, toy, toy_call
 
-from asyncdiff import AsyncDenoiser
-from asyncdiff.errors import AsyncDiffError
+from asyncdiff import AsyncDenoiser, spread
+from asyncdiff.errors import AsyncDiffError, CaptureError, InputError
+from asyncdiff.processes.team import Team
 from asyncdiff.progress import heartbeat
+from asyncdiff.runtime import cutting
 from asyncdiff.runtime.exchange.meetings import Meetings
 from asyncdiff.runtime.worker import Worker
 from asyncdiff.sampling.calibration import Calibration, Shape
@@ -196,6 +199,82 @@ def raised(member: Member) -> Any:
     except (ValueError, KeyboardInterrupt) as e:
         found = {"kind": type(e).__name__, "text": str(e)}
     found["again"] = loop(denoiser, call)
+    denoiser.close()
+    return found
+
+
+#: What processes raise at once, each something else.
+AT_ONCE: list[list[type[Exception] | None]] = [
+    [CaptureError, RuntimeError, None],
+    [RuntimeError, CaptureError, CaptureError],
+    [CaptureError, InputError, None],
+    [InputError, RuntimeError, ValueError],
+    [None, CaptureError, CaptureError],
+]
+
+
+def at_once(member: Member) -> list[str]:
+    """What a process is told where several have errors of their own, by case of AT_ONCE."""
+    found, team = [], Team.of(member.group(), 20)
+    for case in AT_ONCE:
+        kind = case[member.process]
+
+        def work(kind: Any = kind) -> None:
+            if kind is not None:
+                raise kind("mine")
+
+        try:
+            team.together("try", work)
+        except Exception as e:
+            found.append(type(e).__name__)
+    team.close()
+    return found
+
+
+class Picks(nn.Module):
+    """Reads those of its tokens that a mask has: its sizes depend on the mask's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = (nn.Linear(4, 4, dtype=torch.double) for _ in range(2))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: Any, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> Any:
+        picked = tokens[mask.bool()].sum(0)
+        return (self.leave(self.enter(sample).tanh() + picked * timestep.reshape(-1, 1)),)
+
+
+def values(member: Member) -> list[Any]:
+    """Process 1 cannot export such a denoiser, the option: or look at its mask, once; what each is
+    told, and how far from the plain result the next calls are, of two masks."""
+    module = Picks().eval()
+    one = torch.tensor(0.5, dtype=torch.double)
+    inputs = [torch.randn(2, *rest, 4).double() for rest in ((), (3,))]
+    masks = [torch.tensor([[1, 1, 0], [1, 0, x]]) for x in (0, 1)]
+    denoiser = AsyncDenoiser(module, group=member.group(), split="estimate", deadline=20)
+
+    def far(mask: torch.Tensor) -> float:
+        with denoiser.generation([one]):
+            (got,) = denoiser(inputs[0], one, inputs[1], mask)
+        return float((got - module(inputs[0], one, inputs[1], mask)[0]).abs().max())
+
+    def fail(*_: Any) -> None:
+        raise ValueError("not now")
+
+    owner, name = {"export": (cutting, "kept_capture"), "look": (spread, "by_values")}[
+        member.option
+    ]
+    does = getattr(owner, name)
+    if member.process == 1:
+        setattr(owner, name, fail)
+    try:
+        found: list[Any] = [told(lambda: far(masks[0]))["text"]]
+    except ValueError as e:
+        found = [str(e)]
+    setattr(owner, name, does)
+    found += [far(mask) for mask in (*masks, masks[0])]
     denoiser.close()
     return found
 

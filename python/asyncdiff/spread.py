@@ -139,8 +139,14 @@ class Spread(ReadOnlySettings, Locked):
                 raise _uncut("It was prepared for these masks alone")
             return self._engines.get(call, branch=branch, **options), call
         except CaptureError as e:
-            valued = by_values(call, self._values)
-            if valued is call:
+            valued = call
+
+            def look() -> bool:
+                nonlocal valued
+                valued = by_values(call, self._values)
+                return valued is not call
+
+            if not self._team.every("look at the values of masks", look):
                 raise
             if cut:
                 raise _uncut(str(e)) from e

@@ -147,7 +147,8 @@ class Team:
         """What ``work`` returned in every process (``by``: in this one alone; None of the others).
 
         Where it raises in one process, it raises in all: there what it raised, elsewhere the same
-        kind of error, or ProcessError. Nobody goes on alone.
+        kind of error, or ProcessError. Nobody goes on alone, nor where errors differ: one of ours,
+        after which there may be another way, is raised only where no process has another one.
         """
         if self._fabric is None:
             return [work()]
@@ -159,12 +160,14 @@ class Team:
         except BaseException as e:
             error = e
         found = self.gather(what, [mine, _told(error)])
-        if error is not None:
+        failed = [(process, told) for process, (_, told) in enumerate(found) if told is not None]
+        if not failed:
+            return [value for value, _ in found]
+        process, told = min(failed, key=lambda of: _kind(of[1]) is not None)
+        own = _told(error)
+        if error is not None and own is not None and _kind(own) in (None, _kind(told)):
             raise error
-        for process, (_, told) in enumerate(found):
-            if told is not None:
-                raise _raised(process, what, told)
-        return [value for value, _ in found]
+        raise _raised(process, what, told) from error
 
     def by(self, process: int, what: str, work: Callable[[], _T]) -> _T:
         """What ``work`` returns in one process, for all of them."""
@@ -245,16 +248,19 @@ def _told(error: BaseException | None) -> list[Any] | None:
 
 def _raised(process: int, what: str, told: list[Any]) -> Exception:
     """What is raised here for an error of another process: one of ours is the same kind here."""
-    name, text, memory = told
-    kind = getattr(errors, name, None)
-    if (
-        isinstance(kind, type)
-        and issubclass(kind, AsyncDiffError)
-        and not issubclass(kind, (RankError, MismatchError))
-    ):
-        same: Exception = kind(f"{text} (said by process {process} of the group)")
-        return same
+    _, text, memory = told
+    kind = _kind(told)
+    if kind is not None:
+        return kind(f"{text} (said by process {process} of the group)")
     return ProcessError(process, f"process {process} could not {what}: {text}", memory)
+
+
+def _kind(told: list[Any]) -> type[AsyncDiffError] | None:
+    """The kind of an error that is raised in all processes alike; None for others."""
+    kind = getattr(errors, told[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, AsyncDiffError)):
+        return None
+    return None if issubclass(kind, (RankError, MismatchError)) else kind
 
 
 def _differs(process: int, name: str, first: str, other: str) -> MismatchError:

@@ -95,6 +95,29 @@ def test_an_error_of_the_loop_is_told_at_once(
             assert f"({kind}: of my own)" in other["text"] and other["seconds"] < 5, other
 
 
+def test_errors_of_several_processes_at_once(tmp_path: Path) -> None:
+    """What is not ours is raised where it was, and everywhere else it is a ProcessError: nobody
+    takes another way after one of ours while others do not."""
+    assert list(map(list, zip(*run(group_failures.at_once, 3, tmp_path), strict=True))) == [
+        ["ProcessError", "RuntimeError", "ProcessError"],
+        ["RuntimeError", "ProcessError", "ProcessError"],
+        ["CaptureError", "CaptureError", "CaptureError"],
+        ["ProcessError", "RuntimeError", "ValueError"],
+        ["CaptureError", "CaptureError", "CaptureError"],
+    ]
+
+
+@pytest.mark.parametrize("option", ["export", "look"])
+def test_a_process_fails_where_others_find_that_values_are_needed(
+    option: str, tmp_path: Path
+) -> None:
+    """Which then do not go on without it; the next call works."""
+    other, one = run(group_failures.values, 2, tmp_path, [option])
+    assert "process 1 could not" in other[0] and "ValueError: not now" in other[0]
+    assert one[0] == "not now"
+    assert max(*other[1:], *one[1:]) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", ["", "abc"])
 def test_gone_among_tokens(hosts: str, tmp_path: Path) -> None:
