@@ -47,7 +47,8 @@ def joint(
 ) -> Shares:
     """As much work on every rank, or as much as its speed says, by tokens of all streams together:
     a stream that is short is on few ranks, mostly on one, and others have more of the long one
-    instead. Where a rank would have no token at all, every stream is shared out evenly.
+    instead. A rank that would have no token at all has one; where streams of the same length leave
+    it none even so, all are shared out evenly.
 
     A rank that has a few tokens of a stream launches all of its kernels, and these take nearly as
     long as for all tokens of a short one; so that counts. Streams of the same length are shared
@@ -56,14 +57,17 @@ def joint(
     parts = [1.0] * ranks if speeds is None else list(speeds)
     if len(segments) < 2 and len(set(parts)) == 1:
         return Shares(ranks)
-    for least in (fixed, {}):  # which a stream between others may leave a rank nothing but
-        shares = _joint(segments, parts, least)
+    # Streams between others, or tiles, may leave a rank nothing but what is fixed.
+    for least, tile in ((fixed, _TILE), ({}, _TILE), ({}, 1)):
+        shares = _joint(segments, parts, least, tile)
         if all(_tokens(shares, segments, rank) for rank in range(ranks)):
             return shares
     return Shares(ranks)
 
 
-def _joint(segments: Sequence[int], parts: Sequence[float], fixed: Mapping[int, int]) -> Shares:
+def _joint(
+    segments: Sequence[int], parts: Sequence[float], fixed: Mapping[int, int], tile: int
+) -> Shares:
     """Work in these proportions on the ranks, with so much for a stream at least."""
     ranks, tokens, counts = len(parts), sum(segments), Counter(segments)
     # Not more than would leave to one rank nothing else.
@@ -74,12 +78,13 @@ def _joint(segments: Sequence[int], parts: Sequence[float], fixed: Mapping[int, 
     total, before = sum(works[n] for n in segments), 0
     # Exactly: rounded, the last one may not be the total, and a token would be nobody's.
     *inner, whole = accumulate(map(Fraction, parts), initial=Fraction(0))
-    ends = [*(int(total * part / whole) for part in inner), total]
+    exact = [*(int(total * part / whole) for part in inner), total]
+    ends = [min(max(end, r), max(total - ranks + r, 0)) for r, end in enumerate(exact)]
     bounds = {}
     for length, times in counts.items():
         places = [min(max(end - before, 0) // times, length) for end in ends]
         bounds[length] = tuple(
-            _at_tiles(places, length) if tokens >= _TILE * _TILES * ranks else places
+            _at_tiles(places, length, tile) if tokens >= _TILE * _TILES * ranks else places
         )
         before += works[length] * times
     return Shares(ranks, bounds)
@@ -89,6 +94,6 @@ def _tokens(shares: Shares, segments: Sequence[int], rank: int) -> int:
     return sum(end - begin for begin, end in (shares.of(n, rank) for n in segments))
 
 
-def _at_tiles(places: Sequence[int], length: int) -> list[int]:
+def _at_tiles(places: Sequence[int], length: int, tile: int) -> list[int]:
     """Where shares of a stream end, moved to the nearest ends of tiles."""
-    return [p if p == length else min(round(p / _TILE) * _TILE, length) for p in places]
+    return [p if p == length else min(round(p / tile) * tile, length) for p in places]

@@ -75,7 +75,10 @@ def test_it_is_known_by_the_products_of_the_stream(monkeypatch: pytest.MonkeyPat
         ((8192,), [2, 1, 1], [(4096,), (2048,), (2048,)]),
         ((9, 90), [1, 0.5], [(9, 57), (0, 33)]),
         ((90, 9), [1, 0.5], [(66, 0), (24, 9)]),
-        ((4,), [1e-3, 1], [(2,), (2,)]),  # nobody has nothing
+        ((4,), [1e-3, 1], [(1,), (3,)]),  # nobody has nothing
+        ((4096,), [1, 0.01], [(4055,), (41,)]),  # not even a tile
+        ((512, 4096), [1, 1, 1e-9], [(512, 1791), (0, 2304), (0, 1)]),
+        ((8, 8), [1, 1e-9, 1e-9], [(2, 2), (3, 3), (3, 3)]),
     ],
 )
 def test_ranks_have_as_much_as_their_speeds_say(
