@@ -216,10 +216,16 @@ class Weights:
         return not held.shared or _same_memory(held.tensor, weight)
 
     def bring(self, captured: Captured, name: str, device: torch.device) -> torch.Tensor:
-        """The weight of placeholder ``name`` on ``device``, of which nothing is kept here."""
+        """The weight of placeholder ``name`` on ``device``, of which nothing is kept here. Raises
+        InputError where it has no values."""
         heartbeat(f"reading weights: {name}")  # a disk may be slow
         weight = captured.weights[name]
-        if weight.device.type == "meta" and self._freed is not None:
+        if weight.device.type == "meta":
+            if self._freed is None:
+                raise InputError(
+                    f"{captured.names[name]} has no values (it is on the meta device): load the "
+                    "denoiser's weights, or say which file has them (checkpoint)"
+                )
             return self._freed.read(captured.names[name], weight).to(device)
         original = self._original(weight)
         if original is not None:  # where it was it stays

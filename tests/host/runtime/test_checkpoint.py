@@ -99,6 +99,17 @@ def test_refused(make: Any, options: dict[str, Any], message: str, tmp_path: Pat
     assert all(torch.equal(a, b) and a.device.type == "cpu" for a, b in kept)
 
 
+@pytest.mark.parametrize("split", ["auto", SPLIT])
+def test_weights_without_values_and_without_checkpoint(split: Any) -> None:
+    denoiser = AsyncDenoiser(toy().to("meta"), devices=["cpu"] * 2, split=split)
+    with pytest.raises(InputError, match=r"has no values .* which file has them \(checkpoint\)"):
+        loop(denoiser, toy_call())
+    denoiser.module.to_empty(device="cpu").load_state_dict(toy().state_dict())
+    found = loop(denoiser, toy_call())
+    assert split == "auto" or found == alone()
+    denoiser.close()
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     save_model(toy(), str(tmp_path / "a.safetensors"))
     save_model(toy(), str(tmp_path / "b.safetensors"))
