@@ -12,6 +12,7 @@ from toys import toy, toy_call
 
 import asyncdiff_core as core
 from asyncdiff import AsyncDenoiser
+from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.worker import Worker
 
 #: Every schedule, by how many ranks it has.
@@ -47,6 +48,30 @@ def settings(member: Member) -> list[str]:
         denoiser = AsyncDenoiser(toy(), group=group, deadline=20, results=member.option, **settings)
         found.append(generate(denoiser))
         denoiser.close()
+    return found
+
+
+def order(member: Member) -> list[list[str]]:
+    """What is issued and taken, in this order, in the last step: of engines that split guidance,
+    and of those that take turns."""
+    group, found, steps = member.group(), [], 4
+    for settings in (s for s in SETTINGS[2] if {"guidance", "schedule"} & s.keys()):
+        if settings.get("schedule") == "wavefront":
+            continue
+        done: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("issue", "results"):
+                work = getattr(Engine, name)
+
+                def noted(engine: Engine, *args: Any, _work: Any = work, **kwargs: Any) -> Any:
+                    done.append(_work.__name__)
+                    return _work(engine, *args, **kwargs)
+
+                patch.setattr(Engine, name, noted)
+            denoiser = AsyncDenoiser(toy(), group=group, deadline=20, **settings)
+            generate(denoiser, steps=steps)
+            denoiser.close()
+        found.append(done[-(len(done) // steps) :])
     return found
 
 

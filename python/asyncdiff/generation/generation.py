@@ -174,7 +174,8 @@ class Generation:
         for tick in ticks:
             times = {index: self._time(index + first, call) for index in tick.times}
             earlier = {k: self._inputs[k + first] for k in tick.latents if k + first != step}
-            results = phase.engine.tick(tick, call.tensors, times, earlier, ready=ready)
+            phase.engine.issue(tick, call.tensors, times, earlier, ready=ready)
+        results = phase.engine.results()
         return {k + first: leaves for k, leaves in results.items()} if first else results
 
     def _by_waves(self, step: int, call: Call, predictor: LatePredictor, ready: Ready) -> list[Any]:

@@ -43,6 +43,11 @@ class Groups:
         self._time = next(iter(call.indices(Role.TIMESTEP)), 0)
         #: The parts of conditioning, kept so that an engine sees the same tensors in every step.
         self._parts: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        #: Whether results are waited for on the host, as those of other hosts are: then not before
+        #: everything is issued, so that nobody waits for what this process has not begun.
+        self._late = len(set(self.team.hosts)) > 1
+        #: what was taken of the tick that was issued last
+        self._taken: list[dict[int, list[Any]]] = []
 
     @property
     def partition(self) -> Partition:
@@ -87,7 +92,7 @@ class Groups:
         for g, engine in enumerate(self.engines):
             engine.begin(steps, [p[g] for p in parts], ready)
 
-    def tick(
+    def issue(
         self,
         tick: Tick,
         tensors: Sequence[torch.Tensor],
@@ -95,23 +100,28 @@ class Groups:
         earlier: Earlier,
         *,
         ready: Ready = READY_NOW,
-    ) -> dict[int, list[Any]]:
-        """Issue one tick; the noise predictions of the whole batch, by step."""
+    ) -> None:
+        """Issue one tick of the whole batch; :meth:`results` are to be taken then."""
         parts = [self._parts_of(i, t) for i, t in enumerate(tensors)]
         # One for all: each engine has the caller's stream wait for its results, and those of one
         # condition are nothing that the next has to wait for.
         caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
+        self._taken = []
         try:
-            results = [
-                engine.tick(
-                    tick,
-                    [p[g] for p in parts],
-                    self._times_of(g, times),
-                    self._part_of(g, earlier),
-                    caller,
-                )
-                for g, engine in enumerate(self.engines)
-            ]
+            for g, engine in enumerate(self.engines):
+                given = [p[g] for p in parts], self._times_of(g, times), self._part_of(g, earlier)
+                engine.issue(tick, *given, caller)
+                if not self._late:
+                    self._taken.append(engine.results())
+        except BaseException as e:
+            self.abandon(e)
+            raise
+
+    def results(self) -> dict[int, list[Any]]:
+        """The noise predictions of the tick that was issued last, of the whole batch, by step."""
+        try:
+            results = self._taken or [engine.results() for engine in self.engines]
+            self._taken = []
         except BaseException as e:
             self.abandon(e)
             raise

@@ -107,6 +107,8 @@ class Engine:
         if compile is not None:
             team.together("compile its ranks", functools.partial(self._compile, compile))
         self._queue = RankQueue(list(self.by_rank), self.fabric.abort, threads=not self.cuda)
+        #: what :meth:`results` takes: of the tick that was issued last
+        self._under_way: tuple[Tick, dict[int, Any], Caller | None, torch.device]
         self._hosts = len({p.host for p in self.places})
         self._meet = any(w.meetings is not None for w in self.workers)
         if self._meet:
@@ -173,7 +175,7 @@ class Engine:
             self.fabric.reset()
         self._clean = False
 
-    def tick(
+    def issue(
         self,
         tick: Tick,
         tensors: Sequence[torch.Tensor],
@@ -181,13 +183,12 @@ class Engine:
         earlier: Earlier,
         caller: Caller | None = None,
         ready: Ready = READY_NOW,
-    ) -> dict[int, list[Any]]:
-        """Issue one tick at the latents in ``tensors``; the noise predictions by step.
+    ) -> None:
+        """Issue one tick at the latents in ``tensors``; :meth:`results` are to be taken then.
 
         ``times`` are the timestep arguments by index. Runs of steps in ``earlier`` take their
         latents, and whatever else changes from step to step, from there; nobody may write to them
-        any more. On CUDA the results are ready in order of the current stream of the latents'
-        device. ``caller``: when all inputs are ready, if that is not what the stream is at now:
+        any more. ``caller``: when all inputs are ready, if that is not what the stream is at now:
         other engines' results, which it waits for, may not be what this one has to wait for.
         ``ready``: the same, as far as it is known of what changes from step to step, which is all
         where nothing else is new, and of the rest.
@@ -216,19 +217,29 @@ class Engine:
                 self.channels.sent.add(tick)
             version = self.conditioning.version
             inputs = Inputs(self._ticks, tensors, times, earlier, fresh, version, caller)
-            issued = self._issue(tick, inputs)
+            self._under_way = tick, self._run_ranks(tick, inputs), caller, home
             if fresh:  # ranks that did not run in this tick need the new conditioning too
                 for worker in self.workers:
                     if worker.rank not in tick.ranks:
                         self._queue.submit(worker.rank, worker.feed, inputs)
-            # Only now those of other processes, which may wait for what this one has issued.
+        except BaseException as e:
+            error = self._failed(e)
+            raise error from error.__cause__
+
+    def results(self) -> dict[int, list[Any]]:
+        """The noise predictions of the tick that was issued last, by step; on CUDA ready in order
+        of the current stream of the latents' device. Those of other processes, which may wait for
+        what this one issues, are waited for. Raises RankError; the generation is abandoned then."""
+        try:
+            tick, issued, caller, home = self._under_way
             results = {}
             if arrivals := self.channels.arrivals:
                 busy = [w.stream for w in self.workers if w.stream is not None]
                 for run in tick.runs:
                     if run.step is not None and run.rank in arrivals:
                         results[run.step] = arrivals[run.rank].take(caller, busy)
-            results |= {step: self._queue.result(each) for step, each in issued.items()}
+            for step, each in issued.items():
+                results[step] = self._queue.result(each)
             self._queue.check()
             if self.team.first_only and self.team.process != 0:
                 return {step: self.channels.nothing(home) for step in tick.delivers}
@@ -237,7 +248,7 @@ class Engine:
             error = self._failed(e)
             raise error from error.__cause__
 
-    def _issue(self, tick: Tick, inputs: Inputs) -> dict[int, Any]:
+    def _run_ranks(self, tick: Tick, inputs: Inputs) -> dict[int, Any]:
         """Issue the runs of this process's ranks; what will be the results, by step."""
         submit, meets = self._queue.submit, self._meet and self.cuda
         apart = meets and self._hosts > 1

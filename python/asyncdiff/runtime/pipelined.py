@@ -55,8 +55,6 @@ class Pipelined(Groups):
         self._writes = Writes()
         #: conditioning by place: as it was when it was cut
         self._seen: dict[int, Seen] = {}
-        #: what came of the micro-batches so far, of the step that is under way
-        self._leaves: list[list[Any]] = []
 
     @property
     def places(self) -> list[Place]:
@@ -76,10 +74,9 @@ class Pipelined(Groups):
         """See :meth:`asyncdiff.runtime.engine.Engine.begin`."""
         self._seen.clear()
         self._writes.clear()
-        self._leaves.clear()
         super().begin(steps, tensors, ready)
 
-    def tick(
+    def issue(
         self,
         tick: Tick,
         tensors: Sequence[torch.Tensor],
@@ -87,12 +84,11 @@ class Pipelined(Groups):
         earlier: Earlier,
         *,
         ready: Ready = READY_NOW,
-    ) -> dict[int, list[Any]]:
-        """Issue one tick, of one micro-batch; nothing, or with the last one the noise predictions
-        of the whole batch, by step. Its parts are ready in order of the micro-batches' streams."""
+    ) -> None:
+        """Issue one tick, of one micro-batch; after the last one :meth:`results` are to be taken."""
         mine = tick.microbatch
         if mine == 0:
-            self._leaves.clear()
+            self._taken = []
         # What the caller's own stream makes, and its memory, have to wait for the micro-batch's.
         others = [t for t in times.values() if isinstance(t, torch.Tensor)]
         parts = []
@@ -104,18 +100,27 @@ class Pipelined(Groups):
                 others.append(found[mine])
             parts.append(found[mine])
         try:
+            engine = self.engines[mine]
             with on_stream(self._layout.streams[mine], others):
-                results = self.engines[mine].tick(tick, parts, self._times_of(mine, times), earlier)
+                engine.issue(tick, parts, self._times_of(mine, times), earlier)
+                if not self._late:
+                    self._taken.append(engine.results())
         except BaseException as e:
             self.abandon(e)
             raise
-        ((step, leaves),) = results.items()
-        self._leaves.append(leaves)
-        if mine < self.microbatches - 1:
-            return {}
-        whole = [self._join(leaves) for leaves in zip(*self._leaves, strict=True)]
-        self._leaves.clear()
-        return {step: whole}
+
+    def results(self) -> dict[int, list[Any]]:
+        """The noise predictions of the whole batch, by step. Its parts are ready in order of the
+        micro-batches' streams."""
+        if self._late:
+            try:
+                for engine, stream in zip(self.engines, self._layout.streams, strict=True):
+                    with on_stream(stream, ()):
+                        self._taken.append(engine.results())
+            except BaseException as e:
+                self.abandon(e)
+                raise
+        return super().results()
 
     def finish(self) -> None:
         """Wait for the generation's last work and raise what went wrong."""

@@ -16,7 +16,7 @@ import asyncdiff_core as core
 
 from ..devices import Place
 from ..step import Caller
-from .awaited import Bundles
+from .awaited import Awaited, Bundles
 from .buffers import as_laid_out, memory_of, tensors_in
 
 #: Slots of such a channel. On one host one will do: a prediction is taken long before the next one
@@ -90,8 +90,9 @@ class Arrivals:
         with torch.cuda.stream(main):  # whose memory they are
             new = [torch.empty_like(v, device=main.device) for v in values]
         # A kernel that waits takes a place of a multiprocessor: enough that kernels which fill all
-        # of them take two turns. So it begins to wait when this GPU has nothing else to do.
-        for stream in (main, *busy):
+        # of them take two turns. So it begins to wait when this GPU has nothing else to do. Where
+        # the host waits, no kernel does.
+        for stream in (main, *(() if isinstance(self._channel, Awaited) else busy)):
             mine.wait_stream(stream)
         self._channel.get(self._seat, slot, mine)
         with torch.cuda.stream(mine):
