@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def settings(member: Member) -> list[str]:
     return found
 
 
+def noted(work: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
+    """``work``, whose name is in ``done`` as often as it is called."""
+
+    def working(*args: Any, **kwargs: Any) -> Any:
+        done.append(work.__name__)
+        return work(*args, **kwargs)
+
+    return working
+
+
 def order(member: Member) -> list[list[str]]:
     """What is issued and taken, in this order, in the last step: of engines that split guidance,
     and of those that take turns."""
@@ -61,13 +72,7 @@ def order(member: Member) -> list[list[str]]:
         done: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             for name in ("issue", "results"):
-                work = getattr(Engine, name)
-
-                def noted(engine: Engine, *args: Any, _work: Any = work, **kwargs: Any) -> Any:
-                    done.append(_work.__name__)
-                    return _work(engine, *args, **kwargs)
-
-                patch.setattr(Engine, name, noted)
+                patch.setattr(Engine, name, noted(getattr(Engine, name), done))
             denoiser = AsyncDenoiser(toy(), group=group, deadline=20, **settings)
             generate(denoiser, steps=steps)
             denoiser.close()

@@ -85,7 +85,7 @@ class Pipelined(Groups):
         *,
         ready: Ready = READY_NOW,
     ) -> None:
-        """Issue one tick, of one micro-batch; after the last one :meth:`results` are to be taken."""
+        """Issue one tick, of one micro-batch; after the last one take :meth:`results`."""
         mine = tick.microbatch
         if mine == 0:
             self._taken = []

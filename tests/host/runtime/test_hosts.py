@@ -67,8 +67,8 @@ def test_the_host_waits_for_room_before_a_run_is_issued() -> None:
 
 @pytest.mark.parametrize("hosts", ["ab", pytest.param("aa", marks=pytest.mark.slow)])
 def test_nobody_waits_for_others_before_all_is_issued(hosts: str, tmp_path: Path) -> None:
-    """Between hosts, where the host waits for results: engines of conditions, and of pictures, would
-    run one after another."""
+    """Between hosts, where the host waits for results, or engines of conditions, and of pictures,
+    would run one after another."""
     together, in_turn = ["issue"] * 2 + ["results"] * 2, ["issue", "results"] * 2
     for found in run(group_hosts.order, 2, tmp_path, hosts=hosts):
         assert found == [together if hosts == "ab" else in_turn] * 2
