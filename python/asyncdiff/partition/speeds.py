@@ -59,11 +59,11 @@ def on_kinds(costs: Mapping[str, Costs], first: str, runners: Sequence[Sequence[
     counts.
     """
     total = {kind: sum(c.ms.values()) for kind, c in costs.items()}
-    kinds = [max(kinds, key=total.__getitem__) for kinds in runners]
+    slow = [max(kinds, key=total.__getitem__) for kinds in runners]
     told = costs[first]
-    sources = list(dict.fromkeys(costs[kind].source for kind in (first, *kinds)))
-    each = tuple(costs[kind].ms for kind in kinds)
-    if len(set(kinds)) == 1 and kinds[0] == first:
+    sources = list(dict.fromkeys(costs[kind].source for kind in (first, *slow)))
+    each = tuple(costs[kind].ms for kind in slow)
+    if len(set(slow)) == 1 and slow[0] == first:
         each = ()
     return Costs(told.ms, told.macs, "; ".join(sources), each)
 

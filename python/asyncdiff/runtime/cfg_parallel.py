@@ -6,7 +6,8 @@ do not know of each other. Two groups of ranks can take one each, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,28 +108,37 @@ class Groups:
         # condition are nothing that the next has to wait for.
         caller = Caller(tensors[self._moving[0]].device) if self.engines[0].cuda else None
         self._taken = []
-        try:
+        with self._abandoned():
             for g, engine in enumerate(self.engines):
                 given = [p[g] for p in parts], self._times_of(g, times), self._part_of(g, earlier)
                 engine.issue(tick, *given, caller)
                 if not self._late:
-                    self._taken.append(engine.results())
-        except BaseException as e:
-            self.abandon(e)
-            raise
+                    self._take(g)
 
     def results(self) -> dict[int, list[Any]]:
         """The noise predictions of the tick that was issued last, of the whole batch, by step."""
-        try:
-            results = self._taken or [engine.results() for engine in self.engines]
-            self._taken = []
-        except BaseException as e:
-            self.abandon(e)
-            raise
+        if self._late:
+            with self._abandoned():
+                for g in range(len(self.engines)):
+                    self._take(g)
+        results, self._taken = self._taken, []
         return {
             step: [self._join(leaves) for leaves in zip(*(r[step] for r in results), strict=True)]
             for step in results[0]
         }
+
+    def _take(self, group: int) -> None:
+        """Take an engine's results."""
+        self._taken.append(self.engines[group].results())
+
+    @contextlib.contextmanager
+    def _abandoned(self) -> Iterator[None]:
+        """Where it raises, the generation is abandoned, by all engines."""
+        try:
+            yield
+        except BaseException as e:
+            self.abandon(e)
+            raise
 
     @property
     def recovers(self) -> bool:
@@ -152,12 +162,9 @@ class Groups:
 
     def finish(self) -> None:
         """Wait for the generation's last work and raise what went wrong."""
-        try:
+        with self._abandoned():
             for engine in self.engines:
                 engine.finish()
-        except BaseException as e:
-            self.abandon(e)
-            raise
 
     def abandon(self, cause: BaseException | None = None) -> None:
         """Stop a generation in the middle."""

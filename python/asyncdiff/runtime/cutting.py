@@ -184,10 +184,11 @@ class Cutter:
     def _limits(self, components: int, copies: int, places: Sequence[Place] = ()) -> Limits:
         """What each component may need: what was said, else what is free on the devices of its
         ranks."""
-        config, each = self._config, list[int | None]()
+        config = self._config
         said = [config.memory_of(rank) for rank in range(len(self._places))]
         room = self._room() if None in said else said
         by_rank = [b if a is None else a for a, b in zip(said, room, strict=True)]
+        each: list[int | None] = []
         running = runners(components, copies, len(self._places))
         if components != config.components and places:
             here = [next(r for r, p in enumerate(self._places) if p is place) for place in places]
@@ -259,11 +260,12 @@ class Cutter:
 
     def _on_each_kind(self, captured: Captured, call: Call) -> dict[str, Costs]:
         """What nodes cost on the first device of each kind, for all processes. Collective."""
-        first = {place.kind: place for place in reversed(self._places)}
+        first: dict[str, Place] = {}
+        for place in self._places:
+            first.setdefault(place.kind, place)
 
         def mine() -> list[Any]:
-            here = [p for p in self._places if p.process == self._team.process]
-            here = [p for p in here if p is first[p.kind]]
+            here = [p for p in first.values() if p.process == self._team.process]
             each = [(p.kind, self._measured(captured, call, p)) for p in here]
             return [(kind, c.source, [c.ms[n] for n in captured.nodes]) for kind, c in each]
 

@@ -99,28 +99,15 @@ class Pipelined(Groups):
                 found = self._parts_of(index, tensor)
                 others.append(found[mine])
             parts.append(found[mine])
-        try:
-            engine = self.engines[mine]
-            with on_stream(self._layout.streams[mine], others):
-                engine.issue(tick, parts, self._times_of(mine, times), earlier)
-                if not self._late:
-                    self._taken.append(engine.results())
-        except BaseException as e:
-            self.abandon(e)
-            raise
+        with self._abandoned(), on_stream(self._layout.streams[mine], others):
+            self.engines[mine].issue(tick, parts, self._times_of(mine, times), earlier)
+            if not self._late:
+                self._take(mine)
 
-    def results(self) -> dict[int, list[Any]]:
-        """The noise predictions of the whole batch, by step. Its parts are ready in order of the
-        micro-batches' streams."""
-        if self._late:
-            try:
-                for engine, stream in zip(self.engines, self._layout.streams, strict=True):
-                    with on_stream(stream, ()):
-                        self._taken.append(engine.results())
-            except BaseException as e:
-                self.abandon(e)
-                raise
-        return super().results()
+    def _take(self, group: int) -> None:
+        """Take a micro-batch's results, ready in order of its stream."""
+        with on_stream(self._layout.streams[group], ()):
+            super()._take(group)
 
     def finish(self) -> None:
         """Wait for the generation's last work and raise what went wrong."""

@@ -88,8 +88,8 @@ def _stay_off_gpus() -> None:
     from torch._subclasses import fake_tensor
 
     _leave_out(fake_tensor, "init_gpu_context")
-    # Whether to pad a product whose sizes are odd, inductor finds out by running it. Such products
-    # are those of a text here, whose rows do not matter.
+    # Whether to pad a product whose sizes are odd, inductor finds out by running it. Odd sizes here
+    # are mostly a text's tokens, which are rows: GPUs need no padding of these.
     _leave_out(pad_mm, "should_pad")
     # As where there is no GPU: numbers that patterns of inductor have as tensors stay on the CPU.
     fake_tensor.FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
