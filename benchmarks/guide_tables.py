@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from denoise import table as denoise_table
 from denoise.models import MODELS
@@ -10,6 +11,8 @@ from documents import document as _document
 from documents import source as _source
 from markdown_table import markdown
 
+#: The row of loops whose tokens are shared out.
+_TOKENS = "2 GPUs, tokens"
 #: What calls of diffusers' Ulysses were timed on.
 _CALLS = ("one", "several")
 
@@ -67,6 +70,41 @@ def unequal() -> str:
             figures = [f"{row['step_ms']:.1f}", f"{row['of_ideal']:.3f}"]
             table.append([f"{title}: {way}{slower}", speeds, *figures])
     return f"{_source('unequal_2gpu')}\n\n{markdown(table)}"
+
+
+def exact() -> str:
+    """Two GPUs with every step exact beside two components, by model: times one GPU's speed."""
+    table = [["", "how", "every step exact", "two components"]]
+    for mode, suffix in (("graph", ""), ("compiled", ", compiled")):
+        for key, model in _loops(mode).items():
+            split = model.get(f"N=1 S=1 w=1 split{suffix}")
+            several = _times_one(model.get(f"N=2 S=1 w=1{suffix}"), mode)
+            if split is not None and several:
+                title = MODELS[key].title + suffix
+                table.append([title, "a condition each", _times_one(split, mode), several])
+        shared = _document("sequence_2gpu")["figures"]
+        for key, model in shared.items():
+            row = model.get({"graph": "graphs", "compiled": "regions"}[mode], {}).get(_TOKENS)
+            several = _times_one(_loops(mode).get(key, {}).get(f"N=2 S=1 w=1{suffix}"), mode)
+            if row is not None and several:
+                times = f"{row['speedup']['median']:.2f}"
+                table.append([MODELS[key].title + suffix, "half of the tokens", times, several])
+    return markdown(table)
+
+
+def _loops(mode: str) -> dict[str, dict[str, Any]]:
+    """What was measured on two GPUs of loops in a mode, by model."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("denoise_4gpu", "denoise_2gpu"):
+        for key, model in _document(name)["figures"].items():
+            compiled = key.endswith("-compiled")
+            if not compiled or mode == "compiled":
+                found[key.removesuffix("-compiled")] = model
+    return {key: model for key, model in found.items() if key in MODELS}
+
+
+def _times_one(entry: dict[str, Any] | None, mode: str) -> str:
+    return f"{entry[f'speedup_over_{mode}']['median']:.2f}" if entry else ""
 
 
 def sequence() -> str:

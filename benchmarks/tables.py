@@ -55,7 +55,7 @@ def main() -> None:
     pages = (
         (README, {"glance": glance}),
         (PAGE, TABLES),
-        (QUALITY, {"qualities": qualities}),
+        (QUALITY, {"qualities": qualities, "exact": guide.exact}),
         (PIPELINE, {"pictures": guide.pictures}),
         (PREPARATION, {"preparation": guide.preparation, "whole": guide.whole}),
         (SETTINGS, {"unequal": guide.unequal}),

@@ -4,7 +4,8 @@ The first steps decide what is in a picture, so they are exact: more of them whe
 or predictions late, and where guidance lets two devices share an exact step, so that it costs
 little. The last ones are exact because what late predictions have misled the sampler by is paid
 back there (:mod:`asyncdiff.sampling.predictor`). What is kept so of models whose pictures have
-variety (benchmarks/yardsticks) is in docs/guide/quality.md.
+variety (benchmarks/yardsticks) is in docs/guide/quality.md. Where exact ways are about as fast as
+that, they are picked instead.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Task:
     log-SNR, ln(α/σ), or why waves do not serve this denoiser with this sampler. ``guided``:
     whether the batch holds two conditions, which can be taken apart. ``pictures``: in the batch,
     which can be taken apart. ``whole``: whether each device has room for the whole denoiser.
-    ``tokens``: whether devices that have can share out its tokens.
+    ``tokens``: whether devices that have can share out its tokens. ``large``: whether latents have
+    so many numbers that a condition, or half of the tokens, takes a device hardly more than half of
+    a step's time.
     """
 
     devices: int
@@ -60,6 +63,7 @@ class Task:
     pictures: int
     whole: bool
     tokens: bool = False
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def pick(
     generations with asynchronous steps; exact steps are not split where there is no guidance.
 
     "exact" changes nothing in the pictures. "high" has more exact steps than "balanced", and that
-    more than "fast". A few steps are run exactly whatever the quality is: each of them decides.
+    more than "fast". A few steps are run exactly whatever the quality is: each of them decides. So
+    are all steps of large latents, but with "fast", where two devices take a condition each, or
+    share out the tokens of one: that is about as fast as waves.
     """
     n = task.devices
     if n == 1:
@@ -105,10 +111,11 @@ def pick(
     if task.pictures >= n:
         why = f"{task.pictures} pictures at once: {n} devices work on them in turn, exactly"
         return Picked({"components": n, "schedule": "pipeline"}, n, why)
-    few = task.steps < FEW
-    if quality == "exact" or few or isinstance(task.step, str):
+    if quality == "exact" or task.steps < FEW or isinstance(task.step, str):
         kept = None if quality == "exact" else _as_prepared(task, prepared)
-        return kept or _exact(task, few, quality)
+        return kept or _exact(task, _why_exact(task, quality))
+    if quality != "fast" and not given and _halves_are_fast(task):
+        return _exact(task, "every step is exact, which takes two devices hardly longer")
     groups = 2 if task.guided and n >= 4 else 1
     components = n // groups
     shared = task.guided and groups == 1 and task.whole
@@ -183,14 +190,25 @@ def _as_prepared(task: Task, prepared: Mapping[str, Any] | None) -> Picked | Non
     return Picked(settings, groups * prepared["components"], why)
 
 
-def _exact(task: Task, few: bool, quality: str) -> Picked:
+def _halves_are_fast(task: Task) -> bool:
+    """Whether two devices, or two for each condition, are about as fast as waves if they take half
+    of each step, by what was measured of large latents (docs/guide/quality.md)."""
+    if task.devices == 4:
+        return task.large and task.guided and task.tokens
+    return task.large and task.devices == 2 and (task.tokens or (task.guided and task.whole))
+
+
+def _why_exact(task: Task, quality: str) -> str:
+    if quality == "exact":
+        return "every step is exact"
+    if task.steps < FEW:
+        return f"{task.steps} steps are so few that each decides: all are exact"
+    return f"{task.step}: every step is exact"
+
+
+def _exact(task: Task, because: str) -> Picked:
     """All that changes nothing."""
     n, steps = task.devices, task.steps
-    because = f"{task.step}: every step is exact"
-    if quality == "exact":
-        because = "every step is exact"
-    elif few:
-        because = f"{steps} steps are so few that each decides: all are exact"
     if task.tokens and not (task.guided and n == 2):
         return _by_tokens(task, because)
     if task.guided and task.whole:

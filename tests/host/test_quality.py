@@ -137,6 +137,34 @@ def test_devices_share_out_tokens_where_steps_are_exact() -> None:
     assert picked("exact", tokens=True, devices=3) == {"components": 3, "schedule": "sequence"}
 
 
+def test_large_latents_are_exact_on_two_devices_for_each_condition() -> None:
+    large: dict[str, Any] = {"large": True}
+    tokens: dict[str, Any] = {"large": True, "tokens": True}
+    by_tokens = {"components": 2, "schedule": "sequence"}
+    for quality in ("high", "balanced"):
+        for task in (large, tokens):
+            assert picked(quality, **task) == {"components": 1, "guidance": "split"}
+        assert picked(quality, **tokens, guided=False) == by_tokens
+        assert picked(quality, **tokens, devices=4) == {**by_tokens, "guidance": "split"}
+    assert "hardly longer" in pick("balanced", replace(USUAL, **large)).why
+    waves: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("fast", tokens),
+        ("balanced", {**tokens, "large": False}),
+        ("balanced", {**tokens, "guided": False, "devices": 3}),
+        ("balanced", {**tokens, "guided": False, "devices": 4}),
+        ("balanced", {**tokens, "devices": 3}),
+        ("balanced", {**tokens, "devices": 5}),
+        ("balanced", {**large, "devices": 4}),  # a UNet, or slow links
+        ("balanced", {**large, "guided": False}),
+        ("balanced", {**large, "whole": False}),  # no room
+    )
+    for quality, task in waves:
+        assert picked(quality, **task)["schedule"] == "wavefront", task
+    # Who gives settings of waves means waves.
+    by_hand = pick("balanced", replace(USUAL, **tokens), given={"warmup": 9}).settings
+    assert (by_hand["schedule"], by_hand["warmup"]) == ("wavefront", 9)
+
+
 def test_many_exact_steps_of_waves_share_out_tokens() -> None:
     for guided, devices, mode in (
         (False, 2, "sequence"),

@@ -60,6 +60,35 @@ def test_a_quality_takes_it_for_transformers_and_the_picture_is_the_plain_one(
     torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
 
 
+def test_the_default_takes_it_for_large_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = FAMILIES["FLUX"]()
+    call = {**call, "num_inference_steps": 12}
+    call.pop("output_type", None)
+    plain = _drawn(pipe, call)
+    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel())
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
+        drawn = _drawn(pipe, call)
+        assert "schedule='sequence'" in handle.settings and "hardly longer" in handle.settings
+        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+        handle.configure(warmup=3)  # which is of waves
+        _drawn(pipe, call)
+        assert "warmup=3" in handle.settings
+    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel() + 1)
+    with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
+        _drawn(pipe, call)
+        assert "schedule='wavefront'" in handle.settings
+    # Of two conditions each has a device, in a UNet, too: a batch has the latents of both.
+    pipe, call = FAMILIES["SD 1.5"]()
+    call = {**call, "num_inference_steps": 12}
+    call.pop("output_type", None)
+    plain = _drawn(pipe, call)
+    for more, said in ((0, "guidance='split'"), (1, "schedule='wavefront'")):
+        monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel() + more)
+        with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
+            _drawn(pipe, call)
+            assert said in handle.settings
+
+
 def test_another_setting_is_picked_where_tokens_cannot_be_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

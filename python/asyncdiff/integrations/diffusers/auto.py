@@ -32,6 +32,10 @@ _LINEAR = 0.95
 #: Bytes a millisecond of a link over which keys and values take less than what they save: each of
 #: two H200s gives 28 MB of them in a block of FLUX at 1024², and saves 1 ms.
 _FAST = 1e8
+#: So many numbers of one condition's latents, from which on half of a step's work takes a device
+#: hardly more than half the time, by what was measured (docs/guide/quality.md): those of SD3 and
+#: FLUX at 1024², and of AnimateDiff's 16 frames at 512², have as many; of SDXL a quarter.
+_LARGE = 2**18
 
 
 class AutoSettings:
@@ -165,6 +169,7 @@ class AutoSettings:
             pictures=latents.shape[0] // conditions if apart else 1,
             whole=room,
             tokens=tokens and self._serves_tokens(denoiser),
+            large=latents.numel() // conditions >= _LARGE,
         )
 
     def _has_room(self, denoiser: AsyncDenoiser, call: Call) -> bool:
