@@ -13,7 +13,7 @@ from toys import Toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff.partition.links import Links
-from asyncdiff.runtime.cutting import Cutter
+from asyncdiff.runtime.cutting.cutter import Cutter
 
 #: An estimated cut would be another one where links are measured, as "auto" wants them.
 TWO = [["enter", "down"], ["mix", "up", "leave"]]

@@ -24,7 +24,7 @@ from asyncdiff import AsyncDenoiser, spread
 from asyncdiff.errors import AsyncDiffError, CaptureError, InputError
 from asyncdiff.processes.team import Team
 from asyncdiff.progress import heartbeat
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 from asyncdiff.runtime.exchange.meetings import Meetings
 from asyncdiff.runtime.worker import Worker
 from asyncdiff.sampling.calibration import Calibration, Shape
@@ -263,9 +263,7 @@ def values(member: Member) -> list[Any]:
     def fail(*_: Any) -> None:
         raise ValueError("not now")
 
-    owner, name = {"export": (cutting, "kept_capture"), "look": (spread, "by_values")}[
-        member.option
-    ]
+    owner, name = {"export": (cutter, "kept_capture"), "look": (spread, "by_values")}[member.option]
     does = getattr(owner, name)
     if member.process == 1:
         setattr(owner, name, fail)

@@ -82,11 +82,11 @@ def order(member: Member) -> list[list[str]]:
 
 def links(member: Member) -> dict[str, Any]:
     """Where ranks are, how they reach each other, and what the partition takes a link for."""
-    from asyncdiff.runtime import cutting
+    from asyncdiff.runtime.cutting import cutter
 
     denoiser = AsyncDenoiser(toy(), group=member.group(), components=3, deadline=20)
     speeds = []
-    measured = cutting.engine_links
+    measured = cutter.engine_links
 
     def between(places: Any, team: Any) -> Any:
         found = measured(places, team)
@@ -95,7 +95,7 @@ def links(member: Member) -> dict[str, Any]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cutting, "engine_links", between)
+        patch.setattr(cutter, "engine_links", between)
         generate(denoiser)
     (kept,) = denoiser._engines._kept.values()
     (engine,) = kept.engines

@@ -12,7 +12,8 @@ from toys import Toy, toy_call
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.capture import Captured
 from asyncdiff.partition.cost import Costs
-from asyncdiff.runtime import cutting, devices
+from asyncdiff.runtime import devices
+from asyncdiff.runtime.cutting import profiler
 
 
 def unequal(member: Member) -> Any:
@@ -22,15 +23,14 @@ def unequal(member: Member) -> Any:
     measured = 0
     kind = "slow" if member.process == 1 else "fast"
 
-    def times(cutter: Any, captured: Captured, *_: Any) -> Costs:
+    def times(profiler: Any, captured: Captured, *_: Any) -> Costs:
         nonlocal measured
         measured += 1
         ms = {n: 0.0 if n in captured.views else 1.0 + (kind == "slow") for n in captured.nodes}
         return Costs(ms, dict.fromkeys(captured.nodes, 0), f"measured on a {kind} one")
 
     devices.kind_of = lambda device: kind
-    cutting.Cutter._measured = times  # type: ignore[method-assign]
-    cutting.Cutter.speed = lambda cutter: 1e12  # type: ignore[method-assign]
+    profiler.Profiler._measured = times  # type: ignore[method-assign]
     torch.manual_seed(0)
     module = Toy(depth=20).double().eval().requires_grad_(False)
     out: list[Any] = []

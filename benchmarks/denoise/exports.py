@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asyncdiff.runtime import cutting, making
+from asyncdiff.runtime import making
+from asyncdiff.runtime.cutting import cutter, profiler
 from denoise.beside import Lock
 
 
@@ -18,7 +19,7 @@ class Exports:
     def __init__(self, lock: Lock) -> None:
         self.spared = 0.0
         self._kept: dict[Any, tuple[Any, float]] = {}  # also keeps alive what the keys name
-        capture, measure = cutting.capture, cutting.measure
+        capture, measure = cutter.capture, profiler.measure
 
         def captured(module: Any, call: Any, sizes: Any = None) -> Any:
             if sizes is not None:  # it lets go of weights
@@ -50,7 +51,7 @@ class Exports:
             with lock.quiet():
                 return component_ms(*asked)
 
-        cutting.capture, cutting.measure = captured, measured
+        cutter.capture, profiler.measure = captured, measured
         making.Engine, making.component_ms = made, timed
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:

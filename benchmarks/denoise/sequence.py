@@ -37,7 +37,7 @@ import torch
 
 import results_file
 from asyncdiff.partition.shards import shards
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 from asyncdiff.sequence.shares import Decide, even, joint
 from denoise.beside import Lock
 from denoise.models import MODELS, TRIES
@@ -75,12 +75,12 @@ def settings(ranks: int, warmup: int, steps: int, kinds: Sequence[str]) -> dict[
 @contextlib.contextmanager
 def shared_out(kind: str) -> Iterator[None]:
     """Whatever is prepared meanwhile shares out its tokens so."""
-    plain = cutting.shards
-    cutting.shards = functools.partial(shards, decide=SHARES[kind])
+    plain = cutter.shards
+    cutter.shards = functools.partial(shards, decide=SHARES[kind])
     try:
         yield
     finally:
-        cutting.shards = plain
+        cutter.shards = plain
 
 
 def of_one(value: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from asyncdiff.runtime.rebalance import replay
+from asyncdiff.runtime.cutting.rebalance import replay
 from denoise.models import MODELS
 from denoise.settings import Setting
 from denoise.timings import timed

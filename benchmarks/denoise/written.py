@@ -31,7 +31,7 @@ import asyncdiff
 import results_file
 from asyncdiff.graph.example_inputs import example_inputs
 from asyncdiff.graph.weights import Weights
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 from denoise.models import MODELS, TINY
 
 _RANK = 16
@@ -43,8 +43,8 @@ class Exports:
 
     def __init__(self) -> None:
         self.count = 0
-        self._capture = cutting.capture
-        cutting.capture = self._counted
+        self._capture = cutter.capture
+        cutter.capture = self._counted
 
     def _counted(self, *args: Any) -> Any:
         self.count += 1

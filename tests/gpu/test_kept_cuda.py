@@ -56,11 +56,11 @@ def draw(devices: list[int], compile: bool) -> dict[str, object]:
     from asyncdiff import AsyncDenoiser
     from asyncdiff.graph.example_inputs import example_inputs
     from asyncdiff.phases import recording
-    from asyncdiff.runtime import cutting
+    from asyncdiff.runtime.cutting import cutter
 
     exports = []
-    export = cutting.capture
-    cutting.capture = lambda *a: exports.append(1) or export(*a)  # type: ignore[func-returns-value]
+    export = cutter.capture
+    cutter.capture = lambda *a: exports.append(1) or export(*a)  # type: ignore[func-returns-value]
     torch.backends.cudnn.deterministic = True
     unet = tiny_unet().to("cuda", torch.float16)
     denoiser = AsyncDenoiser(unet, devices=devices, components=2, warmup=2, compile=compile)

@@ -11,9 +11,9 @@ from toys import Toy, toy_call
 import asyncdiff
 from asyncdiff.graph.capture import Captured
 from asyncdiff.partition.cost import Costs
-from asyncdiff.runtime import cutting
 from asyncdiff.runtime import making as prepared
-from asyncdiff.runtime import rebalance as recut
+from asyncdiff.runtime.cutting import profiler
+from asyncdiff.runtime.cutting import rebalance as recut
 from asyncdiff.runtime.engine import Engine
 
 
@@ -60,7 +60,7 @@ def test_wrong_costs_are_corrected_on_several_gpus(
         times.append(found)
         return found
 
-    monkeypatch.setattr(cutting, "measure", wrong)
+    monkeypatch.setattr(profiler, "measure", wrong)
     monkeypatch.setattr(prepared, "component_ms", timed)
     monkeypatch.setattr(recut, "SHORTEST", 0.0)
     want = module(**call)[0]

@@ -144,6 +144,21 @@ def test_some_know_less(unit: str) -> None:
     assert not more, "\n".join(more)
 
 
+def test_what_moves_knows_nothing_of_ranks() -> None:
+    """Channels' ends are given to ranks by who makes both: ``runtime/channels.py``."""
+    exchange = "asyncdiff.runtime.exchange"
+    mine = {name: others for name, others in _graph().items() if name.startswith(exchange)}
+    allowed = {f"asyncdiff.runtime.{name}" for name in ("cuda_graphs", "devices", "step")}
+    more = [
+        f"{name} imports {other}"
+        for name, others in mine.items()
+        for other in others
+        if other.startswith("asyncdiff.runtime.") and not other.startswith(exchange)
+        if other not in allowed
+    ]
+    assert mine and not more, "\n".join(more)
+
+
 @pytest.mark.parametrize("guest", GUESTS)
 def test_other_packages_are_known_where_they_belong(guest: str) -> None:
     known = [

@@ -29,9 +29,9 @@ from ..processes.team import Team
 from ..progress import stage
 from ..schedule.actions import Tick
 from ..schedule.plan import Plan
+from .channels import Channels
 from .devices import Place
 from .exchange.awaited import until_done
-from .exchange.channels import Channels
 from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .exchange.meetings import warn_of_queues
 from .executor import RankQueue, blamed

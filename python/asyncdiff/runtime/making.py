@@ -25,11 +25,11 @@ from ..progress import bar
 from ..quiet import keeping
 from ..schedule.plan import ring
 from .cfg_parallel import Groups, part
-from .cutting import Cutter, Timed
+from .cutting.cutter import Cutter, Timed
+from .cutting.rebalance import component_ms, foreseen
 from .devices import Place, collect
 from .engine import Engine
 from .pipelined import Pipelined
-from .rebalance import component_ms, foreseen
 
 log = logging.getLogger("asyncdiff")
 

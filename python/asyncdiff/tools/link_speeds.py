@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..processes.team import Team
+from ..runtime.cutting.link_speed import measured
 from ..runtime.devices import Place
-from ..runtime.exchange.link_speed import measured
 
 
 def add_speeds(links: list[dict[str, Any]], device: str) -> dict[str, Any]:

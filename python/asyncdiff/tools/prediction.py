@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..processes.team import Team
+from ..runtime.cutting.link_speed import engine_links
 from ..runtime.devices import Place
-from ..runtime.exchange.link_speed import engine_links
 from ..schedule.simulate import Timing, predict
 
 #: Microseconds that a message takes where it was not measured; it hardly matters.

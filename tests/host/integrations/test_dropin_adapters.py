@@ -14,7 +14,7 @@ from tiny_pipelines import draw, tiny_flux, tiny_sd, tiny_unet
 
 import asyncdiff
 from asyncdiff.graph.weights import Weights
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 
 peft = pytest.importorskip("peft")
 
@@ -64,13 +64,13 @@ def replace(unet: Any) -> None:
 def exports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each export."""
     made: list[int] = []
-    capture = cutting.capture
+    capture = cutter.capture
 
     def counted(*args: Any) -> Any:
         made.append(1)
         return capture(*args)
 
-    monkeypatch.setattr(cutting, "capture", counted)
+    monkeypatch.setattr(cutter, "capture", counted)
     return made
 
 

@@ -21,7 +21,7 @@ from asyncdiff import progress
 from asyncdiff.demo import model as demo_model
 from asyncdiff.errors import CaptureError, InputError
 from asyncdiff.integrations.diffusers import background
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter, profiler
 from asyncdiff.runtime.making import EngineMaker
 
 SETTINGS: dict[str, Any] = {"devices": ["cpu"] * 2, "components": 2, "split": "estimate"}
@@ -118,7 +118,7 @@ def test_nothing_is_drawn_while_times_are_taken(monkeypatch: pytest.MonkeyPatch)
     pipe, call = tiny_sd()
     said: list[str] = []
     timing = threading.Event()
-    measure = cutting.measure
+    measure = profiler.measure
 
     def slow(*args: Any) -> Any:
         said.append("timing")
@@ -127,7 +127,7 @@ def test_nothing_is_drawn_while_times_are_taken(monkeypatch: pytest.MonkeyPatch)
         said.append("timed")
         return found
 
-    monkeypatch.setattr(cutting, "measure", slow)
+    monkeypatch.setattr(profiler, "measure", slow)
 
     def told(pipe: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
         said.append("drawn")
@@ -150,7 +150,7 @@ def test_what_fails_is_told_and_comes_again(
     def failing(*args: Any) -> Any:
         raise CaptureError("it cannot be exported")
 
-    monkeypatch.setattr(cutting, "capture", failing)
+    monkeypatch.setattr(cutter, "capture", failing)
     pipe, call = tiny_sd()
     want = torch.as_tensor(draw(pipe, call))
     with (

@@ -20,7 +20,7 @@ from asyncdiff.errors import MemoryLimitError
 from asyncdiff.graph.signature import Call
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
 from asyncdiff.partition.partition import Partition
-from asyncdiff.runtime.cutting import Cutter
+from asyncdiff.runtime.cutting.cutter import Cutter
 from asyncdiff.runtime.worker import Worker
 from asyncdiff.spread import Spread
 

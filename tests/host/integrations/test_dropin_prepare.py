@@ -13,7 +13,8 @@ from tiny_pipelines import draw, tiny_flux, tiny_sd
 import asyncdiff
 from asyncdiff.demo import model as demo_model
 from asyncdiff.errors import InputError
-from asyncdiff.runtime import cutting, engine
+from asyncdiff.runtime import engine
+from asyncdiff.runtime.cutting import cutter
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ class Count:
 
 
 def test_a_prepared_size_waits_for_nothing(shipped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    exports = Count(monkeypatch, cutting, "capture")
+    exports = Count(monkeypatch, cutter, "capture")
     with asyncdiff.parallelize(shipped, ["cpu"] * 2, components=2, split="estimate") as handle:
         state = torch.get_rng_state()
         (made,) = handle.prepare(height=32, width=64, batch=2, steps=4)

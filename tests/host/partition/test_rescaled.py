@@ -15,7 +15,7 @@ from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.signature import parse
 from asyncdiff.partition.cost import Costs, estimate
 from asyncdiff.partition.rescaled import Measured
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import profiler
 
 
 def _captured(module: Any, **sizes: int) -> Captured:
@@ -63,14 +63,14 @@ def test_another_size_is_not_measured_where_components_are_timed(
     afterwards: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, times = toy(), []
-    measure = cutting.measure
+    measure = profiler.measure
 
     def counted(*args: Any) -> Costs:
         times.append(1)
         return measure(*args)
 
-    monkeypatch.setattr(cutting, "measure", counted)
-    monkeypatch.setattr(cutting.Cutter, "_timed_afterwards", afterwards)
+    monkeypatch.setattr(profiler, "measure", counted)
+    monkeypatch.setattr(profiler.Profiler, "_timed_afterwards", afterwards)
     denoiser = AsyncDenoiser(module, components=2, devices=["cpu"] * 2)
     with contextlib.closing(denoiser):
         for size in (8, 16, 8):

@@ -32,7 +32,7 @@ from asyncdiff.preparation import captures, folder
 from asyncdiff.preparation.captures import kept_capture
 from asyncdiff.preparation.folder import preparations
 from asyncdiff.preparation.graph_text import NotKeptError, of_data, to_data
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter, profiler
 from asyncdiff.runtime.exchange.compression import choice
 
 
@@ -47,7 +47,7 @@ class Work:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.exports = self.measured = 0
-        export, measure = cutting.capture, cutting.measure
+        export, measure = cutter.capture, profiler.measure
 
         def exported(*args: Any) -> Any:
             self.exports += 1
@@ -57,8 +57,8 @@ class Work:
             self.measured += 1
             return measure(*args)
 
-        monkeypatch.setattr(cutting, "capture", exported)
-        monkeypatch.setattr(cutting, "measure", timed)
+        monkeypatch.setattr(cutter, "capture", exported)
+        monkeypatch.setattr(profiler, "measure", timed)
 
     @property
     def done(self) -> tuple[int, int]:
@@ -180,7 +180,7 @@ def test_a_cut_for_other_links_is_not_taken(
 ) -> None:
     """As measured, up to what measuring errs by. What nodes cost holds for all links."""
     links = Links.alike(1e5)
-    monkeypatch.setattr(cutting, "engine_links", lambda places, team: links)
+    monkeypatch.setattr(cutter, "engine_links", lambda places, team: links)
     made = []
 
     def parted(*args: Any, **given: Any) -> Any:
@@ -200,7 +200,7 @@ def test_an_estimated_cut_goes_by_no_links(monkeypatch: pytest.MonkeyPatch) -> N
     def measured(*_: Any) -> Any:
         raise AssertionError("links were measured")
 
-    monkeypatch.setattr(cutting, "engine_links", measured)
+    monkeypatch.setattr(cutter, "engine_links", measured)
     generated(split="estimate")
 
 
@@ -251,7 +251,7 @@ def test_a_cut_that_was_settled_is_not_timed_again(
         return replace(costs, ms={n: 1e4 * t for n, t in costs.ms.items()}, source="measured")
 
     monkeypatch.setattr("asyncdiff.runtime.making.component_ms", component_ms)
-    monkeypatch.setattr(cutting, "measure", measured)
+    monkeypatch.setattr(profiler, "measure", measured)
     cuts = generated()[0]
     made = len(timed)
     assert timed[-1] == cuts != timed[0]

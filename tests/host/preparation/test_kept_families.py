@@ -11,7 +11,7 @@ from families import FAMILIES, STEPS
 from tiny_pipelines import draw
 
 import asyncdiff
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 
 #: Those whose graphs hold graphs of their own, or return objects.
 NOT_KEPT = {"FLUX.2 Klein KV", "Mochi", "Z-Image"}
@@ -23,13 +23,13 @@ FAILING = {"Lumina 2"}
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
-    exports, capture = [0], cutting.capture
+    exports, capture = [0], cutter.capture
 
     def counted(*args: Any, **options: Any) -> Any:
         exports[0] += 1
         return capture(*args, **options)
 
-    monkeypatch.setattr(cutting, "capture", counted)
+    monkeypatch.setattr(cutter, "capture", counted)
     drawn = []
     for _ in range(2):
         exports[0] = 0

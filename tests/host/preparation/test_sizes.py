@@ -23,7 +23,7 @@ from asyncdiff.graph.state.structure import Structure
 from asyncdiff.graph.tracing.resizing import Resizable, Twin, UnfitError, equal
 from asyncdiff.graph.tracing.symbols import open_sizes, structure_of, symbols_kept
 from asyncdiff.preparation.graph_text import NotKeptError, to_data
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 
 Question = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -85,7 +85,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(sizes)
         return capture(module, call, sizes)
 
-    monkeypatch.setattr(cutting, "capture", noted)
+    monkeypatch.setattr(cutter, "capture", noted)
     return made
 
 

@@ -22,7 +22,7 @@ from asyncdiff.partition.cost import estimate
 from asyncdiff.partition.exposure import exposed_ms, worth_compressing
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import partition
-from asyncdiff.runtime import cutting
+from asyncdiff.runtime.cutting import cutter
 from asyncdiff.runtime.exchange.compression import reference
 from asyncdiff.runtime.exchange.compression.choice import Choice
 from asyncdiff.runtime.exchange.compression.codec import (
@@ -304,7 +304,7 @@ def test_an_unknown_word_is_refused() -> None:
 def test_auto_compresses_what_slow_links_expose(
     bytes_per_ms: float, compressed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cutting, "engine_links", lambda *args: Links.alike(bytes_per_ms))
+    monkeypatch.setattr(cutter, "engine_links", lambda *args: Links.alike(bytes_per_ms))
     settings = {"warmup": 2, "split": SPLITS[2]}
     same = torch.equal(drawn(compress="auto", **settings), drawn(**settings))
     assert same is not compressed

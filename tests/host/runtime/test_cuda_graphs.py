@@ -14,8 +14,9 @@ import torch
 import asyncdiff_core as core
 from asyncdiff.memory import out_of_memory
 from asyncdiff.processes.team import Team
-from asyncdiff.runtime import cuda_graphs, rebalance
+from asyncdiff.runtime import cuda_graphs
 from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
+from asyncdiff.runtime.cutting import rebalance
 from asyncdiff.runtime.devices import Place
 
 

@@ -16,7 +16,8 @@ from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.weights import Weights
-from asyncdiff.runtime import cutting, making
+from asyncdiff.runtime import making
+from asyncdiff.runtime.cutting import cutter, profiler
 from asyncdiff.runtime.engine import Engine
 from asyncdiff.runtime.worker import Worker
 
@@ -85,13 +86,13 @@ def test_kinds_that_come_again_are_not_exported_again(
 ) -> None:
     """But with the weights that there are then."""
     exported = []
-    capture = cutting.capture
+    capture = cutter.capture
 
     def counted(*args: Any) -> Any:
         exported.append(args)
         return capture(*args)
 
-    monkeypatch.setattr(cutting, "capture", counted)
+    monkeypatch.setattr(cutter, "capture", counted)
     module = denoiser.module
     for batch in (1, 2, 3, 4, 5):
         denoiser.prepare(**toy_call(batch=batch))
@@ -111,13 +112,13 @@ def test_kinds_that_come_again_are_not_exported_again(
 def test_calls_of_other_conditioning_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured for a prompt of another length, and ranks hold weights once."""
     measured = []
-    measure = cutting.measure
+    measure = profiler.measure
 
     def counted(captured: Any, *args: Any) -> Any:
         measured.append(captured)
         return measure(captured, *args)
 
-    monkeypatch.setattr(cutting, "measure", counted)
+    monkeypatch.setattr(profiler, "measure", counted)
     denoiser = AsyncDenoiser(toy(), devices=["cpu"] * 2)
     call = toy_call()
     denoiser.prepare(**call)

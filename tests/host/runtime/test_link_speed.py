@@ -14,9 +14,9 @@ from asyncdiff.partition.links import Link, Links
 from asyncdiff.preparation.folder import preparations
 from asyncdiff.processes.team import Team
 from asyncdiff.runtime import devices
+from asyncdiff.runtime.cutting import link_speed
+from asyncdiff.runtime.cutting.link_speed import engine_links, measured, once_measured
 from asyncdiff.runtime.devices import Place
-from asyncdiff.runtime.exchange import link_speed
-from asyncdiff.runtime.exchange.link_speed import engine_links, measured, once_measured
 
 PLACES = [Place.here(torch.device("cpu"))] * 3
 

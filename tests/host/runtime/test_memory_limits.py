@@ -16,8 +16,9 @@ import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError, MemoryLimitError, ParallelConfig
 from asyncdiff.generation.report import on_each_device
 from asyncdiff.partition.links import Links
-from asyncdiff.runtime import cutting
-from asyncdiff.runtime.cutting import Cutter
+from asyncdiff.runtime.cutting import cutter, profiler
+from asyncdiff.runtime.cutting.cutter import Cutter
+from asyncdiff.runtime.cutting.memory_limits import MemoryLimits
 
 TIMES = [900, 500, 100]
 
@@ -26,7 +27,7 @@ TIMES = [900, 500, 100]
 def links_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else so small a denoiser has its cut where least crosses."""
     monkeypatch.setattr(Cutter, "links", lambda cutter: Links.alike(1e12))
-    monkeypatch.setattr(cutting, "assumed_links", lambda places: Links.alike(1e12))
+    monkeypatch.setattr(cutter, "assumed_links", lambda places: Links.alike(1e12))
 
 
 def made(**settings: Any) -> AsyncDenoiser:
@@ -99,7 +100,7 @@ class Free:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *rooms: int) -> None:
         self.rooms = list(rooms)
-        monkeypatch.setattr(Cutter, "_room", lambda cutter: self.rooms)
+        monkeypatch.setattr(MemoryLimits, "_room", lambda limits: self.rooms)
 
 
 def test_what_is_free_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,7 @@ def test_a_kept_cut_that_does_not_fit_any_more_is_made_anew(
 ) -> None:
     monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
     free = needs(split="auto")
-    monkeypatch.setattr(cutting, "measure", None)
+    monkeypatch.setattr(profiler, "measure", None)
     Free(monkeypatch, int(free[0] * 0.7), 10**9)
     assert needs(split="auto")[0] <= free[0] * 0.7
 

@@ -20,11 +20,11 @@ from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Component, Partition, partition
 from asyncdiff.processes.team import Team
-from asyncdiff.runtime import cutting, rebalance
 from asyncdiff.runtime import making as prepared
+from asyncdiff.runtime.cutting import profiler, rebalance
+from asyncdiff.runtime.cutting.rebalance import component_ms, next_cut, recut
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.engine import Engine
-from asyncdiff.runtime.rebalance import component_ms, next_cut, recut
 
 FAST = Links.alike(1e12)  # bytes a millisecond: what crosses takes no time
 
@@ -133,7 +133,7 @@ def test_a_denoiser_is_made_with_the_new_cut(
         made.append(engine.partition)
         return [10.0 - len(made), 2.0]
 
-    monkeypatch.setattr(cutting, "measure", even)
+    monkeypatch.setattr(profiler, "measure", even)
     monkeypatch.setattr(prepared, "component_ms", timed)
     ranks = 4 if guidance == "split" else 2
     timesteps = torch.tensor([900, 500, 100])
@@ -162,8 +162,8 @@ def test_what_components_took_counts_for_other_sizes(monkeypatch: pytest.MonkeyP
         short.append(look)
         return [taken(parts, c, slow[0]) for c in parts.components]
 
-    monkeypatch.setattr(cutting, "measure", even)
-    monkeypatch.setattr(cutting.Cutter, "_timed_afterwards", True)
+    monkeypatch.setattr(profiler, "measure", even)
+    monkeypatch.setattr(profiler.Profiler, "_timed_afterwards", True)
     monkeypatch.setattr(prepared, "component_ms", timed)
     denoiser = asyncdiff.AsyncDenoiser(module, devices=["cpu"] * 2, components=2)
     denoiser.prepare(**toy_call())
@@ -263,7 +263,7 @@ def test_a_cut_that_turns_out_slower_is_taken_back(monkeypatch: pytest.MonkeyPat
         made.append(engine.partition.cuts)
         return next(times)
 
-    monkeypatch.setattr(cutting, "measure", even)
+    monkeypatch.setattr(profiler, "measure", even)
     monkeypatch.setattr(prepared, "component_ms", timed)
     denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)
     assert denoiser.partition.cuts == made[0] != made[1]
@@ -285,7 +285,7 @@ def test_without_memory_for_the_new_cut_the_old_one_stays(
             if len(made) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(cutting, "measure", even)
+    monkeypatch.setattr(profiler, "measure", even)
     monkeypatch.setattr(prepared, "Engine", Full)
     monkeypatch.setattr(prepared, "component_ms", lambda *_: [10.0, 2.0])
     denoiser = asyncdiff.AsyncDenoiser(toy(), (), toy_call(), devices=["cpu"] * 2, components=2)

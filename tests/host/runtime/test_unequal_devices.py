@@ -26,10 +26,11 @@ from asyncdiff.partition.cost import Costs
 from asyncdiff.partition.links import Links
 from asyncdiff.partition.partition import Partition, partition
 from asyncdiff.partition.shards import Shards
-from asyncdiff.runtime import cutting, devices, making, rebalance
+from asyncdiff.runtime import devices, making
+from asyncdiff.runtime.cutting import cutter, profiler, rebalance
+from asyncdiff.runtime.cutting.rebalance import recut
 from asyncdiff.runtime.devices import Place
 from asyncdiff.runtime.engine import Engine
-from asyncdiff.runtime.rebalance import recut
 
 FAST = Links.alike(1e12)
 
@@ -66,13 +67,13 @@ class Cards:
                 for i, p in enumerate(found)
             ]
 
-        def measured(cutter: Any, captured: Captured, call: Any, place: Place) -> Costs:
+        def measured(profiler: Any, captured: Captured, call: Any, place: Place) -> Costs:
             self.measured.append(place.kind)
             return even(captured, kinds[place.kind])
 
         monkeypatch.setattr("asyncdiff.spread.places_of", places_of)
-        monkeypatch.setattr(cutting.Cutter, "_measured", measured)
-        monkeypatch.setattr(cutting.Cutter, "links", lambda cutter: FAST)
+        monkeypatch.setattr(profiler.Profiler, "_measured", measured)
+        monkeypatch.setattr(cutter.Cutter, "links", lambda cutter: FAST)
 
 
 def test_cards_of_two_kinds_are_each_measured(
@@ -143,13 +144,13 @@ def denoiser_graph() -> Captured:
 
 
 def test_equal_cards_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, seen = cutting.measure, []
+    measure, seen = profiler.measure, []
 
     def measured(*args: Any) -> Costs:
         seen.append(args[2])
         return measure(*args)
 
-    monkeypatch.setattr(cutting, "measure", measured)
+    monkeypatch.setattr(profiler, "measure", measured)
     AsyncDenoiser(deep(3), (), toy_call(), devices=["cpu"] * 3, components=3).close()
     assert len(seen) == 1
 
@@ -165,9 +166,9 @@ def test_the_order_of_devices_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("split", ["auto", "estimate"])
 def test_speeds_by_hand(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
-    monkeypatch.setattr(cutting.Cutter, "links", lambda cutter: FAST)
-    monkeypatch.setattr(cutting, "assumed_links", lambda places: FAST)
+    monkeypatch.setattr(profiler.Profiler, "_measured", lambda s, captured, *_: even(captured))
+    monkeypatch.setattr(cutter.Cutter, "links", lambda cutter: FAST)
+    monkeypatch.setattr(cutter, "assumed_links", lambda places: FAST)
     given: dict[str, Any] = {"devices": ["cpu"] * 2, "split": split, "speeds": [5, 3, 9]}
     denoiser = AsyncDenoiser(deep(), (), toy_call(), **given)
     with contextlib.closing(denoiser):
@@ -229,7 +230,7 @@ def test_a_busy_card_is_looked_at_again_by_the_next_process(
 ) -> None:
     """Which begins with the cut that was best, and notices that it is idle."""
     monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
+    monkeypatch.setattr(profiler.Profiler, "_measured", lambda s, captured, *_: even(captured))
     slow = [1.0, 1 / 0.6]
     timed = []
 
@@ -255,7 +256,7 @@ def test_a_busy_card_is_found_out_by_runs_that_do_not_agree(
 ) -> None:
     """One in six is not disturbed; and the next process begins with the cut for that card."""
     monkeypatch.setenv("ASYNCDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(cutting.Cutter, "_measured", lambda s, captured, *_: even(captured))
+    monkeypatch.setattr(profiler.Profiler, "_measured", lambda s, captured, *_: even(captured))
     monkeypatch.setattr(Engine, "graph_alone", lambda *_: None)
     slow = itertools.cycle([1.62, 1.0, 1.75, 1.69, 1.55, 1.72, 1.59, 1.0, 1.65, 1.58, 1.7, 1.67])
     runs: list[Any] = []

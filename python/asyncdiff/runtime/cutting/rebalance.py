@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from ..errors import PartitionError, ProcessError
-from ..graph.capture import Captured, nbytes_of
-from ..memory import collect_young, out_of_memory
-from ..partition.cost import Costs
-from ..partition.exposure import Crossing, exposed_ms
-from ..partition.links import Links
-from ..partition.memory import Limits
-from ..partition.partition import Component, Partition, partition
-from ..partition.runs import OF_NODES, typical
-from ..phases import phase
-from ..processes.team import Team
-from ..quiet import undisturbed
-from .cuda_graphs import NotCapturable
+from ...errors import PartitionError, ProcessError
+from ...graph.capture import Captured, nbytes_of
+from ...memory import collect_young, out_of_memory
+from ...partition.cost import Costs
+from ...partition.exposure import Crossing, exposed_ms
+from ...partition.links import Links
+from ...partition.memory import Limits
+from ...partition.partition import Component, Partition, partition
+from ...partition.runs import OF_NODES, typical
+from ...phases import phase
+from ...processes.team import Team
+from ...quiet import undisturbed
+from ..cuda_graphs import NotCapturable
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .worker import Worker
+    from ..engine import Engine
+    from ..worker import Worker
 
 log = logging.getLogger("asyncdiff")
 

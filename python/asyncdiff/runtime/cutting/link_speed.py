@@ -20,8 +20,8 @@ from ...phases import phase
 from ...preparation.links import KeptLinks
 from ...processes.team import Team
 from ..devices import Place, fabric, uuids_of
-from .awaited import Awaited, Bundles
-from .credits import Credits
+from ..exchange.awaited import Awaited, Bundles
+from ..exchange.credits import Credits
 
 log = logging.getLogger("asyncdiff")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,33 +13,31 @@ from torch import nn
 
 import asyncdiff_core as core
 
-from ..config import ParallelConfig
-from ..errors import MemoryLimitError
-from ..graph.capture import Captured, capture
-from ..graph.signature import Call
-from ..graph.tracing.symbols import OpenSizes
-from ..graph.weights import Weights
-from ..partition.cost import Costs, count_macs, estimate, fused, measure
-from ..partition.links import Links
-from ..partition.memory import Limits
-from ..partition.ownership import fit
-from ..partition.partition import Partition, partition
-from ..partition.rescaled import Measured
-from ..partition.shards import Shards, shards
-from ..partition.speeds import at_speeds, on_kinds, runners, slowest
-from ..phases import phase
-from ..preparation.captures import kept_capture
-from ..preparation.cuts import KeptCuts
-from ..preparation.sizes import Sizes
-from ..processes.agreement import of_captured, of_partition
-from ..processes.team import Team
-from ..quiet import undisturbed
-from ..schedule.plan import Exchange, ring
-from .devices import Place, room_for
-from .exchange.compression.choice import Choice
-from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed
-from .exchange.link_speed import assumed_links, engine_links, once_measured
-from .rebalance import WORTH, WORTH_COMPILING, corrected, next_cut
+from ...config import ParallelConfig
+from ...graph.capture import Captured, capture
+from ...graph.signature import Call
+from ...graph.tracing.symbols import OpenSizes
+from ...graph.weights import Weights
+from ...partition.cost import Costs
+from ...partition.links import Links
+from ...partition.memory import Limits
+from ...partition.ownership import fit
+from ...partition.partition import Partition, partition
+from ...partition.shards import Shards, shards
+from ...phases import phase
+from ...preparation.captures import kept_capture
+from ...preparation.cuts import KeptCuts
+from ...preparation.sizes import Sizes
+from ...processes.agreement import of_captured, of_partition
+from ...processes.team import Team
+from ...quiet import undisturbed
+from ..devices import Place
+from ..exchange.compression.choice import Choice
+from ..exchange.compression.sent import NOTHING_COMPRESSED, Compressed
+from .link_speed import assumed_links, engine_links, once_measured
+from .memory_limits import MemoryLimits, within
+from .profiler import Profiler
+from .rebalance import WORTH, WORTH_COMPILING, next_cut
 
 log = logging.getLogger("asyncdiff")
 
@@ -65,11 +62,10 @@ class Cutter:
         self._module, self._weights, self._config, self._team = module, weights, config, team
         self._places = list(places)
         self._sizes, self._state, self._exporting = Sizes(module), state, exporting
-        self._costs = Measured()
+        self._profiler = Profiler(weights, config, places, team)
+        self._limits = MemoryLimits(weights, config, places, team)
         self._links: Links | None = None
         self._choice = Choice(config.compresses, self._places[0].device.type)
-        #: bytes that are free for each rank, once that was looked at
-        self._free: list[int | None] | None = None
 
     def first(
         self,
@@ -96,21 +92,19 @@ class Cutter:
         alike = split == "estimate" and config.compresses != "auto" and not core.simulated_link()
         links = assumed_links(self._places) if alike else self.links()
         kept = self._kept(captured, components, copies, links)
-        limits = self._limits(components, copies, places)
+        limits = self._limits.of(components, copies, places)
         measured = split == "auto" and components > 1
         kinds: dict[str, Costs] = {}
-        if measured and self._unequal and not self._known(kept):
-            kinds = self._on_each_kind(captured, call)
+        if measured and self._profiler.unequal and not self._known(kept):
+            kinds = self._profiler.on_each_kind(captured, call)
 
         def cut() -> Partition:
-            costs = None
             if measured:
                 costs = kept().costs()
-                costs = costs or self._of_ranks(captured, call, kinds, components, copies)
-            elif self._config.speeds is not None:
-                ranks = runners(components, copies, len(self._places))
-                costs = at_speeds(estimate(captured), self._config.speeds, ranks)
-            return self._within(limits, lambda room: parted(costs, room))
+                costs = costs or self._profiler.of_ranks(captured, call, kinds, components, copies)
+            else:
+                costs = self._profiler.estimated(captured, components, copies)
+            return within(limits, lambda room: parted(costs, room))
 
         def parted(costs: Costs | None, room: Limits | None) -> Partition:
             with phase("cut"):
@@ -130,7 +124,7 @@ class Cutter:
             parts.limits = limits
             if limits is None or not limits.over(parts.memory()):
                 return parts
-            return self._within(limits, lambda room: parted(parts.costs, room))
+            return within(limits, lambda room: parted(parts.costs, room))
 
         if isinstance(split, str):
             made = self._alike(captured, found if measured else cut, limits=limits)
@@ -150,11 +144,11 @@ class Cutter:
         captured = like.captured if like is not None and known else self._capture(call)
         if known and isinstance(like, Shards) and len(like.components) == ranks:
             return like
-        speeds = self._speeds(captured, call, ranks)
+        speeds = self._profiler.speeds(captured, call, ranks)
         with phase("cut"):
             made = shards(captured, ranks, speeds=speeds)
         # Each runs with a share of what the graph says, so that says too much of activations.
-        made.check(replace(self._limits(ranks, 1, places), runs=False))
+        made.check(replace(self._limits.of(ranks, 1, places), runs=False))
         return made
 
     def again(self, timed: Sequence[Timed], copies: int) -> Partition | None:
@@ -163,7 +157,7 @@ class Cutter:
         worth = WORTH_COMPILING if self._config.compile else WORTH
         known, links = [parts for parts, _ in timed], self.links()
         kept = self._kept(known[0].captured, len(known[0].components), copies, links)
-        limits = self._limits(len(known[0].components), copies)
+        limits = self._limits.of(len(known[0].components), copies)
 
         def decide() -> Partition | None:
             crossing = self._choice.crossing(known[-1], links, copies)
@@ -174,66 +168,10 @@ class Cutter:
                 last.settled = last.costs is None or not last.costs.busy
                 kept().keep(last)
                 last.settled = True
-                self._learn(last, next(ms for parts, ms in timed if parts is last))
+                self._profiler.learn(last, next(ms for parts, ms in timed if parts is last))
             return better
 
         return self._alike(known[0].captured, decide, known, limits)
-
-    # ---- memory ------------------------------------------------------------------------------
-
-    def _limits(self, components: int, copies: int, places: Sequence[Place] = ()) -> Limits:
-        """What each component may need: what was said, else what is free on the devices of its
-        ranks."""
-        config = self._config
-        said = [config.memory_of(rank) for rank in range(len(self._places))]
-        room = self._room() if None in said else said
-        by_rank = [b if a is None else a for a, b in zip(said, room, strict=True)]
-        each: list[int | None] = []
-        running = runners(components, copies, len(self._places))
-        if components != config.components and places:
-            here = [next(r for r, p in enumerate(self._places) if p is place) for place in places]
-            running = [[here[r] for r in of] for of in runners(components, copies, len(places))]
-        for ranks in running:
-            known = [room for room in (by_rank[rank] for rank in ranks) if room is not None]
-            each.append(min(known, default=None))
-        edges = [Exchange(i, j) for i, j in itertools.combinations(range(components), 2)]
-        slots = ring(edges, components, config.schedule, config.extrapolate, config.delay)
-        engines = components if config.schedule == "pipeline" else 1
-        compressed = config.compresses is not None
-        return Limits(tuple(each), slots, engines, config.memory is None, compressed=compressed)
-
-    def _room(self) -> list[int | None]:
-        """Bytes that are free for each rank, looked at before the first cut. Collective."""
-        if self._free is None:
-            units = [p.unit for p in self._places]
-            if self._places[0].device.type != "cuda":
-                self._free = [None] * len(units)
-                return self._free
-
-            here = [p.device for p in self._places if p.process == self._team.process]
-            found = self._team.together(
-                "look at memory", lambda: [room_for(device, self._weights) for device in here]
-            )
-            each = zip(itertools.chain(*found), units, strict=True)
-            # Ranks that share a device share what is free, nobody knows how.
-            self._free = [room if units.count(unit) == 1 else None for room, unit in each]
-        return self._free
-
-    def _within(self, limits: Limits, cut: Callable[[Limits], Partition]) -> Partition:
-        """What ``cut`` makes within these limits. What is free may do though estimated activations
-        say that it does not: then weights and mailboxes alone decide. Raises MemoryLimitError."""
-        try:
-            return cut(limits)
-        except MemoryLimitError as e:
-            if not limits.free:
-                raise
-            told = e
-        made = cut(replace(limits, runs=False))
-        made.limits = limits
-        log.warning("memory may not suffice: %s", told)
-        return made
-
-    # ---- times -------------------------------------------------------------------------------
 
     def compressed(self, parts: Partition, copies: int) -> Compressed:
         """Which boundaries cross compressed."""
@@ -241,84 +179,9 @@ class Cutter:
             return NOTHING_COMPRESSED
         return self._choice.boundaries(parts, self.links(), copies, self._team)
 
-    @property
-    def _unequal(self) -> bool:
-        """Whether nodes are measured on several devices, because these are of several kinds."""
-        return self._config.speeds is None and len({p.kind for p in self._places}) > 1
-
-    def _speeds(self, captured: Captured, call: Call, ranks: int) -> Sequence[float] | None:
-        """How fast ranks' devices are that have shares of the tokens; None: alike. Collective."""
-        each: Sequence[float] | None = self._config.speeds
-        if self._unequal and self._config.split == "auto":
-            costs = self._on_each_kind(captured, call)
-            each = [1 / sum(costs[place.kind].ms.values()) for place in self._places]
-        return each and slowest(each, runners(ranks, 1, len(self._places)))
-
     def _known(self, kept: Callable[[], KeptCuts]) -> bool:
         """Whether nothing has to be measured."""
         return self._team.by(0, "look for costs", lambda: kept().costs() is not None)
-
-    def _on_each_kind(self, captured: Captured, call: Call) -> dict[str, Costs]:
-        """What nodes cost on the first device of each kind, for all processes. Collective."""
-        first: dict[str, Place] = {}
-        for place in self._places:
-            first.setdefault(place.kind, place)
-
-        def mine() -> list[Any]:
-            here = [p for p in first.values() if p.process == self._team.process]
-            each = [(p.kind, self._measured(captured, call, p)) for p in here]
-            return [(kind, c.source, [c.ms[n] for n in captured.nodes]) for kind, c in each]
-
-        found = self._team.together("measure the denoiser's nodes", mine)
-        macs = count_macs(captured)
-        return {
-            kind: Costs(dict(zip(captured.nodes, ms, strict=True)), macs, source)
-            for of_process in found
-            for kind, source, ms in of_process
-        }
-
-    def _of_ranks(
-        self,
-        captured: Captured,
-        call: Call,
-        kinds: Mapping[str, Costs],
-        components: int,
-        copies: int,
-    ) -> Costs:
-        """What nodes cost for each component on the devices that run it: by ``kinds``, where these
-        are unequal; else measured on the first one, and scaled by speeds that were given."""
-        ranks, speeds = runners(components, copies, len(self._places)), self._config.speeds
-        if kinds:
-            of = [[self._places[rank].kind for rank in mine] for mine in ranks]
-            return on_kinds(kinds, self._places[0].kind, of)
-        costs = self._measured(captured, call, self._places[0])
-        return costs if speeds is None else at_speeds(costs, speeds, ranks)
-
-    def _measured(self, captured: Captured, call: Call, place: Place) -> Costs:
-        with phase("measure"):
-            costs = None
-            if self._timed_afterwards:
-                costs = self._costs.at_other_sizes(place.kind, captured)
-            if costs is None:
-                with undisturbed():
-                    costs = measure(captured, call.tensors, place.device, self._weights.bring)
-                costs = fused(captured, costs) if self._config.compile else costs
-                self._costs.keep(place.kind, captured, costs)
-            return costs
-
-    def _learn(self, parts: Partition, times: Sequence[float]) -> None:
-        """For other sizes: what nodes cost by the times that their components took."""
-        assert parts.costs is not None
-        costs = corrected(parts, parts.costs, times)
-        if not (costs.each or costs.busy):
-            self._costs.keep(self._places[0].kind, parts.captured, costs)
-
-    @property
-    def _timed_afterwards(self) -> bool:
-        """Whether components are timed where they run, which corrects what nodes cost."""
-        count = self._config.components
-        units = {p.unit for p in self._places[:count]}
-        return self._places[0].device.type == "cuda" and len(units) == count
 
     def _kept(
         self, captured: Captured, components: int, copies: int, links: Links

@@ -16,23 +16,22 @@ from torch import fx
 
 import asyncdiff_core as core
 
-from ...partition.partition import Partition
-from ...partition.shards import Shards
-from ...processes.team import Team
-from ...schedule.actions import Kind
-from ...schedule.plan import Plan
-from ..devices import Place, fabric
-from ..worker import Worker
-from .awaited import Awaited, Bundles
-from .buffers import layout_of, memory_of, tensors_in
-from .compression.codec import packed_layout
-from .compression.ends import PackingSender, Pair, UnpackingReceiver
-from .compression.sent import NOTHING_COMPRESSED, Compressed, Sent
-from .credits import Credits
-from .inputs import SharedInputs
-from .meetings import connect
-from .push import AsTheyAre, Way
-from .results import (
+from ..partition.partition import Partition
+from ..partition.shards import Shards
+from ..processes.team import Team
+from ..schedule.actions import Kind
+from ..schedule.plan import Plan
+from .devices import Place, fabric
+from .exchange.awaited import Awaited, Bundles
+from .exchange.buffers import layout_of, memory_of, tensors_in
+from .exchange.compression.codec import packed_layout
+from .exchange.compression.ends import PackingSender, Pair, UnpackingReceiver
+from .exchange.compression.sent import NOTHING_COMPRESSED, Compressed, Sent
+from .exchange.credits import Credits
+from .exchange.inputs import SharedInputs
+from .exchange.meetings import connect
+from .exchange.push import AsTheyAre, Way
+from .exchange.results import (
     MODE,
     SLOTS,
     SLOTS_BETWEEN_HOSTS,
@@ -40,6 +39,7 @@ from .results import (
     Result,
     among_constants,
 )
+from .worker import Worker
 
 #: A layout as plain data: element type, shape and strides of each tensor.
 _Specs = list[tuple[str, list[int], list[int]]]
