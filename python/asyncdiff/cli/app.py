@@ -16,7 +16,7 @@ from .commands.plan import plan
 from .commands.prepare import prepare
 from .commands.tune import tune
 from .failures import refuse_launchers
-from .options import spread
+from .option_groups import with_groups
 
 app = typer.Typer(
     name="asyncdiff",
@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for function in (demo, generate, prepare, plan, tune, calibrate, doctor):
-    app.command()(spread(function))
+    app.command()(with_groups(function))
 app.add_typer(bench)
 app.add_typer(cache)
 

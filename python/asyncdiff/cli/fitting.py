@@ -8,7 +8,9 @@ import typer
 
 from ..errors import InputError
 from . import console
-from .options import Cards, Given, Links, Setting, read_sizes
+from .option_groups import Given
+from .option_values import read_sizes
+from .options import Cards, Links, Setting
 from .subject import Model
 
 

@@ -78,7 +78,8 @@ _PHRASES = (
 @functools.cache
 def flags() -> dict[str, str]:
     """The long flag of every setting, by the argument of :func:`asyncdiff.parallelize`."""
-    from .options import Setting, option_of
+    from .option_groups import option_of
+    from .options import Setting
 
     return {f.name: option_of(Setting, f.name) for f in fields(Setting)} | _OTHERS
 

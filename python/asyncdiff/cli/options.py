@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import DeviceError, InputError, PlanError
+from ..errors import InputError
+from .option_groups import Given
+from .option_values import read_order, read_sizes, read_warmup
 
 
 @dataclass(frozen=True)
@@ -245,136 +243,20 @@ Out = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Which parameters of a command were given on the command line: what a command gets for a
-    parameter of this type."""
+def quality_of(asked: str | None, given: Given) -> str | None:
+    """The quality that chooses settings: ``asked``, else the default; None where options that say
+    how were ``given``. Raises InputError for one that there is not, or for both."""
+    from ..quality import DEFAULT, check_quality
 
-    names: frozenset[str] = frozenset()
-
-    def quality(self, asked: str | None) -> str | None:
-        """The quality that chooses settings: ``asked``, else the default; None where options that
-        say how were given. Raises InputError for one that there is not, or for both."""
-        from ..quality import DEFAULT, check_quality
-
-        how = {f.name for f in fields(Setting)} | {"split_guidance", "exact_mode"}
-        by_hand = sorted(self.names & how - {"steps"})
-        if asked is None:
-            return None if by_hand else DEFAULT
-        check_quality(asked)
-        if by_hand:
-            written = ", ".join("--" + name.replace("_", "-") for name in by_hand)
-            raise InputError(
-                f"--quality {asked} chooses what {written} would say: leave that out, or leave "
-                "--quality out"
-            )
-        return asked
-
-
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as typer sees it: each parameter that is a group of options (a dataclass) replaced
-    by the options of the group, which the command then gets as one object."""
-    hints = get_type_hints(command, include_extras=True)
-    wanting = [name for name, kind in hints.items() if kind is Given]
-    groups: dict[str, Any] = {}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
-        if kind is Given:
-            parameters.append(_parameter(_CONTEXT, typer.Context, inspect.Parameter.empty))
-        elif is_dataclass(kind):
-            groups[parameter.name] = kind
-            own = get_type_hints(kind, include_extras=True)
-            parameters += [_parameter(f.name, own[f.name], f.default) for f in fields(kind)]
-        else:
-            parameters.append(_parameter(parameter.name, kind, parameter.default))
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        context = values.pop(_CONTEXT, None)
-        for name in wanting:
-            values[name] = Given(frozenset(p for p in values if _is_given(context, p)))
-        for name, kind in groups.items():
-            values[name] = kind(**{f.name: values.pop(f.name) for f in fields(kind)})
-        command(**values)
-
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
-
-
-#: The parameter by which typer hands over what it has read.
-_CONTEXT = "context"
-
-
-def _is_given(context: typer.Context, parameter: str) -> bool:
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
-
-
-def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-
-
-def option_of(group: type, name: str) -> str:
-    """The long flag of an option of a group."""
-    (option,) = get_type_hints(group, include_extras=True)[name].__metadata__
-    named = [d for d in (option.default, *option.param_decls) if str(d).startswith("--")]
-    return named[0] if named else "--" + name.replace("_", "-")
-
-
-def read_devices(text: str | None, ranks: int) -> list[str] | None:
-    """``cuda:0,cuda:1`` as a list; one device alone is taken for every rank. None stays None.
-
-    Raises DeviceError for an empty entry.
-    """
-    if text is None:
-        return None
-    devices = [d.strip() for d in text.split(",")]
-    if not all(devices):
-        raise DeviceError(f"--devices {text!r} has an empty entry: write cuda:0,cuda:1")
-    return devices * ranks if len(devices) == 1 else devices
-
-
-def read_sizes(flag: str, text: str) -> list[str]:
-    """``10GB,22GB`` as a list of sizes. Raises InputError for what is none, and for a number
-    without a unit: 24 would be bytes, and whoever writes that means gigabytes."""
-    sizes = [size.strip() for size in text.split(",")]
-    if not all(map(_is_size, sizes)):
-        raise InputError(f"{flag} {text!r}: write sizes as 10GB,22GB or 9.5GiB, with their units")
-    return sizes
-
-
-def _is_size(text: str) -> bool:
-    """Whether a text is a byte or more, and not more than anybody has."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([KMGT]i?B?|B)", text, re.I)
-    return (
-        found is not None
-        and 1 <= float(found[1]) * 1000 ** "BKMGT".index(found[2][0].upper()) < 1e18
-    )
-
-
-def read_warmup(text: str) -> int | str:
-    """A number, or "auto". Raises PlanError for anything else."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError as error:
-        raise PlanError(f"--warmup {text!r}: write a number of steps, or auto") from error
-
-
-def read_order(text: str | None) -> Any:
-    """A number, or the calibration in a file; None stays None. Raises PlanError for what is
-    neither."""
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    from ..sampling.calibration import Calibration
-
-    if not Path(text).is_file():
-        raise PlanError(f"--order {text!r} is no number from 0 to 1, and there is no such file")
-    return Calibration.load(text)
+    how = {f.name for f in fields(Setting)} | {"split_guidance", "exact_mode"}
+    by_hand = sorted(given.names & how - {"steps"})
+    if asked is None:
+        return None if by_hand else DEFAULT
+    check_quality(asked)
+    if by_hand:
+        written = ", ".join("--" + name.replace("_", "-") for name in by_hand)
+        raise InputError(
+            f"--quality {asked} chooses what {written} would say: leave that out, or leave "
+            "--quality out"
+        )
+    return asked

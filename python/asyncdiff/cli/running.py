@@ -17,7 +17,8 @@ from ..progress import Tasks
 from .console import remark
 from .failures import asked_of
 from .flags import as_flags, as_python, flags
-from .options import Setting, Waves, read_devices
+from .option_values import read_devices
+from .options import Setting, Waves
 from .subject import Model, Picture
 
 

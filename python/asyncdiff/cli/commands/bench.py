@@ -9,6 +9,7 @@ import typer
 
 from .. import console, files
 from .. import options as opt
+from ..option_values import read_devices
 
 if TYPE_CHECKING:
     from asyncdiff_bench.machine import Machine
@@ -110,7 +111,7 @@ def _machine(text: str | None) -> Machine:
 
     from ...runtime.devices import resolve
 
-    asked = opt.read_devices(text, 1)
+    asked = read_devices(text, 1)
     if asked is None:
         import torch
 

@@ -10,6 +10,7 @@ import typer
 
 from .. import console, files
 from .. import options as opt
+from ..option_groups import Given
 from ..running import Preparing, Spread, noise, picture, shared, what_ran
 from ..subject import Model, Picture, Prompts, chosen
 
@@ -21,7 +22,7 @@ NAMES = {"asyncdiff": "as published", "wavefront": "waves", "pipeline": "in turn
 
 
 def demo(
-    given: opt.Given,
+    given: Given,
     setting: opt.Setting,
     drawn: Picture,
     prompt: Prompts = None,
@@ -48,7 +49,7 @@ def demo(
     files.check_picture(out)
     subject = Model(demo=True)
     subject.announce()
-    spread = Spread.of(devices, given.quality(quality), setting)
+    spread = Spread.of(devices, opt.quality_of(quality, given), setting)
     result = _run(subject, spread, setting, drawn, prompt, seed, out)
     if as_json:
         console.emit_json(result)

@@ -10,13 +10,14 @@ import typer
 from ...launcher import speaks
 from .. import console, files
 from .. import options as opt
+from ..option_groups import Given
 from ..running import Preparing, Spread, check_call, noise, picture, running_modes, shared, what_ran
 from ..subject import Model, Picture
 from .demo import ENLARGED
 
 
 def generate(
-    given: opt.Given,
+    given: Given,
     subject: Model,
     setting: opt.Setting,
     drawn: Picture,
@@ -48,7 +49,7 @@ def generate(
 
     known = cards.arguments() | links.arguments()
     modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | known
-    spread = Spread.of(devices, given.quality(quality), setting, modes)
+    spread = Spread.of(devices, opt.quality_of(quality, given), setting, modes)
     ranks = spread.devices
     pipe = subject.pipeline(ranks[0], drawn.sampler)
     call: dict[str, Any] = {"prompt": prompt, "num_inference_steps": setting.steps, **drawn.call()}

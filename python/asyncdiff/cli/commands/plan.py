@@ -15,6 +15,8 @@ from .. import console, files
 from .. import options as opt
 from ..failures import asked_of
 from ..fitting import what_fits
+from ..option_groups import Given
+from ..option_values import read_warmup
 from ..subject import Model
 
 
@@ -23,7 +25,7 @@ def plan(
     setting: opt.Setting,
     cards: opt.Cards,
     links: opt.Links,
-    given: opt.Given,
+    given: Given,
     device: Annotated[
         str, typer.Option(help="Where the denoiser is measured: cpu, cuda:0, or meta (estimated).")
     ] = "cpu",
@@ -162,7 +164,7 @@ def plan(
 
 
 def _warmup(setting: opt.Setting) -> int:
-    warmup = opt.read_warmup(setting.warmup)
+    warmup = read_warmup(setting.warmup)
     if isinstance(warmup, str):
         raise PlanError(
             "--warmup auto: how many steps that are shows in a run; plan needs a number"

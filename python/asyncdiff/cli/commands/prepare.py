@@ -10,12 +10,13 @@ import typer
 from ...launcher import speaks
 from .. import console
 from .. import options as opt
+from ..option_groups import Given
 from ..running import Preparing, Spread, check_call, running_modes
 from ..subject import Model, Picture
 
 
 def prepare(
-    given: opt.Given,
+    given: Given,
     subject: Model,
     setting: opt.Setting,
     drawn: Picture,
@@ -51,7 +52,7 @@ def prepare(
 
     known = cards.arguments() | links.arguments()
     modes = running_modes(split_guidance, exact_mode, compile, compile_whole) | known
-    spread = Spread.of(devices, given.quality(quality), setting, modes)
+    spread = Spread.of(devices, opt.quality_of(quality, given), setting, modes)
     pipe = subject.pipeline(spread.devices[0], drawn.sampler)
     call = drawn.call()
     if prompt is not None:

@@ -11,6 +11,7 @@ from .. import console, files
 from .. import options as opt
 from ..failures import asked_of
 from ..flags import as_python
+from ..option_values import read_devices
 from ..running import Preparing, check_call, what_ran
 from ..subject import Model, Picture, Prompts, PromptsFile
 from ..subject import prompts as read_prompts
@@ -69,7 +70,7 @@ def tune(
     from ...tools.tune import check_request
     from ...tools.tune import tune as search
 
-    asked = opt.read_devices(devices, 1)
+    asked = read_devices(devices, 1)
     where = [str(d) for d in resolve(asked, len(asked) if asked else 2)]
     wanted: dict[str, Any] = {"psnr_db": psnr, "max_lpips": lpips}
     request = wanted | {"devices": where, "ranks": ranks, "calibrate_on": others}
