@@ -16,6 +16,7 @@ import torch
 
 import results_file
 from asyncdiff.config import ParallelConfig
+from asyncdiff.generation.spec import GenerationSpec
 
 RESULTS = results_file.ROOT / "benchmarks" / "results" / "denoise_4gpu.json"
 #: The models whose loops are used, each in one CUDA graph a rank.
@@ -56,7 +57,7 @@ def split_steps(settings: Mapping[str, Any]) -> int:
     """How many steps of waves run split, a condition on each of two devices, with
     ``exact_mode="split"``."""
     config = ParallelConfig(**settings, devices=["cpu"] * settings["components"])
-    return sum(config.spec(torch.zeros(1000)).split_steps)
+    return sum(GenerationSpec.of(config, torch.zeros(1000)).split_steps)
 
 
 @functools.cache

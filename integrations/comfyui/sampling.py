@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff.config import Branch
 from asyncdiff.generation.generation import Generation
+from asyncdiff.generation.spec import GenerationSpec
 from asyncdiff.graph.signature import Call, Role
 from asyncdiff.sampling.clean_image import CleanImage
+from asyncdiff.schedule.branch import Branch
 
 from .linear import clean_images
 from .samplers import ONCE, name_of, times_of
@@ -129,7 +130,7 @@ class Sampling:
             return
         clean = None
         with torch.inference_mode(False):
-            spec = self._denoiser.config.spec(self._times[self._step :], shorten=True)
+            spec = GenerationSpec.of(self._denoiser.config, self._times[self._step :], shorten=True)
             if self._clean is not None and not spec.all_exact:
                 clean = self._clean.of_steps(self._step, spec.steps)
             way.start = self._step
@@ -139,5 +140,5 @@ class Sampling:
         """Begin a generation of this step alone, which is exact."""
         with torch.inference_mode(False):
             only = time.reshape(-1)[:1].clone()
-            spec = self._denoiser.config.spec(only, shorten=True)
+            spec = GenerationSpec.of(self._denoiser.config, only, shorten=True)
             way.generation = self._denoiser.start(spec, branch=branch)

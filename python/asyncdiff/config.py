@@ -1,4 +1,4 @@
-"""The one configuration: how a denoiser is spread over ranks, and what one generation is."""
+"""The one configuration: how a denoiser is spread over ranks."""
 
 from __future__ import annotations
 
@@ -263,22 +263,6 @@ class ParallelConfig:
             return auto.bound(steps, self.exact_tail)
         return self.warmup  # type: ignore[return-value]  # or what check_numbers refuses
 
-    def spec(
-        self, timesteps: Sequence[Any] | torch.Tensor, *, shorten: bool = False
-    ) -> GenerationSpec:
-        """A generation with these timesteps: the denoiser's own argument values, one a step.
-
-        ``shorten``: where there are fewer steps than exact ones, all of them are exact. Else raises
-        PlanError for them.
-        """
-        times = torch.as_tensor(timesteps)
-        if self.schedule in EXACT:
-            return GenerationSpec(self, times, max(len(times), 1), 0)
-        warmup, tail = self.exact_steps(len(times)), self.exact_tail
-        if shorten and warmup + tail > len(times):
-            return GenerationSpec(self, times, max(len(times), 1), 0)
-        return GenerationSpec(self, times, warmup, tail)
-
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data, for reports and JSON; what is not data is named."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -316,70 +300,3 @@ class ReadOnlySettings:
                 + (f", change it by configure({name}=…)" if name in CHANGEABLE else "")
             )
         super().__setattr__(name, value)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Which of the denoiser's calls in a step of the sampler this is: the ``index``-th of
-    ``count``, as far as that is known. Guidance in one batch is one call; where each condition is
-    a call of its own, each is a branch, with ranks' memory of the steps before of its own."""
-
-    index: int = 0
-    count: int = 1
-
-    @staticmethod
-    def each(count: int) -> list[Branch]:
-        """All of so many. Raises InputError unless that is a number from 1."""
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"branches={count!r}: give the number of calls in a step, 1 or more")
-        return [Branch(index, count) for index in range(count)]
-
-
-#: The only call in a step.
-ONLY = Branch()
-
-
-@dataclass(frozen=True, eq=False)
-class GenerationSpec:
-    """What one generation is, fixed when it starts.
-
-    ``timesteps`` are the denoiser's own argument values, one a step (or a row a step). The first
-    ``warmup`` steps, at the most where ``auto_warmup`` decides, and the last ``exact_tail`` are
-    run exactly. Raises PlanError where there are fewer steps than that.
-    """
-
-    config: ParallelConfig
-    timesteps: torch.Tensor
-    warmup: int
-    exact_tail: int
-
-    def __post_init__(self) -> None:
-        config = self.config
-        check_numbers(config.components, config.stride, self.warmup, self.steps, self.exact_tail)
-
-    @property
-    def steps(self) -> int:
-        """T, the number of steps."""
-        return len(self.timesteps)
-
-    @property
-    def auto_warmup(self) -> AutoWarmup | None:
-        """What decides when the exact steps end, if they may end before the last of them."""
-        return self.config.auto_warmup if self.warmup < self.steps else None
-
-    @property
-    def all_exact(self) -> bool:
-        """Whether every step is exact."""
-        return self.warmup + self.exact_tail == self.steps
-
-    @property
-    def split_steps(self) -> tuple[int, int]:
-        """Exact steps at both ends that run split over devices. The last one of the warm-up
-        fills the mailboxes: it runs as a chain, unless nothing follows it. So does the first one at
-        the end of waves, with which the waves under way arrive."""
-        if self.config.exact_mode == "chain":
-            return 0, 0
-        if self.all_exact:
-            return self.steps, 0
-        waits = self.config.schedule == "wavefront" and self.exact_tail > 0
-        return self.warmup - 1, self.exact_tail - waits

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ONLY, Branch, GenerationSpec, ParallelConfig
+from .config import ParallelConfig
 from .errors import InputError
 from .generation.branches import Branches
 from .generation.generate import Callback, Request, calibrate, generate
 from .generation.generation import Generation, predictor_of
 from .generation.phases import phases_of, plan_of
 from .generation.report import GenerationReport
-from .graph.signature import Call, check_devices, check_one_latents
+from .generation.spec import GenerationSpec
+from .graph.signature import Call
 from .microbatches import in_this_mode
 from .partition.ownership import check_split_argument
 from .partition.partition import Partition
 from .phases import Spent, recording
-from .processes.agreement import digest, of_call, of_settings
+from .processes.agreement import of_generation
 from .runtime.cfg_parallel import Groups
 from .runtime.engine import Engine
 from .runtime.pipelined import joined
@@ -32,6 +33,7 @@ from .runtime.step import READY_NOW
 from .sampling.calibration import Calibration
 from .sampling.clean_image import CleanImage, last_steps
 from .sampling.predictor import LatePredictor
+from .schedule.branch import ONLY, Branch
 from .schedule.plan import Plan
 from .spread import Spread
 
@@ -121,7 +123,7 @@ class AsyncDenoiser(Spread):
         """The plan of a generation with this many steps, for each group of ranks; with
         exact_mode="split" without the exact steps that run split. Raises PlanError."""
         parts = None if self._engine is None else self._engine.partition
-        return plan_of(self._config.spec(range(steps)), parts)
+        return plan_of(GenerationSpec.of(self._config, range(steps)), parts)
 
     # ---- preparation -------------------------------------------------------------------------
 
@@ -141,13 +143,9 @@ class AsyncDenoiser(Spread):
             with recording() as spent:
                 self._engine, call = self._engine_for(call, beside=self._branches.engines(-1))
                 if steps is not None:
-                    phases_of(self._config.spec(range(steps)), self._engines, self._engine, call)
+                    spec = GenerationSpec.of(self._config, range(steps))
+                    phases_of(spec, self._engines, self._engine, call)
             return self._took(self._engine, spent)
-
-    def _check(self, call: Call) -> None:
-        check_devices(call, self._seat.type == "cuda")
-        if self._config.schedule != "asyncdiff" or self._config.splits:
-            check_one_latents(call)
 
     # ---- generations -------------------------------------------------------------------------
 
@@ -170,7 +168,7 @@ class AsyncDenoiser(Spread):
             waves = self._config.schedule == "wavefront"
             clean = last_steps(scheduler, len(timesteps)) if waves else None
             try:
-                spec = self._config.spec(timesteps)
+                spec = GenerationSpec.of(self._config, timesteps)
                 every = [self.start(spec, clean, branch=b) for b in Branch.each(branches)]
                 yield every[0]
                 self.settle()
@@ -270,23 +268,21 @@ class AsyncDenoiser(Spread):
         return result
 
     def _begin(self, generation: Generation, call: Call) -> Call:
+        def given() -> Mapping[str, str]:
+            # A generation may begin in the middle, where only process 0 has latents that count.
+            latents = not self._team.first_only
+            return of_generation(self._config.compared(), generation.timesteps, first, latents)
+
+        which, what = generation.branch, "begin a generation"
         with recording() as spent:
-            call = joined(call)
-            given = functools.partial(self._given_to, generation, call)
-            which = generation.branch
-            named = {"given": given, "beside": self._branches.engines(which.index)}
-            self._engine, call = self._engine_for(call, which, what="begin a generation", **named)
+            first, beside = joined(call), self._branches.engines(which.index)
+            self._engine, call = self._engine_for(
+                first, which, what=what, given=given, beside=beside
+            )
             phases = phases_of(generation.spec, self._engines, self._engine, call, which)
         every = self._took(self._engine, spent)
         generation.begin(phases, call, spent, every, self._branches.ready(call))
         return call
-
-    def _given_to(self, generation: Generation, call: Call) -> dict[str, str]:
-        """What all processes have to be given alike for a generation."""
-        settings = of_settings(self._config.compared())
-        steps = {"the timesteps": digest([generation.timesteps])}
-        # A generation may begin in the middle, where only process 0 has latents that count.
-        return {**settings, **steps, **of_call(call, latents=not self._team.first_only)}
 
     def generate(
         self,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import CHANGEABLE, ONLY, Branch, ParallelConfig, ReadOnlySettings
+from .config import CHANGEABLE, ParallelConfig, ReadOnlySettings
 from .deadline import check_deadline
 from .errors import BatchError, CaptureError, DeviceError, InputError
 from .forking import Locked
 from .graph.checkpoint import Checkpoint
 from .graph.compiled.compile import pays
-from .graph.signature import Call, Parser
+from .graph.signature import Call, Parser, check_devices, check_one_latents
 from .graph.state.values import KnownValues, by_values
 from .graph.weights import Weights
 from .partition.ownership import check_split_argument
@@ -31,6 +31,7 @@ from .runtime.cfg_parallel import Groups
 from .runtime.devices import Place, check_count, places_of, rank_total, room_for, said_of
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
+from .schedule.branch import ONLY, Branch
 
 log = logging.getLogger("asyncdiff")
 
@@ -125,6 +126,12 @@ class Spread(ReadOnlySettings, Locked):
         fit."""
         call = self._parser(args, kwargs)
         return by_values(call, self._values) if self._by_value else call
+
+    def _check(self, call: Call) -> None:
+        """Raise InputError for a call that these ranks do not take."""
+        check_devices(call, self._seat.type == "cuda")
+        if self._config.schedule != "asyncdiff" or self._config.splits:
+            check_one_latents(call)
 
     def _engine_for(
         self, call: Call, branch: Branch = ONLY, **options: Any

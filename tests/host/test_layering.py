@@ -25,7 +25,7 @@ LAYERS = (
     ("microbatches", "sequence"),
     ("partition", "sampling"),
     ("processes",),
-    ("config", "quality"),
+    ("branch", "config", "quality"),
     ("preparation",),
     ("runtime",),
     ("spread", "generation"),

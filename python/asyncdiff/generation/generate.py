@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import GenerationSpec, ParallelConfig
+from ..config import ParallelConfig
 from ..errors import InputError, PlanError, SchedulerError
 from ..graph.signature import RESIDUALS, argument_names
 from ..progress import bar
@@ -26,6 +26,7 @@ from ..sampling.predictor import LatePredictor
 from ..sampling.scheduler import check_scheduler
 from ..schedule.plan import Plan
 from .generation import Generation
+from .spec import GenerationSpec
 
 #: Called after a step with its index, its timestep and the new latents; may return others.
 Callback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -192,7 +193,7 @@ class _Run:
     def __init__(self, denoiser: Denoiser, loop: _Loop, clean: CleanImage, mode: Mode) -> None:
         self._loop, self._late = loop, mode == "late"
         self._predictions: dict[int, torch.Tensor] = {}
-        spec = replace(denoiser.config, order=None).spec(loop.announced)
+        spec = GenerationSpec.of(replace(denoiser.config, order=None), loop.announced)
         if mode == "exact":
             spec = replace(spec, warmup=spec.steps, exact_tail=0)
         denoiser.start(spec, clean, (lambda plan: self) if self._late else None)

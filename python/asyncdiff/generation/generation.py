@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..config import ONLY, Branch, GenerationSpec
 from ..errors import InputError
 from ..graph.signature import RESIDUALS, Call, Role, difference
 from ..graph.writes import Seen, Writes
@@ -25,9 +24,11 @@ from ..sampling.calibration import Calibration, Shape
 from ..sampling.clean_image import CleanImage
 from ..sampling.predictor import LatePredictor, Line, Predictor, default_order
 from ..schedule.actions import NOTHING, Tick
+from ..schedule.branch import ONLY, Branch
 from ..schedule.plan import Plan
 from .phases import Phase, plan_of
 from .report import GenerationReport, on_each_device
+from .spec import GenerationSpec
 
 
 class Generation:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from ..config import ONLY, Branch, GenerationSpec
 from ..graph.signature import Call
 from ..partition.partition import Partition
 from ..runtime.cfg_parallel import Groups
 from ..runtime.engine import Engine
 from ..runtime.engine_cache import EngineCache
 from ..runtime.pipelined import Pipelined
+from ..schedule.branch import ONLY, Branch
 from ..schedule.plan import Plan, build
+from .spec import GenerationSpec
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,17 @@ def of_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     return {f"the setting {n}": repr(v) for n, v in settings.items() if n != "devices"}
 
 
-def of_call(call: Call, latents: bool = True) -> dict[str, str]:
-    """The inputs of a call: which, of what shapes, and their values; of what changes from step to
-    step only with ``latents``."""
+def of_generation(
+    settings: Mapping[str, Any], timesteps: torch.Tensor, call: Call, latents: bool
+) -> dict[str, str]:
+    """What a generation is given: its settings, its timesteps, and its first call; the values of
+    what changes from step to step only with ``latents``."""
+    steps = {"the timesteps": digest([timesteps])}
+    return {**of_settings(settings), **steps, **_of_call(call, latents)}
+
+
+def _of_call(call: Call, latents: bool) -> dict[str, str]:
+    """The inputs of a call: which, of what shapes, and their values."""
     inputs = call.signature.inputs
     return {
         "the arguments of the denoiser": ", ".join(x.name for x in inputs),

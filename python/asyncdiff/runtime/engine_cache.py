@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..config import GROUPS, ONLY, Branch, ParallelConfig
+from ..config import GROUPS, ParallelConfig
 from ..errors import reason
 from ..graph.batch import BatchSplit
 from ..graph.hooks import check_hooks, check_layers
@@ -23,6 +23,7 @@ from ..memory import out_of_memory
 from ..processes.agreement import digest
 from ..processes.team import Team
 from ..progress import bar
+from ..schedule.branch import ONLY, Branch
 from ..schedule.plan import Plan
 from .cfg_parallel import Groups
 from .devices import Place, collect

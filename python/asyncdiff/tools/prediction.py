@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..generation.spec import GenerationSpec
 from ..processes.team import Team
 from ..runtime.cutting.link_speed import engine_links
 from ..runtime.devices import Place
@@ -36,7 +37,7 @@ def predicted_speedup(handle: Any, steps: int) -> float | None:
     """
     devices = [torch.device(d) for d in handle.denoiser.devices]
     plan = handle.plan(steps)
-    split = sum(handle.config.spec(range(steps), shorten=True).split_steps)
+    split = sum(GenerationSpec.of(handle.config, range(steps), shorten=True).split_steps)
     if len(devices) != plan.ranks or plan.steps + split != steps:
         return None
     report = handle.partition.report().to_dict()

@@ -12,7 +12,6 @@ from torch import fx
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser
-from asyncdiff import denoiser as front
 from asyncdiff import spread as where
 from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compiled import compile as compiling
@@ -232,7 +231,7 @@ def test_a_constructor_that_raises_leaves_the_module_as_it_was(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(EngineCache, "get", raises)
-    monkeypatch.setattr(front, "check_devices", lambda *_: None)
+    monkeypatch.setattr(where, "check_devices", lambda *_: None)
     with pytest.raises(torch.OutOfMemoryError):
         AsyncDenoiser(module, example_kwargs=toy_call(), devices=["cuda:0", "cuda:1"], compile=True)
     assert seen == [False]  # channels last, while it was prepared

@@ -16,6 +16,7 @@ from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser, InputError
+from asyncdiff.generation.spec import GenerationSpec
 
 SECONDS = 60
 
@@ -80,7 +81,7 @@ def test_a_denoiser_in_a_child() -> None:
         toy(), devices=["cpu"] * 2, split="estimate", example_kwargs=toy_call()
     )
 
-    spec = denoiser.config.spec([9, 8])
+    spec = GenerationSpec.of(denoiser.config, [9, 8])
 
     def work() -> None:
         for use in (

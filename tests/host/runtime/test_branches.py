@@ -12,7 +12,8 @@ from branched import STEPS, by_batch, by_branch, guided, scheduler
 from toys import toy, toy_call
 
 from asyncdiff import AsyncDenoiser, InputError
-from asyncdiff.config import Branch
+from asyncdiff.generation.spec import GenerationSpec
+from asyncdiff.schedule.branch import Branch
 
 CALL = toy_call(2)
 LONGER = toy_call(1, seed=7)["encoder_hidden_states"].repeat(1, 2, 1)[:, :7]
@@ -92,14 +93,14 @@ def test_a_branch_that_was_left_out_goes_on_exactly() -> None:
     texts = list(CALL["encoder_hidden_states"].chunk(2))
     sampler, latents = scheduler(), CALL["sample"][:1]
     with contextlib.closing(AsyncDenoiser(module, components=2, split="estimate")) as denoiser:
-        spec = denoiser.config.spec(sampler.timesteps)
+        spec = GenerationSpec.of(denoiser.config, sampler.timesteps)
         for index in range(2):
             denoiser.start(spec, branch=Branch(index, 2))
         for k, t in enumerate(sampler.timesteps):
             denoiser.call(denoiser.parse((latents, t, texts[0]), {}), 0)
             if k in (0, 1, 6, 7, 8):
                 if k == 6:
-                    rest = denoiser.config.spec(sampler.timesteps[6:])
+                    rest = GenerationSpec.of(denoiser.config, sampler.timesteps[6:])
                     denoiser.start(rest, branch=Branch(1, 2))
                 (noise,) = denoiser.call(denoiser.parse((latents, t, texts[1]), {}), 1)
                 if k in (0, 6):

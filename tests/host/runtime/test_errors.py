@@ -24,6 +24,7 @@ from asyncdiff import (
     SchedulerError,
 )
 from asyncdiff.environment import prepare_deadline
+from asyncdiff.generation.spec import GenerationSpec
 from asyncdiff.processes.team import Team
 from asyncdiff.runtime.devices import Place, fabric
 from asyncdiff.runtime.engine import Engine
@@ -137,7 +138,7 @@ def test_a_component_without_work() -> None:
 def test_warmup_longer_than_the_generation() -> None:
     denoiser = make(warmup=5)
     with pytest.raises(PlanError, match="warmup=5 exceeds the 4 steps"):
-        denoiser.start(denoiser.config.spec(range(4)))
+        denoiser.start(GenerationSpec.of(denoiser.config, range(4)))
 
 
 class Branching(torch.nn.Module):
@@ -165,7 +166,7 @@ def test_a_denoiser_that_cannot_be_exported(module: torch.nn.Module, message: st
 
 def test_wrong_arguments(capfd: pytest.CaptureFixture[str]) -> None:
     denoiser = make()
-    denoiser.start(denoiser.config.spec(range(3)))
+    denoiser.start(GenerationSpec.of(denoiser.config, range(3)))
     with pytest.raises(InputError, match="cannot be called like this"):
         denoiser(toy_call()["sample"], no_such_argument=1)
     # Said of the call, not of exporting, and without pages of torch's log.

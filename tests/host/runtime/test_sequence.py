@@ -24,6 +24,7 @@ from asyncdiff import (
     RankError,
     TokensError,
 )
+from asyncdiff.generation.spec import GenerationSpec
 from asyncdiff.runtime.exchange import meetings
 from asyncdiff.runtime.exchange.gathering import brief_meetings
 from asyncdiff.runtime.exchange.meetings import Meetings
@@ -253,7 +254,7 @@ def test_settings_that_say_it_twice_or_not_at_all() -> None:
     with pytest.raises(PlanError, match="pipeline"):
         ParallelConfig(schedule="pipeline", exact_mode="sequence")
     config = ParallelConfig(schedule="sequence", components=3, warmup=1)
-    assert config.ranks == 3 and config.spec(range(7)).all_exact
+    assert config.ranks == 3 and GenerationSpec.of(config, range(7)).all_exact
 
 
 def test_what_a_run_had_taken_that_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,15 @@ from toys import toy, toy_call
 import asyncdiff
 from asyncdiff import AsyncDenoiser, ParallelConfig, RankError
 from asyncdiff.generation.generation import Generation
+from asyncdiff.generation.spec import GenerationSpec
 from asyncdiff.graph import hoist as hoisting
 from asyncdiff.graph.hoist import Hoisted, hoist
 from asyncdiff.graph.program import KEEP, TIMED
 from asyncdiff.graph.row import Row, padded
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
+from asyncdiff.runtime import worker as component
 from asyncdiff.runtime import input_cache as conditioning
 from asyncdiff.runtime import rows as timetable
-from asyncdiff.runtime import worker as component
 from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
 from asyncdiff.runtime.rows import Rows
 from asyncdiff.runtime.worker import Worker
@@ -186,7 +187,8 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     computed.clear()
     assert ranks[0].rows.slots == 8
     run(denoiser, seed=2, steps=5)
-    assert len(computed) == sum(len(rank.rows.table) for rank in ranks) and ranks[0].rows.slots == 5
+    assert len(computed) == sum(len(rank.rows.table) for rank in ranks)
+    assert ranks[0].rows.slots == 5
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
@@ -459,7 +461,7 @@ def test_a_timestep_for_every_sample(settings: dict[str, Any], alike: bool) -> N
 def test_what_is_known_to_be_announced() -> None:
     """Only a view of the very element, unchanged since, of the same dtype."""
     times = torch.tensor([900.0, 500.0, 100.0])
-    generation = Generation(ParallelConfig().spec(times))
+    generation = Generation(GenerationSpec.of(ParallelConfig(), times))
     assert generation._announced(times[1], 1) and generation._announced(times[1].expand(2), 1)
     assert not generation._announced(times[1], 2)
     assert not generation._announced(times[1].clone(), 1)
@@ -469,7 +471,7 @@ def test_what_is_known_to_be_announced() -> None:
     assert not generation._announced(times[1], 1)
     with torch.inference_mode():  # has no version
         times = torch.tensor([900.0])
-        generation = Generation(ParallelConfig().spec(times))
+        generation = Generation(GenerationSpec.of(ParallelConfig(), times))
         assert generation._announced(times[0], 0)
         times.add_(1)
         assert not generation._announced(times[0], 0)
@@ -479,7 +481,7 @@ def test_a_pipeline_calls_with_what_it_announced() -> None:
     sampler = scheduler()
     for start in (0, 3):
         times = TimestepTracker(sampler, sampler.timesteps[start])
-        generation = Generation(ParallelConfig().spec(times.values))
+        generation = Generation(GenerationSpec.of(ParallelConfig(), times.values))
         assert len(times.values) == 8 - start
         for k, t in enumerate(sampler.timesteps[start:]):
             assert generation._announced(t, k) and generation._announced(t.expand(2), k)
@@ -497,7 +499,7 @@ def test_times_that_a_pipeline_computes_are_known(made: Any, dtype: torch.dtype)
     for start in (0, 5):
         calls = [made(t.expand(2), dtype) for t in sampler.timesteps[start:]]
         times = TimestepTracker(sampler, calls[0])
-        generation = Generation(ParallelConfig().spec(times.values))
+        generation = Generation(GenerationSpec.of(ParallelConfig(), times.values))
         known = [times.known(k, call) for k, call in enumerate(calls)]
         assert all(torch.equal(a, b) for a, b in zip(known, calls, strict=True))
         announced = [generation._announced(t, k) for k, t in enumerate(known)]

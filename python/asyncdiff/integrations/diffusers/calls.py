@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config import Branch
 from ...denoiser import AsyncDenoiser
 from ...errors import BatchError, InputError, MemoryLimitError, SchedulerError, TokensError
 from ...generation.report import GenerationReport
+from ...generation.spec import GenerationSpec
 from ...graph.hooks import check_forward
 from ...graph.signature import Call, Role
 from ...sampling.clean_image import CleanImage, clean_image
 from ...sampling.response import Response, respond
 from ...sampling.scheduler import check_scheduler
+from ...schedule.branch import Branch
 from .auto import AutoSettings
 from .branches import BranchFinder, CallBranch
 from .call_sites import calls_in_a_step, most_conditions
@@ -333,7 +334,7 @@ class Calls:
             )
         if waves:
             clean = self._clean_image(times)
-        spec = config.spec(times.values, shorten=True)
+        spec = GenerationSpec.of(config, times.values, shorten=True)
         which = Branch(branch.index, self._expected)
         branch.generation = self.denoiser.start(spec, clean, branch=which)
         return preparing(self.run.shown)
