@@ -56,12 +56,13 @@ def test_as_by_itself(kind: str, place: str, tmp_path: Path) -> None:
         check(denoiser, call, want)
         engine: Any = denoiser._engine
         held = [
-            sum(b.numel() * b.element_size() for b in w.program.buffers()) for w in engine.workers
+            sum(b.numel() * b.element_size() for b in w.program.main.buffers())
+            for w in engine.workers
         ]
         plainly = 2 * sum(p.numel() for p in quantized.transformer().parameters())
         share = {"mixed dtypes": 1.4, "GGUF BF16": 1.1}.get(kind, 0.9)
         assert sum(held) < plainly * share
-        assert all(b.is_cuda for w in engine.workers for b in w.program.buffers())
+        assert all(b.is_cuda for w in engine.workers for b in w.program.main.buffers())
     with torch.no_grad():  # back where it was
         assert torch.equal(module(**call)[0], want)
 

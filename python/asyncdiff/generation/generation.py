@@ -262,7 +262,7 @@ class Generation:
             exposed_ms=None if exposed is None else exposed * len(plan.ticks),
             exposed_ms_per_tick=exposed,
             cuda_graphs=all(w.graphs.used for w in engine.workers),
-            compiled=all(w.compiled for w in engine.workers),
+            compiled=all(w.program.compiled for w in engine.workers),
             compile_s=engine.compile_s,
             settings=self.spec.config.to_dict(),
             speeds=list(engine.partition.speeds),

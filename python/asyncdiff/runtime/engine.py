@@ -97,7 +97,7 @@ class Engine:
         self.by_rank = {w.rank: w for w in self.workers}
         self.conditioning = InputCache(
             self.signature.places[Role.CONDITIONING],
-            set[int]().union(*(w.row_conditioning for w in self.workers)),
+            set[int]().union(*(w.program.row_conditioning for w in self.workers)),
         )
         self.channels = Channels(partition, self.places, seats, team, slots, deadline, compressed)
         self.channels.connect(self.by_rank, [tensors[i] for i in self._latents])

@@ -188,7 +188,7 @@ class EngineCache:
             if not kept.stale(version)
             for engine in kept.engines
             for worker in engine.workers
-            for held in worker.held.values()
+            for held in worker.program.held.values()
         ]
 
     def _idle(self, mine: _Kind | None) -> list[_Kind]:

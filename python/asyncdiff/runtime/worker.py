@@ -1,4 +1,4 @@
-"""One component made ready on its device: its program, its inputs, its ends of channels."""
+"""A rank at work: it runs its component's program, and has its ends of channels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 import asyncdiff_core as core
 
 from ..graph.compiled.ahead import Compiling
 from ..graph.compiled.compile import Pieces
-from ..graph.hoist import hoist, store
-from ..graph.program import on_device, run_program, weight_name
-from ..graph.signature import Role
-from ..graph.weights import Held, Weights
+from ..graph.program import run_program
+from ..graph.weights import Weights
 from ..graph.writes import Written
 from ..partition.partition import Partition
 from ..progress import tell
 from ..schedule.actions import NOTHING, Action, Kind, Segment
+from .component_program import ComponentProgram
 from .cuda_graphs import GraphCache, Issued, capturing, on_stream
 from .exchange.awaited import Bundles
 from .exchange.buffers import moved_on
@@ -33,21 +31,21 @@ from .exchange.credits import Credits
 from .exchange.meetings import Meetings
 from .exchange.push import Push, Way, Ways
 from .exchange.results import Result
-from .rows import Rows
 from .step import Caller, Inputs
 
 log = logging.getLogger("asyncdiff")
 
 
 class Worker:
-    """A rank's component on its device.
+    """A rank on its device: issues the runs of a component's ``program``, takes what they are given
+    and pushes what leaves.
 
     Not thread-safe; one thread at a time issues its work. ``stream`` computes; ``comm`` pushes the
     boundary, beside the computation (both None on the CPU).
 
-    ``tensors`` are the inputs of a call, whose shapes, dtypes and values the static inputs get.
-    ``extrapolate``: of the last change of crossing values, how much is added to them.
-    ``stream``: in place of one of its own, one whose work it shares with other workers.
+    ``tensors``: see :class:`~.component_program.ComponentProgram`. ``extrapolate``: of the last
+    change of crossing values, how much is added to them. ``stream``: in place of one of its own,
+    one whose work it shares with other workers.
     """
 
     def __init__(
@@ -61,7 +59,6 @@ class Worker:
         extrapolate: float = 0.0,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        captured = partition.captured
         cuda = device.type == "cuda"
         self.rank = rank
         self.index = index
@@ -69,38 +66,8 @@ class Worker:
         self.stream = stream or (torch.cuda.Stream(device) if cuda else None)
         self.comm = torch.cuda.Stream(device) if cuda else None
         self._extrapolate = extrapolate
-        places = captured.signature.places
-        self.inputs = [captured.inputs[n.name] for n in partition.components[index].inputs]
-        with on_device(device):
-            self.static = {i: torch.empty_like(tensors[i], device=device) for i in self.inputs}
-            for i in self.inputs:
-                self.static[i].copy_(tensors[i])
-        self._moving = [(p, i) for p, i in enumerate(places[Role.LATENTS]) if i in self.static]
-        self._times = places[Role.TIMESTEP]
-        self._conditioning = self.static.keys() & places[Role.CONDITIONING]
-        self._captured = captured
-        #: the weights that it computes with, which ranks of a device share, by placeholder
-        self.held: dict[str, Held] = {}
-
-        def bring(name: str, device: torch.device) -> torch.Tensor:
-            self.held[name] = weights.get(captured, name, device)
-            return self.held[name].tensor
-
-        # A program holds where its values go: every rank has its own.
-        parts = hoist(partition.program(index, device, bring))
-        #: what the program was taken apart into, by whose weights it computes
-        self._parts = [part for part in (parts.once, parts.timed, parts.main) if part is not None]
-        self.program = parts.main
-        #: computes ``kept`` from the conditioning, when it has changed
-        self.prelude = parts.once
-        #: what the program needs and is computed once a generation
-        self.kept: list[torch.Tensor] = []
-        #: inputs of the rows, besides the timestep
-        self.row_conditioning = {captured.inputs[name] for name in parts.conditions}
         self.graphs = GraphCache(rank, self.stream)
-        time = next((self.static[i] for i in self._times if i in self.static), None)
-        timed = parts.timed
-        self.rows = Rows(timed, lambda: self._ahead(timed, self.kept), time, self.graphs)
+        self.program = ComponentProgram(partition, index, device, weights, tensors, self.graphs)
         #: by receiving component
         self.senders: dict[int, Ways] = {}
         #: where its noise predictions go besides, if they do
@@ -109,14 +76,13 @@ class Worker:
         self.credits: Credits | None = None
         #: where tokens are shared out: its part in the meetings of all ranks
         self.meetings: Meetings | None = None
-        self._meets = hasattr(self.program, "meet")
+        self._meets = hasattr(self.program.main, "meet")
         #: by sending component, the channels that bring bundles
         self.receivers: dict[int, Bundles | UnpackingReceiver] = {}
         #: which bundles cross compressed, if any do
         self.sent: Sent | None = None
         #: (source, slot) -> the bundle's tensors in this rank's mailbox
         self.mailbox: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self.compiled = False
         self._pushes, self._spent = 0, 0.0
         self._last: Issued | None = None
         self._outputs: list[Any] = []
@@ -148,10 +114,8 @@ class Worker:
             # Weights, inputs and ``reads`` were brought here on other streams.
             torch.cuda.synchronize(self.device)
         with self.current():
-            if self.prelude is not None:
-                self._refresh()
-            self.rows.warm_up()
-            outputs = run_program(self.program, self._arguments(reads), collect)
+            self.program.warm_up()
+            outputs = run_program(self.program.main, self.program.arguments(reads), collect)
         self.synchronize()
         return sent, outputs
 
@@ -161,10 +125,7 @@ class Worker:
         """
         told = functools.partial(tell, f"compiling rank {self.rank}")
         with self.current():
-            regions = compiling.regions(self._captured)
-            pieces = Pieces(self.program, self._arguments(reads), regions, told)
-            if compiling.side_by_side:
-                pieces.look()
+            pieces = self.program.pieces(reads, compiling, told)
         self.synchronize()
         return pieces
 
@@ -172,18 +133,17 @@ class Worker:
         """Compile the program, which consists of these pieces. Runs it once, without channels.
         Keeps as it is what inductor cannot compile."""
         with self.current():
-            made = pieces.compile()
-        self._parts[-1] = self.program = made.program
-        self.compiled = made.pieces > 0
-        if made.refused:
-            what = f"a part of rank {self.rank}" if self.compiled else f"rank {self.rank}"
-            log.warning("%s runs uncompiled, which is slower: %s", what, made.refused[0])
+            refused = self.program.compile(pieces)
+        if refused:
+            rank = f"rank {self.rank}"
+            what = f"a part of {rank}" if self.program.compiled else rank
+            log.warning("%s runs uncompiled, which is slower: %s", what, refused[0])
         self.synchronize()
 
     def prepare(self, slots: Runs) -> None:
         """Capture the graph of a run with these slots, if it is still missing."""
         with self.current():
-            self.rows.prepare()
+            self.program.rows.prepare()
             for place in range(self.result.channel.slots if slots[2] and self.result else 1):
                 self.graphs.record((slots, place), functools.partial(self.execute, slots, place))
         if self.meetings is not None:
@@ -193,30 +153,23 @@ class Worker:
         """Compute with the weights that the denoiser has now; whether graphs have to be recorded
         anew for that, None where it is not possible. See
         :meth:`~..graph.weights.Weights.renew`. Call when idle."""
-        moved = weights.renew(self._captured, self.held, written)
-        if moved is None:
-            return None
-        for name, held in moved.items():
-            for part in self._parts:
-                if hasattr(part, weight_name(name)):
-                    setattr(part, weight_name(name), held.tensor)
-            self.held[name] = held
+        moved = self.program.renew(weights, written)
         if moved:  # graphs compute with what lies where it lay
             self.graphs.clear()
-        return bool(moved)
+        return moved
 
     def graph_alone(self, reads: Mapping[int, list[torch.Tensor]]) -> torch.cuda.CUDAGraph:
         """A CUDA graph of the program alone, on bundles by source."""
         assert self.stream is not None
         with self.current(), capturing(self.stream) as graph:
-            run_program(self.program, self._arguments(reads), None)
+            run_program(self.program.main, self.program.arguments(reads), None)
         return graph
 
     # ---- a generation ------------------------------------------------------------------------
 
     def begin(self, steps: int) -> None:
         """A generation of so many steps begins. Call when idle."""
-        self.rows.begin(steps)
+        self.program.rows.begin(steps)
         if self.credits is not None:
             self.credits.begin()
 
@@ -277,13 +230,13 @@ class Worker:
                 ways[target] = by_slot[write]
         result, meetings = self.result if delivers else None, self.meetings
         if not ways and result is None and meetings is None:
-            return Issued(run_program(self.program, self._arguments(reads), None))
+            return Issued(run_program(self.program.main, self.program.arguments(reads), None))
         push = Push(ways, self.stream, self.comm, result, place)
         # A copy of the last component has values for others, but only the component sends them.
         sink = meetings or (push if ways else None)
         if meetings is not None:
             meetings.begin()
-        outputs = run_program(self.program, self._arguments(reads), sink)
+        outputs = run_program(self.program.main, self.program.arguments(reads), sink)
         if meetings is not None:
             meetings.finish()
         push.finish(outputs)
@@ -316,15 +269,7 @@ class Worker:
         find it, and others may still refer to it. Call when idle; it cannot run any more.
         """
         self.graphs.clear()
-        self.rows.close()
-        for part in self._parts:  # which refers to itself, too
-            part._buffers.clear()
-        self._parts.clear()
-        del self.program
-        self.prelude = None
-        self.held.clear()
-        self.static.clear()
-        self.kept.clear()
+        self.program.close()
         self._last, self._outputs = None, []
         self.mailbox.clear()
         self.receivers.clear()
@@ -350,7 +295,7 @@ class Worker:
         assert action.latents is not None and action.time is not None
         earlier = inputs.earlier.get(action.latents)
         given = inputs.tensors
-        mine = {i: given[i] if earlier is None else earlier[p] for p, i in self._moving}
+        mine = {i: given[i] if earlier is None else earlier[p] for p, i in self.program.moving}
         first = self._fed != inputs.number
         if first:
             self._fed = inputs.number
@@ -358,10 +303,10 @@ class Worker:
                 mine[i] = given[i]
         time = inputs.times[action.time]
         if isinstance(time, torch.Tensor):
-            for i in self._times:
+            for i in self.program.times:
                 mine[i] = time
         self._take(mine, inputs.caller if first else None)
-        self.rows.select(time, inputs.version)
+        self.program.rows.select(time, inputs.version)
 
     def _take(self, values: dict[int, torch.Tensor], caller: Caller | None) -> None:
         """Copy denoiser inputs to this rank, by index; those that it does not use are passed over.
@@ -369,31 +314,12 @@ class Worker:
         The caller and this rank wait for each other here: not where nothing is copied, or the
         ranks behind the first would wait for the sampler's step too.
         """
-        mine = [(self.static[i], value) for i, value in values.items() if i in self.static]
+        program = self.program
+        mine = [(program.static[i], value) for i, value in values.items() if i in program.static]
         if mine and caller is not None:
             self._copies.fetch(mine, caller)
         else:
             for static, value in mine:
                 static.copy_(value, non_blocking=True)
-        if self.prelude is not None and not self._conditioning.isdisjoint(values):
-            self._refresh()
-
-    def _refresh(self) -> None:
-        """Compute again what depends on the conditioning alone."""
-        assert self.prelude is not None
-        self.kept = store(self.prelude(*self._ahead(self.prelude)), self.kept)
-
-    def _arguments(self, reads: Mapping[int, list[torch.Tensor]]) -> list[torch.Tensor]:
-        values = [*map(self.static.__getitem__, self.inputs)]
-        for bundle in reads.values():
-            values += bundle
-        return values + self.kept + self.rows.values
-
-    def _ahead(
-        self, part: fx.GraphModule | None, kept: Sequence[torch.Tensor] = ()
-    ) -> list[torch.Tensor | None]:
-        """The arguments of a part of the program that needs no value of other components."""
-        assert part is not None
-        inputs = [self.static[i] for i in self.inputs]
-        reads = len(part.graph.find_nodes(op="placeholder")) - len(inputs) - len(kept)
-        return [*inputs, *[None] * reads, *kept]
+        if program.prelude is not None and not program.conditioning.isdisjoint(values):
+            program.refresh()

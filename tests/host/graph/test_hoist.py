@@ -159,7 +159,7 @@ def test_a_prompt_is_worked_on_once_a_generation() -> None:
     workers = denoiser._engine.workers  # type: ignore[union-attr]
     runs = [0, 0]
     for i, worker in enumerate(workers):
-        prelude = worker.prelude
+        prelude = worker.program.prelude
         assert prelude is not None
 
         def counted(*args: Any, i: int = i, prelude: Any = prelude) -> Any:
@@ -167,7 +167,7 @@ def test_a_prompt_is_worked_on_once_a_generation() -> None:
             return prelude(*args)
 
         counted.graph = prelude.graph  # type: ignore[attr-defined]
-        worker.prelude = counted  # type: ignore[assignment]
+        worker.program.prelude = counted  # type: ignore[assignment]
     times = torch.tensor([900, 600, 300])
     results = []
     for prompt in (kwargs["encoder_hidden_states"], -kwargs["encoder_hidden_states"]):

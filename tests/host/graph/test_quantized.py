@@ -42,7 +42,7 @@ def quiet() -> Iterator[None]:
 def held(denoiser: AsyncDenoiser) -> list[int]:
     """Bytes that each component holds."""
     engine: Any = denoiser._engine
-    programs = [worker.program for worker in engine.workers]
+    programs = [worker.program.main for worker in engine.workers]
     return [sum(b.numel() * b.element_size() for b in p.buffers()) for p in programs]
 
 

@@ -315,7 +315,7 @@ def test_equal_regions_are_computed_by_the_same_code(pieces: list[fx.GraphModule
     calls = [
         piece.call
         for worker in denoiser._engine.workers
-        for name, piece in worker.program.named_children()
+        for name, piece in worker.program.main.named_children()
         if name.startswith("piece") and hasattr(piece, "call")
     ]
     block = next(p for p in pieces if blocks_in([p]) == [1])

@@ -29,7 +29,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return execute(rows)
 
     def counted_copies(worker: Worker, values: dict[int, torch.Tensor], caller: Any) -> None:
-        counts["copies"] += len([i for i in values if i in worker.static])
+        counts["copies"] += len([i for i in values if i in worker.program.static])
         take(worker, values, caller)
 
     monkeypatch.setattr(Rows, "execute", counted_row)

@@ -149,7 +149,7 @@ def test_conditioning_with_a_gradient_keeps_no_graph() -> None:
                 (out,) = denoiser(call["sample"], torch.tensor(t), text)
     assert not out.requires_grad
     assert denoiser._engine is not None
-    held = [t for w in denoiser._engine.workers for t in w.static.values()]
+    held = [t for w in denoiser._engine.workers for t in w.program.static.values()]
     assert held and not any(t.requires_grad for t in held)
     denoiser.close()
 

@@ -124,11 +124,11 @@ def test_what_ranks_had_is_free_without_the_collector() -> None:
     engine: Any = denoiser._engine
     had: list[Any] = []
     for worker in engine.workers:
-        had += worker.held.values()
-        had += [*worker.static.values(), *worker.kept]
+        had += worker.program.held.values()
+        had += [*worker.program.static.values(), *worker.program.kept]
         had += [t for bundle in worker.mailbox.values() for t in bundle]
     refs = [weakref.ref(x) for x in had]
-    programs = [part for worker in engine.workers for part in worker._parts]
+    programs = [part for worker in engine.workers for part in worker.program._parts]
     assert len(refs) > 10 and any(list(part.buffers()) for part in programs)
     del had, worker
     gc.collect()

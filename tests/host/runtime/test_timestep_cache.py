@@ -20,7 +20,7 @@ from asyncdiff.graph.hoist import Hoisted, hoist
 from asyncdiff.graph.program import KEEP, TIMED
 from asyncdiff.graph.row import Row, padded
 from asyncdiff.integrations.diffusers.timesteps import TimestepTracker
-from asyncdiff.runtime import worker as component
+from asyncdiff.runtime import component_program
 from asyncdiff.runtime import input_cache as conditioning
 from asyncdiff.runtime import rows as timetable
 from asyncdiff.runtime.cuda_graphs import GraphCache, Issued
@@ -82,7 +82,7 @@ class Everything:
             if rows.time is not None:
                 rows.time.copy_(torch.as_tensor(time))
 
-        self.patch.setattr(component, "hoist", without)
+        self.patch.setattr(component_program, "hoist", without)
         self.patch.setattr(Rows, "select", select)
 
     def __exit__(self, *_: Any) -> None:
@@ -93,7 +93,7 @@ def without_rows(make: Callable[[], AsyncDenoiser], *args: Any, **options: Any) 
     with Everything():
         denoiser = make()
         result = run(denoiser, *args, **options)
-        assert all(w.rows.program is None for w in denoiser._engine.workers)  # type: ignore[union-attr]
+        assert all(w.program.rows.program is None for w in denoiser._engine.workers)  # type: ignore[union-attr]
         denoiser.close()
     return result
 
@@ -185,10 +185,10 @@ def test_rows_are_computed_once(computed: list[int]) -> None:
     run(denoiser, seed=2)
     assert len(computed) == 5 + 5 + 3
     computed.clear()
-    assert ranks[0].rows.slots == 8
+    assert ranks[0].program.rows.slots == 8
     run(denoiser, seed=2, steps=5)
-    assert len(computed) == sum(len(rank.rows.table) for rank in ranks)
-    assert ranks[0].rows.slots == 5
+    assert len(computed) == sum(len(rank.program.rows.table) for rank in ranks)
+    assert ranks[0].program.rows.slots == 5
     computed.clear()
     run(denoiser, seed=2, change=4, steps=5)
     assert 0 < len(computed) <= 3  # those after the change
@@ -359,7 +359,7 @@ def test_a_table_that_is_too_large_is_not_kept(
     want = without_rows(spread)
     denoiser = spread()
     assert torch.equal(run(denoiser), want)
-    nbytes = denoiser._engine.workers[0].rows.row.nbytes  # type: ignore[union-attr]
+    nbytes = denoiser._engine.workers[0].program.rows.row.nbytes  # type: ignore[union-attr]
     for most, again in ((8 * nbytes, 0), (8 * nbytes - 1, 16)):
         monkeypatch.setattr(timetable, "TABLE_BYTES", most)
         run(denoiser)
@@ -371,11 +371,11 @@ def test_a_table_that_is_too_large_is_not_kept(
 
 def test_values_that_are_too_large_stay_in_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     want = without_rows(spread)
-    monkeypatch.setattr(component, "hoist", lambda program: hoist(program, 0))
+    monkeypatch.setattr(component_program, "hoist", lambda program: hoist(program, 0))
     denoiser = spread()
     assert torch.equal(run(denoiser), want)
     for worker in denoiser._engine.workers:  # type: ignore[union-attr]
-        row = worker.rows.row
+        row = worker.program.rows.row
         assert row is not None and row.nbytes == padded(8)
     assert torch.equal(run(denoiser), want)
     denoiser.close()

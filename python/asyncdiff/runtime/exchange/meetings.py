@@ -207,7 +207,7 @@ def connect(
     together: dict[int, core.Layout] = {}
     dims: dict[int, list[int]] = {}
     if ranks == len(workers) == 2 and _arrives_part_by_part(fabric):
-        dims = brief_meetings([worker.program.graph for worker in workers.values()])
+        dims = brief_meetings([worker.program.main.graph for worker in workers.values()])
         for number, along in dims.items():
             shares = [layouts[r, number] for r in range(ranks) if (r, number) in layouts]
             if len(shares) == ranks and (layout := in_one(shares, along)) is not None:
