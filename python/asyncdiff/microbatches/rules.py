@@ -98,7 +98,7 @@ def _one(conditions: Callable[..., int | None], views: bool = False) -> Callable
             return NotImplemented
         rest = _PART_ARGUMENTS.get(func.overloadpacket, lambda x, *rest: rest)(x, *args[1:])
         out = _by_parts(layout, lambda i: ((parts[i], *rest), kwargs), func, ())
-        return _collected(layout.of(now), out, x._views if views else Views())
+        return _collected(layout.of(now), out, x.views if views else Views())
 
     return rule
 
@@ -163,7 +163,7 @@ def _pieces(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     layout, parts = x.cut, x.parts
     if dim % x.dim() != 0:
         out = _by_parts(layout, lambda i: ((parts[i], size, dim), {}), func, ())
-        return _collected(layout, out, x._views)
+        return _collected(layout, out, x.views)
     each = x.shape[0] // layout.conditions
     if isinstance(size, (list, tuple)):
         sizes = list(size)
@@ -174,7 +174,7 @@ def _pieces(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     split = [s // layout.count for s in sizes]
     pieces = _by_parts(layout, lambda i: ((parts[i], split), {}), torch.split, ())
     return [
-        made(layout.of(s // each), list(piece), x._views)
+        made(layout.of(s // each), list(piece), x.views)
         for s, piece in zip(sizes, zip(*pieces, strict=True), strict=True)
     ]
 

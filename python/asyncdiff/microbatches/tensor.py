@@ -44,7 +44,8 @@ class MicroBatched(torch.Tensor):
     #: None once joined
     _parts: list[torch.Tensor] | None
     _whole: torch.Tensor | None
-    _views: Views
+    #: all that shares memory with it
+    views: Views
 
     @staticmethod
     def of(layout: Layout, parts: Sequence[torch.Tensor]) -> MicroBatched:
@@ -67,7 +68,7 @@ class MicroBatched(torch.Tensor):
         if self._whole is None:
             self._whole = _copied(self)
             self._parts = None
-            self._views.join()
+            self.views.join()
         return self._whole
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -95,7 +96,7 @@ class MicroBatched(torch.Tensor):
         writes = [x for x in written(func, args, kwargs) if isinstance(x, MicroBatched)]
         for x in pytree.tree_leaves((args, kwargs)):
             if isinstance(x, MicroBatched):
-                x._views.check(x, any(x is w for w in writes))
+                x.views.check(x, any(x is w for w in writes))
         rule = RULES.get(func.overloadpacket)
         if rule is None and _is_pointwise(func):
             rule = RULES["pointwise"]
@@ -139,7 +140,7 @@ def made(layout: Layout, parts: list[torch.Tensor], views: Views) -> MicroBatche
     out: MicroBatched = torch.Tensor._make_wrapper_subclass(
         MicroBatched, shape, strides=first.stride(), dtype=first.dtype, device=first.device
     )
-    out._layout, out._parts, out._whole, out._views = layout, parts, None, views
+    out._layout, out._parts, out._whole, out.views = layout, parts, None, views
     views.add(out)
     return out
 
@@ -168,7 +169,7 @@ def _whole(
     if any(a.alias_info is not None and not a.alias_info.is_write for a in func._schema.returns):
         for x in given:
             if isinstance(x, MicroBatched):
-                x._views.view()
+                x.views.view()
     # In place: whoever goes on with the result goes on with what was given.
     same = {id(plain[id(x)]): x for x in writes}
     return pytree.tree_map(lambda x: same.get(id(x), x), out)

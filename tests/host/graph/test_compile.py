@@ -15,7 +15,7 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff import spread as where
 from asyncdiff.graph.capture import capture, nbytes_of
 from asyncdiff.graph.compiled import compile as compiling
-from asyncdiff.graph.compiled.compile import compile_program, pays
+from asyncdiff.graph.compiled.compile import Pieces, pays
 from asyncdiff.graph.program import run_program
 from asyncdiff.graph.signature import parse
 from asyncdiff.graph.weights import Weights
@@ -94,7 +94,7 @@ def test_values_are_pushed_before_what_follows_them(segments: list[fx.GraphModul
     with torch.no_grad():
         run_program(program, inputs, trace)
     want, order = order, []
-    compiled = compile_program(program, inputs, {}, lambda done, total: None).program
+    compiled = Pieces(program, inputs, {}, lambda done, total: None).compile().program
     order.clear()
     for name, segment in compiled.named_children():
         if name.startswith("piece"):
@@ -117,7 +117,7 @@ def test_every_computation_is_in_one_segment(segments: list[fx.GraphModule]) -> 
     parts = partition(captured, 1, "estimate")
     program = parts.program(0, torch.device("cpu"))
     inputs = [call.tensors[captured.inputs[n.name]] for n in parts.components[0].inputs]
-    compiled = compile_program(program, inputs, {}, lambda done, total: None).program
+    compiled = Pieces(program, inputs, {}, lambda done, total: None).compile().program
     (segment,) = segments
     assert (
         len(segment.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)) == 3

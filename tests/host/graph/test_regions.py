@@ -23,7 +23,7 @@ from asyncdiff import AsyncDenoiser
 from asyncdiff.errors import InputError
 from asyncdiff.graph.capture import Captured, capture
 from asyncdiff.graph.compiled import compile as compiling
-from asyncdiff.graph.compiled.compile import compile_program
+from asyncdiff.graph.compiled.compile import Pieces
 from asyncdiff.graph.compiled.regions import repeated
 from asyncdiff.graph.compiled.structure import structure
 from asyncdiff.graph.program import Emit, run_program
@@ -232,7 +232,7 @@ def test_a_push_in_the_middle_of_a_region_leaves_early(pieces: list[fx.GraphModu
 
     want = pushed(program)
     assert len(want) >= 2  # the residual, and what the second half makes of it
-    order = pushed(compile_program(program, inputs, repeated(graph), lambda *_: None).program)
+    order = pushed(Pieces(program, inputs, repeated(graph), lambda *_: None).compile().program)
     values = [x for x in order if isinstance(x, tuple)]
     assert isinstance(order[-1], tuple)
     for got, expected in zip(values, want, strict=True):
@@ -391,7 +391,7 @@ def test_writes_to_views_of_inputs_are_seen_by_later_pieces() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     program = written()
     want = run_program(program, [mine := x.clone()], None)
-    compiled = compile_program(program, [x.clone()], {}, lambda *_: None)
+    compiled = Pieces(program, [x.clone()], {}, lambda *_: None).compile()
     assert compiled.pieces == 2 and not compiled.refused
     got = run_program(compiled.program, [other := x.clone()], None)
     assert torch.equal(got[0], want[0]) and torch.equal(mine, other)
@@ -409,8 +409,8 @@ def test_code_for_one_tensor_given_twice_is_right_for_two() -> None:
     program = fx.GraphModule(root, graph)
     program.add_module("emit", root.emit)
     a, b = torch.ones(3, requires_grad=True), torch.full((3,), 5.0)
-    first = compile_program(program, [a, a], {}, lambda *_: None)
-    second = compile_program(program, [b, a], {}, lambda *_: None)
+    first = Pieces(program, [a, a], {}, lambda *_: None).compile()
+    second = Pieces(program, [b, a], {}, lambda *_: None).compile()
     assert first.program.piece_0.call is second.program.piece_0.call
     with torch.no_grad():
         assert torch.equal(first.program(a, a)[0], torch.full((3,), 3.0))

@@ -38,7 +38,7 @@ def test_a_steady_step_makes_few_calls() -> None:
     try:
         handle = asyncdiff.parallelize(pipe, devices=["cpu"] * 2, components=2, split="estimate")
         reference.run(pipe, SPEC, num_inference_steps=STEPS)
-        forward, step = handle._forward, [0]
+        forward, step = handle.forward, [0]
 
         def counted(*args: Any) -> Any:
             steady = step[0] == STEADY
@@ -53,7 +53,7 @@ def test_a_steady_step_makes_few_calls() -> None:
                     time.sleep(0.5)
                 counting[0] = False
 
-        handle._forward = counted  # type: ignore[method-assign]
+        handle.forward = counted  # type: ignore[method-assign]
         reference.run(pipe, SPEC, num_inference_steps=STEPS)
         handle.restore()
     finally:

@@ -46,16 +46,6 @@ class Compiled:
     refused: list[str] = field(default_factory=list)
 
 
-def compile_program(
-    program: fx.GraphModule,
-    arguments: Sequence[torch.Tensor],
-    regions: Mapping[str, int],
-    progress: Callable[[int, int], None],
-) -> Compiled:
-    """``program`` with its pieces compiled for tensors like ``arguments``; see :class:`Pieces`."""
-    return Pieces(program, arguments, regions, progress).compile()
-
-
 class Pieces:
     """``program`` in pieces, to be compiled for tensors like ``arguments``: each of its ``regions``
     (see :func:`~.regions.repeated`) is one, and what is between them and between two pushes.

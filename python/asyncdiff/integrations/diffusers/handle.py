@@ -286,7 +286,8 @@ class Handle(ReadOnlySettings):
         for calls in self._calls:
             calls.check_dtype(dtype)
 
-    def _forward(self, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def forward(self, calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a denoiser's forward returns; its class of :mod:`.subclass` asks for it."""
         plain = plainly.get()
         if plain is not None:
             return plain[calls.name](*args, **kwargs)
@@ -323,7 +324,8 @@ class Handle(ReadOnlySettings):
         for calls in self._calls:
             calls.run.shown = bar
 
-    def _run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(self, pipe: Any, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What ``run(pipe, *args, **kwargs)``, a call of the pipeline, returns."""
         background = self._background
         if background is not None and not background.here:
             background.begin(pipe, args, kwargs)

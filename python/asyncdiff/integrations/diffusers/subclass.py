@@ -77,7 +77,7 @@ def denoiser_class(base: Any) -> type:
             handle = self.__dict__.get(HANDLE)
             if handle is None:  # after restore(), from a hook that came before it
                 return base.forward(self, *args, **kwargs)
-            return handle._forward(self.__dict__[CALLS], args, kwargs)
+            return handle.forward(self.__dict__[CALLS], args, kwargs)
 
         def compile(self, *args: Any, **kwargs: Any) -> None:
             raise InputError(
@@ -129,7 +129,7 @@ def pipeline_class(base: Any) -> type:
             handle = self.__dict__.get(HANDLE)
             if handle is None:  # restored by another thread just now
                 return base.__call__(self, *args, **kwargs)
-            return handle._run(self, base.__call__, args, kwargs)
+            return handle.run(self, base.__call__, args, kwargs)
 
         def to(self, *args: Any, **kwargs: Any) -> Any:
             # Before it has converted the text encoders.
