@@ -28,7 +28,15 @@ from .phases import Spent
 from .processes.agreement import of_program, of_settings
 from .processes.team import Team
 from .runtime.cfg_parallel import Groups
-from .runtime.devices import Place, check_count, places_of, rank_total, room_for, said_of
+from .runtime.devices import (
+    Deployment,
+    Place,
+    check_count,
+    places_of,
+    rank_total,
+    room_for,
+    said_of,
+)
 from .runtime.engine import Engine
 from .runtime.engine_cache import EngineCache
 from .schedule.branch import ONLY, Branch
@@ -110,7 +118,7 @@ class Spread(ReadOnlySettings, Locked):
         #: where this process's pipeline works
         self._seat = seats[self._team.process].device
         self._engines = EngineCache(
-            self.module, self._weights, places, self._config, self._team, seats
+            Deployment(self.module, self._weights, self._config, places, self._team, seats)
         )
         if compile and devices[0].type == "cuda":
             self._weights.channels_last()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 import asyncdiff_core as core
 
@@ -39,6 +40,24 @@ class Place:
     def here(cls, device: torch.device) -> Place:
         """A place in a process that is alone."""
         return cls(0, device, str(device))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A denoiser and where it runs, which all of its engines have in common: ``places``, one a
+    rank, of the processes of ``team``, and ``seats``, the own place of each process."""
+
+    module: nn.Module
+    weights: Weights
+    config: ParallelConfig
+    places: Sequence[Place]
+    team: Team
+    seats: Sequence[Place]
+
+    @property
+    def own_devices(self) -> list[torch.device]:
+        """The devices of this process's ranks."""
+        return [p.device for p in self.places if p.process == self.team.process]
 
 
 def places_of(config: ParallelConfig, team: Team) -> list[Place]:

@@ -8,25 +8,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from torch import nn
-
-from ..config import GROUPS, ParallelConfig
+from ..config import GROUPS
 from ..errors import reason
 from ..graph.batch import BatchSplit
 from ..graph.hooks import check_hooks, check_layers
 from ..graph.signature import Call, Role, Signature
 from ..graph.state.module_state import ModuleState
 from ..graph.state.structure import Structure
-from ..graph.weights import Held, Weights
+from ..graph.weights import Held
 from ..graph.writes import WeightWatch
 from ..memory import out_of_memory
 from ..processes.agreement import digest
-from ..processes.team import Team
 from ..progress import bar
 from ..schedule.branch import ONLY, Branch
 from ..schedule.plan import Plan
 from .cfg_parallel import Groups
-from .devices import Place, collect
+from .devices import Deployment, Place, collect
 from .engine import Engine
 from .making import EngineMaker
 from .pipelined import split_of
@@ -46,31 +43,21 @@ _T = TypeVar("_T")
 
 
 class EngineCache:
-    """The engines of one denoiser, by kind of the call, for ranks at ``places``. ``seats`` are the
-    own places of the processes of ``team``, which call the same methods in the same order."""
+    """The engines of one denoiser, by kind of the call. All processes call the same methods in the
+    same order."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        weights: Weights,
-        places: Sequence[Place],
-        config: ParallelConfig,
-        team: Team,
-        seats: Sequence[Place],
-    ) -> None:
-        self._module = module
+    def __init__(self, deployment: Deployment) -> None:
+        self._module, self._weights = deployment.module, deployment.weights
+        self._config, self._team = deployment.config, deployment.team
+        self._places = list(deployment.places)
         #: the layers of which it is known that no hooks are on them
         self._free_of_hooks: Structure | None = None
-        self._state = ModuleState(module)
-        self._weights = weights
-        weights.current = self._copies
-        self._places = list(places)
-        self._config = config
-        self._team = team
+        self._state = ModuleState(self._module)
+        self._weights.current = self._copies
         #: those that were asked for last are at the end
         self._kept: OrderedDict[_Kind, Prepared] = OrderedDict()
         self._turns, self._cuts = Turns(), Cuts()
-        self._maker = EngineMaker(module, weights, config, places, team, seats, self._state.number)
+        self._maker = EngineMaker(deployment, self._state.number)
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -7,27 +7,22 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import nn
-
-from ..config import ParallelConfig
 from ..environment import compile_workers
 from ..errors import InputError
 from ..graph.batch import BatchSplit
 from ..graph.compiled.ahead import Compiling
 from ..graph.conditions import GUIDANCE, PICTURES, batched_inputs
 from ..graph.signature import Call
-from ..graph.weights import Weights
 from ..memory import uncollected
 from ..partition.partition import Partition
 from ..phases import phase
-from ..processes.team import Team
 from ..progress import bar
 from ..quiet import keeping
 from ..schedule.plan import ring
 from .cfg_parallel import Groups, part
 from .cutting.cutter import Cutter, Timed
 from .cutting.rebalance import component_ms, foreseen
-from .devices import Place, collect
+from .devices import Deployment, Place, collect
 from .engine import Engine
 from .pipelined import Pipelined
 
@@ -35,30 +30,22 @@ log = logging.getLogger("asyncdiff")
 
 
 class EngineMaker:
-    """Makes engines of ``module`` with these settings; ``places`` are those of all ranks, ``seats``
-    the own ones of the processes of ``team``. ``state`` tells which denoiser it is by now.
+    """Makes engines of a denoiser, at all places of its deployment or at some. ``state`` tells
+    which denoiser it is by now.
 
     ``beside``: engines of other branches, with whose ranks those that are made at the same places
     take turns.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        weights: Weights,
-        config: ParallelConfig,
-        places: Sequence[Place],
-        team: Team,
-        seats: Sequence[Place],
-        state: Callable[[], int],
-    ) -> None:
-        self._module, self._weights, self._config = module, weights, config
-        self._team, self._seats = team, list(seats)
-        here = [p.device for p in places if p.process == team.process]
+    def __init__(self, deployment: Deployment, state: Callable[[], int]) -> None:
+        self._module, self._weights = deployment.module, deployment.weights
+        self._config, self._seats = deployment.config, list(deployment.seats)
+        self._team = team = deployment.team
         beside = team.hosts.count(team.hosts[team.process])
-        self._compiling = Compiling(config.compile, here, compile_workers(), beside)
-        exporting = self._compiling.start
-        self._cutter = Cutter(module, weights, config, places, team, state, exporting)
+        self._compiling = Compiling(
+            self._config.compile, deployment.own_devices, compile_workers(), beside
+        )
+        self._cutter = Cutter(deployment, state, exporting=self._compiling.start)
         self.beside: list[Engine | Groups] = []
 
     def link_speed(self) -> float:

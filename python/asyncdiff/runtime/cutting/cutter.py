@@ -9,15 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 import asyncdiff_core as core
 
-from ...config import ParallelConfig
 from ...graph.capture import Captured, capture
 from ...graph.signature import Call
 from ...graph.tracing.symbols import OpenSizes
-from ...graph.weights import Weights
 from ...partition.cost import Costs
 from ...partition.links import Links
 from ...partition.memory import Limits
@@ -29,9 +25,8 @@ from ...preparation.captures import kept_capture
 from ...preparation.cuts import KeptCuts
 from ...preparation.sizes import Sizes
 from ...processes.agreement import of_captured, of_partition
-from ...processes.team import Team
 from ...quiet import undisturbed
-from ..devices import Place
+from ..devices import Deployment, Place
 from ..exchange.compression.choice import Choice
 from ..exchange.compression.sent import NOTHING_COMPRESSED, Compressed
 from .link_speed import assumed_links, engine_links, once_measured
@@ -46,26 +41,20 @@ Timed = tuple[Partition, list[float]]
 
 
 class Cutter:
-    """Cuts ``module`` for ranks at ``places``; ``state`` tells which one it is by now, and
-    ``exporting`` is called before it is exported. All methods are collective."""
+    """Cuts a denoiser for its ranks; ``state`` tells which denoiser it is by now, and ``exporting``
+    is called before it is exported. All methods are collective."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        weights: Weights,
-        config: ParallelConfig,
-        places: Sequence[Place],
-        team: Team,
-        state: Callable[[], int],
-        exporting: Callable[[], None],
+        self, deployment: Deployment, state: Callable[[], int], exporting: Callable[[], None]
     ) -> None:
-        self._module, self._weights, self._config, self._team = module, weights, config, team
-        self._places = list(places)
-        self._sizes, self._state, self._exporting = Sizes(module), state, exporting
-        self._profiler = Profiler(weights, config, places, team)
-        self._limits = MemoryLimits(weights, config, places, team)
+        self._module, self._weights = deployment.module, deployment.weights
+        self._config, self._team = deployment.config, deployment.team
+        self._places, self._own_devices = list(deployment.places), deployment.own_devices
+        self._sizes, self._state, self._exporting = Sizes(self._module), state, exporting
+        self._profiler = Profiler(deployment)
+        self._limits = MemoryLimits(deployment)
         self._links: Links | None = None
-        self._choice = Choice(config.compresses, self._places[0].device.type)
+        self._choice = Choice(self._config.compresses, self._places[0].device.type)
 
     def first(
         self,
@@ -187,7 +176,7 @@ class Cutter:
         self, captured: Captured, components: int, copies: int, links: Links
     ) -> Callable[[], KeptCuts]:
         """Makes what knows of cuts by earlier processes, in the process that cuts."""
-        devices = [p.device for p in self._places if p.process == self._team.process]
+        devices = self._own_devices
         units = [f"{p.unit} of host {p.host}" for p in self._places]
         compiled = "regions" if self._config.compile is True else self._config.compile or False
         settings: list[Any] = [compiled, self._config.speeds, self._config.memory]

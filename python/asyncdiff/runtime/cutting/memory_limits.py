@@ -7,28 +7,24 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ...config import ParallelConfig
 from ...errors import MemoryLimitError
-from ...graph.weights import Weights
 from ...partition.memory import Limits
 from ...partition.partition import Partition
 from ...partition.speeds import runners
-from ...processes.team import Team
 from ...schedule.plan import Exchange, ring
-from ..devices import Place, room_for
+from ..devices import Deployment, Place, room_for
 
 log = logging.getLogger("asyncdiff")
 
 
 class MemoryLimits:
-    """Limits of components whose ranks are at ``places``, by the settings. What is free is looked
+    """Limits of components on their ranks' devices, by the settings. What is free is looked
     at once, before the first cut."""
 
-    def __init__(
-        self, weights: Weights, config: ParallelConfig, places: Sequence[Place], team: Team
-    ) -> None:
-        self._weights, self._config, self._team = weights, config, team
-        self._places = list(places)
+    def __init__(self, deployment: Deployment) -> None:
+        self._weights, self._config = deployment.weights, deployment.config
+        self._places, self._team = list(deployment.places), deployment.team
+        self._own_devices = deployment.own_devices
         #: bytes that are free for each rank, once that was looked at
         self._free: list[int | None] | None = None
 
@@ -61,9 +57,9 @@ class MemoryLimits:
                 self._free = [None] * len(units)
                 return self._free
 
-            here = [p.device for p in self._places if p.process == self._team.process]
             found = self._team.together(
-                "look at memory", lambda: [room_for(device, self._weights) for device in here]
+                "look at memory",
+                lambda: [room_for(device, self._weights) for device in self._own_devices],
             )
             each = zip(itertools.chain(*found), units, strict=True)
             # Ranks that share a device share what is free, nobody knows how.

@@ -5,31 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...config import ParallelConfig
 from ...graph.capture import Captured
 from ...graph.signature import Call
-from ...graph.weights import Weights
 from ...partition.cost import Costs, count_macs, estimate, fused, measure
 from ...partition.partition import Partition
 from ...partition.rescaled import Measured
 from ...partition.speeds import at_speeds, on_kinds, runners, slowest
 from ...phases import phase
-from ...processes.team import Team
 from ...quiet import undisturbed
-from ..devices import Place
+from ..devices import Deployment, Place
 from .rebalance import corrected
 
 
 class Profiler:
-    """Costs of nodes on devices at ``places``, one entry a rank, of which equal ones count as
-    equally fast unless the settings say speeds. What was measured at one size serves others where
+    """Costs of nodes on the devices of ranks, of which equal ones count as equally fast unless the
+    settings say speeds. What was measured at one size serves others where
     components are timed afterwards."""
 
-    def __init__(
-        self, weights: Weights, config: ParallelConfig, places: Sequence[Place], team: Team
-    ) -> None:
-        self._weights, self._config, self._team = weights, config, team
-        self._places = list(places)
+    def __init__(self, deployment: Deployment) -> None:
+        self._weights, self._config = deployment.weights, deployment.config
+        self._places, self._team = list(deployment.places), deployment.team
         self._known = Measured()
 
     @property
