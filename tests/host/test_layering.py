@@ -25,7 +25,7 @@ LAYERS = (
     ("microbatches", "sequence"),
     ("partition", "sampling"),
     ("processes",),
-    ("branch", "config", "quality"),
+    ("config", "quality"),
     ("preparation",),
     ("runtime",),
     ("spread", "generation"),
@@ -168,6 +168,27 @@ def test_other_packages_are_known_where_they_belong(guest: str) -> None:
         and any(other.split(".")[0] == guest for other in _imports(path))
     ]
     assert not known, "\n".join(known)
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    files = [
+        *(str(p) for p in ROOT.glob("python/asyncdiff/**/*") if p.is_file()),
+        *(str(p) for folder in ("benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")),
+    ]
+    named = re.findall(r"`([\w/]+\.py)`", page)
+    gone = [name for name in named if not any(f.endswith("/" + name) for f in files)]
+    assert len(named) > 50 and not gone
+    # Of the way of a call: what is called, and by whom it is defined.
+    way = page[page.index("## A call's way through the parts") : page.index("## Capture and")]
+    classes: dict[str, set[str]] = {}
+    for path in _modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                own = {x.name for x in node.body if isinstance(x, ast.FunctionDef)}
+                classes.setdefault(node.name, set()).update(own)
+    steps = re.findall(r"^ *([A-Z]\w+)\.(\w+)", way, re.MULTILINE)
+    assert len(steps) > 8 and not [(c, m) for c, m in steps if m not in classes.get(c, ())]
 
 
 def test_nothing_goes_in_a_circle() -> None:

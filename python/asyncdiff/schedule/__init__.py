@@ -1,4 +1,4 @@
-"""Plans as data: actions, both schedules, text, simulation, picture.
+"""Plans as data: actions, the schedules, text, simulation, picture.
 
 Knows neither torch nor devices.
 """
