@@ -64,12 +64,13 @@ TINY = SDXL | {
 }
 #: By name its configuration, and the latents' height and width.
 MODELS = {"sdxl": (SDXL, 128), "tiny": (TINY, 16)}
-#: The node's inputs, where they are not its defaults. With as many warm-up steps as there are, all
-#: are exact.
+#: A node's inputs, where they are not its defaults: of the one by quality, where there is one, else
+#: of that by hand. With as many warm-up steps as there are, all are exact.
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {"warmup": 10_000, "exact_tail": 0, "schedule": "asyncdiff"},
     "conditions split": {"guidance": "split", "components": 1, "warmup": 10_000, "exact_tail": 0},
     "defaults": {},
+    "balanced": {"quality": "balanced"},
 }
 TOKENS = 77
 
@@ -131,7 +132,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = build(config, home, torch.float16 if gpu else torch.float32)
     gpus = torch.cuda.device_count()
     devices = ", ".join(f"cuda:{r % gpus}" if gpu else "cpu" for r in range(2))
-    node = load_pack().NODE_CLASS_MAPPINGS["AsyncDiffParallel"]()
+    nodes = {name: kind() for name, kind in load_pack().NODE_CLASS_MAPPINGS.items()}
     compile = {"compile": "on" if args.compile else "off"}
     figures: dict[str, Any] = {"steps": args.steps, "sampler": args.sampler, "devices": devices}
     figures["ways"] = {}
@@ -139,8 +140,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         models = {"plain": model}
         for name in args.ways:
-            given = {"devices": devices, "components": 0, **compile, **WAYS[name]}
-            models[name] = node.spread(model, **given)[0]
+            node = "AsyncDiffByQuality" if "quality" in WAYS[name] else "AsyncDiffParallel"
+            given = {"devices": devices, **compile, **WAYS[name]}
+            models[name] = nodes[node].spread(model, **given)[0]
         for name in [*models, "plain"]:
             with recording() as spent:
                 begun = time.perf_counter()

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asyncdiff import AsyncDenoiser, ParallelConfig
+from asyncdiff import AsyncDenoiser
 from asyncdiff.graph.tracing.repeats import unread
+from asyncdiff.integrations.auto import AutoSettings
+
+from .settings import Settings
 
 if TYPE_CHECKING:
     from .sampling import Sampling
@@ -27,6 +30,9 @@ class Host:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._denoiser: AsyncDenoiser | None = None
+        #: what the denoiser was asked for last, and what picks its settings, if that is a quality
+        self._settings: Settings | None = None
+        self.auto: AutoSettings | None = None
         self._users = 0
         #: what stands for the patches of weights that ComfyUI shall not count on, and these
         self._lent: tuple[uuid.UUID, uuid.UUID] | None = None
@@ -43,19 +49,23 @@ class Host:
         """Whether ranks hold anything."""
         return self._denoiser is not None
 
-    def denoiser(self, config: ParallelConfig) -> AsyncDenoiser:
-        """The split denoiser with these settings. Raises what AsyncDenoiser does."""
+    def denoiser(self, settings: Settings) -> AsyncDenoiser:
+        """The split denoiser with these settings; with a quality, with those that :attr:`auto`
+        picked last. Raises what AsyncDenoiser does."""
         with torch.inference_mode(False):
             if self._denoiser is None:
                 module = self.model.diffusion_model.eval()
-                self._denoiser = AsyncDenoiser(module, config=config)
-            else:
-                self._denoiser.adopt(config)
+                self._denoiser = AsyncDenoiser(module, config=settings.config)
+            elif settings.quality is None:
+                self._denoiser.adopt(settings.config)
+            if settings != self._settings:
+                self._settings, self.auto = settings, _auto(settings)
         return self._denoiser
 
     def close(self) -> None:
         """Free what ranks hold. The next run prepares anew."""
         denoiser, self._denoiser = self._denoiser, None
+        self._settings, self.auto = None, None
         if denoiser is not None:
             with torch.inference_mode(False):
                 denoiser.close()
@@ -87,6 +97,13 @@ class Host:
         if self._lent is not None and self.model.current_weight_patches_uuid == self._lent[0]:
             self.model.current_weight_patches_uuid = self._lent[1]
         self._lent = None
+
+
+def _auto(settings: Settings) -> AutoSettings | None:
+    if settings.quality is None:
+        return None
+    devices = list(settings.devices)
+    return AutoSettings(settings.quality, devices, settings.config, range(len(devices)))
 
 
 _hosts: weakref.WeakKeyDictionary[Any, Host] = weakref.WeakKeyDictionary()

@@ -56,6 +56,17 @@ def clean_images(model_sampling: Any, sigmas: torch.Tensor, sampler: Any) -> Cle
     return replace(clean, response=response)
 
 
+def served(model_sampling: Any, sigmas: torch.Tensor, sampler: Any) -> CleanImage | str:
+    """The same of steps that waves serve well, or why they do not."""
+    try:
+        clean = clean_images(model_sampling, sigmas, sampler)
+    except SchedulerError:
+        return "waves do not know this sampler's noise levels"
+    if clean.response is None:
+        return f"{name_of(sampler)} is not linear, or draws noise in its steps"
+    return clean
+
+
 def response_to(model_sampling: Any, sigmas: torch.Tensor, sampler: Any) -> Response | None:
     """What a sampler makes of the predictions at ``sigmas`` (the last of them not evaluated); None
     for one that is not linear, or cannot be run without a model."""

@@ -1,4 +1,4 @@
-"""The node: takes a MODEL, returns one whose denoiser runs split over several devices."""
+"""The nodes: each takes a MODEL, returns one whose denoiser runs split over several devices."""
 
 from __future__ import annotations
 
@@ -10,8 +10,67 @@ _MISSING = (
 )
 
 
+_DEVICES = ("STRING", {"default": "", "tooltip": 'Such as "cuda:0, cuda:1"; empty: all GPUs.'})
+#: Inputs that both nodes have.
+_OPTIONAL: dict[str, Any] = {
+    "compile": (
+        ["auto", "off", "on"],
+        {"tooltip": "auto: large denoisers on GPUs, which takes a minute once."},
+    ),
+    "compress": (
+        ["off", "auto", "fp8", "int8"],
+        {
+            "tooltip": "What crosses between devices, over slow links: a byte a value; "
+            "auto: fp8 where links would be waited for.",
+        },
+    ),
+}
+
+
+class AsyncDiffByQuality:
+    """A MODEL whose denoiser is split as a quality says, chosen anew for each run."""
+
+    CATEGORY = "advanced/model"
+    DESCRIPTION = (
+        "Runs the model's denoiser split over several GPUs, as is fastest for each picture. Put it "
+        "right behind the loader, before LoRAs, so that what is prepared is kept when they change."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "spread"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The inputs that ComfyUI draws, with defaults and what its tooltips say."""
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "quality": (
+                    ["balanced", "high", "exact", "fast"],
+                    {
+                        "tooltip": "How close to one GPU's picture it stays. exact: the same. "
+                        "ComfyUI's log says what is picked, and why.",
+                    },
+                ),
+                "devices": _DEVICES,
+            },
+            "optional": _OPTIONAL,
+        }
+
+    def spread(self, model: Any, quality: str = "balanced", **settings: Any) -> tuple[Any]:
+        """A clone of the MODEL that runs split so. Raises InputError or DeviceError, each saying
+        what to change, RuntimeError where asyncdiff is not installed."""
+        _check_installed()
+        from .patcher import check_model, spread_over
+        from .settings import by_quality
+        from .words import own_words
+
+        with own_words():
+            check_model(model)
+            return (spread_over(model, by_quality(quality, **settings)),)
+
+
 class AsyncDiffParallel:
-    """A MODEL whose denoiser is split over devices by ``asyncdiff.AsyncDenoiser``."""
+    """A MODEL whose denoiser is split over devices with settings that are given by hand."""
 
     CATEGORY = "advanced/model"
     DESCRIPTION = (
@@ -27,13 +86,7 @@ class AsyncDiffParallel:
         return {
             "required": {
                 "model": ("MODEL",),
-                "devices": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": 'Such as "cuda:0, cuda:1"; empty: all GPUs.',
-                    },
-                ),
+                "devices": _DEVICES,
                 "components": (
                     "INT",
                     {
@@ -82,33 +135,28 @@ class AsyncDiffParallel:
                         "each of two devices; or tokens shared out (transformers).",
                     },
                 ),
-                "compile": (
-                    ["auto", "off", "on"],
-                    {"tooltip": "auto: large denoisers on GPUs, which takes a minute once."},
-                ),
-                "compress": (
-                    ["off", "auto", "fp8", "int8"],
-                    {
-                        "tooltip": "What crosses between devices, over slow links: a byte a value; "
-                        "auto: fp8 where links would be waited for.",
-                    },
-                ),
+                **_OPTIONAL,
             },
         }
 
     def spread(self, model: Any, **settings: Any) -> tuple[Any]:
         """A clone of the MODEL that runs split with these settings. Raises InputError, PlanError or
         DeviceError, each saying what to change, RuntimeError where asyncdiff is not installed."""
-        try:
-            import asyncdiff  # noqa: F401
-        except ImportError as e:
-            raise RuntimeError(_MISSING.format(e)) from e
+        _check_installed()
         from .patcher import check_model, spread_over
-        from .settings import check_devices, config_of
+        from .settings import Settings, check_devices, config_of
         from .words import own_words
 
         with own_words():
             check_model(model)
             config = config_of(**settings)
             check_devices(config)
-            return (spread_over(model, config),)
+            return (spread_over(model, Settings(config)),)
+
+
+def _check_installed() -> None:
+    """Raise RuntimeError where the Python that runs ComfyUI has no asyncdiff."""
+    try:
+        import asyncdiff  # noqa: F401
+    except ImportError as e:
+        raise RuntimeError(_MISSING.format(e)) from e

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from asyncdiff import ParallelConfig
 from asyncdiff.errors import InputError
 
 from .host import host_of
+from .settings import Settings
 from .wrappers import add_wrappers
 
 _HOST_MEMORY = torch.device("cpu")
@@ -80,11 +80,11 @@ def check_model(model: Any) -> None:
         )
 
 
-def spread_over(model: Any, config: ParallelConfig) -> Any:
+def spread_over(model: Any, settings: Settings) -> Any:
     """A clone of a MODEL that runs with these settings."""
     other = model.clone()
     if not isinstance(other, SpreadPatcher):
         other.__class__ = _class_of(type(other))
         host_of(other.model).joined(other)
-    add_wrappers(other, config)
+    add_wrappers(other, settings)
     return other

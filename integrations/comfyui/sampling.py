@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from asyncdiff import AsyncDenoiser
+from asyncdiff.errors import BatchError, MemoryLimitError, TokensError
 from asyncdiff.generation.generation import Generation
 from asyncdiff.generation.spec import GenerationSpec
 from asyncdiff.graph.signature import Call, Role
+from asyncdiff.integrations.auto import AutoSettings
 from asyncdiff.sampling.clean_image import CleanImage
 from asyncdiff.schedule.branch import Branch
 
-from .linear import clean_images
+from .linear import clean_images, served
 from .samplers import ONCE, name_of, times_of
 
 log = logging.getLogger("asyncdiff")
@@ -36,12 +38,18 @@ class Sampling:
 
     As long as the sampler evaluates at one announced sigma after another, the run is a generation
     for each branch. Else, from there on, each evaluation is a generation of one exact step.
+    ``auto`` picks the settings of each generation (None: they stay what they are).
     """
 
     def __init__(
-        self, denoiser: AsyncDenoiser, model_sampling: Any, sigmas: torch.Tensor, sampler: Any
+        self,
+        denoiser: AsyncDenoiser,
+        auto: AutoSettings | None,
+        model_sampling: Any,
+        sigmas: torch.Tensor,
+        sampler: Any,
     ) -> None:
-        self._denoiser = denoiser
+        self._denoiser, self._auto = denoiser, auto
         with torch.inference_mode(False):  # writes to it are counted
             given = sigmas[:-1].detach().clone()
             self._times = times_of(model_sampling, given).clone()
@@ -55,12 +63,14 @@ class Sampling:
         #: of the denoiser, so far
         self.calls = 0
         self._exact = False
-        #: of the whole run; waves have to know them
-        self._clean: CleanImage | None = None
-        name = name_of(sampler)
-        if denoiser.config.schedule != "sequence" and name not in ONCE:
+        #: of the whole run, which waves have to know, or why they are not known
+        self._clean: CleanImage | str = "no waves"
+        name, schedule = name_of(sampler), denoiser.config.schedule
+        if name not in ONCE and (auto is not None or schedule != "sequence"):
             self.be_exact(f"{name} evaluates more than once in a step, or is not known")
-        elif denoiser.config.schedule == "wavefront":
+        elif auto is not None:
+            self._clean = served(model_sampling, sigmas, sampler)
+        elif schedule == "wavefront":
             self._clean = clean_images(model_sampling, sigmas, sampler)
 
     def evaluation(self, sigma: torch.Tensor) -> None:
@@ -83,20 +93,32 @@ class Sampling:
         self._calls[which] = occurrence + 1
         way = self._ways.setdefault((which, occurrence), _Way(len(self._ways)))
         call = denoiser.parse((), arguments)
-        where = call.indices(Role.TIMESTEP)
-        time = call.tensors[where[0]]
+        time = call.tensors[call.indices(Role.TIMESTEP)[0]]
         several = way.index > 0 or self.conditions > max(len(which[0]), 1)
         branch = Branch(way.index, max(len(self._ways), 2 if several else 1))
+        while True:
+            try:
+                result = self._result(way, branch, call, time)
+                return result.to(time.device)  # from the first of the devices to the sampler's
+            except (BatchError, TokensError, MemoryLimitError) as e:
+                if self._auto is None or not self._auto.picks_again(call, e):
+                    raise
+            with torch.inference_mode(False):
+                denoiser.stop()
+            for other in self._ways.values():  # of a step, too, the rest begins
+                other.generation = None
+
+    def _result(self, way: _Way, branch: Branch, call: Call, time: torch.Tensor) -> Any:
+        """What the denoiser returns for a call with this timestep."""
         if not self._exact and self._is_new(way, call):
-            self._begin(way, branch, time)
+            self._begin(way, branch, call, time)
         if self._exact:
-            self._begin_one(way, branch, time)
+            self._begin_one(way, branch, call, time)
         else:
             told = self._times[self._step].expand(time.shape)
             if (told.dtype, told.device) == (time.dtype, time.device):
-                call = call.replacing(where[0], told)
-        result = denoiser.call(call, way.index)
-        return result.to(time.device)  # from the first of the node's devices to the sampler's
+                call = call.replacing(call.indices(Role.TIMESTEP)[0], told)
+        return self._denoiser.call(call, way.index)
 
     def be_exact(self, why: str) -> None:
         """Run all that is left exactly, evaluation by evaluation; ComfyUI's log says why."""
@@ -122,23 +144,36 @@ class Sampling:
             return True
         return not self._denoiser.fits(call, options=False, branch=way.index)
 
-    def _begin(self, way: _Way, branch: Branch, time: torch.Tensor) -> None:
+    def _begin(self, way: _Way, branch: Branch, call: Call, time: torch.Tensor) -> None:
         """Begin a generation of the steps that are left."""
         expected = self._times[self._step].to(time.dtype).to(time.device)
         if not bool((time == expected).all()):
             self.be_exact("the denoiser's times do not follow from the noise levels alone")
             return
-        clean = None
+        left = len(self._sigmas) - self._step
+        clean = self._clean
+        if not isinstance(clean, str):
+            clean = clean.of_steps(self._step, left)
         with torch.inference_mode(False):
+            self._pick(way, branch, call, left, clean)
             spec = GenerationSpec.of(self._denoiser.config, self._times[self._step :], shorten=True)
-            if self._clean is not None and not spec.all_exact:
-                clean = self._clean.of_steps(self._step, spec.steps)
+            known = None if isinstance(clean, str) or spec.all_exact else clean
             way.start = self._step
-            way.generation = self._denoiser.start(spec, clean, branch=branch)
+            way.generation = self._denoiser.start(spec, known, branch=branch)
 
-    def _begin_one(self, way: _Way, branch: Branch, time: torch.Tensor) -> None:
+    def _begin_one(self, way: _Way, branch: Branch, call: Call, time: torch.Tensor) -> None:
         """Begin a generation of this step alone, which is exact."""
         with torch.inference_mode(False):
+            self._pick(way, branch, call, 1, "the sampler's steps are not known")
             only = time.reshape(-1)[:1].clone()
             spec = GenerationSpec.of(self._denoiser.config, only, shorten=True)
             way.generation = self._denoiser.start(spec, branch=branch)
+
+    def _pick(
+        self, way: _Way, branch: Branch, call: Call, steps: int, clean: CleanImage | str
+    ) -> None:
+        """Have the denoiser take the settings for a generation of so many steps, unless another
+        branch is in the middle of one."""
+        others = (w.generation for w in self._ways.values() if w is not way)
+        if self._auto is not None and not any(g is not None and not g.finished for g in others):
+            self._auto.settle(self._denoiser, call, steps, clean, branch.count)

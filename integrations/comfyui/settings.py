@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 
 import torch
 
 from asyncdiff import ParallelConfig
 from asyncdiff.errors import DeviceError, InputError
+from asyncdiff.quality import check_quality
 from asyncdiff.runtime.devices import devices_of as devices_of_ranks
+from asyncdiff.runtime.devices import every_device
 
 log = logging.getLogger("asyncdiff")
 
 _COMPILE = {"auto": None, "off": False, "on": True}
 #: Conditions of guidance, each with devices of its own where they are split.
 _CONDITIONS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a MODEL of a node runs with: ``config``, or, with a ``quality``, what that picks for
+    ``devices`` when a run begins, and of ``config`` only what it does not pick."""
+
+    config: ParallelConfig
+    quality: str | None = None
+    devices: tuple[torch.device, ...] = ()
+
+
+def by_quality(
+    quality: str, devices: str = "", compile: str = "auto", compress: str = "off"
+) -> Settings:
+    """Settings that are picked when a run begins. Raises InputError for what is no quality, and for
+    names that are no devices, DeviceError for devices that are not there, and where there is one
+    only."""
+    check_quality(quality)
+    there = every_device(devices_of(devices))
+    if len(there) < 2:
+        raise DeviceError(_nothing_to_spread(there))
+    config = ParallelConfig(
+        devices=there[:1],
+        components=1,
+        compile=_COMPILE[compile],
+        compress=None if compress == "off" else compress,
+    )
+    return Settings(config, quality, tuple(there))
 
 
 def config_of(
@@ -36,10 +68,7 @@ def config_of(
     groups = _CONDITIONS if guidance == "split" else 1
     count = components or len(named) // groups
     if count * groups < 2:
-        raise DeviceError(
-            f"AsyncDiff parallel: there is nothing to spread over {_said(named)}. Name the devices "
-            'in the node ("cuda:0, cuda:1"), or bypass it'
-        )
+        raise DeviceError(_nothing_to_spread(named))
     ranks = count * groups
     if not components and len(named) != ranks:
         odd = (
@@ -89,6 +118,13 @@ def devices_of(text: str) -> list[torch.device]:
             f"AsyncDiff parallel: devices {text!r} cannot be read; write such as "
             f'"cuda:0, cuda:1", or nothing for all GPUs ({str(e).splitlines()[0]})'
         ) from e
+
+
+def _nothing_to_spread(devices: list[torch.device]) -> str:
+    return (
+        f"AsyncDiff parallel: there is nothing to spread over {_said(devices)}. Name the devices "
+        'in the node ("cuda:0, cuda:1"), or bypass it'
+    )
 
 
 def _said(devices: list[torch.device]) -> str:

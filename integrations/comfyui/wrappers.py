@@ -7,11 +7,11 @@ import functools
 import inspect
 from typing import Any
 
-from asyncdiff import ParallelConfig
 from asyncdiff.errors import CaptureError, InputError
 
 from .host import Host, host_of
 from .sampling import Sampling
+from .settings import Settings
 from .words import own_words
 
 KEY = "asyncdiff"
@@ -24,13 +24,13 @@ _INSIDE = (
 )
 
 
-def add_wrappers(patcher: Any, config: ParallelConfig) -> None:
+def add_wrappers(patcher: Any, settings: Settings) -> None:
     """Wrap the sampler and the denoiser of a MODEL, in the place of those of an earlier node."""
     from comfy.patcher_extension import WrappersMP
 
     host = host_of(patcher.model)
     each = {
-        WrappersMP.SAMPLER_SAMPLE: functools.partial(_sample, config),
+        WrappersMP.SAMPLER_SAMPLE: functools.partial(_sample, settings),
         WrappersMP.PREDICT_NOISE: _evaluate,
         WrappersMP.CALC_COND_BATCH: functools.partial(_conditions, host),
         WrappersMP.APPLY_MODEL: functools.partial(_apply, host),
@@ -41,13 +41,13 @@ def add_wrappers(patcher: Any, config: ParallelConfig) -> None:
         patcher.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def _sample(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
+def _sample(settings: Settings, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
     """A sampler's run: ``guider`` is what it evaluates, at ``sigmas`` but the last."""
     with own_words():
-        return _run(config, executor, guider, sigmas, *rest)
+        return _run(settings, executor, guider, sigmas, *rest)
 
 
-def _run(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
+def _run(settings: Settings, executor: Any, guider: Any, sigmas: Any, *rest: Any) -> Any:
     patcher = guider.model_patcher
     host = host_of(patcher.model)
     if patcher.hook_patches:
@@ -55,7 +55,10 @@ def _run(config: ParallelConfig, executor: Any, guider: Any, sigmas: Any, *rest:
             "AsyncDiff parallel: hooks (scheduled LoRAs) change weights in the middle of a run, "
             "which devices do not follow. Load LoRAs with a LoRA loader, or bypass AsyncDiff"
         )
-    run = Sampling(host.denoiser(config), patcher.model.model_sampling, sigmas, executor.class_obj)
+    run = Sampling(
+        *(host.denoiser(settings), host.auto),
+        *(patcher.model.model_sampling, sigmas, executor.class_obj),
+    )
     if guider.model_options.get("context_handler") is not None:
         run.be_exact("windows of frames move from step to step")
     before, host.run = host.run, run

@@ -21,7 +21,7 @@ def test_each_way_is_timed_and_exact_ones_are_exact(tmp_path: Path) -> None:
     command += ["--rounds", "1", "--out", str(out)]
     subprocess.run(command, check=True, env=os.environ, timeout=300)
     figures = json.loads(out.read_text())["figures"]["tiny"]["ways"]
-    assert set(figures) == {"plain", "exact", "conditions split", "defaults"}
+    assert set(figures) == {"plain", "exact", "conditions split", "defaults", "balanced"}
     for name in ("exact", "conditions split"):
         assert figures[name]["distance_to_plain"] < 1e-4
     assert all(row["s"]["median"] > 0 for row in figures.values())

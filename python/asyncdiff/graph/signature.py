@@ -259,6 +259,12 @@ def has_several_latents(call: Call) -> bool:
     return len(_latents_names(call)) > 1
 
 
+def is_mixed(timestep: torch.Tensor) -> bool:
+    """Whether a call has several timesteps at once, for the parts of its input. A host that asks a
+    GPU waits for it."""
+    return timestep.numel() > 1 and not bool((timestep == timestep.reshape(-1)[0]).all())
+
+
 def check_one_latents(call: Call) -> None:
     """Raise InputError for latents in a list, for what serves one tensor of them only."""
     several = _latents_names(call)

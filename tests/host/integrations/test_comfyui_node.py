@@ -43,6 +43,24 @@ def config_of(pack: Any) -> Any:
     return importlib.import_module(f"{NAME}.settings").config_of
 
 
+@pytest.fixture
+def by_quality(pack: Any) -> Any:
+    return importlib.import_module(f"{NAME}.settings").by_quality
+
+
+def test_a_quality_has_all_devices(by_quality: Any) -> None:
+    settings = by_quality("high", "cpu, cpu cpu", compile="off", compress="fp8")
+    assert (settings.quality, len(settings.devices)) == ("high", 3)
+    assert (settings.config.compile, settings.config.compress) == (False, "fp8")
+    assert settings == by_quality("high", "cpu cpu cpu", compile="off", compress="fp8")
+    with pytest.raises(InputError, match="quality='best'"):
+        by_quality("best", "cpu, cpu")
+    with pytest.raises(DeviceError, match="nothing to spread over cpu"):
+        by_quality("high", "cpu")
+    with pytest.raises(DeviceError, match="cuda:99"):
+        by_quality("high", "cuda:98, cuda:99")
+
+
 def test_devices_are_read(config_of: Any) -> None:
     cpu = torch.device("cpu")
     assert config_of("cpu, cpu").devices == (cpu, cpu)
@@ -152,7 +170,7 @@ def test_asyncdiff_that_is_missing(pack: Any, monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda p: p.stem)
-def test_workflows(pack: Any, config_of: Any, path: Path) -> None:
+def test_workflows(pack: Any, config_of: Any, by_quality: Any, path: Path) -> None:
     """Their settings are some that the node takes, in its order; their links lead somewhere."""
     flow = json.loads(path.read_text())
     nodes = {node["id"]: node for node in flow["nodes"]}
@@ -166,5 +184,6 @@ def test_workflows(pack: Any, config_of: Any, path: Path) -> None:
     inputs = pack.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()
     names = [n for part in inputs.values() for n, kind in part.items() if kind[0] != "MODEL"]
     settings = dict(zip(names, node["widgets_values"], strict=True))
-    config = config_of(**settings | {"devices": "cpu, cpu"})
-    assert config.components == 2
+    read = config_of if node["type"] == "AsyncDiffParallel" else by_quality
+    assert "cuda:0, cuda:1" in settings["devices"]
+    read(**settings | {"devices": "cpu, cpu"})

@@ -87,7 +87,7 @@ def test_settings_are_for_the_steps_that_are_taken(monkeypatch: pytest.MonkeyPat
         lengths.append(task.step)
         return quality.pick("exact", task, *given)
 
-    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto.pick", pick)
+    monkeypatch.setattr("asyncdiff.integrations.auto.pick", pick)
     reference.run(pipe, XL, num_inference_steps=10, denoising_end=0.7)
     levels = clean_image(pipe.scheduler).of_steps(0, 7).log_snr
     assert lengths == [statistics.median(b - a for a, b in itertools.pairwise(levels))]

@@ -15,7 +15,7 @@ from families import FAMILIES
 
 import asyncdiff
 from asyncdiff import AsyncDenoiser
-from asyncdiff.integrations.diffusers.auto import AutoSettings, exact_mode
+from asyncdiff.integrations.auto import AutoSettings, exact_mode
 from asyncdiff.integrations.diffusers.pipeline import plan_partition
 from asyncdiff.partition.memory import of_module
 from asyncdiff.partition.shards import Shards
@@ -65,7 +65,7 @@ def test_the_default_takes_it_for_large_latents(monkeypatch: pytest.MonkeyPatch)
     call = {**call, "num_inference_steps": 12}
     call.pop("output_type", None)
     plain = _drawn(pipe, call)
-    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel())
+    monkeypatch.setattr("asyncdiff.integrations.auto._LARGE", plain.numel())
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
         drawn = _drawn(pipe, call)
         assert "schedule='sequence'" in handle.settings and "hardly longer" in handle.settings
@@ -73,7 +73,7 @@ def test_the_default_takes_it_for_large_latents(monkeypatch: pytest.MonkeyPatch)
         handle.configure(warmup=3)  # which is of waves
         _drawn(pipe, call)
         assert "warmup=3" in handle.settings
-    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel() + 1)
+    monkeypatch.setattr("asyncdiff.integrations.auto._LARGE", plain.numel() + 1)
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
         _drawn(pipe, call)
         assert "schedule='wavefront'" in handle.settings
@@ -83,7 +83,7 @@ def test_the_default_takes_it_for_large_latents(monkeypatch: pytest.MonkeyPatch)
     call.pop("output_type", None)
     plain = _drawn(pipe, call)
     for more, said in ((0, "guidance='split'"), (1, "schedule='wavefront'")):
-        monkeypatch.setattr("asyncdiff.integrations.diffusers.auto._LARGE", plain.numel() + more)
+        monkeypatch.setattr("asyncdiff.integrations.auto._LARGE", plain.numel() + more)
         with asyncdiff.parallelize(pipe, devices=["cpu"] * 2) as handle:
             _drawn(pipe, call)
             assert said in handle.settings
@@ -92,7 +92,7 @@ def test_the_default_takes_it_for_large_latents(monkeypatch: pytest.MonkeyPatch)
 def test_another_setting_is_picked_where_tokens_cannot_be_followed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto.is_transformer", lambda _: True)
+    monkeypatch.setattr("asyncdiff.integrations.auto.is_transformer", lambda _: True)
     pipe, call = FAMILIES["SD 1.5"]()
     call.pop("output_type", None)
     call["guidance_scale"] = 1.0
@@ -293,7 +293,7 @@ def test_a_plan_of_shares_by_speed_and_within_memory() -> None:
 @pytest.mark.slow
 def test_neither_tokens_nor_conditions_can_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mochi is prepared for each mask, as it is."""
-    monkeypatch.setattr("asyncdiff.integrations.diffusers.auto.is_transformer", lambda _: True)
+    monkeypatch.setattr("asyncdiff.integrations.auto.is_transformer", lambda _: True)
     pipe, call = FAMILIES["Mochi"]()
     plain = _drawn(pipe, call | {"num_inference_steps": 2})
     with asyncdiff.parallelize(pipe, devices=["cpu"] * 2, quality="exact") as handle:

@@ -17,16 +17,16 @@ from ...errors import BatchError, InputError, MemoryLimitError, SchedulerError, 
 from ...generation.report import GenerationReport
 from ...generation.spec import GenerationSpec
 from ...graph.hooks import check_forward
-from ...graph.signature import Call, Role
+from ...graph.signature import Call, Role, is_mixed
 from ...sampling.clean_image import CleanImage, clean_image
 from ...sampling.response import Response, respond
 from ...sampling.scheduler import check_scheduler
 from ...schedule.branch import Branch
-from .auto import AutoSettings
+from ..auto import AutoSettings
 from .branches import BranchFinder, CallBranch
 from .call_sites import calls_in_a_step, most_conditions
 from .step_bar import preparing
-from .timesteps import TimestepTracker, is_mixed
+from .timesteps import TimestepTracker
 
 log = logging.getLogger("asyncdiff")
 
@@ -190,16 +190,9 @@ class Calls:
 
     def _try_again(self, call: Call, error: BatchError | TokensError | MemoryLimitError) -> bool:
         """Whether a call whose batch, or tokens, have no parts, or that has no room, is to be made
-        once more, with other settings or as the first one of two. In a group all processes have
-        the same error."""
+        once more, with other settings or as the first one of two."""
         if self.auto is not None:
-            if isinstance(error, MemoryLimitError):
-                again = self.auto.has_no_room(call)
-            else:
-                again = self.auto.keep_together(call, tokens=isinstance(error, TokensError))
-            if again:
-                log.warning("settings are picked once more: %s", error)
-            return again
+            return self.auto.picks_again(call, error)
         if not isinstance(error, BatchError):
             return False
         if self.run.pipe is None or self._expected > 1:

@@ -21,7 +21,7 @@ from ...phases import recording
 from ...progress import bar
 from ...sampling.calibration import Calibration
 from ...schedule.plan import Plan
-from .auto import AutoSettings
+from ..auto import AutoSettings
 from .background import Background, plainly
 from .calls import Calls, Run
 from .probe import FirstCall, as_generation

@@ -34,7 +34,7 @@ from ...quality import AUTO, DEFAULT, check_quality
 from ...runtime.devices import every_device
 from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
-from .auto import AutoExactMode, AutoSettings
+from ..auto import AutoExactMode, AutoSettings
 from .background import BACKGROUND, FIRST, check_when, plain_copy
 from .denoisers import find_denoiser, find_denoisers
 from .handle import Handle

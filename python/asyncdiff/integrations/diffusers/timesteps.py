@@ -13,12 +13,6 @@ from ...sampling.scheduler import check_scheduler
 from .readings import ANOTHER, Reading, by_order, moving, readings
 
 
-def is_mixed(timestep: torch.Tensor) -> bool:
-    """Whether a call has several timesteps at once, for the parts of its input. A host that asks a
-    GPU waits for it."""
-    return timestep.numel() > 1 and not bool((timestep == timestep.reshape(-1)[0]).all())
-
-
 class TimestepTracker:
     """The timesteps that remain from the first call on, as the denoiser's own argument values.
 

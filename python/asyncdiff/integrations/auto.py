@@ -1,4 +1,4 @@
-"""Settings chosen for each generation of a pipeline, by what the pipeline is asked for."""
+"""Settings chosen for each generation of a denoiser, by what its caller asks for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config import ParallelConfig
-from ...denoiser import AsyncDenoiser
-from ...graph.signature import Call, Role, Signature, has_several_latents
-from ...partition.memory import of_module
-from ...quality import AUTO, Picked, Task, pick
-from ...runtime.pipelined import conditions_of
-from ...sampling.clean_image import CleanImage
-from .timesteps import is_mixed
+from ..config import ParallelConfig
+from ..denoiser import AsyncDenoiser
+from ..errors import BatchError, MemoryLimitError, TokensError
+from ..graph.signature import Call, Role, Signature, has_several_latents, is_mixed
+from ..partition.memory import of_module
+from ..quality import AUTO, Picked, Task, pick
+from ..runtime.pipelined import conditions_of
+from ..sampling.clean_image import CleanImage
 
 log = logging.getLogger("asyncdiff")
 
@@ -80,14 +80,22 @@ class AutoSettings:
         self._by_hand |= changes
         return changes if config.schedule == "wavefront" else {}
 
-    def keep_together(self, call: Call, tokens: bool = False) -> bool:
-        """The parts of the batch of calls like this, or its ``tokens``, cannot be taken apart;
-        whether that is new."""
-        return self._is_new(call, self._no_tokens if tokens else self._together)
+    def picks_again(self, call: Call, error: BatchError | TokensError | MemoryLimitError) -> bool:
+        """Whether calls like this are to be made once more, with other settings: the batch, or the
+        tokens, cannot be taken apart, or there is no room for what was picked, as cutting has found
+        out before anything was computed. In a group all processes have the same error."""
+        if isinstance(error, MemoryLimitError):
+            again = self._has_no_room(call)
+        else:  # whose parts have to be kept together
+            tokens = isinstance(error, TokensError)
+            again = self._is_new(call, self._no_tokens if tokens else self._together)
+        if again:
+            log.warning("settings are picked once more: %s", error)
+        return again
 
-    def has_no_room(self, call: Call) -> bool:
-        """What was picked for calls like this has no room, as cutting has found out; whether that
-        is new, and not what was asked for by hand."""
+    def _has_no_room(self, call: Call) -> bool:
+        """Note what was picked as what has no room; whether that is new, and not what was asked
+        for by hand."""
         picked = {} if self.picked is None else self.picked.settings
         chosen = {n: x for n, x in picked.items() if n not in self._by_hand}
         mode = chosen.get("exact_mode")
