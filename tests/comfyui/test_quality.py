@@ -18,7 +18,11 @@ from asyncdiff.errors import InputError
 def by_quality(pack: Any) -> Any:
     """The node's function, on two devices unless said otherwise."""
     node = pack.NODE_CLASS_MAPPINGS["AsyncDiffByQuality"]()
-    return lambda model, quality, devices="cpu, cpu": node.spread(model, quality, devices=devices)[0]
+
+    def run(model: Any, quality: str, devices: str = "cpu, cpu") -> Any:
+        return node.spread(model, quality, devices=devices)[0]
+
+    return run
 
 
 @pytest.fixture
@@ -70,6 +74,16 @@ def test_large_latents_are_exact_by_default(
     monkeypatch.setattr("asyncdiff.integrations.auto._LARGE", plain.numel())
     assert near(sample(by_quality(model, "balanced"), steps=12, cfg=1.0), plain) < 1e-5
     assert "hardly longer" in picked()
+
+
+def test_tokens_that_cannot_be_followed(
+    model: Any, by_quality: Any, picked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncdiff.integrations.auto.is_transformer", lambda _: True)
+    plain = sample(model, steps=12, cfg=1.0)
+    assert near(sample(by_quality(model, "exact"), steps=12, cfg=1.0), plain) < 1e-5
+    said = picked()
+    assert "schedule='sequence'" in said and "one device" in said
 
 
 def test_it_changes_with_what_is_asked_for(model: Any, by_quality: Any, picked: Any) -> None:

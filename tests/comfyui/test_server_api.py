@@ -147,10 +147,21 @@ def _until_it_answers(server: Server, process: subprocess.Popen[bytes], log: Pat
             time.sleep(0.1)
 
 
-def test_the_node_is_on_the_menu(server: Server) -> None:
-    told = server.ask("/object_info/AsyncDiffParallel")["AsyncDiffParallel"]
-    assert told["display_name"] == "AsyncDiff parallel"
-    assert set(told["input"]["required"]) == {"model", *EXACT}
+def test_the_nodes_are_on_the_menu(server: Server) -> None:
+    for name, shown, inputs in (
+        ("AsyncDiffParallel", "AsyncDiff parallel (by hand)", {*EXACT}),
+        ("AsyncDiffByQuality", "AsyncDiff parallel", {"quality", "devices"}),
+    ):
+        told = server.ask(f"/object_info/{name}")[name]
+        assert told["display_name"] == shown
+        assert set(told["input"]["required"]) == {"model", *inputs}
+
+
+def test_a_workflow_draws_the_same_by_quality(server: Server) -> None:
+    plain, flow = server.draw(workflow()), workflow(**EXACT)
+    given = {"model": ["tiny", 0], "quality": "exact", "devices": "cpu, cpu"}
+    flow["spread"] = {"class_type": "AsyncDiffByQuality", "inputs": given}
+    assert (plain - server.draw(flow)).abs().max() <= CLOSE * plain.std()
 
 
 @pytest.mark.parametrize(
