@@ -11,6 +11,7 @@
 
 #include "arrays.hpp"
 #include "bindings.hpp"
+#include "gil.hpp"
 #include "pointers.hpp"
 
 namespace py = pybind11;
@@ -18,7 +19,7 @@ namespace py = pybind11;
 namespace asyncdiff::bindings {
 
 void register_channel(py::module_& m) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;  // host channels block
+  using Unlocked = py::call_guard<WithoutGil>;  // host channels block
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
       .def_property_readonly("name", &Channel::name)
       .def_property_readonly("sender", &Channel::sender)
@@ -41,7 +42,7 @@ void register_channel(py::module_& m) {
             if (index >= c.layout().specs.size()) return false;
             const auto address = address_of(array, c.layout().specs[index], on_gpu);
             if (!address) return false;
-            const py::gil_scoped_release unlocked;  // the caller holds the array
+            const WithoutGil unlocked;  // the caller holds the array
             c.push(index, *address, slot, stream);
             return true;
           },
@@ -59,7 +60,7 @@ void register_channel(py::module_& m) {
           [](Channel& c, const py::handle& arrays, int slot, Stream stream, bool on_gpu) {
             const auto held = addresses_of(arrays, c.layout(), on_gpu);
             if (!held) return false;
-            const py::gil_scoped_release unlocked;
+            const WithoutGil unlocked;
             c.put(held->addresses, slot, stream);
             return true;
           },

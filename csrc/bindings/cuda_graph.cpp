@@ -1,4 +1,5 @@
 #include "bindings.hpp"
+#include "gil.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include <cstdint>
 
@@ -16,13 +17,13 @@ void register_cuda_graph([[maybe_unused]] py::module_& m) {
       [](std::uintptr_t graph, int device) {
         return replace_memsets(reinterpret_cast<cudaGraph_t>(graph), device);
       },
-      py::arg("graph"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+      py::arg("graph"), py::arg("device"), py::call_guard<WithoutGil>());
   m.def(
       "upload_graph",
       [](std::uintptr_t graph, int device) {
         upload_graph(reinterpret_cast<cudaGraphExec_t>(graph), device);
       },
-      py::arg("graph"), py::arg("device"), py::call_guard<py::gil_scoped_release>());
+      py::arg("graph"), py::arg("device"), py::call_guard<WithoutGil>());
 #endif
 }
 

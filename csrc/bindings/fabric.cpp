@@ -14,6 +14,7 @@
 #include "asyncdiff/host_fabric.hpp"
 #include "asyncdiff/simulated_link.hpp"
 #include "bindings.hpp"
+#include "gil.hpp"
 #include "pointers.hpp"
 #include "rendezvous.hpp"
 #include "text.hpp"
@@ -40,7 +41,7 @@ std::optional<SimulatedLink> link_or_default(const std::optional<std::string>& t
 }  // namespace
 
 void register_fabric(py::module_& m) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   py::class_<Fabric, std::shared_ptr<Fabric>>(m, "Fabric")
       .def_property_readonly("ranks", &Fabric::ranks)
       .def_property_readonly("kind", &Fabric::kind)
@@ -85,7 +86,7 @@ void register_fabric(py::module_& m) {
             const std::string mine = bytes;
             std::vector<std::string> all;
             {
-              const py::gil_scoped_release unlocked;
+              const WithoutGil unlocked;
               all = f.all_gather(mine, seconds ? *seconds : f.deadline());
             }
             py::list out;
@@ -110,7 +111,7 @@ void register_fabric(py::module_& m) {
         std::shared_ptr<Rendezvous> rendezvous = rendezvous_from(std::move(r));
         const double seconds = deadline_or_default(deadline);
         const std::optional<SimulatedLink> link = link_or_default(text);
-        const py::gil_scoped_release unlocked;
+        const WithoutGil unlocked;
         return make_host_fabric(std::move(owners), seconds, std::move(rendezvous), link);
       },
       py::arg("owners"), py::arg("deadline"), py::arg("rendezvous"), py::arg("link"));
@@ -128,7 +129,7 @@ void register_fabric(py::module_& m) {
              const Transport how = transport_from(transport ? *transport : env::transport());
              const double seconds = deadline_or_default(deadline);
              const std::optional<SimulatedLink> link = link_or_default(text);
-             const py::gil_scoped_release unlocked;
+             const WithoutGil unlocked;
              return std::make_shared<CudaFabric>(std::move(devices), seconds, how, link);
            }),
            py::arg("devices"), py::arg("deadline"), py::arg("transport"), py::arg("link"))
@@ -143,7 +144,7 @@ void register_fabric(py::module_& m) {
         const Transport how = transport_from(transport ? *transport : env::transport());
         const double seconds = deadline_or_default(deadline);
         const std::optional<SimulatedLink> link = link_or_default(text);
-        const py::gil_scoped_release unlocked;
+        const WithoutGil unlocked;
         return make_cuda_fabric(std::move(devices), std::move(owners), seconds, how,
                                 std::move(rendezvous), link);
       },

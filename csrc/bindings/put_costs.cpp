@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings.hpp"
+#include "gil.hpp"
 #ifdef ASYNCDIFF_WITH_CUDA
 #include "asyncdiff/cuda_fabric.hpp"
 #endif
@@ -21,7 +22,7 @@ void register_put_costs(py::module_& m) {
         return put_costs(from, to, transport_from(transport)).to_text();
       },
       py::arg("from_device"), py::arg("to_device"), py::arg("transport"),
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<WithoutGil>());
 #endif
   m.def(
       "parse_put_costs",

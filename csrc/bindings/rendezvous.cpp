@@ -11,6 +11,7 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/socket_rendezvous.hpp"
 #include "bindings.hpp"
+#include "gil.hpp"
 
 namespace py = pybind11;
 
@@ -26,8 +27,10 @@ class PythonRendezvous final : public Rendezvous {
         object_(std::move(object)) {}
 
   ~PythonRendezvous() override {
-    const py::gil_scoped_acquire locked;
-    object_ = py::object();
+    taking_gil([this] {
+      const py::gil_scoped_acquire locked;
+      object_ = py::object();
+    });
   }
 
   int process() const override { return process_; }
@@ -64,12 +67,12 @@ std::shared_ptr<Rendezvous> rendezvous_from(py::object object) {
 }
 
 void register_rendezvous(py::module_& m) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  using Unlocked = py::call_guard<WithoutGil>;
   py::class_<SocketRendezvous, std::shared_ptr<SocketRendezvous>>(m, "SocketRendezvous")
       .def(py::init([](const std::string& host, int port, const std::string& path, int process,
                        int processes, const py::bytes& key, double timeout) {
              const std::string secret = key;
-             const py::gil_scoped_release unlocked;
+             const WithoutGil unlocked;
              return std::make_shared<SocketRendezvous>(SocketAddress{host, port, path}, process,
                                                        processes, secret, timeout);
            }),
@@ -84,7 +87,7 @@ void register_rendezvous(py::module_& m) {
              const std::string mine = bytes;
              std::vector<std::string> all;
              {
-               const py::gil_scoped_release unlocked;
+               const WithoutGil unlocked;
                all = r.all_gather(mine);
              }
              py::list out;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -79,3 +81,20 @@ def test_arrays_live_while_a_call_waits(operation: str, kind: str) -> None:
     thread.join(10)
     assert waited_with == [True]
     fabric.check()
+
+
+def test_threads_may_be_in_calls_when_the_interpreter_ends() -> None:
+    """Up to Python 3.13 these threads ended the process by std::terminate."""
+    program = """
+import threading, time
+import asyncdiff_core as core
+fabric = core.HostFabric(2)
+def look():
+    while True:
+        fabric.check()
+for _ in range(4):
+    threading.Thread(target=look, daemon=True).start()
+time.sleep(0.05)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")
