@@ -60,8 +60,18 @@ def _torch(tensor: Any) -> Array:
     kind = tensor.device.type
     if kind not in ("cpu", "cuda"):
         raise InvalidArgument(f"a tensor on {tensor.device} cannot be exchanged")
+    # Torch conjugates and negates lazily: memory then holds other numbers.
+    if tensor.is_conj() or tensor.is_neg():
+        raise InvalidArgument(
+            "a tensor that is conjugated or negated lazily cannot be exchanged: give "
+            "tensor.resolve_conj().resolve_neg()"
+        )
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError as error:  # sparse, or of a kind that has none
+        raise InvalidArgument(f"{type(tensor).__name__} has no memory to send: {error}") from error
     return Array(
-        tensor.data_ptr(),
+        pointer,
         str(tensor.dtype).removeprefix("torch."),
         tuple(tensor.shape),
         tuple(tensor.stride()),

@@ -93,7 +93,8 @@ class Channel:
         ``tensor``: of any library with ``__cuda_array_interface__``, ``__array_interface__`` or
         ``__dlpack__``; a GPU's on CUDA, the CPU's on the host. It must stay as it is until the copy
         is done, in the order of ``stream``. Raises InvalidArgument if shape, element type, strides
-        or kind of device differ from the layout's.
+        or kind of device differ from the layout's, and for a tensor without memory (sparse, fake),
+        or one that torch conjugates or negates lazily.
         """
         address = pointer_of(stream)
         if index >= 0 and self._push_array(index, tensor, slot, address, self._on_gpu):

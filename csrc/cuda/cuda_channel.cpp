@@ -264,7 +264,7 @@ void CudaChannel::begin(int slot, Stream stream) {
 
 void CudaChannel::push(std::size_t index, const void* data, int slot, Stream stream) {
   const nvtx::Range range("push", *this, sender(), slot);
-  check_index(index);
+  check_tensor(index, data);
   check_end(sender(), slot);
   const std::size_t nbytes = layout().specs[index].nbytes;
   if (nbytes == 0) return;
@@ -294,7 +294,7 @@ void CudaChannel::commit(int slot, Stream stream) {
 }
 
 void CudaChannel::check_put(const std::vector<const void*>& tensors, int slot) const {
-  check_count(tensors.size());
+  check_tensors(tensors);
   check_end(sender(), slot);
 }
 

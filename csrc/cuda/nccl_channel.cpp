@@ -208,7 +208,7 @@ void NcclChannel::begin(int slot, Stream stream) {
 
 void NcclChannel::push(std::size_t index, const void* data, int slot, Stream stream) {
   const nvtx::Range range("push", *this, sender(), slot);
-  check_index(index);
+  check_tensor(index, data);
   check_end(sender(), slot);
   if (layout().specs[index].nbytes == 0) return;
   const DeviceGuard guard(shared_->device(sender()));
@@ -227,7 +227,7 @@ void NcclChannel::commit(int slot, Stream stream) {
 
 void NcclChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   const nvtx::Range range("put", *this, sender(), slot);
-  check_count(tensors.size());
+  check_tensors(tensors);
   check_end(sender(), slot);
   const DeviceGuard guard(shared_->device(sender()));
   // What is packed of a large bundle crosses while the rest of it is packed.

@@ -42,7 +42,7 @@ void Channel::wait_for(int receiver, std::uint64_t /*count*/) { place_of(receive
 void Channel::wait_free(std::uint64_t /*count*/) {}
 
 void Channel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
-  check_count(tensors.size());
+  check_tensors(tensors);
   begin(slot, stream);
   for (std::size_t i = 0; i < tensors.size(); ++i) push(i, tensors[i], slot, stream);
   commit(slot, stream);
@@ -74,18 +74,23 @@ void Channel::check_slot(int slot) const {
   }
 }
 
-void Channel::check_index(std::size_t index) const {
+void Channel::check_tensor(std::size_t index, const void* data) const {
   if (index >= layout_.specs.size()) {
     throw InvalidArgument("tensor " + std::to_string(index) + ": the bundle of channel '" + name_ +
                           "' has " + std::to_string(layout_.specs.size()) + " tensors, from 0");
   }
+  if (data == nullptr && layout_.specs[index].nbytes > 0) {
+    throw InvalidArgument("tensor " + std::to_string(index) + " of channel '" + name_ +
+                          "' has no memory: its address is null");
+  }
 }
 
-void Channel::check_count(std::size_t tensors) const {
-  if (tensors != layout_.specs.size()) {
-    throw InvalidArgument(std::to_string(tensors) + " tensors for channel '" + name_ +
+void Channel::check_tensors(const std::vector<const void*>& tensors) const {
+  if (tensors.size() != layout_.specs.size()) {
+    throw InvalidArgument(std::to_string(tensors.size()) + " tensors for channel '" + name_ +
                           "', whose bundle has " + std::to_string(layout_.specs.size()));
   }
+  for (std::size_t i = 0; i < tensors.size(); ++i) check_tensor(i, tensors[i]);
 }
 
 std::size_t Channel::place_of(int receiver) const {

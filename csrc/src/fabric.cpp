@@ -83,6 +83,7 @@ void Fabric::check_batch(const std::vector<Put>& puts) const {
       throw InvalidArgument("channel '" + put.channel->name() +
                             "' is named twice: its bundles go one after another");
     }
+    put.channel->check_tensors(put.tensors);
   }
 }
 

@@ -205,7 +205,7 @@ void HostChannel::begin(int slot, Stream) {
 
 void HostChannel::push(std::size_t index, const void* data, int slot, Stream) {
   const nvtx::Range range("push", *this, sender(), slot);
-  check_index(index);
+  check_tensor(index, data);
   check_end(sender(), slot);
   const std::uint64_t done = sent_->committed.load(std::memory_order_relaxed);
   const bool allowed = sent_->begun.load(std::memory_order_relaxed) == done + 1;

@@ -79,7 +79,7 @@ void SpanningChannel::commit(int slot, Stream stream) {
 
 void SpanningChannel::put(const std::vector<const void*>& tensors, int slot, Stream stream) {
   check_sender(slot);
-  check_count(tensors.size());
+  check_tensors(tensors);
   if (!enqueues_) return Channel::put(tensors, slot, stream);
   for (Channel* part : all()) part->put(tensors, slot, stream);
 }

@@ -73,6 +73,31 @@ void waits_end() {
   CHECK_THROWS(channel->begin(0, 0), Error);
 }
 
+// Before anything of it is sent.
+void tensors_without_memory_are_refused() {
+  HostFabric fabric(2, 0.05);
+  const Layout layout({TensorSpec("uint8", {1}), TensorSpec("uint8", {0})});
+  const auto one = fabric.channel(0, {1}, layout, 1, "one");
+  const auto two = fabric.channel(0, {1}, layout, 1, "two");
+  const std::uint8_t byte = 7;
+  CHECK_THROWS(one->put({nullptr, &byte}, 0, 0), InvalidArgument);
+  CHECK_THROWS(one->put({&byte}, 0, 0), InvalidArgument);
+  const std::vector<const void*> whole = {&byte, nullptr};  // the second one has no bytes
+  CHECK_THROWS(fabric.put_batch({{one, whole, 0}, {two, {nullptr, nullptr}, 0}}, 0),
+               InvalidArgument);
+  CHECK_THROWS(fabric.put_batch({{one, whole, 0}, {two, {&byte}, 0}}, 0), InvalidArgument);
+  one->begin(0, 0);
+  CHECK_THROWS(one->push(0, nullptr, 0, 0), InvalidArgument);
+  one->push(0, &byte, 0, 0);
+  one->push(1, nullptr, 0, 0);
+  one->commit(0, 0);
+  fabric.put_batch({{two, whole, 0}}, 0);
+  for (const auto& channel : {one, two}) {
+    channel->get(1, 0, 0);
+    CHECK(*channel->slot(1, 0).data == std::byte{7});
+  }
+}
+
 void an_abort_wakes_who_waits() {
   HostFabric fabric(2, 60.0);
   const auto channel = fabric.channel(1, {0}, Layout({TensorSpec("uint8", {1})}), 2, "");
@@ -137,6 +162,7 @@ void a_report_may_take_long() {
 int main() {
   for (int slots : {1, 2, 3}) every_bundle_arrives_once_and_whole(slots);
   waits_end();
+  tensors_without_memory_are_refused();
   an_abort_wakes_who_waits();
   an_interrupted_wait_was_none();
   a_batch_is_of_one_fabric();

@@ -61,6 +61,10 @@ class ASYNCDIFF_EXPORT Channel {
   // Never kAuto.
   Mode mode() const { return mode_; }
 
+  // Throws InvalidArgument for more or fewer tensors than a bundle has, and for one of some bytes
+  // at a null pointer, which no kernel could read.
+  void check_tensors(const std::vector<const void*>& tensors) const;
+
   // The memory of a slot in a receiver's mailbox.
   virtual Buffer slot(int receiver, int slot) = 0;
 
@@ -87,8 +91,8 @@ class ASYNCDIFF_EXPORT Channel {
 
  protected:
   void check_slot(int slot) const;
-  void check_index(std::size_t index) const;
-  void check_count(std::size_t tensors) const;
+  // The same as check_tensors() for one of them.
+  void check_tensor(std::size_t index, const void* data) const;
   // The receiver's place in receivers(); throws InvalidArgument if it has none.
   std::size_t place_of(int receiver) const;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ def channel_for(tensors: list[torch.Tensor]) -> tuple[core.HostFabric, core.Chan
 
 
 TYPES = [
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.bool,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
 ]  # fmt: skip
 
@@ -73,6 +74,55 @@ def test_what_is_unlike_the_layout_is_left_to_the_closer_look() -> None:
     odd = torch.zeros(1, 12)[:, :6]
     assert odd.stride() != (6, 1)
     assert one._native.addresses([odd], False) == [odd.data_ptr()]
+
+
+def test_complex_tensors_that_are_conjugated_lazily_are_refused() -> None:
+    x = torch.tensor([[1 + 2j, 3 - 4j]])
+    _, channel = channel_for([x])
+    assert channel._native.addresses([x], False) is None  # the closer look knows
+    with pytest.raises(core.InvalidArgument, match=r"lazily .* tensor\.resolve_conj\(\)"):
+        channel.put([x.conj()], 0)
+    with pytest.raises(core.InvalidArgument, match="lazily"):
+        channel.push(0, x.conj(), 0)
+    for slot, whole in enumerate([x, x.conj().resolve_conj()]):
+        channel.put([whole], slot)
+        assert np.array_equal(receive(channel, 1, slot)[0], whole.numpy())
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as quantized and distributed ones are."""
+
+    @staticmethod
+    def __new__(cls) -> Wrapper:
+        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        return make(cls, (4,), dtype=torch.float32)  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError
+
+
+def freed() -> torch.Tensor:
+    x = torch.zeros(4)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("make", [Wrapper, freed, lambda: torch.zeros(4).to_sparse()])
+def test_tensors_without_memory_are_refused(make: Callable[[], torch.Tensor]) -> None:
+    fabric, channel = channel_for([torch.zeros(4)])
+    with pytest.raises(core.InvalidArgument, match="no memory"):
+        channel.put([make()], 0)
+    with pytest.raises(core.InvalidArgument, match="no memory"):
+        fabric.put_batch([(channel, [make()], 0)])
+    channel.begin(0)
+    with pytest.raises(core.InvalidArgument, match="no memory"):
+        channel.push(0, make(), 0)
+    with pytest.raises(core.InvalidArgument, match="no memory"):
+        channel.push_pointer(0, 0, 0)
+    channel.push(0, torch.ones(4), 0)
+    channel.commit(0)
+    assert receive(channel, 1, 0)[0].tolist() == [1, 1, 1, 1]
 
 
 def test_tensors_pushed_one_by_one_are_of_any_library() -> None:
