@@ -29,9 +29,10 @@ asyncdiff_fabric* over(const std::shared_ptr<Rendezvous>& rendezvous, int device
 asyncdiff_code asyncdiff_cuda_fabric_make(const int* devices, int ranks, double deadline,
                                           asyncdiff_fabric** fabric) {
   return guarded([&] {
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
     std::vector<int> all;
     if (ranks > 0) all.assign(&given(devices, "the list of devices"), devices + ranks);
-    given(fabric, "where the fabric goes") = new asyncdiff_fabric{std::make_shared<CudaFabric>(
+    place = new asyncdiff_fabric{std::make_shared<CudaFabric>(
         std::move(all), seconds(deadline), transport_from(env::transport()), env::link())};
   });
 }
@@ -41,15 +42,15 @@ asyncdiff_code asyncdiff_cuda_fabric_meet(const char* host, int port, int proces
                                           double timeout, double deadline,
                                           asyncdiff_fabric** fabric) {
   return guarded([&] {
-    given(fabric, "where the fabric goes") =
-        over(meet(host, port, process, processes, key, key_nbytes, timeout), device, deadline);
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
+    place = over(meet(host, port, process, processes, key, key_nbytes, timeout), device, deadline);
   });
 }
 
 asyncdiff_code asyncdiff_cuda_fabric_from_environment(int device, double timeout, double deadline,
                                                       asyncdiff_fabric** fabric) {
   return guarded([&] {
-    given(fabric, "where the fabric goes") =
-        over(SocketRendezvous::from_environment(timeout), device, deadline);
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
+    place = over(SocketRendezvous::from_environment(timeout), device, deadline);
   });
 }

@@ -133,7 +133,8 @@ int asyncdiff_last_error_rank(void) { return last.rank; }
 
 asyncdiff_code asyncdiff_host_fabric_make(int ranks, double deadline, asyncdiff_fabric** fabric) {
   return guarded([&] {
-    given(fabric, "where the fabric goes") =
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
+    place =
         new asyncdiff_fabric{std::make_shared<HostFabric>(ranks, seconds(deadline), env::link())};
   });
 }
@@ -142,16 +143,16 @@ asyncdiff_code asyncdiff_host_fabric_meet(const char* host, int port, int proces
                                           const void* key, size_t key_nbytes, double timeout,
                                           double deadline, asyncdiff_fabric** fabric) {
   return guarded([&] {
-    given(fabric, "where the fabric goes") =
-        over(meet(host, port, process, processes, key, key_nbytes, timeout), deadline);
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
+    place = over(meet(host, port, process, processes, key, key_nbytes, timeout), deadline);
   });
 }
 
 asyncdiff_code asyncdiff_host_fabric_from_environment(double timeout, double deadline,
                                                       asyncdiff_fabric** fabric) {
   return guarded([&] {
-    given(fabric, "where the fabric goes") =
-        over(SocketRendezvous::from_environment(timeout), deadline);
+    asyncdiff_fabric*& place = given(fabric, "where the fabric goes");
+    place = over(SocketRendezvous::from_environment(timeout), deadline);
   });
 }
 
@@ -181,6 +182,7 @@ asyncdiff_code asyncdiff_channel_make(asyncdiff_fabric* fabric, int sender, cons
                                       size_t tensor_count, int slots, const char* name,
                                       const char* mode, asyncdiff_channel** channel) {
   return guarded([&] {
+    asyncdiff_channel*& place = given(channel, "where the channel goes");
     std::vector<int> to;
     if (receiver_count > 0) {
       to.assign(&given(receivers, "the list of receivers"), receivers + receiver_count);
@@ -189,9 +191,9 @@ asyncdiff_code asyncdiff_channel_make(asyncdiff_fabric* fabric, int sender, cons
     for (size_t i = 0; i < tensor_count; ++i) {
       specs.push_back(spec_of(*(&given(tensors, "the list of tensors") + i)));
     }
-    given(channel, "where the channel goes") = new asyncdiff_channel{
-        of(fabric).channel(sender, to, Layout(std::move(specs)), slots, name == nullptr ? "" : name,
-                           mode_from(mode == nullptr ? "auto" : mode))};
+    place = new asyncdiff_channel{of(fabric).channel(sender, to, Layout(std::move(specs)), slots,
+                                                     name == nullptr ? "" : name,
+                                                     mode_from(mode == nullptr ? "auto" : mode))};
   });
 }
 

@@ -100,11 +100,18 @@ static void errors(void) {
   CHECK(asyncdiff_host_fabric_make(0, 1, &fabric) == ASYNCDIFF_INVALID_ARGUMENT);
   CHECK(strstr(asyncdiff_last_error(), "at least one rank") != NULL);
   CHECK(asyncdiff_host_fabric_make(2, 0.1, NULL) == ASYNCDIFF_INVALID_ARGUMENT);
+  /* Before anybody is met, and anything is made that nobody could give back. */
+  CHECK(asyncdiff_host_fabric_meet("127.0.0.1", free_port(), 1, 2, "key", 3, 0.1, 0.1, NULL) ==
+        ASYNCDIFF_INVALID_ARGUMENT);
+  CHECK(strstr(asyncdiff_last_error(), "where the fabric goes is a null pointer") != NULL);
   CHECK(asyncdiff_check(NULL) == ASYNCDIFF_INVALID_ARGUMENT);
   CHECK(asyncdiff_host_fabric_make(2, 0.1, &fabric) == ASYNCDIFF_OK);
   CHECK(asyncdiff_channel_make(fabric, 0, receivers, 1, NULL, 1, 2, NULL, NULL, &channel) ==
         ASYNCDIFF_INVALID_ARGUMENT);
   CHECK(strstr(asyncdiff_last_error(), "the list of tensors is a null pointer") != NULL);
+  CHECK(asyncdiff_channel_make(fabric, 0, receivers, 1, NULL, 1, 2, NULL, NULL, NULL) ==
+        ASYNCDIFF_INVALID_ARGUMENT);
+  CHECK(strstr(asyncdiff_last_error(), "where the channel goes is a null pointer") != NULL);
   channel = make(fabric, 0, 1);
   CHECK(asyncdiff_put(channel, NULL, 0, 0, NULL) == ASYNCDIFF_INVALID_ARGUMENT);
   CHECK(asyncdiff_slot(channel, 1, 0, 7, NULL, NULL) == ASYNCDIFF_INVALID_ARGUMENT);
