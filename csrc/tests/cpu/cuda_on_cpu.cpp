@@ -1,5 +1,6 @@
 // What the network of GPUs calls of CUDA, in host memory: one device, and kernels that the caller
 // runs to their end, as those of signals.cuh, put.cuh and nccl_signals.cuh do it.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -11,11 +12,33 @@
 
 #include "../../cuda/kernels.hpp"
 #include "../../cuda/nccl_ends.hpp"
+#include "memory_on_cpu.hpp"
 #include "stream_on_cpu.hpp"
+
+bool on_cpu::memory_is_full = false;
 
 namespace {
 
 on_cpu::Stream* as_stream(cudaStream_t stream) { return reinterpret_cast<on_cpu::Stream*>(stream); }
+
+// The one device has a context, which is always current: what asks for it changes nothing.
+CUresult current_context(CUcontext* context) {
+  static int place;
+  *context = reinterpret_cast<CUcontext>(&place);
+  return CUDA_SUCCESS;
+}
+CUresult make_current(CUcontext) { return CUDA_SUCCESS; }
+
+cudaError_t of_driver(const char* name, void** function) {
+  if (std::strcmp(name, "cuCtxGetCurrent") == 0) {
+    *function = reinterpret_cast<void*>(&current_context);
+  } else if (std::strcmp(name, "cuCtxSetCurrent") == 0) {
+    *function = reinterpret_cast<void*>(&make_current);
+  } else {
+    return cudaErrorNotSupported;
+  }
+  return cudaSuccess;
+}
 
 }  // namespace
 
@@ -52,6 +75,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaMalloc(void** memory, std::size_t nbytes) {
+  if (on_cpu::memory_is_full) return cudaErrorMemoryAllocation;
   *memory = std::aligned_alloc(256, (nbytes + 255) / 256 * 256);
   return cudaSuccess;
 }
@@ -77,16 +101,15 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t nbytes, cudaStr
   std::memset(memory, value, nbytes);
   return cudaSuccess;
 }
-// Of another device than the current one only, and there is none.
 #if CUDART_VERSION >= 12050
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
-                                             cudaDriverEntryPointQueryResult*) {
-  return cudaErrorNotSupported;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult*) {
+  return of_driver(name, function);
 }
 #else
-cudaError_t cudaGetDriverEntryPoint(const char*, void**, unsigned long long,
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
                                     cudaDriverEntryPointQueryResult*) {
-  return cudaErrorNotSupported;
+  return of_driver(name, function);
 }
 #endif
 }
