@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import random
+import resource
 import signal
 import time
 import zlib
@@ -278,6 +279,29 @@ def forked(process: int, processes: int, folder: Path) -> Any:
     fabric.all_gather(b"")
     fabric.check()
     return texts
+
+
+def no_memory(process: int, processes: int, folder: Path) -> Any:
+    """Process 1 has no memory for its mailbox; a channel that it has some for is made after it."""
+    fabric = core.HostFabric(processes, deadline=5.0, rendezvous=meet(folder, process, processes))
+    large = core.Layout([core.TensorSpec("uint8", (1 << 28,))])
+    others = list(range(1, processes))
+    if process == 1:  # a thread's first allocation takes 128 MiB of addresses
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (200 << 20), resource.RLIM_INFINITY))
+    try:
+        fabric.channel(0, others, large, slots=1)
+        error = "none"
+    except (core.CoreError, MemoryError) as e:
+        error = str(e)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    channel = fabric.channel(0, others, LAYOUT)
+    if process == 0:
+        channel.put([np.zeros(257, np.float32), np.arange(3)], 0)
+    else:
+        channel.get(process, 0)
+    fabric.all_gather(b"")
+    return error
 
 
 def foreign(process: int, processes: int, folder: Path) -> Any:

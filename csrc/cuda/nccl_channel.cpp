@@ -45,13 +45,19 @@ NcclChannel::NcclChannel(std::shared_ptr<NcclShared> shared, Party ends, std::st
   told = all.at(static_cast<std::size_t>(processes.owner(from)));
   std::uint32_t channel = 0;
   std::memcpy(&channel, told.data(), std::min(told.size(), sizeof channel));
-  ends_.together("make a channel's end", [&] {
-    if (sends) {
-      make_sender(channel, link);
-    } else {
-      make_receiver(channel, link);
-    }
-  });
+  try {
+    ends_.together("make a channel's end", [&] {
+      if (sends) {
+        make_sender(channel, link);
+      } else {
+        make_receiver(channel, link);
+      }
+    });
+  } catch (...) {
+    // The other process has failed: nothing is on its way to what was made here.
+    if (memory_ && memory_->end) shared_->give_back(*memory_);
+    throw;
+  }
 }
 
 template <class End>

@@ -349,7 +349,7 @@ void NcclShared::reset(std::uint64_t first) {
 }
 
 void NcclShared::close() {
-  if (closed_) return;
+  if (closed_ || processes_.forked()) return;  // a forked child has no courier to wait for
   std::exception_ptr failure;
   bool together = !failures_.failed() && !processes_.over();
   try {

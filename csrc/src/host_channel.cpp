@@ -72,9 +72,11 @@ HostChannel::HostChannel(std::shared_ptr<HostFabric::Shared> shared, Party ends,
   const std::size_t all_slots = count * static_cast<std::size_t>(slots());
   head_nbytes_ = round_up(counts + (shared_->links ? all_slots * sizeof *due_ : 0));
   const std::size_t nbytes = head_nbytes_ + all_slots * layout().nbytes;
-  memory_ = whose == Memory::kOwn
-                ? allocate_host(nbytes)
-                : shared_->allocate(ends_, shared_->processes.owner(sender()), nbytes);
+  if (whose == Memory::kOwn) {
+    ends_.together("make a mailbox", [&] { memory_ = allocate_host(nbytes); });
+  } else {
+    memory_ = shared_->allocate(ends_, shared_->processes.owner(sender()), nbytes);
+  }
   sent_ = reinterpret_cast<HostSenderCounts*>(memory_.data);
   received_ = reinterpret_cast<HostReceiverCounts*>(memory_.data + sizeof(HostSenderCounts));
   if (shared_->links) due_ = reinterpret_cast<std::atomic<std::uint64_t>*>(memory_.data + counts);

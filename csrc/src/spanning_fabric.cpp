@@ -111,16 +111,28 @@ std::shared_ptr<Channel> SpanningFabric::channel(int sender, const std::vector<i
   SpanningChannel::Parts parts;
   if (ends.here()) {
     agree_on_channel(ends, sender, receivers, layout, slots, name, mode);
-    // In this order everywhere, so that any two processes make what they share in the same one.
+    // In this order everywhere, so that any two processes make what they share in the same one:
+    // the next parts also where one has failed, which those that have no end of it do not know.
     ends.together("make a channel between hosts", [&] {
+      std::exception_ptr failure;
+      const auto try_to = [&failure](const auto& make) {
+        try {
+          make();
+        } catch (...) {
+          if (!failure) failure = std::current_exception();
+        }
+      };
       if (!near.empty() && ends_of(sender, near).here()) {
-        parts.local = here_->channel(sender, near, layout, slots, name, mode);
+        try_to([&] { parts.local = here_->channel(sender, near, layout, slots, name, mode); });
       }
       for (int rank : far) {
         const Party pair = ends_of(sender, {rank});
         if (!pair.here()) continue;
-        parts.remote.push_back(network_->channel(sender, rank, layout, slots, name, pair));
+        try_to([&] {
+          parts.remote.push_back(network_->channel(sender, rank, layout, slots, name, pair));
+        });
       }
+      if (failure) std::rethrow_exception(failure);
     });
   }
   return std::make_shared<SpanningChannel>(resets_, processes_, std::move(parts), kind() != "host",

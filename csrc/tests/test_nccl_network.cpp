@@ -21,6 +21,7 @@
 #include "asyncdiff/errors.hpp"
 #include "asyncdiff/socket_rendezvous.hpp"
 #include "check.hpp"
+#include "cpu/memory_on_cpu.hpp"
 
 using namespace asyncdiff;
 
@@ -205,6 +206,44 @@ void changes_of_shape_leave_nothing_behind() {
   }));
 }
 
+// Where it cannot be made in one process, what it took in the other is there for others again.
+void a_channel_that_fails_in_one_process_leaves_nothing_behind() {
+  all_well(on_hosts(2, [](Host& host) {
+    const auto there = host.channel(0, layouts()[0], 1);
+    for (int n = 0; n < 1300; ++n) {
+      on_cpu::memory_is_full = host.mine == n % 2;
+      CHECK_THROWS(host.channel(0, layout_of({200'000}), 1), Error);
+    }
+    on_cpu::memory_is_full = false;
+    const auto up = host.channel(0, layout_of({200'000}), 1);
+    if (host.mine == 0) put(*up, 0, 7);
+    if (host.mine == 1) expect(*up, 1, 0, 7);
+    host.network->check();
+  }));
+}
+
+// Neither the courier nor NCCL's threads are in it.
+void a_forked_child_gives_nothing_back() {
+  all_well(on_hosts(2, [](Host& host) {
+    const auto up = host.channel(0, layouts()[0], 1);
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      CHECK_THROWS(up->close(), Error);
+      host.network->close();
+      host.network.reset();
+      _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    CHECK(status == 0);
+    host.together();
+    if (host.mine == 0) put(*up, 0, 7);
+    if (host.mine == 1) expect(*up, 1, 0, 7);
+    host.network->check();
+  }));
+}
+
 // Each has channels with two others, but knows nothing of what these do with each other.
 void hosts_in_a_circle() {
   all_well(on_hosts(3, [](Host& host) {
@@ -319,6 +358,8 @@ int main() {
   bundles_cross_both_ways();
   a_reset_drops_what_was_not_read();
   changes_of_shape_leave_nothing_behind();
+  a_channel_that_fails_in_one_process_leaves_nothing_behind();
+  a_forked_child_gives_nothing_back();
   hosts_in_a_circle();
   one_that_never_sends_is_named();
   an_abort_ends_a_wait();

@@ -48,6 +48,14 @@ def test_different_calls_are_an_error_everywhere(tmp_path: Path) -> None:
     assert "its first bundle is 6 here, 7 in process 1. This is process 2" in third["reset"]
 
 
+@pytest.mark.parametrize("hosts", ["ab", "abc"])
+def test_a_channel_that_fails_in_one_process_leaves_the_fabric_whole(
+    hosts: str, tmp_path: Path
+) -> None:
+    for error in run("no_memory", len(hosts), tmp_path, hosts=hosts):
+        assert "bad_alloc" in error
+
+
 def test_only_the_ends_of_a_channel_take_part(tmp_path: Path) -> None:
     first, second, third = run("ends", 3, tmp_path, hosts="abb")
     assert first["received"] == [] and second["received"] == [0.0] * 29
