@@ -23,11 +23,11 @@ using Stream = std::uintptr_t;
 // measured costs of a put (put_costs.hpp). On the host they are all the same, a copy.
 enum class Mode { kAuto, kInline, kKernel, kCopy };
 
-Mode mode_from(const std::string& name);
+ASYNCDIFF_EXPORT Mode mode_from(const std::string& name);
 ASYNCDIFF_EXPORT std::string name_of(Mode mode);
 
 // What a channel is called that was given no name.
-std::string channel_name(int sender, const std::vector<int>& receivers);
+ASYNCDIFF_EXPORT std::string channel_name(int sender, const std::vector<int>& receivers);
 
 // The n-th bundle (n = 0, 1, ...) uses slot n % slots. Callers name the slot, so that a captured
 // graph always touches the same memory; the channel checks it against its own count, which on CUDA

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <memory>
 
+#include "asyncdiff/export.hpp"
+
 namespace asyncdiff {
 
 struct Buffer {
@@ -16,6 +18,6 @@ struct Buffer {
 };
 
 // Page-aligned zeroed host memory.
-Buffer allocate_host(std::size_t nbytes);
+ASYNCDIFF_EXPORT Buffer allocate_host(std::size_t nbytes);
 
 }  // namespace asyncdiff

@@ -35,10 +35,10 @@ class ASYNCDIFF_EXPORT SharedSegment {
 
 // Maps another process's segment. Throws InvalidArgument for bytes that are no handle of this
 // version, not of this size, or of anything but such a segment; Error where it cannot be opened.
-Buffer open_shared(const std::string& handle, std::size_t nbytes);
+ASYNCDIFF_EXPORT Buffer open_shared(const std::string& handle, std::size_t nbytes);
 
 // Takes away the names of segments whose process has ended before it could.
-void remove_leftovers();
+ASYNCDIFF_EXPORT void remove_leftovers();
 
 // Makes one segment in process `creator` and maps it in all of the party; collective. Throws the
 // same Error in every process if it fails in one.

@@ -28,17 +28,30 @@ DEBUG = "-DCMAKE_BUILD_TYPE=Debug"
 HOST = ["-DASYNCDIFF_PYTHON=OFF", "-DASYNCDIFF_CUDA=off"]
 COMMAND = (sys.executable, "-m", "asyncdiff_core")
 
-# A program that catches what the library throws, and tells the versions of both.
+# A program that calls functions of all headers, catches what the library throws, and tells the
+# versions of both.
 PROGRAM = """
 #include <cstdio>
 #include <string>
+#include <asyncdiff/channel.hpp>
 #include <asyncdiff/errors.hpp>
 #include <asyncdiff/layout.hpp>
+#include <asyncdiff/memory.hpp>
+#include <asyncdiff/shared_memory.hpp>
 #include <asyncdiff/version.hpp>
 #if ASYNCDIFF_VERSION_NUMBER < 100
 #error "an old version"
 #endif
 int main() {
+  if (asyncdiff::mode_from("copy") != asyncdiff::Mode::kCopy) return 1;
+  if (asyncdiff::channel_name(0, {1}) != "0 to 1") return 1;
+  if (asyncdiff::allocate_host(3).nbytes != 3) return 1;
+  asyncdiff::remove_leftovers();
+  try {
+    asyncdiff::open_shared("no handle", 1);
+    return 1;
+  } catch (const asyncdiff::InvalidArgument&) {
+  }
   try {
     asyncdiff::element_size("no such type");
   } catch (const asyncdiff::InvalidArgument&) {
