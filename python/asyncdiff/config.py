@@ -142,6 +142,10 @@ class ParallelConfig:
         object.__setattr__(self, "memory", read_memory(self.memory))
         self._check_modes()
         check_deadline(self.deadline)
+        if self.progress is not None and not callable(self.progress):
+            raise InputError(
+                f"progress={self.progress!r}: pass a function (what, done, of how many)"
+            )
 
     def _check_modes(self) -> None:
         for name, words in (

@@ -44,6 +44,13 @@ from .schedule.branch import ONLY, Branch
 log = logging.getLogger("asyncdiff")
 
 
+def check_each(config: ParallelConfig, ranks: int) -> None:
+    """Raise InputError where settings that have an entry for each of the ranks have not."""
+    check_entries("speeds", config.speeds, ranks)
+    if isinstance(config.memory, tuple):
+        check_entries("memory", config.memory, ranks)
+
+
 class Spread(ReadOnlySettings, Locked):
     """``module`` on the ranks that ``config`` asks for, in the processes of ``group`` (None: in
     this one), before anything is known of its inputs; its weights from ``checkpoint``, if any."""
@@ -101,9 +108,7 @@ class Spread(ReadOnlySettings, Locked):
 
     def _take(self, config: ParallelConfig, places: list[Place]) -> None:
         """Become a denoiser of these settings, without any engine yet."""
-        check_entries("speeds", config.speeds, len(places))
-        if isinstance(config.memory, tuple):
-            check_entries("memory", config.memory, len(places))
+        check_each(config, len(places))
         devices = [p.device for p in places]
         here = [p.device for p in places if p.process == self._team.process]
         compile = config.compile

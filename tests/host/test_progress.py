@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from export_cache import uncached
+from toys import toy, toy_call
 
 import asyncdiff
 from asyncdiff import progress
@@ -121,3 +122,17 @@ def test_who_watches_is_told_of_everything_and_nobody_shows_it() -> None:
     stage = "exporting the denoiser"
     assert seen == ["a weight", f"{stage}: 0 of 1", f"{stage}: 1 of 1"]
     assert told == [(stage, 0, 1), (stage, 1, 1)]
+
+
+def test_what_a_function_that_is_told_raises_is_its_own_error() -> None:
+    """It was taken for the exporter's, and a quality then went on without its settings."""
+
+    def told(what: str, done: int, total: int) -> None:
+        raise KeyError(what)
+
+    denoiser = asyncdiff.AsyncDenoiser(toy(), devices=["cpu"] * 2, split="estimate", progress=told)
+    with pytest.raises(KeyError, match="exporting the denoiser"):
+        denoiser.prepare(**toy_call())
+    denoiser.close()
+    with pytest.raises(asyncdiff.InputError, match="progress=3: pass a function"):
+        asyncdiff.ParallelConfig(progress=3)  # type: ignore[arg-type]

@@ -18,11 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from ..progress import stage
 from .export import WITHOUT, export, unlogged
 from .layers.products import fill_rows
 from .layers.quantized import own_part, take_apart
 from .signature import Call, Role, Signature, is_input
-from .state.numbers import Guards
+from .state.numbers import Guards, Numbers
 from .state.structure import Structure
 from .state.values import values_in
 from .tracing.symbols import OpenSizes
@@ -177,19 +178,8 @@ def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) 
     kwargs = call.kwargs(tensors, number=lambda tensor: tensor)
     structure = Structure(module)
     _check_leaves(name, call)
-    try:
-        with _without_gradients(module):
-            program, numbers = export(module, kwargs, call, structure, home, open_sizes)
-    except CaptureError:
-        raise
-    except Exception as e:  # the exporter raises what it likes
-        if open_sizes is None:
-            _check_inputs(module, kwargs, call, home)
-        raise CaptureError(
-            f"{name} cannot be exported by torch.export: {type(e).__name__}: {_first_lines(e)}"
-            f"{where(module, e)}. "
-            + (_VALUES if any(words in str(e) for words in _OF_VALUES) else _VERSION)
-        ) from e
+    with stage("exporting the denoiser"):  # what listeners raise is no fault of the denoiser's
+        program, numbers = _exported(module, kwargs, call, structure, home, open_sizes)
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError(f"{name} changes its own buffers or inputs in forward: put it in eval()")
@@ -221,6 +211,31 @@ def capture(module: nn.Module, call: Call, open_sizes: OpenSizes | None = None) 
         _check_sizes(name, captured)
     log.info("captured %s: %d nodes in %.1f s", name, len(captured.nodes), captured.seconds)
     return captured
+
+
+def _exported(
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    call: Call,
+    structure: Structure,
+    home: torch.device,
+    open_sizes: OpenSizes | None,
+) -> tuple[Any, Numbers]:
+    """The program of torch.export, and the numbers that are inputs of it. Raises CaptureError with
+    the exporter's reason, InputError where the denoiser does not take these inputs."""
+    try:
+        with _without_gradients(module):
+            return export(module, kwargs, call, structure, home, open_sizes)
+    except CaptureError:
+        raise
+    except Exception as e:  # the exporter raises what it likes
+        if open_sizes is None:
+            _check_inputs(module, kwargs, call, home)
+        raise CaptureError(
+            f"{type(module).__name__} cannot be exported by torch.export: {type(e).__name__}: "
+            f"{_first_lines(e)}{where(module, e)}. "
+            + (_VALUES if any(words in str(e) for words in _OF_VALUES) else _VERSION)
+        ) from e
 
 
 def _check_leaves(name: str, call: Call) -> None:

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..memory import uncollected
-from ..progress import stage
 from .layers.attention import backends_recorded
 from .layers.casting import casts_traced
 from .layers.containers import register_containers
@@ -73,7 +72,6 @@ def export(
                 _without_bindings(),
                 _quietly(module),
                 uncompiled(),
-                stage("exporting the denoiser"),
                 numbers.standing_in(),
                 refused(module),
                 casts_traced(module),

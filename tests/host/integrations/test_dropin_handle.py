@@ -13,7 +13,7 @@ import torch
 from tiny_pipelines import draw, tiny_sd
 
 import asyncdiff
-from asyncdiff import InputError, PartitionError, PlanError
+from asyncdiff import DeviceError, InputError, PartitionError, PlanError, SchedulerError
 
 STEPS = 4
 
@@ -87,6 +87,39 @@ def test_settings_that_are_wrong_leave_the_pipeline_as_it_was() -> None:
             with pytest.raises((PlanError, PartitionError)):
                 spread(pipe, **wrong)
         assert handle.active
+
+
+def test_what_is_refused_leaves_a_parallelised_pipeline_so() -> None:
+    """It was restored, where the error showed only after that."""
+    pipe, call = tiny_sd()
+    with spread(pipe) as handle:
+        want = draw(pipe, call)
+        for wrong in ({"components": 3}, {"speeds": [1.0]}, {"memory": ["1GB"]}, {"devices": []}):
+            with pytest.raises((DeviceError, InputError)):
+                spread(pipe, **wrong)
+        ddim = pipe.scheduler
+        pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(ddim.config)
+        with pytest.raises(SchedulerError):
+            spread(pipe, schedule="wavefront")
+        pipe.scheduler = ddim
+        hook = pipe.unet.mid_block.register_forward_hook(lambda *_: None)
+        with pytest.raises(InputError, match="has a forward hook"):
+            spread(pipe)
+        hook.remove()
+        assert handle.active and torch.equal(draw(pipe, call), want)
+
+
+def test_a_handle_that_is_of_no_use_any_more_says_so() -> None:
+    """It told of a preparation that there was none of, and of settings that nobody took."""
+    pipe, _ = tiny_sd()
+    first = spread(pipe)
+    second = spread(pipe)
+    for use in (first.prepare, first.calibrate, lambda: first.configure(warmup=2)):
+        with pytest.raises(InputError, match="restored, or parallelised anew"):
+            use()
+    second.configure(warmup=2)
+    second.restore()
+    assert second.config.warmup == 2
 
 
 def test_another_pipeline_with_the_same_denoiser() -> None:

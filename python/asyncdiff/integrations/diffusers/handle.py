@@ -99,7 +99,8 @@ class Handle(ReadOnlySettings):
     def configure(self, **changes: Any) -> None:
         """Change settings between generations; see :meth:`asyncdiff.AsyncDenoiser.configure`. Where
         a quality was asked for, they are not picked any more for generations with asynchronous
-        steps."""
+        steps. Raises InputError after :meth:`restore`."""
+        self._check_active()
         for calls in self._calls:
             mine = changes
             if calls.auto is not None:
@@ -150,9 +151,10 @@ class Handle(ReadOnlySettings):
                 ``guidance_scale``, ``image``, ``num_frames``, or a ``prompt`` where its length
                 matters (None: an empty one).
 
-        Raises InputError where the pipeline does not run with these arguments, and what its calls
-        raise.
+        Raises InputError where the pipeline does not run with these arguments, or is restored, and
+        what its calls raise.
         """
+        self._check_active()
         sizes = list(each_size(height, width, batch))
         made = []
         with contextlib.ExitStack() as stack:
@@ -197,9 +199,10 @@ class Handle(ReadOnlySettings):
         sixteen or more better, and the number of steps and the guidance that will be used. The
         pipeline itself runs to its first step only; from its latents and conditioning, three
         generations follow. See :meth:`asyncdiff.AsyncDenoiser.calibrate`, also for the errors
-        raised; InputError for pipelines that begin in the middle of a schedule, PlanError where a
-        quality chooses the settings.
+        raised; InputError for pipelines that begin in the middle of a schedule, or are restored,
+        PlanError where a quality chooses the settings.
         """
+        self._check_active()
         if self._auto is not None and self._auto.quality:
             raise PlanError(
                 f"quality={self._auto.quality!r} chooses settings for each generation, and a "
@@ -221,6 +224,14 @@ class Handle(ReadOnlySettings):
             finally:
                 self._interrupting = False
             return self.denoiser.calibrate(**as_generation(self.pipe, call))
+
+    def _check_active(self) -> None:
+        """Raise InputError where this is about the pipeline no more."""
+        if not self.active:
+            raise InputError(
+                "this handle's pipeline was restored, or parallelised anew since: call "
+                "asyncdiff.parallelize(pipe) and use the handle that it returns"
+            )
 
     def restore(self) -> None:
         """Make the pipeline what it was, weights back on their device. Safe to call twice."""

@@ -31,9 +31,10 @@ from ...partition.partition import Partition, partition
 from ...partition.shards import shards
 from ...partition.speeds import at_speeds, check_entries, runners
 from ...quality import AUTO, DEFAULT, check_quality
-from ...runtime.devices import every_device
+from ...runtime.devices import devices_of, every_device
 from ...sampling.scheduler import check_order
 from ...schedule.plan import check_numbers
+from ...spread import check_each
 from ..auto import AutoExactMode, AutoSettings
 from .background import BACKGROUND, FIRST, check_when, plain_copy
 from .denoisers import find_denoiser, find_denoisers
@@ -97,8 +98,10 @@ def parallelize(
             exact ones, all are exact.
 
     Raises PlanError, PartitionError, DeviceError, InputError or SchedulerError, and leaves the
-    pipeline untouched; with a group MismatchError and ProcessError, too. While a pipeline runs,
-    CaptureError where the denoiser cannot be exported.
+    pipeline as it was; with a group MismatchError and ProcessError, too. What is wrong with a
+    group, a checkpoint, or weights to draw with in the background shows only after a pipeline that
+    was parallelised is restored. While a pipeline runs, CaptureError where the denoiser cannot be
+    exported.
     """
     check_when(prepare, group, checkpoint)
     if group is None:
@@ -123,10 +126,14 @@ def parallelize(
             f"{type(pipe).__name__} has the denoisers {', '.join(modules)}: give each its own "
             "checkpoint, checkpoint={name: folder, …}"
         )
-    for module in modules.values():
-        _check(pipe, module, config)
+    before = [_check(pipe, module, config) for module in modules.values()]
+    check_hooks()
     if config.schedule == "wavefront":
         check_order(getattr(pipe, "scheduler", None))
+    if group is None:
+        check_each(config, len(devices_of(config)))
+    for held in filter(None, before):
+        held.restore()
     later = prepare == BACKGROUND
     plain = {n: plain_copy(twin(module)) for n, module in modules.items()} if later else {}
     spread: dict[str, AsyncDenoiser] = {}
@@ -152,20 +159,19 @@ def parallelize(
     return handle
 
 
-def _check(pipe: Any, module: nn.Module, config: ParallelConfig) -> None:
-    """Raise an error for a denoiser that cannot be spread; restore one that is."""
+def _check(pipe: Any, module: nn.Module, config: ParallelConfig) -> Handle | None:
+    """Raise an error for a denoiser that cannot be spread. The handle of one that is, which is to
+    be restored before."""
     check_forward(module)
     check_split_argument(module, config.split, config.components)
-    held = module.__dict__.get(HANDLE)
-    if held is not None:
-        if pipe.__dict__.get(HANDLE) is not held:
-            raise InputError(
-                f"this {type(pipe).__name__} shares its denoiser with a {type(held.pipe).__name__} "
-                "that is parallelised: call asyncdiff.restore(pipe) first"
-            )
-        held.restore()
-    check_hooks()
+    held: Handle | None = module.__dict__.get(HANDLE)
+    if held is not None and pipe.__dict__.get(HANDLE) is not held:
+        raise InputError(
+            f"this {type(pipe).__name__} shares its denoiser with a {type(held.pipe).__name__} "
+            "that is parallelised: call asyncdiff.restore(pipe) first"
+        )
     check_layers(twin(module))
+    return held
 
 
 #: Settings that a quality chooses.
