@@ -9,8 +9,9 @@ from typing import Any
 
 import diffusers
 import pytest
+import reference
 import torch
-from tiny_pipelines import draw, tiny_sd
+from tiny_pipelines import draw, tiny_sd, tiny_unet
 
 import asyncdiff
 from asyncdiff import DeviceError, InputError, PartitionError, PlanError, SchedulerError
@@ -107,6 +108,30 @@ def test_what_is_refused_leaves_a_parallelised_pipeline_so() -> None:
             spread(pipe)
         hook.remove()
         assert handle.active and torch.equal(draw(pipe, call), want)
+
+
+def test_another_denoiser_in_the_place_of_a_parallelised_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Parallelised, it made a pipeline that could neither draw nor be restored."""
+    pipe, call = tiny_sd()
+    old, other = pipe.unet, tiny_unet(seed=5)
+    before = draw(pipe, call)
+    first = spread(pipe)
+    pipe.unet = other
+    plain, again = (draw(pipe, call) for _ in range(2))
+    assert torch.equal(plain, again)
+    assert sum("another denoiser than the one" in m for m in caplog.messages) == 1
+    second = spread(pipe)
+    assert not first.active and type(old) is type(other).__base__
+    assert reference.distance(draw(pipe, call), plain) < 1e-5
+    assert second.report().steps == STEPS
+    first.restore()
+    second.restore()
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert torch.equal(draw(pipe, call), plain)
+    pipe.unet = old
+    assert torch.equal(draw(pipe, call), before)
 
 
 def test_a_handle_that_is_of_no_use_any_more_says_so() -> None:

@@ -26,6 +26,7 @@ from ..auto import AutoSettings
 from .branches import BranchFinder, CallBranch
 from .call_sites import calls_in_a_step, most_conditions
 from .step_bar import preparing
+from .subclass import CALLS
 from .timesteps import TimestepTracker
 
 log = logging.getLogger("asyncdiff")
@@ -88,6 +89,8 @@ class Calls:
         self._before: TimestepTracker | None = None
         #: what the caller calls the branch whose calls come now
         self._branch_name: str | None = None
+        #: what was found in the place of the denoiser
+        self._replaced: Any = None
         # It would go past the denoiser's class, and be exported in the place of its forward.
         self._compiled = self.module.__dict__.pop("_compiled_call_impl", None)
 
@@ -109,6 +112,19 @@ class Calls:
         """The pipeline is called. Whatever an earlier call left has nothing to do with this one."""
         self._forget()
         self.run = run
+        self._look_at(getattr(run.pipe, self.name, None))
+
+    def _look_at(self, denoiser: Any) -> None:
+        """Warn of one that somebody has put in the place of this one, and that nobody spreads."""
+        denoiser = getattr(denoiser, "_orig_mod", denoiser)
+        if denoiser is None or CALLS in vars(denoiser) or self._replaced is denoiser:
+            return
+        self._replaced = denoiser
+        log.warning(
+            "pipe.%s is another denoiser than the one that was parallelised, and runs as it is: "
+            "call asyncdiff.parallelize(pipe) again",
+            self.name,
+        )
 
     def settle(self) -> None:
         """The pipeline has returned: wait for what is still to do, and raise what went wrong."""

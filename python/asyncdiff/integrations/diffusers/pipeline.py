@@ -126,7 +126,9 @@ def parallelize(
             f"{type(pipe).__name__} has the denoisers {', '.join(modules)}: give each its own "
             "checkpoint, checkpoint={name: folder, …}"
         )
-    before = [_check(pipe, module, config) for module in modules.values()]
+    # Its own handle is of other denoisers where somebody has put these in their place.
+    before = [getattr(pipe, "__dict__", {}).get(HANDLE)]
+    before += [_check(pipe, module, config) for module in modules.values()]
     check_hooks()
     if config.schedule == "wavefront":
         check_order(getattr(pipe, "scheduler", None))
