@@ -53,7 +53,8 @@ class Task:
     which can be taken apart. ``whole``: whether each device has room for the whole denoiser.
     ``tokens``: whether devices that have can share out its tokens. ``large``: whether latents have
     so many numbers that a condition, or half of the tokens, takes a device hardly more than half of
-    a step's time.
+    a step's time. ``remembered``: how many steps after it are misled by what a step is paid back
+    (:attr:`asyncdiff.sampling.response.Response.remembered`).
     """
 
     devices: int
@@ -64,6 +65,7 @@ class Task:
     whole: bool
     tokens: bool = False
     large: bool = False
+    remembered: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def pick(
     components = n // groups
     shared = task.guided and groups == 1 and task.whole
     warmup, tail = exact_steps(quality, task.steps, task.step, components, shared)
+    # So that nothing that the last steps use of earlier ones was given to pay something back.
+    tail = max(tail, min(task.remembered, task.steps - warmup - 1))
     settings: dict[str, Any] = {
         "components": components,
         "schedule": "wavefront",

@@ -68,6 +68,14 @@ def test_large_steps_and_many_components_take_more_exact_ones() -> None:
         assert apart > one_by_one  # where they cost less
 
 
+def test_samplers_that_remember_have_more_exact_steps_at_the_end() -> None:
+    for quality, tail in (("fast", 1), ("balanced", 1), ("high", 2)):
+        assert picked(quality)["exact_tail"] == tail
+        assert picked(quality, remembered=3)["exact_tail"] == 3
+    few = picked(steps=FEW, step=LARGE_STEP, remembered=5)
+    assert few["warmup"] + few["exact_tail"] < FEW
+
+
 def test_four_devices() -> None:
     used = picked(devices=4)
     assert (used["components"], used["guidance"], used["exact_mode"]) == (2, "split", "chain")

@@ -178,6 +178,7 @@ class AutoSettings:
             whole=room,
             tokens=tokens and self._serves_tokens(denoiser),
             large=latents.numel() // conditions >= _LARGE,
+            remembered=_remembered(clean),
         )
 
     def _has_room(self, denoiser: AsyncDenoiser, call: Call) -> bool:
@@ -255,6 +256,12 @@ def is_transformer(module: nn.Module) -> bool:
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     linear = sum(p.numel() for m in layers for p in m.parameters(recurse=False))
     return linear >= _LINEAR * sum(p.numel() for p in module.parameters()) > 0
+
+
+def _remembered(clean: CleanImage | str) -> int:
+    if isinstance(clean, str) or clean.response is None:
+        return 0
+    return clean.response.remembered
 
 
 def _length(clean: CleanImage) -> float:

@@ -24,6 +24,8 @@ _MEMORY = 6
 _ALIKE = 1e-4
 #: Where they still differ by so much, a sampler goes back to latents of much earlier steps.
 _UNLIKE = 0.2
+#: A prediction with at least this share of the weight of a step's own is used there.
+_USED = 0.05
 #: Responses that are kept: of one model there are few.
 _KEPT = 32
 
@@ -39,6 +41,23 @@ class Response:
     memory: int
     #: what the first latents are multiplied by for the denoiser
     scale: float
+
+    @property
+    def remembered(self) -> int:
+        """How many predictions before its own a step uses, in the second half, where these count
+        for more than its own does: of Adams-Bashforth's fourth order, as PNDM and LMS are, three;
+        0 where they count for less. There a step gets more than it is owed to be paid back, which
+        misleads as many steps after it."""
+        most = 0
+        for k in range((len(self.weights) - 1) // 2, len(self.weights) - 1):
+            if not self.start[k]:
+                continue
+            carried = self.start[k + 1] / self.start[k]
+            new, old = self.weights[k + 1], self.weights[k]
+            own, *earlier = (abs(new[j] - carried * old[j]) for j in range(k, -1, -1))
+            if sum(earlier) > own:
+                most = max(most, sum(weight > _USED * own for weight in earlier))
+        return min(most, _MEMORY - 1)
 
     def of_steps(self, start: int, steps: int) -> Response:
         """The same of ``steps`` steps from ``start`` on."""

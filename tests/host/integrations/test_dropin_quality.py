@@ -60,6 +60,23 @@ def test_it_picks_for_each_generation_and_says_what(caplog: pytest.LogCaptureFix
     assert reference.distance(draw(pipe, call), draw(plain, call)) == 0
 
 
+def test_pndm_has_more_exact_steps_at_the_end() -> None:
+    """As its steps use earlier predictions more than the new one."""
+    drawn = {}
+    for tail in (1, 3):  # which is what is picked
+        pipe, call = sd()
+        pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+        call["num_inference_steps"] = 14
+        plain = draw(pipe, call)
+        handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, split="estimate")
+        if tail == 1:
+            handle.configure(exact_tail=1)
+        drawn[tail] = reference.distance(draw(pipe, call), plain)
+        assert f"exact_tail={tail}" in handle.settings
+        handle.restore()
+    assert drawn[3] < 0.5 * drawn[1]
+
+
 def test_exact_is_exact() -> None:
     pipe, call = sd()
     handle = asyncdiff.parallelize(pipe, ["cpu"] * 2, quality="exact", split="estimate")

@@ -176,3 +176,22 @@ def test_noise_levels_of_schedules_from_the_middle(
     else:
         with pytest.raises(SchedulerError, match=f"{name} has other noise levels"):
             clean.check_levels(response)
+
+
+@pytest.mark.parametrize(
+    "scheduler, remembered",
+    [
+        (diffusers.DDIMScheduler(clip_sample=False), 0),
+        (diffusers.DPMSolverMultistepScheduler(), 0),
+        (diffusers.DEISMultistepScheduler(), 0),
+        (diffusers.UniPCMultistepScheduler(), 0),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), 0),
+        (diffusers.PNDMScheduler(skip_prk_steps=True), 3),
+        (diffusers.LMSDiscreteScheduler(), 3),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("steps", [20, 50])
+def test_how_much_a_sampler_remembers(scheduler: Any, remembered: int, steps: int) -> None:
+    scheduler.set_timesteps(steps)
+    assert respond(scheduler).remembered == remembered
