@@ -27,16 +27,21 @@ _OPTIONAL: dict[str, Any] = {
 }
 
 
-class AsyncDiffByQuality:
-    """A MODEL whose denoiser is split as a quality says, chosen anew for each run."""
+class _Spreads:
+    """What ComfyUI asks of either node."""
 
     CATEGORY = "advanced/model"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "spread"
+
+
+class AsyncDiffByQuality(_Spreads):
+    """A MODEL whose denoiser is split as a quality says, chosen anew for each run."""
+
     DESCRIPTION = (
         "Runs the model's denoiser split over several GPUs, as is fastest for each picture. Put it "
         "right behind the loader, before LoRAs, so that what is prepared is kept when they change."
     )
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "spread"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -69,16 +74,13 @@ class AsyncDiffByQuality:
             return (spread_over(model, by_quality(quality, **settings)),)
 
 
-class AsyncDiffParallel:
+class AsyncDiffParallel(_Spreads):
     """A MODEL whose denoiser is split over devices with settings that are given by hand."""
 
-    CATEGORY = "advanced/model"
     DESCRIPTION = (
         "Runs the model's denoiser split over several GPUs. Put it right behind the loader, before "
         "LoRAs, so that what is prepared is kept when they change."
     )
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "spread"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
