@@ -9,8 +9,8 @@ been given, it is known by how much every later x_m is off.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,36 +34,23 @@ _KEPT = 32
 class Response:
     """Row m of ``weights`` has those of latents x_m over the predictions of steps 0 … T−1, and
     ``start[m]`` is that of x_0. From ``memory`` steps after it on, a prediction is felt only in
-    the latents, which carry it on in proportion to ``start``."""
+    the latents, which carry it on in proportion to ``start``. ``remembered``: how many predictions
+    before its own a step uses, where these count for more than its own does: of Adams-Bashforth's
+    fourth order, as PNDM and LMS are, three; 0 where they count for less. There a step gets more
+    than it is owed to be paid back, which misleads as many steps after it."""
 
     weights: tuple[tuple[float, ...], ...]
     start: tuple[float, ...]
     memory: int
     #: what the first latents are multiplied by for the denoiser
     scale: float
-
-    @property
-    def remembered(self) -> int:
-        """How many predictions before its own a step uses, in the second half, where these count
-        for more than its own does: of Adams-Bashforth's fourth order, as PNDM and LMS are, three;
-        0 where they count for less. There a step gets more than it is owed to be paid back, which
-        misleads as many steps after it."""
-        most = 0
-        for k in range((len(self.weights) - 1) // 2, len(self.weights) - 1):
-            if not self.start[k]:
-                continue
-            carried = self.start[k + 1] / self.start[k]
-            new, old = self.weights[k + 1], self.weights[k]
-            own, *earlier = (abs(new[j] - carried * old[j]) for j in range(k, -1, -1))
-            if sum(earlier) > own:
-                most = max(most, sum(weight > _USED * own for weight in earlier))
-        return min(most, _MEMORY - 1)
+    remembered: int = 0
 
     def of_steps(self, start: int, steps: int) -> Response:
         """The same of ``steps`` steps from ``start`` on."""
         end = start + steps
         rows = tuple(row[start:end] for row in self.weights[start : end + 1])
-        return Response(rows, self.start[start : end + 1], self.memory, self.scale)
+        return replace(self, weights=rows, start=self.start[start : end + 1])
 
 
 def respond(scheduler: Any, start: int = 0, options: Mapping[str, Any] | None = None) -> Response:
@@ -114,7 +101,22 @@ def response_of(every: torch.Tensor, scale: float, name: str, hint: str = "") ->
     if not _carried(weights, start, memory, _UNLIKE):
         raise SchedulerError(f"{name} goes back to latents of much earlier steps{hint}")
     rows = tuple(tuple(row) for row in weights.tolist())
-    return Response(rows, tuple(start.tolist()), memory, scale)
+    first = tuple(start.tolist())
+    return Response(rows, first, memory, scale, _remembered(rows, first))
+
+
+def _remembered(weights: Sequence[Sequence[float]], start: Sequence[float]) -> int:
+    """See :class:`Response`: in the second half, where samplers have the order that they are of."""
+    most, steps = 0, len(start) - 1
+    for k in range(steps // 2, steps):
+        if not start[k]:
+            continue
+        carried = start[k + 1] / start[k]
+        new, old = weights[k + 1], weights[k]
+        own, *earlier = (abs(new[j] - carried * old[j]) for j in range(k, -1, -1))
+        if sum(earlier) > own:
+            most = max(most, sum(weight > _USED * own for weight in earlier))
+    return min(most, _MEMORY - 1)
 
 
 def _carried(weights: torch.Tensor, start: torch.Tensor, memory: int, apart: float) -> bool:
