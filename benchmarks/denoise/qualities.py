@@ -9,9 +9,9 @@ its own sampler and as many steps as are usual (``published_pipelines.py``). A r
 the pipeline, from embeddings to latents. "plain" is diffusers as it is, eager on one GPU; "one GPU"
 has the whole denoiser in one CUDA graph there, compiled in the same way as the others. Each way
 prepares, draws once more, and is then timed ``--rounds`` times; one GPU before and after the
-others, both together are the base. Reported: seconds of a run (median, smallest, largest), how many
-times one GPU's speed that is (medians), what was picked, what the first call took, and how far the
-latents are from the plain ones (exact ways differ by rounding only; the others say little, as
+others, both together are the base. Reported: milliseconds of a run (median, smallest, largest), how
+many times one GPU's speed that is (medians), what was picked, what the first call took, and how far
+the latents are from the plain ones (exact ways differ by rounding only; the others say little, as
 random weights are no model).
 
 What ``--out`` has already, from the same machine and versions, stays in it.
@@ -36,7 +36,7 @@ import results_file
 from asyncdiff.quality import DEFAULT, QUALITIES
 from denoise.beside import Lock
 from denoise.published_pipelines import PIPELINES, SAMPLERS, build, models
-from denoise.timings import spread, synchronize
+from denoise.timings import Timings, spread, timed
 
 COMPILE: dict[str, bool | str] = {"graphs": False, "regions": "regions", "whole": "whole"}
 OUT = Path(os.environ.get("OUT", results_file.ROOT / "benchmarks" / "results"))
@@ -45,34 +45,15 @@ PLAIN, ONE = "plain", "one GPU"
 
 
 class Way:
-    """A pipeline as it is spread now; the first run, which prepares, is made at once."""
+    """A pipeline, as it is spread now."""
 
-    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
-        self._pipe, self._call = pipe, call
-        begun = time.perf_counter()
-        self.latents = self()
-        synchronize()
-        self.first_s = time.perf_counter() - begun
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
 
-    def __call__(self) -> torch.Tensor:
-        """One run, of always the same noise."""
-        drawn = self._pipe(**self._call, generator=torch.Generator().manual_seed(1))
-        latents: torch.Tensor = drawn[0]
-        if not latents.isfinite().all():
-            raise ArithmeticError("the latents are not finite: what such runs take says nothing")
+    def run(self, call: dict[str, Any]) -> torch.Tensor:
+        """The latents of a call, of always the same noise."""
+        latents: torch.Tensor = self._pipe(**call, generator=torch.Generator().manual_seed(1))[0]
         return latents
-
-    def seconds(self, rounds: int) -> list[float]:
-        """What so many runs take, each from idle GPUs to idle GPUs."""
-        self()
-        taken = []
-        for _ in range(rounds):
-            synchronize()
-            begun = time.perf_counter()
-            self()
-            synchronize()
-            taken.append(time.perf_counter() - begun)
-        return taken
 
 
 def measure(
@@ -85,9 +66,9 @@ def measure(
     devices = [f"cuda:{r % gpus}" if gpus else "cpu" for r in range(args.devices or gpus or 2)]
     pipe, call = build(key, sampler, home, getattr(torch, args.dtype))
     call["num_inference_steps"] = args.steps or SAMPLERS[sampler][2]
-    taken: dict[str, list[float]] = {}
+    way, plain = Way(pipe), Timings()
+    taken: dict[str, Timings] = {}
     rows: dict[str, Any] = {}
-    plain: torch.Tensor | None = None
     for name in (PLAIN, ONE, *args.qualities, ONE):
         if args.over() and ONE in rows:
             print(f"   {name}: no time was left", flush=True)
@@ -101,22 +82,23 @@ def measure(
                 quality="exact" if name == ONE else name,
                 compile=COMPILE[compile],
             )
-        way = Way(pipe, call)
+        first_ms, _ = timed(way, call)
         lock.time()
-        taken[name] = taken.get(name, []) + way.seconds(1 if name == PLAIN else args.rounds)
+        timed(way, call)  # clocks rise
+        timings = taken.setdefault(name, plain if name == PLAIN else Timings())
+        for _ in range(1 if name == PLAIN else args.rounds):
+            timings.take(way, call)
         lock.free()
-        plain = way.latents if plain is None else plain
-        distance = (way.latents - plain).double().norm() / plain.double().norm()
-        row = rows.setdefault(name, {"first_s": round(way.first_s, 1)})
-        row |= {"s": spread(taken[name]), "distance": float(distance)}
+        row = rows.setdefault(name, {"first_s": round(first_ms / 1e3, 1)})
+        row |= {"ms": spread(timings.ms), "distance": timings.distance(plain)}
         row["commit"] = results_file.commit()
         if handle is not None:
             row["picked"] = handle.settings
             handle.restore()
-        del handle, way
+        del handle
         gc.collect()
     for row in rows.values():
-        row["speedup"] = round(rows[ONE]["s"]["median"] / row["s"]["median"], 3)
+        row["speedup"] = round(rows[ONE]["ms"]["median"] / row["ms"]["median"], 3)
     return {
         "title": models()[key].title,
         "sampler": sampler,

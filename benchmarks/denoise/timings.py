@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from denoise.loop import Loop
 from denoise.settings import Setting
 from denoise.ways import Asynchronous
 
@@ -18,8 +17,8 @@ def synchronize() -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(way: Any, loop: Loop) -> tuple[float, torch.Tensor]:
-    """Milliseconds of a loop, from idle GPUs to idle GPUs."""
+def timed(way: Any, loop: Any) -> tuple[float, torch.Tensor]:
+    """Milliseconds of a loop, or of what else a way runs, from idle GPUs to idle GPUs."""
     synchronize()
     begun = time.perf_counter()
     latents = way.run(loop)
@@ -43,7 +42,7 @@ class Timings:
         self.exposed: list[float] = []
         self.latents: torch.Tensor | None = None
 
-    def take(self, way: Any, loop: Loop) -> None:
+    def take(self, way: Any, loop: Any) -> None:
         """One round. ArithmeticError if the latents are not finite: it was of nothing then."""
         ms, self.latents = timed(way, loop)
         if not self.latents.isfinite().all():
